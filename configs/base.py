@@ -1,0 +1,105 @@
+"""Every knob, once, with its unit or its consequence. The other configs are short diffs of this one.
+
+Rules: no lists, no bare None (optional values are placeholders, spelled `none` on the command line),
+floats written as floats.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # parameters, data order, masks and dropout all follow from it
+
+    c.data = ConfigDict()
+    c.data.source = "builtin"  # builtin | text:GLOB | jsonl:GLOB#field | tfds:NAME[/config][:split]
+    c.data.corpus = ""  # a folder made by `prepare`; when set, source, packing and tokenizer are not used
+    c.data.cache_dir = "~/.cache/flax_mlm"  # where corpora prepared by `train` itself are kept
+    c.data.seq_len = 128  # L, tokens per row, [CLS] and [SEP] included
+    c.data.validation_every = 20  # every n-th document is held out
+    c.data.packing = "best_fit"  # best_fit (least padding) | sequential (keeps document order)
+    c.data.num_workers = 0  # processes for prepare; 0: one per core. The bytes written do not depend on it
+
+    c.tokenizer = ConfigDict()
+    c.tokenizer.path = ""  # an existing SentencePiece .model or Hugging Face tokenizer.json; empty: train one
+    c.tokenizer.model_type = "bpe"  # bpe (converts to tokenizer.json exactly) | unigram
+    c.tokenizer.vocab_size = 8192  # V, special tokens and 256 byte pieces included
+    c.tokenizer.normalization = "nmt_nfkc"  # nmt_nfkc | nmt_nfkc_cf (also lower-cases) | identity
+    c.tokenizer.character_coverage = 0.9995  # share of characters with pieces of their own; the rest go to bytes
+    c.tokenizer.sample_bytes = 50_000_000  # text used to train it, spread evenly over the training documents
+
+    c.model = ConfigDict()
+    c.model.num_layers = 4  # N
+    c.model.hidden_size = 256  # D
+    c.model.num_heads = 4  # H, divides hidden_size
+    c.model.intermediate_size = 1024  # width inside the MLP; with glu, of each of its two halves
+    c.model.max_positions = 512  # longest row the encoder may see
+    c.model.positions = "learned"  # learned | rope
+    c.model.norm_position = "post"  # post (BERT) | pre (ModernBERT; adds a final norm)
+    c.model.norm_eps = 1e-12
+    c.model.use_bias = True  # biases in projections and norms
+    c.model.glu = False  # gated MLP (GeGLU)
+    c.model.type_vocab_size = 2  # token-type embeddings; 0: none
+    c.model.global_attention_every = 1  # every n-th layer sees the whole segment, the others a window; 1: all do
+    c.model.local_window = 128  # tokens a windowed layer sees, half on each side
+    c.model.rope_theta_global = 10_000.0
+    c.model.rope_theta_local = 10_000.0
+    c.model.dropout_rate = 0.1  # embeddings, attention output and MLP output
+    c.model.attention_dropout_rate = 0.1  # attention probabilities
+    c.model.init_stddev = 0.02
+    c.model.vocab_multiple_of = 1  # rows of the embedding are rounded up to this; 128 suits TPUs and tensor sharding
+    c.model.dtype = "float32"  # of the computation: float32 | bfloat16. Parameters are always float32
+    c.model.scan_layers = True  # one compiled layer for all; False: unrolled, faster on CPU, slower to compile
+    c.model.remat = (
+        "none"  # kept for the backward pass: none (everything) | dots (matmul outputs) | full (layer inputs)
+    )
+
+    c.objective = ConfigDict()
+    c.objective.name = "mlm"  # mlm | clm (next token, causal attention, same rows in the same order)
+    c.objective.masking = "token"  # token | whole_word | span
+    c.objective.mask_rate = 0.15  # share of the ordinary tokens of each row that is predicted
+    c.objective.mask_rate_final = placeholder(float)  # when set, the rate moves to it linearly over the run
+    c.objective.replace_mask = 0.8  # share of the selected tokens shown as [MASK]
+    c.objective.replace_random = 0.1  # share shown as a random token; what is left is shown unchanged
+    c.objective.span_stop = 0.2  # a span ends after each word with this probability (SpanBERT)
+    c.objective.span_max_words = 10
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adamw | lamb | muon (matrices by Muon; embeddings, norms, biases by AdamW)
+    c.optimizer.learning_rate = 5e-4  # peak; muon's updates are scaled to AdamW's size, so one rate serves both
+    c.optimizer.schedule = "linear"  # linear | cosine | wsd (warm-up, stable, decay) | constant
+    c.optimizer.warmup_fraction = 0.05  # of train.steps
+    c.optimizer.decay_fraction = 0.2  # of train.steps, at the end, with wsd only
+    c.optimizer.final_lr_fraction = 0.0  # of the peak, at the last step
+    c.optimizer.beta1 = 0.9
+    c.optimizer.beta2 = 0.98
+    c.optimizer.eps = 1e-6
+    c.optimizer.weight_decay = 0.01  # on matrices and embeddings; never on norms and biases
+    c.optimizer.max_grad_norm = 1.0  # global-norm clip; 0.0: none
+    c.optimizer.max_nonfinite_steps = 10  # skipped updates in a row before the run stops
+
+    c.train = ConfigDict()
+    c.train.steps = 10_000
+    c.train.global_batch_size = 256  # B, rows per step over all devices
+    c.train.microbatches = 1  # gradient accumulation: the batch is taken in this many parts
+    c.train.log_every = 20  # steps
+    c.train.eval_every = 1000  # steps; 0: only at the end
+    c.train.checkpoint_every = 1000  # steps; the last step is always saved
+    c.train.keep_last = 2  # checkpoints
+    c.train.keep_every = 0  # steps: checkpoints at its multiples stay for ever; 0: none
+
+    c.eval = ConfigDict()
+    c.eval.batch_size = 256  # rows over all devices
+    c.eval.max_rows = 0  # held-out rows used, spread evenly; 0: all
+    c.eval.mask_rate = 0.15  # the same masks every time, from the seed
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices that split the batch; -1: all that are left
+    c.mesh.fsdp = 1  # devices that split the batch and the parameters
+    c.mesh.tensor = 1  # devices that split heads, MLP width and vocabulary
+
+    c.log = ConfigDict()
+    c.log.tensorboard = True  # event files in workdir/tensorboard; metrics.jsonl is always written
+    c.log.wandb_project = ""  # empty: no Weights & Biases
+    return c

@@ -1,0 +1,162 @@
+"""How every command starts: flags and config in, one line and an exit code out.
+
+Exit codes: 0 done, 1 a failure, 2 the user's mistake (one line, no traceback), 75 stopped by a
+preemption after saving (start me again).
+"""
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from flax_mlm import config as config_lib
+from flax_mlm import environment
+from flax_mlm.errors import UserError
+
+PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
+
+_OVERRIDE = re.compile(r"--(no)?config\.([\w.]+)(?:=(.*))?", re.DOTALL)
+
+
+def run(
+    main: Callable[[config_lib.Config], int | None], from_checkpoint: bool = False, positional: str = ""
+) -> None:
+    """Parses the command line, builds the config, calls `main` and exits with its code.
+
+    The config comes from `--config=FILE.py` (default: the quickstart), or, with `from_checkpoint`, from the
+    checkpoint that `--checkpoint` names; either way `--config.section.field=value` overrides it. A bare argument is the value of flag `positional`.
+    """
+    flags.DEFINE_bool("print_config", False, "show the resolved config as JSON and exit")
+    try:
+        if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(sys.argv):
+            config_flags.DEFINE_config_dict("config", ConfigDict())
+            app.run(lambda _: None)
+        config_dict, argv = _load(sys.argv, from_checkpoint)
+        argv, to_none = _normalise(argv, config_lib.field_types())
+        config_flags.DEFINE_config_dict("config", config_dict)
+        try:
+            leftover = flags.FLAGS(argv)[1:]
+        except flags.Error as e:
+            raise UserError(str(e).splitlines()[0]) from e
+        if positional and leftover and not flags.FLAGS[positional].present:
+            flags.FLAGS[positional].value = leftover.pop(0)
+        if leftover:
+            raise UserError(f"unexpected argument '{leftover[0]}'; options look like --name=value (see --help)")
+        for path in to_none:
+            config_dict.update_from_flattened_dict({path: None})
+        config = config_lib.build(config_dict)
+        if flags.FLAGS.print_config:
+            print(json.dumps(config.to_dict(), indent=2))
+            sys.exit(0)
+        environment.prepare()
+        sys.exit(main(config) or 0)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output (head, grep -q) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]]:
+    """The ConfigDict that overrides apply to, and argv without the option that named it."""
+    name, found, rest = ("--checkpoint" if from_checkpoint else "--config"), None, []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == name:
+            found = next(arguments, "")
+        elif argument.startswith(name + "="):
+            found = argument.split("=", 1)[1]
+        else:
+            rest.append(argument)
+    if from_checkpoint:
+        if not found:
+            raise UserError("--checkpoint is missing; give the workdir of a run, or one of its checkpoints")
+        from flax_mlm.checkpoint import read_config  # orbax is heavy, and not needed elsewhere in this file
+
+        return read_config(found), [*rest, f"--checkpoint={found}"]
+    return _from_file(found or str(DEFAULT_CONFIG)), rest
+
+
+def _from_file(path_and_argument: str) -> ConfigDict:
+    path, _, argument = path_and_argument.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--config: no file '{path}'; try configs/quickstart.py")
+    sys.path.insert(0, str(DEFAULT_CONFIG.parent.parent))  # so that a config can say `from configs import base`
+    try:
+        spec = importlib.util.spec_from_file_location("_config_file", path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"--config: {path} cannot be loaded: {type(e).__name__}: {e}") from e
+    finally:
+        sys.path.pop(0)
+
+
+def _normalise(argv: list[str], fields: dict[str, tuple[type, bool]]) -> tuple[list[str], list[str]]:
+    """Checks every `--config.x` override, and rewrites what ml_collections would not take.
+
+    It refuses `1e6` for an int and none for a placeholder, and answers a misspelt name with a traceback.
+
+    Returns:
+      The new argv, and the names of the fields that were given `none`.
+    """
+    result, to_none = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        match = _OVERRIDE.fullmatch(argument)
+        if not match:
+            result.append(argument)
+            continue
+        negated, path, text = match.groups()
+        if path not in fields:
+            near = difflib.get_close_matches(path, fields, n=1, cutoff=0.5)
+            near = near or [f for f in fields if f.endswith("." + path.rsplit(".", 1)[-1])]
+            hint = f"did you mean '{near[0]}'?" if near else "--print_config lists them all"
+            raise UserError(f"config has no field '{path}'; {hint}")
+        kind, optional = fields[path]
+        if text is None and kind is bool:
+            text = "false" if negated else "true"
+        elif text is None:
+            text = next(arguments, None)
+            if text is None:
+                raise UserError(f"--config.{path} has no value; write --config.{path}=VALUE")
+        if optional and text.lower() == "none":
+            to_none.append(path)
+        else:
+            result.append(f"--config.{path}={_checked(kind, path, text)}")
+    return result, to_none
+
+
+def _checked(kind: type, path: str, text: str) -> str:
+    """`text` as absl will accept it for a field of this type."""
+    try:
+        if kind is bool:
+            return {"true": "true", "yes": "true", "1": "true", "false": "false", "no": "false", "0": "false"}[
+                text.lower()
+            ]
+        if kind is float:
+            return repr(float(text))
+        if kind is int:
+            try:
+                return str(int(text))  # also 1_000_000
+            except ValueError:
+                if not float(text).is_integer():
+                    raise
+                return str(int(float(text)))  # 1e6
+    except (ValueError, KeyError, OverflowError):
+        wanted = {bool: "true or false", float: "a number", int: "a whole number"}[kind]
+        raise UserError(f"--config.{path} is '{text}'; it takes {wanted}") from None
+    return text

@@ -1,0 +1,341 @@
+"""ConfigDict at the edge, validated frozen dataclasses inside.
+
+`configs/base.py` declares every knob with its default; the dataclasses here give each its type, and
+`build` checks what can be checked before anything heavy is imported.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from flax_mlm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str
+    corpus: str
+    cache_dir: str
+    seq_len: int
+    validation_every: int
+    packing: str
+    num_workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    path: str
+    model_type: str
+    vocab_size: int
+    normalization: str
+    character_coverage: float
+    sample_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    max_positions: int
+    positions: str
+    norm_position: str
+    norm_eps: float
+    use_bias: bool
+    glu: bool
+    type_vocab_size: int
+    global_attention_every: int
+    local_window: int
+    rope_theta_global: float
+    rope_theta_local: float
+    dropout_rate: float
+    attention_dropout_rate: float
+    init_stddev: float
+    vocab_multiple_of: int
+    dtype: str
+    scan_layers: bool
+    remat: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    name: str
+    masking: str
+    mask_rate: float
+    mask_rate_final: float | None
+    replace_mask: float
+    replace_random: float
+    span_stop: float
+    span_max_words: int
+
+    @property
+    def largest_mask_rate(self) -> float:
+        """The largest rate of the schedule; the number of predicted slots K is sized for it."""
+        return max(self.mask_rate, self.mask_rate_final or 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: str
+    learning_rate: float
+    schedule: str
+    warmup_fraction: float
+    decay_fraction: float
+    final_lr_fraction: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+    max_nonfinite_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    global_batch_size: int
+    microbatches: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep_last: int
+    keep_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    batch_size: int
+    max_rows: int
+    mask_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool
+    wandb_project: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run. Built by `build`, so every instance has passed `_check`."""
+
+    seed: int
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    eval: EvalConfig
+    mesh: MeshConfig
+    log: LogConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def build(config_dict: ConfigDict) -> Config:
+    """Turns a resolved ConfigDict into a checked `Config`.
+
+    Raises:
+      UserError: a field is missing, unknown, or holds a value that cannot work.
+    """
+    values = config_dict.to_dict()
+    sections = {}
+    for field in dataclasses.fields(Config):
+        if field.name not in values:
+            raise UserError(f"config has no '{field.name}'; start from configs/base.py")
+        value = values.pop(field.name)
+        if dataclasses.is_dataclass(field.type):
+            names = {f.name for f in dataclasses.fields(field.type)}
+            for wrong, verb in ((names - value.keys(), "lacks"), (value.keys() - names, "has an unknown field")):
+                if wrong:
+                    raise UserError(f"config section '{field.name}' {verb} '{min(wrong)}'; see configs/base.py")
+            value = typing.cast(Any, field.type)(**value)
+        sections[field.name] = value
+    if values:
+        raise UserError(f"config has an unknown section '{min(values)}'; see configs/base.py")
+    config = Config(**sections)
+    _check(config)
+    return config
+
+
+def field_types() -> dict[str, tuple[type, bool]]:
+    """Type of every field by its dotted name, and whether it may be None."""
+    result: dict[str, tuple[type, bool]] = {}
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(section.type):
+            for field in dataclasses.fields(section.type):
+                options = typing.get_args(field.type) or (field.type,)
+                result[f"{section.name}.{field.name}"] = (options[0], type(None) in options)
+        else:
+            result[section.name] = (section.type, False)  # type: ignore[assignment]
+    return result
+
+
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """The ConfigDict of a config that was stored as JSON (the inverse of `Config.to_dict`)."""
+    config = ConfigDict(values)
+    for path, (kind, optional) in field_types().items():
+        section, _, name = path.rpartition(".")
+        if optional and section in config and config[section].get(name) is None:
+            config[section][name] = placeholder(kind)
+    return config
+
+
+_CHOICES = {
+    "data.packing": ("best_fit", "sequential"),
+    "tokenizer.model_type": ("bpe", "unigram"),
+    "tokenizer.normalization": ("nmt_nfkc", "nmt_nfkc_cf", "identity"),
+    "model.positions": ("learned", "rope"),
+    "model.norm_position": ("post", "pre"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "objective.name": ("mlm", "clm"),
+    "objective.masking": ("token", "whole_word", "span"),
+    "optimizer.name": ("adamw", "lamb", "muon"),
+    "optimizer.schedule": ("linear", "cosine", "wsd", "constant"),
+}
+_AT_LEAST = {
+    "seed": 0,
+    "data.seq_len": 4,
+    "data.validation_every": 2,
+    "data.num_workers": 0,
+    "tokenizer.vocab_size": 1,
+    "tokenizer.sample_bytes": 1,
+    "model.num_layers": 1,
+    "model.hidden_size": 1,
+    "model.num_heads": 1,
+    "model.intermediate_size": 1,
+    "model.max_positions": 1,
+    "model.type_vocab_size": 0,
+    "model.global_attention_every": 1,
+    "model.local_window": 2,
+    "model.vocab_multiple_of": 1,
+    "objective.span_max_words": 1,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.max_grad_norm": 0.0,
+    "optimizer.max_nonfinite_steps": 1,
+    "train.steps": 1,
+    "train.global_batch_size": 1,
+    "train.microbatches": 1,
+    "train.log_every": 1,
+    "train.eval_every": 0,
+    "train.checkpoint_every": 1,
+    "train.keep_last": 1,
+    "train.keep_every": 0,
+    "eval.batch_size": 1,
+    "eval.max_rows": 0,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
+}
+# (low, high, low itself allowed, high itself allowed)
+_BETWEEN = {
+    "tokenizer.character_coverage": (0.0, 1.0, False, True),
+    "model.dropout_rate": (0.0, 1.0, True, False),
+    "model.attention_dropout_rate": (0.0, 1.0, True, False),
+    "model.norm_eps": (0.0, 1.0, False, False),
+    "model.init_stddev": (0.0, 1.0, False, True),
+    "model.rope_theta_global": (1.0, float("inf"), False, False),
+    "model.rope_theta_local": (1.0, float("inf"), False, False),
+    "objective.mask_rate": (0.0, 1.0, False, True),
+    "objective.mask_rate_final": (0.0, 1.0, False, True),
+    "objective.replace_mask": (0.0, 1.0, True, True),
+    "objective.replace_random": (0.0, 1.0, True, True),
+    "objective.span_stop": (0.0, 1.0, False, True),
+    "optimizer.learning_rate": (0.0, float("inf"), False, False),
+    "optimizer.warmup_fraction": (0.0, 1.0, True, True),
+    "optimizer.decay_fraction": (0.0, 1.0, True, True),
+    "optimizer.final_lr_fraction": (0.0, 1.0, True, True),
+    "optimizer.beta1": (0.0, 1.0, True, False),
+    "optimizer.beta2": (0.0, 1.0, True, False),
+    "optimizer.eps": (0.0, 1.0, False, False),
+    "eval.mask_rate": (0.0, 1.0, False, True),
+}
+
+
+def _check(c: Config) -> None:
+    def value_of(path: str) -> Any:
+        node: Any = c
+        for name in path.split("."):
+            node = getattr(node, name)
+        return node
+
+    for path, choices in _CHOICES.items():
+        if value_of(path) not in choices:
+            raise UserError(f"{path} is '{value_of(path)}'; it can be {', '.join(choices)}")
+    for path, low in _AT_LEAST.items():
+        if value_of(path) < low:
+            raise UserError(f"{path} is {value_of(path)}; it must be at least {low}")
+    for path, (low, high, low_ok, high_ok) in _BETWEEN.items():
+        value = value_of(path)
+        if value is None:
+            continue
+        if not (low <= value <= high) or (value == low and not low_ok) or (value == high and not high_ok):
+            bounds = f"{'[' if low_ok else '('}{low}, {high}{']' if high_ok else ')'}"
+            raise UserError(f"{path} is {value}; it must lie in {bounds}")
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(message)
+
+    m, t = c.model, c.train
+    need(
+        m.hidden_size % m.num_heads == 0,
+        f"model.hidden_size is {m.hidden_size}; it must be divisible by model.num_heads, {m.num_heads}",
+    )
+    need(
+        m.positions == "learned" or (m.hidden_size // m.num_heads) % 2 == 0,
+        f"model.hidden_size / model.num_heads is {m.hidden_size // m.num_heads}; rope needs it even",
+    )
+    need(
+        c.data.seq_len <= m.max_positions,
+        f"data.seq_len is {c.data.seq_len}, longer than model.max_positions, {m.max_positions}; raise the latter",
+    )
+    need(
+        m.num_heads % c.mesh.tensor == 0,
+        f"mesh.tensor is {c.mesh.tensor}; it must divide model.num_heads, {m.num_heads}",
+    )
+    need(
+        m.intermediate_size % c.mesh.tensor == 0,
+        f"mesh.tensor is {c.mesh.tensor}; it must divide model.intermediate_size, {m.intermediate_size}",
+    )
+    need(
+        m.vocab_multiple_of % c.mesh.tensor == 0,
+        f"mesh.tensor is {c.mesh.tensor}; it must divide model.vocab_multiple_of, {m.vocab_multiple_of} (128 will do)",
+    )
+    need(
+        m.hidden_size % c.mesh.fsdp == 0,
+        f"mesh.fsdp is {c.mesh.fsdp}; it must divide model.hidden_size, {m.hidden_size}",
+    )
+    need(
+        c.mesh.data == -1 or c.mesh.data >= 1,
+        f"mesh.data is {c.mesh.data}; it must be at least 1, or -1 for all devices left",
+    )
+    need(
+        t.global_batch_size % t.microbatches == 0,
+        f"train.global_batch_size is {t.global_batch_size}; it must be divisible by train.microbatches, "
+        f"{t.microbatches}",
+    )
+    need(
+        c.objective.replace_mask + c.objective.replace_random <= 1.0,
+        f"objective.replace_mask + objective.replace_random is "
+        f"{c.objective.replace_mask + c.objective.replace_random:g}; it must be at most 1",
+    )
+    need(
+        c.optimizer.schedule != "wsd" or c.optimizer.warmup_fraction + c.optimizer.decay_fraction <= 1.0,
+        f"optimizer.warmup_fraction + optimizer.decay_fraction is "
+        f"{c.optimizer.warmup_fraction + c.optimizer.decay_fraction:g}; it must be at most 1",
+    )

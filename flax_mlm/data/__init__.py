@@ -1,0 +1,1 @@
+"""From documents to batches: sources -> tokenizer -> packing -> corpus on disk -> pipeline."""

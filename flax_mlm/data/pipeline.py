@@ -1,0 +1,117 @@
+"""Batches as a function of (corpus, seed, step): there is no state to save, and resuming is arithmetic.
+
+The rows of training are an endless stream. Position p = step * B + slot is row permutation(seed, epoch)[i],
+with epoch = p // N and i = p % N. A host reads only the slots that it feeds.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from flax_mlm.data.corpus import Rows
+from flax_mlm.errors import UserError
+
+
+@functools.cache
+def tensorflow() -> Any:
+    """TensorFlow, quiet, and kept off accelerators, which are JAX's."""
+    # Without the second, the first does not silence a line about the rounding of operations that we do not use.
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}
+    import tensorflow as tf
+
+    for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], kind)
+    return tf
+
+
+def train_batches(
+    rows: Rows,
+    *,
+    seed: int,
+    global_batch_size: int,
+    start_step: int,
+    stop_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This host's share of the batches of steps start_step, ..., stop_step - 1.
+
+    Returns:
+      An iterator of dicts: tokens int32 (B / hosts, L), and row_ids uint32 (B / hosts, 2), the high and the low
+      word of each row's position in the stream.
+
+    Raises:
+      UserError: the batch cannot be shared evenly between the hosts, or there are no rows.
+    """
+    share = _share(global_batch_size, process_count)
+    if not rows.num_rows:
+        raise UserError("the corpus has no training rows; prepare one from more text")
+    tf = tensorflow()
+
+    def batch(step: Any) -> dict[str, Any]:
+        position = step * global_batch_size + process_index * share + tf.range(share, dtype=tf.int64)
+        index = _permuted(tf, position, rows.num_rows, seed)
+        tokens = tf.numpy_function(rows.read, [index], tf.int32, stateful=False)
+        high, low = (tf.bitwise.right_shift(position, tf.constant(32, tf.int64)), position % (1 << 32))
+        row_ids = tf.cast(tf.stack([high, low], axis=1), tf.uint32)
+        return {"tokens": tf.ensure_shape(tokens, (share, rows.seq_len)), "row_ids": row_ids}
+
+    dataset = tf.data.Dataset.range(start_step, stop_step)
+    dataset = dataset.map(batch, num_parallel_calls=2, deterministic=True).prefetch(4)
+    return iter(dataset.as_numpy_iterator())
+
+
+def _permuted(tf: Any, position: Any, num_rows: int, seed: int) -> Any:
+    """int64 (n,) positions in the stream -> row numbers."""
+    epoch = position // num_rows
+    # The op is a cipher that uses its key as it is: with small numbers for a key, a thousand epochs had only 256
+    # orders among them, and four rounds left rows near their place. So: a key of random words, and more rounds.
+    epochs, which = tf.unique(epoch, out_idx=tf.int64)
+    keys = tf.map_fn(
+        lambda e: tf.random.stateless_uniform(
+            (3,), tf.stack([tf.constant(seed, tf.int64), e]), None, None, tf.uint32, alg="philox"
+        ),
+        epochs,
+        fn_output_signature=tf.uint32,
+    )
+    last = tf.fill(tf.shape(position), tf.constant(num_rows - 1, tf.int64))
+    return tf.raw_ops.RandomIndexShuffle(
+        index=position % num_rows, seed=tf.gather(keys, which), max_index=last, rounds=16
+    )
+
+
+def eval_batches(
+    rows: Rows, *, batch_size: int, max_rows: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """This host's share of one pass over a split, in order; needs no TensorFlow.
+
+    Args:
+      rows: The split.
+      batch_size: Rows over all hosts.
+      max_rows: When positive, only so many rows, spread evenly.
+      process_index: This host.
+      process_count: Hosts.
+
+    Yields:
+      As for training, with row_ids of the row's number in the split, and valid bool (batch_size / hosts,): False
+      for the rows of only padding that fill the last batch.
+    """
+    share = _share(batch_size, process_count)
+    total = min(max_rows or rows.num_rows, rows.num_rows)
+    for start in range(process_index * share, -(-total // batch_size) * batch_size, batch_size):
+        slot = np.arange(start, start + share)
+        valid = slot < total
+        index = np.where(valid, slot * rows.num_rows // max(total, 1), 0)
+        tokens = np.full((share, rows.seq_len), rows.pad_id, np.int32)
+        tokens[valid] = rows.read(index[valid])
+        row_ids = np.stack([index >> 32, index & 0xFFFFFFFF], axis=1).astype(np.uint32)
+        yield {"tokens": tokens, "row_ids": row_ids, "valid": valid}
+
+
+def _share(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise UserError(f"a batch of {batch_size} rows cannot be shared evenly between {process_count} hosts")
+    return batch_size // process_count

@@ -1,0 +1,262 @@
+"""Text to token ids and back: SentencePiece models, trained here or given, and Hugging Face `tokenizer.json`."""
+
+import abc
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from flax_mlm.config import TokenizerConfig
+from flax_mlm.data.sources import cut
+from flax_mlm.errors import UserError
+
+MASK_TEXT = "[MASK]"  # how a mask is written in a cloze text, whatever the vocabulary calls it
+
+_NAMES = {
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+_TRAIN_LINE = 2000  # characters; SentencePiece drops training lines of more than max_sentence_length bytes
+_ENCODE_LINE = 4096  # characters; SentencePiece's time per character grows with the length of the text
+
+
+class Tokenizer(abc.ABC):
+    """A vocabulary of V pieces, and how text is cut into them.
+
+    Attributes:
+      filename: `tokenizer.model` or `tokenizer.json`.
+      content: The bytes of that file.
+      fingerprint: SHA-256 of that file, as hex.
+      pieces: The V pieces as the library spells them.
+      pad_id, unk_id, cls_id, sep_id, mask_id: Ids of the special pieces.
+      is_special: bool (V,), the five above and every other piece that stands for no text.
+      starts_word: bool (V,), pieces that begin a word; special pieces do.
+      num_threads: Of `encode`; 0 for one per core.
+    """
+
+    filename: str
+    content: bytes
+    pieces: list[str]
+    is_special: np.ndarray
+    starts_word: np.ndarray
+    pad_id: int
+    unk_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+
+    def __init__(self, content: bytes, pieces: list[str], special: set[int], word_mark: str, path: str):
+        self.content = content
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.num_threads = 0
+        self.pieces = pieces
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        for name, spellings in _NAMES.items():
+            found = [ids[s] for s in spellings if s in ids]
+            if not found:
+                raise UserError(f"{path} has no {' or '.join(spellings)} piece; masked-LM training needs one")
+            setattr(self, f"{name}_id", found[0])
+            special = special | {found[0]}
+        self.is_special = np.zeros(len(pieces), bool)
+        self.is_special[list(special)] = True
+        if word_mark.startswith("^"):
+            starts = [not p.startswith(word_mark[1:]) for p in pieces]
+        else:
+            starts = [p.startswith(tuple(word_mark)) or not word_mark for p in pieces]
+        self.starts_word = np.array(starts) | self.is_special
+
+    @property
+    def vocab_size(self) -> int:
+        """V"""
+        return len(self.pieces)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's file into a folder."""
+        (epath.Path(folder) / self.filename).write_bytes(self.content)
+
+    @abc.abstractmethod
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One int32 array of ids per text. No special piece is added, and none comes from text that spells it."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text without special pieces."""
+
+    @abc.abstractmethod
+    def _encode_continued(self, text: str) -> list[int]:
+        """Ids of text that goes on right after a piece, without a space between."""
+
+    def encode_with_mask(self, text: str) -> list[int]:
+        """Ids of a text in which `[MASK]` stands for a piece; after a space, for a piece that has that space."""
+        ids: list[int] = []
+        for i, part in enumerate(text.split(MASK_TEXT)):
+            ids += [self.mask_id] if i else []
+            last = i == text.count(MASK_TEXT)
+            part = part if last else part.rstrip()
+            if part.strip():
+                continued = i > 0 and not part[0].isspace()
+                ids += self._encode_continued(part) if continued else self.encode([part])[0].tolist()
+        return ids
+
+
+class _SentencePiece(Tokenizer):
+    filename = "tokenizer.model"
+
+    def __init__(self, content: bytes, path: str):
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+        proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+        try:
+            proto.ParseFromString(content)
+            if not proto.pieces:
+                raise ValueError("it has no pieces")
+            for piece in proto.pieces:  # a user-defined [MASK] would be found in ordinary text
+                if any(piece.piece in spellings for spellings in _NAMES.values()) and piece.type == piece.USER_DEFINED:
+                    piece.type = piece.CONTROL
+            self._sp = SentencePieceProcessor(model_proto=proto.SerializeToString())
+            proto.normalizer_spec.add_dummy_prefix = False
+            self._sp_continued = SentencePieceProcessor(model_proto=proto.SerializeToString())
+        except Exception as e:  # protobuf's DecodeError and SentencePiece's RuntimeError have no useful base
+            raise UserError(f"{path} is not a SentencePiece model: {e}") from e
+        types = {i for i, p in enumerate(proto.pieces) if p.type in (p.UNKNOWN, p.CONTROL, p.UNUSED)}
+        super().__init__(content, [p.piece for p in proto.pieces], types, "▁", path)
+        # Pieces do not cross whitespace in nearly every model; long texts are then encoded in short parts.
+        self._separable = all(
+            self._sp.encode(f"a b{space}c") == self._sp.encode("a") + self._sp.encode("b") + self._sp.encode("c")
+            for space in " \n"
+        )
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        parts = [list(cut(t, _ENCODE_LINE)) if self._separable else [t] for t in texts]
+        ids = iter(self._sp.encode(list(chain(*parts)), num_threads=self.num_threads or -1))
+        return [np.array(list(chain(*(next(ids) for _ in p))), np.int32) for p in parts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._sp.decode([int(i) for i in ids])
+
+    def _encode_continued(self, text: str) -> list[int]:
+        return self._sp_continued.encode(text)
+
+
+class _HuggingFace(Tokenizer):
+    filename = "tokenizer.json"
+
+    def __init__(self, content: bytes, path: str):
+        import tokenizers
+
+        try:
+            spec = json.loads(content)
+            for token in spec["added_tokens"]:  # only tokens marked special can be kept from matching text
+                token["special"] |= any(token["content"] in spellings for spellings in _NAMES.values())
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self._continued = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(spec)))
+        except Exception as e:  # `tokenizers` raises bare Exception
+            raise UserError(f"{path} is not a Hugging Face tokenizer.json: {e}") from e
+        for tokenizer in (self._tokenizer, self._continued):
+            tokenizer.encode_special_tokens = True  # "[MASK]" in a document is text
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        vocab = self._tokenizer.get_vocab()
+        pieces = [""] * (max(vocab.values()) + 1)
+        for piece, i in vocab.items():
+            pieces[i] = piece
+        special = {t["id"] for t in spec["added_tokens"] if t["special"]} | {i for i, p in enumerate(pieces) if not p}
+        model, cutter = (spec["model"], json.dumps([spec["pre_tokenizer"], spec["normalizer"]], ensure_ascii=False))
+        if model["type"] == "WordPiece":
+            mark = "^" + model["continuing_subword_prefix"]
+        else:
+            mark = "ĠĊĉč" if "ByteLevel" in cutter else "▁" if "▁" in cutter else ""
+        super().__init__(content, pieces, special, mark, path)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(e.ids, np.int32) for e in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _encode_continued(self, text: str) -> list[int]:
+        return self._continued.encode(text, add_special_tokens=False).ids
+
+
+def _without_prefix(spec: Any) -> Any:
+    """The same tokenizer.json, but no space is put in front of a text."""
+    if isinstance(spec, list):
+        return [_without_prefix(s) for s in spec]
+    if not isinstance(spec, dict):
+        return spec
+    changes: dict[Any, dict[str, Any]] = {
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+        "Prepend": {"prepend": ""},
+    }
+    return {k: v if k == "vocab" else _without_prefix(v) for k, v in spec.items()} | changes.get(spec.get("type"), {})
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Reads a SentencePiece `.model` or a Hugging Face `tokenizer.json`, or the one in a folder.
+
+    Raises:
+      UserError: there is none, it cannot be read, or a special piece is missing.
+    """
+    file = epath.Path(path).expanduser()
+    if file.is_dir():
+        found = [f for f in (file / "tokenizer.model", file / "tokenizer.json") if f.exists()]
+        if not found:
+            raise UserError(f"{file} holds no tokenizer.model and no tokenizer.json")
+        file = found[0]
+    if not file.exists():
+        raise UserError(f"tokenizer file {file} does not exist; give a SentencePiece .model or a tokenizer.json")
+    kind = _HuggingFace if file.suffix == ".json" else _SentencePiece
+    return kind(file.read_bytes(), str(file))
+
+
+def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """Trains a SentencePiece model; the same texts and config give the same bytes on any machine.
+
+    Raises:
+      UserError: the text does not support a vocabulary of this size.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    def lines() -> Iterator[str]:
+        for text in texts:
+            for line in text.splitlines():
+                # U+2585 is SentencePiece's own mark; it drops lines that hold it.
+                yield from cut(line.replace("\u2585", " "), _TRAIN_LINE)
+
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=lines(),
+            model_writer=model,
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            normalization_rule_name=config.normalization,
+            byte_fallback=True,
+            max_sentence_length=4 * _TRAIN_LINE,  # bytes
+            # As control symbols, no text can spell them. num_threads is left alone: it is recorded in the model.
+            pad_id=0, pad_piece="[PAD]", unk_id=1, unk_piece="[UNK]",
+            bos_id=2, bos_piece="[CLS]", eos_id=3, eos_piece="[SEP]", control_symbols=["[MASK]"],
+            minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as e:
+        if match := re.search(r"value <= (\d+)", str(e)):
+            limit = f"at most {match[1]} for this text"
+        elif match := re.search(r"(\d+) vs (\d+)", str(e)):
+            limit = f"at least {match[2]} for this text"
+        else:
+            raise UserError(f"no tokenizer can be trained: is there any text? SentencePiece says: {e}") from e
+        raise UserError(f"tokenizer.vocab_size is {config.vocab_size}; it can be {limit}") from e
+    return _SentencePiece(model.getvalue(), "the trained tokenizer")

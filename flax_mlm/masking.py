@@ -1,0 +1,208 @@
+"""Which tokens are hidden, and how: (tokens, row number, key) -> inputs, predicted positions, labels, weights.
+
+Pure functions of static shape, run inside jit. A row is masked from its tokens and its own key alone, so
+masks are the same however the batch is split over devices, hosts, microbatches and restarts.
+
+Shapes: B rows of a batch, L tokens of a row, K slots for predicted positions, V vocabulary.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from flax_mlm.config import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from flax_mlm.data.tokenizer import Tokenizer
+
+_RATE_UNIT = 100_000  # rates count in hundred-thousandths, so that rounding is integer arithmetic
+_WORD_PASSES = 4
+
+
+class Vocabulary(NamedTuple):
+    """What masking has to know of a vocabulary; put on the device once."""
+
+    is_special: jax.Array  # (V,) bool: never predicted, never drawn as a random token
+    starts_word: jax.Array  # (V,) bool
+    ordinary_ids: jax.Array  # (R,) int32, the ids that are not special
+    pad_id: int
+    cls_id: int
+    mask_id: int
+
+
+class Masked(NamedTuple):
+    """One masked batch. Slots in use come first, by ascending position; the others hold zeros."""
+
+    inputs_BL: jax.Array  # int32
+    positions_BK: jax.Array  # int32
+    labels_BK: jax.Array  # int32, the original ids
+    weights_BK: jax.Array  # float32, 1 for a slot in use
+
+
+def vocabulary(tokenizer: "Tokenizer") -> Vocabulary:
+    """The lookup tables of a tokenizer, as device arrays."""
+    is_special = np.asarray(tokenizer.is_special)
+    return Vocabulary(
+        is_special=jnp.asarray(is_special),
+        starts_word=jnp.asarray(tokenizer.starts_word),
+        ordinary_ids=jnp.asarray(np.flatnonzero(~is_special), jnp.int32),
+        pad_id=int(tokenizer.pad_id),
+        cls_id=int(tokenizer.cls_id),
+        mask_id=int(tokenizer.mask_id),
+    )
+
+
+def segment_ids(tokens_BL: jax.Array, vocab: Vocabulary) -> jax.Array:
+    """1, 2, 3 ... for the segments of a row, each opened by its [CLS]; 0 at [PAD]."""
+    segments_BL = jnp.cumsum((tokens_BL == vocab.cls_id).astype(jnp.int32), axis=1)
+    return jnp.where(tokens_BL == vocab.pad_id, 0, segments_BL)
+
+
+def positions(segment_ids_BL: jax.Array) -> jax.Array:
+    """The place of each token inside its segment, from 0."""
+    begins_BL = segment_ids_BL != jnp.roll(segment_ids_BL, 1, axis=1)
+    place_1L = jnp.arange(segment_ids_BL.shape[1], dtype=jnp.int32)[None]
+    return place_1L - lax.cummax(jnp.where(begins_BL, place_1L, 0), axis=1)
+
+
+def num_slots(seq_len: int, largest_rate: float) -> int:
+    """K: as many slots as the fullest row, `seq_len` less its [CLS] and [SEP], can need."""
+    units = int(np.round(np.float32(largest_rate) * np.float32(_RATE_UNIT)))
+    return max(1, (units * (seq_len - 2) + _RATE_UNIT // 2) // _RATE_UNIT)
+
+
+def mask_rate_at(objective: ObjectiveConfig, step: jax.Array | int, total_steps: int) -> jax.Array:
+    """The share of tokens to predict at `step`: linear from mask_rate, at step 0, to mask_rate_final, at the last."""
+    done = jnp.asarray(step, jnp.float32) / max(total_steps - 1, 1)
+    final = objective.mask_rate if objective.mask_rate_final is None else objective.mask_rate_final
+    return objective.mask_rate * (1 - done) + final * done
+
+
+def mask_tokens(
+    tokens_BL: jax.Array,
+    row_ids_B2: jax.Array,
+    key: jax.Array,
+    vocab: Vocabulary,
+    objective: ObjectiveConfig,
+    mask_rate: jax.Array | float,
+    num_slots: int,
+) -> Masked:
+    """Hides part of each row, the original ids being what the model is to predict.
+
+    Exactly `round(mask_rate * maskable tokens)` positions are taken per row, without replacement, never a
+    special token, and at least one where any token is maskable. Halves round up; the rate counts in
+    hundred-thousandths and the product is an integer (below 2**32 up to L = 42,949), so every device and
+    every compilation rounds alike. The selected tokens are then shown as [MASK], as a random ordinary token,
+    or unchanged (BERT, arXiv:1810.04805, section 3.1: 80%, 10%, 10%). `objective.masking` says how they are chosen:
+
+    * `token`: each alone.
+    * `whole_word`: all pieces of a word together, as in BERT's whole-word-masking models
+      (github.com/google-research/bert, create_pretraining_data.py): words in random order, those that no
+      longer fit being skipped. Static shapes allow it to be done in `_WORD_PASSES` passes, the last of which
+      takes single-piece words only; a row may fall short when too few of those are left. A row none of
+      whose words fits is masked token by token, so that it has something to predict.
+    * `span`: runs of whole words (SpanBERT, arXiv:1907.10529, section 3.1). A row is cut into spans, each
+      ending after a word with probability `span_stop` and at the latest after `span_max_words`; the spans
+      are taken in random order, the last one cut to the exact count. As there, a span is replaced as one.
+      (Lengths are geometric and clipped, mean 4.5 words at 0.2 and 10; SpanBERT redraws those over 10: 3.8.)
+
+    No word or span goes across a special token.
+
+    Args:
+      tokens_BL: int32 rows.
+      row_ids_B2: uint32 [high, low] halves of each row's number in the training stream.
+      key: of the whole run; a row uses fold_in(fold_in(key, high), low).
+      mask_rate: may change from step to step.
+      num_slots: K, as `num_slots` gives it for the largest rate.
+    """
+
+    def mask_row(
+        tokens_L: jax.Array, row_id_2: jax.Array, key: jax.Array, vocab: Vocabulary, rate_units: jax.Array
+    ) -> Masked:
+        row_key = jax.random.fold_in(jax.random.fold_in(key, row_id_2[0]), row_id_2[1])
+        order_L, stop_L, replace_L, random_L = jax.random.bits(row_key, (4, tokens_L.size), jnp.uint32)
+        place_L = jnp.arange(tokens_L.size, dtype=jnp.int32)
+        maskable_L = ~vocab.is_special[tokens_L]
+        maskable = maskable_L.sum(dtype=jnp.uint32)
+        wanted = ((rate_units * maskable + _RATE_UNIT // 2) // _RATE_UNIT).astype(jnp.int32)
+        wanted = jnp.minimum(jnp.maximum(wanted, jnp.minimum(maskable.astype(jnp.int32), 1)), num_slots)
+
+        # Units are chosen whole: `start` and `length` of the one that each token belongs to.
+        start_L, length_L = place_L, jnp.ones_like(place_L)
+        if objective.masking != "token":
+            after_special_L = jnp.roll(~maskable_L, 1).at[0].set(True)
+            begins_L = vocab.starts_word[tokens_L] | after_special_L | ~maskable_L
+            if objective.masking == "span":
+                stops_L = _uniform(stop_L) < objective.span_stop
+                begins_L = _span_begins(begins_L, begins_L & (stops_L | after_special_L | ~maskable_L), objective)
+            start_L, length_L = _extents(begins_L, place_L)
+        if objective.masking == "whole_word":
+            fits = (maskable_L & (length_L <= wanted)).any()
+            start_L, length_L = jnp.where(fits, start_L, place_L), jnp.where(fits, length_L, 1)
+
+        # Tokens sorted by the random score of their unit, those of one unit side by side and in order.
+        score_L = jnp.where(maskable_L, order_L[start_L] >> 1, jnp.uint32(0xFFFFFFFF))
+        _, order_L = lax.sort((score_L, place_L), num_keys=2)
+        if objective.masking == "whole_word":
+            taken_L = _whole_units(length_L[order_L], (place_L - start_L)[order_L], maskable_L[order_L], wanted)
+        else:
+            taken_L = place_L < wanted
+        ascending_K = lax.sort(jnp.where(taken_L, order_L, tokens_L.size))[:num_slots]
+
+        used_K = ascending_K < tokens_L.size
+        positions_K = jnp.where(used_K, ascending_K, 0)
+        labels_K = tokens_L[positions_K]
+        decide_K = start_L[positions_K] if objective.masking == "span" else positions_K
+        u_K = _uniform(replace_L[decide_K])
+        random_K = vocab.ordinary_ids[random_L[positions_K] % vocab.ordinary_ids.size]
+        shown_K = jnp.where(u_K < objective.replace_mask + objective.replace_random, random_K, labels_K)
+        shown_K = jnp.where(u_K < objective.replace_mask, vocab.mask_id, shown_K)
+        return Masked(
+            inputs_BL=tokens_L.at[ascending_K].set(shown_K, mode="drop"),
+            positions_BK=positions_K,
+            labels_BK=jnp.where(used_K, labels_K, 0),
+            weights_BK=used_K.astype(jnp.float32),
+        )
+
+    mask_rows = jax.vmap(mask_row, in_axes=(0, 0, None, None, None))
+    batch = P(*jax.typeof(tokens_BL).sharding.spec[:1])
+    if any(batch):  # rows need nothing of each other: each device masks its own
+        mask_rows = jax.shard_map(mask_rows, in_specs=(batch, batch, P(), P(), P()), out_specs=batch)
+    rate_units = jnp.round(jnp.asarray(mask_rate, jnp.float32) * _RATE_UNIT).astype(jnp.uint32)
+    with jax.named_scope("mask_tokens"):
+        return mask_rows(tokens_BL, row_ids_B2, key, vocab, rate_units)
+
+
+def _uniform(bits: jax.Array) -> jax.Array:
+    """Random uint32 -> float32 in [0, 1)."""
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def _span_begins(word_begins_L: jax.Array, breaks_L: jax.Array, objective: ObjectiveConfig) -> jax.Array:
+    """Where spans begin: at every break, and every `span_max_words` words after it."""
+    word_L = jnp.cumsum(word_begins_L.astype(jnp.int32))
+    words_since_break_L = word_L - lax.cummax(jnp.where(breaks_L, word_L, 0))
+    return word_begins_L & (words_since_break_L % objective.span_max_words == 0)
+
+
+def _extents(begins_L: jax.Array, place_L: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Start and length of the unit around each token, units running from one begin to the next."""
+    start_L = lax.cummax(jnp.where(begins_L, place_L, 0))
+    next_L = lax.cummin(jnp.where(begins_L, place_L, place_L.size), reverse=True)
+    end_L = jnp.roll(next_L, -1).at[-1].set(place_L.size)
+    return start_L, end_L - start_L
+
+
+def _whole_units(length_L: jax.Array, offset_L: jax.Array, maskable_L: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Which tokens, given unit after unit, to take so that no unit is cut and at most `wanted` are taken."""
+    taken_L = jnp.zeros_like(maskable_L)
+    for last in [False] * (_WORD_PASSES - 1) + [True]:
+        left = wanted - taken_L.sum(dtype=jnp.int32)
+        fits_L = maskable_L & ~taken_L & (length_L <= (jnp.minimum(left, 1) if last else left))
+        through_unit_L = jnp.cumsum(fits_L.astype(jnp.int32)) + length_L - 1 - offset_L
+        taken_L |= fits_L & (through_unit_L <= left)
+    return taken_L

@@ -1,0 +1,165 @@
+"""Speed, and where the numbers go: a line on the console, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+import contextlib
+import datetime
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flax_mlm.config import Config, ModelConfig
+
+# Dense peak of one chip in bfloat16, FLOP/s, by a part of its `device_kind` (vendors' data sheets).
+_PEAK_FLOPS = {
+    "v4": 275e12,
+    "v5 lite": 197e12,
+    "v5e": 197e12,
+    "v5p": 459e12,
+    "v6 lite": 918e12,
+    "v6e": 918e12,
+    "a100": 312e12,
+    "h100": 989e12,
+    "h200": 989e12,
+}
+
+
+def flops_per_row(model: ModelConfig, seq_len: int, slots: int, vocab_rows: int) -> float:
+    """Model FLOPs of one row of a training step: 2 per multiply-add, 3 times the forward pass. Recomputation
+    (remat) does not count; windowed layers count their window."""
+    d, f = model.hidden_size, model.intermediate_size
+    matmuls = 4 * d * d + (3 if model.glu else 2) * d * f
+    num_global = -(-model.num_layers // model.global_attention_every)
+    seen = num_global * seq_len + (model.num_layers - num_global) * min(seq_len, model.local_window + 1)
+    forward = 2 * seq_len * (model.num_layers * matmuls + 2 * d * seen) + 2 * slots * (d * d + d * vocab_rows)
+    return 3.0 * forward
+
+
+def peak_flops(mesh: Any) -> float | None:
+    """bfloat16 peak of all the mesh's chips, FLOP/s; None where it is not known, and then no MFU is reported."""
+    kind = mesh.devices.flat[0].device_kind.lower()
+    return next((peak * mesh.size for name, peak in _PEAK_FLOPS.items() if name in kind), None)
+
+
+class Throughput:
+    """Rates over the time since the last report."""
+
+    def __init__(self, step: int, total_steps: int, flops_per_step: float, peak: float | None):
+        self._total, self._flops, self._peak = total_steps, flops_per_step, peak
+        self._start(step)
+
+    def _start(self, step: int) -> None:
+        self._step, self._since, self._tokens, self._waited = step, time.perf_counter(), 0.0, 0.0
+
+    def add(self, tokens: float) -> None:
+        """Counts a step's tokens, padding excluded."""
+        self._tokens += tokens
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training; it does not count."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def report(self, step: int) -> dict[str, float]:
+        """tokens_per_second, data_wait (share of the time), eta_seconds, and mfu where the peak is known."""
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        per_step = elapsed / max(step - self._step, 1)
+        rates = {
+            "tokens_per_second": self._tokens / elapsed,
+            "data_wait": self._waited / elapsed,
+            "eta_seconds": per_step * (self._total - step),
+        }
+        if self._peak:
+            rates["mfu"] = self._flops / per_step / self._peak
+        self._start(step)
+        return rates
+
+
+def train_line(step: int, total: int, m: dict[str, float]) -> str:
+    """One greppable line."""
+    parts = [
+        f"step {step}/{total}",
+        f"loss {m['loss']:.4f}",
+        f"accuracy {m['accuracy']:.4f}",
+        f"lr {m['learning_rate']:.2e}",
+        f"grad_norm {m['grad_norm']:.3f}",
+        f"tokens/s {m['tokens_per_second']:,.0f}",
+        f"mfu {m['mfu']:.1%}" if "mfu" in m else "mfu unknown",
+        f"data_wait {m['data_wait']:.1%}",
+        f"eta {datetime.timedelta(seconds=round(m['eta_seconds']))}",
+    ]
+    return "  ".join(parts + ([f"skipped {m['skipped']:.0f}"] if m["skipped"] else []))
+
+
+class Writers:
+    """metrics.jsonl always, TensorBoard and Weights & Biases when asked for. Make it on process 0 only."""
+
+    def __init__(self, workdir: Path, config: Config, start_step: int):
+        """Lines of steps after `start_step`, written by a run that was killed later, are dropped."""
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step]
+            _replace(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._tensorboard = self._wandb = None
+        if config.log.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        if config.log.wandb_project:
+            try:
+                import wandb
+
+                name = workdir.name
+                self._wandb = wandb.init(
+                    project=config.log.wandb_project, name=name, id=name, resume="allow", config=config.to_dict()
+                )
+            except Exception as e:  # a missing package, account or network never stops a run
+                print(f"Weights & Biases is off: {type(e).__name__}: {e}")
+
+    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """Records scalars under `kind` ("train" or "validation")."""
+        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb:
+            try:
+                self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+            except Exception as e:
+                print(f"Weights & Biases is off: {type(e).__name__}: {e}")
+                self._wandb = None
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # half a line, written when the run was killed
+        return float("inf")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name, then renames it."""
+    _replace(path, json.dumps(value, indent=2) + "\n")

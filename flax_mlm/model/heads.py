@@ -1,0 +1,93 @@
+"""From hidden states to vocabulary scores, and the whole language model as pure functions of its parameters."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_mlm import sharding
+from flax_mlm.config import ModelConfig
+from flax_mlm.model.encoder import Encoder, Kernel, LayerNorm, gelu
+
+
+class VocabularyHead(nnx.Module):
+    """BERT's prediction head: dense, GELU, norm, then the token embedding transposed, plus a bias."""
+
+    def __init__(self, config: ModelConfig, vocab_rows: int, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.dense = Kernel("DE", (width, width), 1, config, rngs)
+        self.norm = LayerNorm(config)
+        self.decoder_bias = nnx.Param(jnp.zeros(vocab_rows), dims="V")
+
+    def __call__(self, x_BKD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
+        """Scores (B, K, V), float32."""
+        x_BKD = self.norm(gelu(self.dense("BKD,DE->BKE", x_BKD, "KE")))
+        scores_BKV = jnp.einsum(
+            "BKD,VD->BKV",
+            x_BKD,
+            embedding_VD.astype(x_BKD.dtype),
+            out_sharding=sharding.batch_spec("K", "V"),
+            preferred_element_type=jnp.float32,
+        )
+        return scores_BKV + self.decoder_bias[...]
+
+
+class LanguageModel(nnx.Module):
+    """Encoder and vocabulary head, the decoder tied to the token embedding."""
+
+    def __init__(self, config: ModelConfig, vocab_rows: int, rngs: nnx.Rngs):
+        self.encoder = Encoder(config, vocab_rows, rngs)
+        self.head = VocabularyHead(config, vocab_rows, rngs)
+
+    def __call__(self, tokens_BL: jax.Array, *args: Any, predict_BK: jax.Array, **kwargs: Any) -> jax.Array:
+        """Scores (B, K, V) at the positions `predict_BK`; only these reach the vocabulary matmul.
+
+        The other arguments are those of `Encoder`.
+        """
+        x_BLD = self.encoder(tokens_BL, *args, **kwargs)
+        with jax.named_scope("head"):
+            x_BKD = jnp.take_along_axis(x_BLD, predict_BK[..., None], axis=1)
+            head = jax.tree.map(sharding.gather_fsdp, nnx.state(self.head))
+            head = nnx.merge(nnx.graphdef(self.head), head)
+            return head(x_BKD, sharding.gather_fsdp(self.encoder.embeddings.token[...]))
+
+
+class Model(NamedTuple):
+    """A module as pure functions. Parameters are nested dicts of arrays."""
+
+    init: Callable[[jax.Array], Any]  # key -> parameters
+    apply: Callable[..., jax.Array]  # (parameters, *args) -> scores (B, K, V)
+    encode: Callable[..., jax.Array]  # (parameters, *args) -> hidden states (B, L, D)
+    dims: Any  # per parameter, the letters of its trailing dimensions
+
+
+def vocab_rows(config: ModelConfig, vocab_size: int) -> int:
+    """Rows of the token embedding: the vocabulary, rounded up to `vocab_multiple_of`."""
+    return -(-vocab_size // config.vocab_multiple_of) * config.vocab_multiple_of
+
+
+def language_model(config: ModelConfig, vocab_size: int) -> Model:
+    """The language model of this shape, without parameters."""
+
+    def make(key: jax.Array) -> LanguageModel:
+        return LanguageModel(config, vocab_rows(config, vocab_size), nnx.Rngs(params=key))
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
+
+    def bind(params: Any) -> LanguageModel:
+        return nnx.merge(
+            graphdef, jax.tree.map(lambda v, x: v.replace(x), abstract, nnx.State(params), is_leaf=_is_variable)
+        )
+
+    return Model(
+        init=lambda key: nnx.to_pure_dict(nnx.state(make(key))),
+        apply=lambda params, *args, **kwargs: bind(params)(*args, **kwargs),
+        encode=lambda params, *args, **kwargs: bind(params).encoder(*args, **kwargs),
+        dims=nnx.to_pure_dict(abstract, lambda v: v.get_metadata("dims")),
+    )
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)

@@ -1,0 +1,86 @@
+"""What is predicted, and how well: targets of `mlm` and `clm`, and the loss as sums and counts.
+
+Sums are divided once, by the count over the whole global batch, so that the loss and its gradient are the same
+on one device, on many, and with gradient accumulation.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_mlm import masking, sharding
+from flax_mlm.config import ObjectiveConfig
+
+
+class Sums(NamedTuple):
+    """Sums over predicted tokens; float32 scalars, or one for each row."""
+
+    loss: jax.Array  # nats
+    correct: jax.Array
+    predicted: jax.Array  # how many
+
+
+def num_slots(objective: ObjectiveConfig, seq_len: int, largest_rate: float) -> int:
+    """K, the predicted slots of a row."""
+    return seq_len - 1 if objective.name == "clm" else masking.num_slots(seq_len, largest_rate)
+
+
+class Targets(NamedTuple):
+    """What the model sees and what it must say."""
+
+    inputs_BL: jax.Array  # int32
+    segment_ids_BL: jax.Array  # int32, 0 at padding
+    positions_BL: jax.Array  # int32, restarting in each segment
+    predict_BK: jax.Array  # int32, the positions that are predicted
+    labels_BK: jax.Array  # int32
+    weights_BK: jax.Array  # float32, 1 for a slot in use
+
+
+def targets(
+    objective: ObjectiveConfig,
+    rows: dict[str, jax.Array],
+    key: jax.Array,
+    vocab: masking.Vocabulary,
+    mask_rate: jax.Array | float,
+    slots: int,
+) -> Targets:
+    """Inputs and targets of the rows, for either objective.
+
+    With `mlm` see `masking.mask_tokens`. With `clm` nothing is hidden: position i predicts token i + 1 of the same
+    segment.
+
+    Args:
+      rows: `tokens` int32 (B, L) and `row_ids` uint32 (B, 2), see `data.pipeline`.
+    """
+
+    def of_rows(rows: dict[str, jax.Array], key: jax.Array, vocab: masking.Vocabulary, mask_rate: jax.Array) -> Targets:
+        tokens_BL = rows["tokens"]
+        segment_ids_BL = masking.segment_ids(tokens_BL, vocab)
+        context = segment_ids_BL, masking.positions(segment_ids_BL)
+        if objective.name == "mlm":
+            masked = masking.mask_tokens(tokens_BL, rows["row_ids"], key, vocab, objective, mask_rate, slots)
+            return Targets(masked.inputs_BL, *context, masked.positions_BK, masked.labels_BK, masked.weights_BK)
+        same_BK = (segment_ids_BL[:, 1:] == segment_ids_BL[:, :-1]) & (segment_ids_BL[:, 1:] > 0)
+        predict_BK = jax.lax.broadcasted_iota(jnp.int32, same_BK.shape, 1)
+        return Targets(tokens_BL, *context, predict_BK, tokens_BL[:, 1:], same_BK.astype(jnp.float32))
+
+    return sharding.per_row(of_rows, rows, key, vocab, jnp.asarray(mask_rate, jnp.float32))
+
+
+def row_sums(scores_BKV: jax.Array, labels_BK: jax.Array, weights_BK: jax.Array) -> Sums:
+    """Cross-entropy and accuracy of each row, as sums (B,) over its used slots.
+
+    Written with reductions over V alone (no gather), so that V may be split over devices.
+    """
+    ids_V = jax.lax.broadcasted_iota(jnp.int32, scores_BKV.shape, 2)
+    top_BK = scores_BKV.max(-1)
+    shifted_BKV = scores_BKV - jax.lax.stop_gradient(top_BK)[..., None]
+    label_BK = jnp.where(ids_V == labels_BK[..., None], shifted_BKV, 0.0).sum(-1)
+    loss_BK = jnp.log(jnp.exp(shifted_BKV).sum(-1)) - label_BK
+    best_BK = jnp.where(scores_BKV == top_BK[..., None], ids_V, scores_BKV.shape[-1]).min(-1)
+    return Sums(
+        loss=(loss_BK * weights_BK).sum(-1),
+        correct=jnp.where(best_BK == labels_BK, weights_BK, 0.0).sum(-1),
+        predicted=weights_BK.sum(-1),
+    )

@@ -1,0 +1,149 @@
+"""The folder on disk: what is written is read, and damage is noticed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flax_mlm.config import TokenizerConfig
+from flax_mlm.data import corpus as corpus_lib
+from flax_mlm.data import tokenizer as tokenizer_lib
+from flax_mlm.data.corpus import Corpus
+from flax_mlm.errors import UserError
+
+L = 8
+
+
+@pytest.fixture(scope="module")
+def tok():
+    config = TokenizerConfig("", "bpe", 280, "nmt_nfkc", 1.0, 1)
+    return tokenizer_lib.train(["the cat sat on the mat and the dog sat on the cat " * 20], config)
+
+
+def write(folder: Path, tok, seed: int = 0) -> dict[str, list[int]]:
+    """A corpus of three training shards; returns the tokens of each split, sorted."""
+    rng, tokens, splits = np.random.default_rng(seed), {}, {}
+    folder.mkdir()
+    for split, windows in (("train", 3), ("validation", 1)):
+        writer, all_ids, document = (corpus_lib.Writer(folder, split, L, tok, "best_fit"), [], 0)
+        for _ in range(windows):
+            lengths = rng.integers(1, 40, 9)
+            ids = rng.integers(5, 280, lengths.sum()).astype(corpus_lib.row_dtype(280))
+            document += 8  # the first document of a window goes on from the one before
+            numbers = document + np.arange(9)
+            writer.add(ids, np.stack([numbers, lengths, lengths, lengths], axis=1))
+            all_ids += ids.tolist()
+        splits[split], tokens[split] = writer.finish(), sorted(all_ids)
+    tok.save(folder)
+    tokenizer = {"file": tok.filename, "sha256": tok.fingerprint, "vocab_size": tok.vocab_size, "pad_id": tok.pad_id}
+    manifest = {
+        "format": corpus_lib.FORMAT,
+        "request": "",
+        "source": {"name": "random", "licence": "none", "counts": {}},
+        "tokenizer": tokenizer,
+        "seq_len": L,
+        "dtype": "uint16",
+        "splits": splits,
+    }
+    corpus_lib.write_file(folder / corpus_lib.MANIFEST, json.dumps(manifest).encode())
+    return tokens
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(corpus_lib, "WINDOW", 1)
+
+
+@pytest.fixture
+def folder(tmp_path, tok):
+    write(tmp_path / "corpus", tok)
+    return tmp_path / "corpus"
+
+
+def test_what_is_written_is_read(tmp_path, tok):
+    tokens = write(tmp_path / "c", tok)
+    corpus = Corpus.open(tmp_path / "c")
+    corpus.verify()
+    assert (corpus.seq_len, corpus.vocab_size, corpus.source, corpus.licence) == (L, 280, "random", "none")
+    assert corpus.tokenizer().fingerprint == tok.fingerprint
+    assert len(list((tmp_path / "c").glob("train-*.npy"))) == 3
+    for name in ("train", "validation"):
+        rows = corpus.split(name)
+        read = rows.read(np.arange(rows.num_rows))
+        assert read.dtype == np.int32 and read.shape == (rows.num_rows, L)
+        assert sorted(read[read >= 5].tolist()) == tokens[name]
+        counts = corpus.counts[name]
+        assert counts["rows"] == rows.num_rows and counts["padding"] == (read == rows.pad_id).sum()
+        assert counts["tokens"] == counts["words"] == counts["bytes"] == len(tokens[name])
+    assert corpus.counts["train"]["documents"] == 25 and corpus.counts["validation"]["documents"] == 9
+
+
+@given(st.data())
+def test_rows_in_any_order_near_and_far(tmp_path_factory, tok, data):
+    base = tmp_path_factory.getbasetemp() / "any_order"
+    if not base.exists():
+        write(base, tok)
+    rows = Corpus.open(base).split("train")
+    everything = rows.read(np.arange(rows.num_rows))
+    index = np.array(data.draw(st.lists(st.integers(0, rows.num_rows - 1), max_size=30)), np.int64)
+    np.testing.assert_array_equal(rows.read(index), everything[index])
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(corpus_lib, "_is_local", lambda path: False)
+        np.testing.assert_array_equal(rows.read(index), everything[index])
+
+
+def test_rows_outside_the_split(folder):
+    rows = Corpus.open(folder).split("train")
+    for wrong in (-1, rows.num_rows):
+        with pytest.raises(IndexError):
+            rows.read(np.array([0, wrong]))
+
+
+def test_fingerprint_follows_the_content_and_not_the_place(folder, tmp_path, tok):
+    shutil.copytree(folder, tmp_path / "copy")
+    write(tmp_path / "other", tok, seed=1)
+    first, copy, other = (Corpus.open(f).fingerprint for f in (folder, tmp_path / "copy", tmp_path / "other"))
+    assert first == copy != other
+
+
+def edit(folder: Path, **changes) -> None:
+    manifest = json.loads((folder / "corpus.json").read_text())
+    (folder / "corpus.json").write_text(json.dumps(manifest | changes))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: shutil.rmtree(f), "is not a corpus: it has no corpus.json"),
+        (lambda f: (f / "corpus.json").unlink(), "is not a corpus"),
+        (lambda f: (f / "corpus.json").write_text('{"format": 1'), "corpus.json is damaged"),
+        (lambda f: (f / "corpus.json").write_text("[]"), "corpus.json is damaged"),
+        (lambda f: edit(f, seq_len=None, splits={}), "corpus.json is damaged"),
+        (lambda f: edit(f, format=99), "is of corpus format 99; this program reads 1"),
+        (lambda f: (f / "train-00001.npy").unlink(), "train-00001.npy is missing"),
+        (lambda f: (f / "train-00001.npy").write_bytes(b"x" * 150), "train-00001.npy has 150 bytes; corpus.json says"),
+        (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model is missing"),
+        (lambda f: (f / "tokenizer.model").write_bytes(b"other"), "tokenizer.model is not the one"),
+    ],
+)
+def test_damage_is_noticed_at_open(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        Corpus.open(folder)
+
+
+def test_one_flipped_bit_is_found_by_verify(folder):
+    path = folder / "train-00002.npy"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"train-00002\.npy is damaged"):
+        Corpus.open(folder).verify()
+
+
+def test_large_vocabularies_take_four_bytes():
+    assert corpus_lib.row_dtype(65536) == np.uint16 and corpus_lib.row_dtype(65537) == np.uint32

