@@ -41,7 +41,7 @@ def run(
             app.run(lambda _: None)
         config_dict, argv = _load(sys.argv, from_checkpoint)
         argv, to_none = _normalise(argv, config_lib.field_types())
-        config_flags.DEFINE_config_dict("config", config_dict)
+        config_flags.DEFINE_config_dict("config", config_dict, sys_argv=argv)
         try:
             leftover = flags.FLAGS(argv)[1:]
         except flags.Error as e:

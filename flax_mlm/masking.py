@@ -95,16 +95,15 @@ def mask_tokens(
 
     Exactly `round(mask_rate * maskable tokens)` positions are taken per row, without replacement, never a
     special token, and at least one where any token is maskable. Halves round up; the rate counts in
-    hundred-thousandths and the product is an integer (below 2**32 up to L = 42,949), so every device and
-    every compilation rounds alike. The selected tokens are then shown as [MASK], as a random ordinary token,
-    or unchanged (BERT, arXiv:1810.04805, section 3.1: 80%, 10%, 10%). `objective.masking` says how they are chosen:
+    hundred-thousandths and the product is an integer (below 2**32 up to L = 42,949): all devices agree.
+    The selected tokens are then shown as [MASK], as a random ordinary token, or unchanged (BERT,
+    arXiv:1810.04805, section 3.1: 80%, 10%, 10%). `objective.masking` says how they are chosen:
 
     * `token`: each alone.
     * `whole_word`: all pieces of a word together, as in BERT's whole-word-masking models
       (github.com/google-research/bert, create_pretraining_data.py): words in random order, those that no
-      longer fit being skipped. Static shapes allow it to be done in `_WORD_PASSES` passes, the last of which
-      takes single-piece words only; a row may fall short when too few of those are left. A row none of
-      whose words fits is masked token by token, so that it has something to predict.
+      longer fit being skipped. This takes `_WORD_PASSES` passes, the last over single-piece words; a row may
+      fall short when too few of those are left. A row none of whose words fits is masked token by token.
     * `span`: runs of whole words (SpanBERT, arXiv:1907.10529, section 3.1). A row is cut into spans, each
       ending after a word with probability `span_stop` and at the latest after `span_max_words`; the spans
       are taken in random order, the last one cut to the exact count. As there, a span is replaced as one.
@@ -124,7 +123,7 @@ def mask_tokens(
         tokens_L: jax.Array, row_id_2: jax.Array, key: jax.Array, vocab: Vocabulary, rate_units: jax.Array
     ) -> Masked:
         row_key = jax.random.fold_in(jax.random.fold_in(key, row_id_2[0]), row_id_2[1])
-        order_L, stop_L, replace_L, random_L = jax.random.bits(row_key, (4, tokens_L.size), jnp.uint32)
+        score_L, stop_L, replace_L, random_L = jax.random.bits(row_key, (4, tokens_L.size), jnp.uint32)
         place_L = jnp.arange(tokens_L.size, dtype=jnp.int32)
         maskable_L = ~vocab.is_special[tokens_L]
         maskable = maskable_L.sum(dtype=jnp.uint32)
@@ -137,15 +136,17 @@ def mask_tokens(
             after_special_L = jnp.roll(~maskable_L, 1).at[0].set(True)
             begins_L = vocab.starts_word[tokens_L] | after_special_L | ~maskable_L
             if objective.masking == "span":
-                stops_L = _uniform(stop_L) < objective.span_stop
-                begins_L = _span_begins(begins_L, begins_L & (stops_L | after_special_L | ~maskable_L), objective)
+                breaks_L = begins_L & (after_special_L | ~maskable_L | (_uniform(stop_L) < objective.span_stop))
+                word_L = jnp.cumsum(begins_L.astype(jnp.int32))
+                words_since_break_L = word_L - lax.cummax(jnp.where(breaks_L, word_L, 0))
+                begins_L &= words_since_break_L % objective.span_max_words == 0
             start_L, length_L = _extents(begins_L, place_L)
         if objective.masking == "whole_word":
             fits = (maskable_L & (length_L <= wanted)).any()
             start_L, length_L = jnp.where(fits, start_L, place_L), jnp.where(fits, length_L, 1)
 
         # Tokens sorted by the random score of their unit, those of one unit side by side and in order.
-        score_L = jnp.where(maskable_L, order_L[start_L] >> 1, jnp.uint32(0xFFFFFFFF))
+        score_L = jnp.where(maskable_L, score_L[start_L] >> 1, jnp.uint32(0xFFFFFFFF))
         _, order_L = lax.sort((score_L, place_L), num_keys=2)
         if objective.masking == "whole_word":
             taken_L = _whole_units(length_L[order_L], (place_L - start_L)[order_L], maskable_L[order_L], wanted)
@@ -180,13 +181,6 @@ def mask_tokens(
 def _uniform(bits: jax.Array) -> jax.Array:
     """Random uint32 -> float32 in [0, 1)."""
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
-
-
-def _span_begins(word_begins_L: jax.Array, breaks_L: jax.Array, objective: ObjectiveConfig) -> jax.Array:
-    """Where spans begin: at every break, and every `span_max_words` words after it."""
-    word_L = jnp.cumsum(word_begins_L.astype(jnp.int32))
-    words_since_break_L = word_L - lax.cummax(jnp.where(breaks_L, word_L, 0))
-    return word_begins_L & (words_since_break_L % objective.span_max_words == 0)
 
 
 def _extents(begins_L: jax.Array, place_L: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -142,7 +142,7 @@ def _lock(work: Path, log: Log) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             file = (work / "lock").open("w")
             try:
-                pass
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 log(f"another process is at work in {work}; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)

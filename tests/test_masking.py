@@ -183,7 +183,8 @@ def test_token_id_0_is_ordinary_unless_the_vocabulary_says_otherwise(strategy):
 
 @pytest.mark.parametrize(
     "rate, maskable, count",
-    [("0.15", 10, 2), ("0.15", 30, 5), ("0.15", 9, 1), ("0.35", 10, 4), ("0.05", 10, 1), ("0.01", 3, 1), ("1.0", 22, 22),
+    [("0.15", 10, 2), ("0.15", 30, 5),
+     ("0.15", 9, 1), ("0.35", 10, 4), ("0.05", 10, 1), ("0.01", 3, 1), ("1.0", 22, 22),
      ("0.3", 5, 2), ("0.7", 15, 11), ("0.00001", 22, 1)],
 )  # fmt: skip
 def test_halves_round_up(rate, maskable, count):

@@ -60,9 +60,9 @@ def test_best_fit_leaves_no_two_rows_that_fit_in_one(lengths):
 
 
 def test_best_fit_takes_the_tightest_row():
-    # 8 and 6 open rows of 10; 2 fits both, and goes where it leaves no room; then 4 fits the other.
-    pieces, row = packing.best_fit(np.array([6, 4, 2, 0]), 10)
-    assert pieces.tolist() == [6, 4, 2] and row.tolist() == [0, 1, 1]
+    # Segments of 7 and 5 open rows of 10, which leaves room for 3 and for 5; the one of 3 goes to the first.
+    pieces, row = packing.best_fit(np.array([5, 0, 3, 1]), 10)
+    assert pieces.tolist() == [5, 3, 1] and row.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("mode", MODES)

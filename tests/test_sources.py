@@ -124,10 +124,12 @@ def test_jsonl(tmp_path):
         ("tfds:[a]", "write tfds:NAME"),
         ("tfds:not_there/config:1.0.0:test", "'not_there/config:1.0.0' is not prepared in .*TFDS_DATA_DIR"),
         ("tfds:wikipedia", "'wikipedia' is not prepared in"),
+        ("tfds:unfinished", "'unfinished' is not prepared in"),
     ],
 )
 def test_wrong_sources(source, message, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    (tmp_path / "unfinished").mkdir()
     start = time.monotonic()
     with pytest.raises(UserError, match=message):
         sources.documents(source)

@@ -1,10 +1,12 @@
 """Tokenizers of every kind keep the same promises."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -138,11 +140,14 @@ def test_training_does_not_depend_on_the_machine(model_type):
     assert tokenizer_lib.train(TEXT, config).fingerprint == tokenizer_lib.train(iter(TEXT), config).fingerprint
 
 
-def test_trained_specials_come_first_and_bytes_cover_everything():
+def test_trained_specials_come_first_and_bytes_cover_everything(tmp_path):
     tok = tokenizer_lib.train(TEXT, configured(vocab_size=380))
     assert tok.vocab_size == 380
     assert [tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id] == [0, 1, 2, 3, 4]
     assert tuple(tok.pieces[:5]) == SPECIAL
+    tok.save(tmp_path)  # other readers of the file must not find them in text either
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert plain.is_unknown(1) and all(plain.is_control(i) for i in (0, 2, 3, 4))
     strange = "北京 🙂 ▅ \u0e01"
     assert tok.decode(tok.encode([strange])[0]) == strange and tok.unk_id not in tok.encode([strange])[0]
 
@@ -172,7 +177,7 @@ def test_long_text_is_encoded_as_if_at_once(text, limit):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(tokenizer_lib, "_ENCODE_LINE", limit)
         # Inside a word longer than the limit there is no place to cut; that takes 4096 characters in earnest.
-        if all(len(w) < limit for w in text.split()):
+        if all(len(w) < limit for w in re.split("[ \\n]", text)):
             assert tok.encode([text])[0].tolist() == whole
         parts = tok.encode([text, "ab", text])
         np.testing.assert_array_equal(parts[0], parts[2])
@@ -242,7 +247,23 @@ def test_gpt2_vocabulary(tmp_path):
     assert tok.decode(tok.encode([text])[0]) == text
 
 
-def test_albert_model_with_user_defined_symbols():
+def test_albert_model():
     tok = tokenizer_lib.load(shared("albert_30k-clean.model"))
     assert tok.mask_id == 4 and tok.mask_id not in tok.encode(["the [MASK] cat"])[0]
     assert [tok.pieces[i] for i in tok.encode_with_mask("the [MASK].")] == ["▁the", "[MASK]", "."]
+
+
+def test_user_defined_mask_of_a_given_model_is_not_found_in_text(tmp_path):
+    prefix = str(tmp_path / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT),
+        model_prefix=prefix,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=3,
+        user_defined_symbols=["<mask>"],
+        minloglevel=2,
+    )
+    plain, tok = sentencepiece.SentencePieceProcessor(model_file=prefix + ".model"), tokenizer_lib.load(tmp_path)
+    assert tok.mask_id in plain.encode("the <mask> cat") and tok.mask_id not in tok.encode(["the <mask> cat"])[0]

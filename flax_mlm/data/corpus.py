@@ -26,6 +26,7 @@ from flax_mlm.errors import UserError
 FORMAT = 1  # raised whenever older readers would misread
 MANIFEST = "corpus.json"
 SPLITS = ("train", "validation")
+_REMEDY = "copy the folder again, or delete it and prepare again"
 WINDOW = 1 << 23  # tokens that are packed together and make a shard
 
 
@@ -139,23 +140,16 @@ class Corpus:
             expected = {shard["file"]: shard["size"] for s in SPLITS for shard in manifest["splits"][s]["shards"]}
             tokenizer_file = folder / manifest["tokenizer"]["file"]
         except (ValueError, KeyError, TypeError) as e:
-            raise UserError(
-                f"{folder / MANIFEST} is damaged ({type(e).__name__}: {e}); copy the folder again, or delete it and prepare again"
-            ) from e
+            raise UserError(f"{folder / MANIFEST} is damaged ({type(e).__name__}: {e}); {_REMEDY}") from e
         for name, size in expected.items():
             if not (folder / name).exists():
-                raise UserError(f"{folder / name} is missing; copy the folder again, or delete it and prepare again")
+                raise UserError(f"{folder / name} is missing; {_REMEDY}")
             if (found := (folder / name).stat().length) != size:
-                raise UserError(
-                    f"{folder / name} has {found} bytes; corpus.json says {size}; copy the folder again, or delete it and prepare again"
-                )
+                raise UserError(f"{folder / name} has {found} bytes; corpus.json says {size}; {_REMEDY}")
         if not tokenizer_file.exists():
-            raise UserError(f"{tokenizer_file} is missing; copy the folder again, or delete it and prepare again")
+            raise UserError(f"{tokenizer_file} is missing; {_REMEDY}")
         if hashlib.sha256(tokenizer_file.read_bytes()).hexdigest() != manifest["tokenizer"]["sha256"]:
-            raise UserError(
-                f"{tokenizer_file} is not the one this corpus was made with; "
-                "copy the folder again, or delete it and prepare again"
-            )
+            raise UserError(f"{tokenizer_file} is not the one this corpus was made with; {_REMEDY}")
         return corpus
 
     def tokenizer(self) -> Tokenizer:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from etils import epath
+
 from flax_mlm.errors import UserError
 
 PART = 1 << 16  # characters
@@ -297,6 +299,13 @@ def _tfds(source: str, spec: str) -> Source:
     if not match:
         raise UserError(f"data.source is '{source}'; write tfds:NAME, tfds:NAME/config or tfds:NAME/config:split")
     name, split = match["name"], match["split"] or "train"
+    data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    missing = UserError(
+        f"data.source is '{source}'; '{name}' is not prepared in {data_dir} (TFDS_DATA_DIR); "
+        f"`tfds build {name} --data_dir={data_dir}` on a machine with a network prepares it"
+    )
+    if not (epath.Path(data_dir) / name.split(":")[0]).is_dir():  # the answer in no time, before slow imports
+        raise missing
     from flax_mlm.data.pipeline import tensorflow
 
     tensorflow()
@@ -307,15 +316,11 @@ def _tfds(source: str, spec: str) -> Source:
         raise UserError(
             f"data.source is '{source}'; `pip install tensorflow-datasets importlib_resources` ({e})"
         ) from e
-    data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     try:
         # Looks at files only. `tfds.load` would first ask the network for minutes about data that is not there.
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as e:
-        raise UserError(
-            f"data.source is '{source}'; '{name}' is not prepared in {data_dir} (TFDS_DATA_DIR); "
-            f"`tfds build {name} --data_dir={data_dir}` on a machine with a network prepares it"
-        ) from e
+        raise missing from e
     info = builder.info
     texts = [k for k, f in info.features.items() if isinstance(f, tfds.features.Text)]
     field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
