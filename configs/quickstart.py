@@ -1,25 +1,31 @@
-"""The main job: a small encoder on the built-in corpus, five minutes on two CPU cores."""
+"""The main job: a small encoder on the built-in corpus, about five minutes on two CPU cores.
+
+    bash launch/local.sh
+
+A ModernBERT in small, with Muon, which at this size learns several times as much in the time as the BERT of 2018
+does (see benchmarks/RESULTS.md). Expect a held-out loss near 4.2 nats, where the unigram entropy is 6.6.
+"""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import small
 
 
 def get_config() -> ConfigDict:
-    c = base.get_config()
+    c = small.get_config()
+    c.data.source = "builtin"
     c.data.seq_len = 64
     c.tokenizer.vocab_size = 4096
+
     c.model.num_layers = 3
     c.model.hidden_size = 128
     c.model.num_heads = 2
-    c.model.intermediate_size = 512
-    c.model.scan_layers = False
-    c.model.dropout_rate = 0.0
-    c.model.attention_dropout_rate = 0.0
+    c.model.intermediate_size = 352
+
+    c.train.steps = 1200
     c.train.global_batch_size = 64
-    c.train.steps = 200
-    c.train.log_every = 20
-    c.train.checkpoint_every = 50
-    c.optimizer.name = "muon"
-    c.optimizer.learning_rate = 3e-3
+    c.train.log_every = 50
+    c.train.eval_every = 300
+    c.train.checkpoint_every = 100
+    c.eval.max_rows = 0
     return c

@@ -1,6 +1,6 @@
 """A 4-layer, 256-wide encoder for your own text: about an hour on two CPU cores.
 
-    python -m flax_mlm.train --config=configs/small.py --config.data.source='text:my/*.txt.gz' --workdir=runs/small
+python -m flax_mlm.train --config=configs/small.py --config.data.source='text:my/*.txt.gz' --workdir=runs/small
 """
 
 from ml_collections import ConfigDict

@@ -31,12 +31,11 @@ _TOKENS = flags.DEFINE_integer("tokens", 1_000_000, "tokens to measure", lower_b
 
 def main(config: Config) -> int:
     from flax_mlm.data import pipeline  # heavy imports wait until the flags have been parsed
-    from flax_mlm.data.corpus import Corpus
-    from flax_mlm.prepare import prepare_cached
+    from flax_mlm.prepare import open_corpus
 
     if config.objective.name != "mlm":
         raise UserError(f"objective.name is '{config.objective.name}', which masks nothing; the audit is for 'mlm'")
-    corpus = Corpus.open(config.data.corpus) if config.data.corpus else prepare_cached(config)
+    corpus = open_corpus(config)
     batch_size = config.train.global_batch_size
     batches = pipeline.train_batches(
         corpus.split("train"),
@@ -56,9 +55,9 @@ def audit(
     import jax.numpy as jnp
 
     from flax_mlm import masking
-    from flax_mlm.step import _key
+    from flax_mlm.step import run_key
 
-    objective, key, vocab = config.objective, _key(config, "mask"), masking.vocabulary(tokenizer)
+    objective, key, vocab = config.objective, run_key(config, "mask"), masking.vocabulary(tokenizer)
     seen: Counter[str] = Counter()
     for step, batch in enumerate(batches):
         tokens = batch["tokens"]
@@ -138,7 +137,7 @@ def _report(config: Config, seen: Counter[str], console: Console) -> int:
     table = Table(title=f"{o.masking}: {seen['tokens']:,} tokens in {seen['rows']:,} rows", title_justify="left")
     for column in ("", "measured", "asked for"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row("ordinary tokens selected", share("selected", "maskable"), rates)
+    table.add_row("ordinary tokens selected", share("selected", "maskable"), f"{rates}, rounded in each row")
     table.add_row("  shown as [MASK]", share("shown as [MASK]", "selected"), f"{100 * o.replace_mask:g}%")
     table.add_row("  shown as a random token", share("shown as random", "selected"), f"{100 * o.replace_random:g}%")
     table.add_row("  kept", share("kept", "selected"), f"{100 * (1 - o.replace_mask - o.replace_random):g}%")

@@ -35,7 +35,7 @@ def find(path: str) -> epath.Path:
       UserError: there is none.
     """
     text, at, wanted = path.rpartition("@")
-    folder = epath.Path((text if at and wanted.isdigit() else path)).expanduser()
+    folder = epath.Path(text if at and wanted.isdigit() else path).expanduser()
     if _meta_file(folder).exists():
         return folder
     if folder.name == "checkpoints":
@@ -134,6 +134,7 @@ class Checkpoints:
         for step in reversed(steps):
             args = self._ocp.args
             try:
+                held = read_meta(self._workdir / "checkpoints" / str(step))["corpus"]
                 items = self._manager.restore(
                     step,
                     args=args.Composite(
@@ -144,17 +145,24 @@ class Checkpoints:
             except Exception as e:  # whatever a damaged folder makes orbax raise
                 log(f"checkpoint {step} skipped, it cannot be read: {str(e).splitlines()[0] if str(e) else repr(e)}")
                 continue
-            held = read_meta(self._workdir / "checkpoints" / str(step))["corpus"]
             if held != self._meta["corpus"]:
                 raise UserError(
                     f"--workdir: '{self._workdir}' was trained on corpus {held[:12]}, and this is "
                     f"{self._meta['corpus'][:12]}; use another --workdir"
                 )
+            self._discard_after(step)
             log(f"restored step {step} from {self._workdir / 'checkpoints' / str(step)}")
             return type(abstract)(**{**items["rest"], "params": items["params"]})
         if steps:
             raise UserError(f"none of the checkpoints in '{self._workdir}' can be read; use another --workdir")
+        self._discard_after(-1)
         return None
+
+    def _discard_after(self, step: int) -> None:
+        """Removes later steps, which could not be read: they would count as the newest, and could not be saved anew."""
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
 
     def close(self) -> None:
         """Waits for the last save and raises what went wrong in the background."""

@@ -26,19 +26,17 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
 _OVERRIDE = re.compile(r"--(no)?config\.([\w.]+)(?:=(.*))?", re.DOTALL)
 
 
-def run(
-    main: Callable[[config_lib.Config], int | None], from_checkpoint: bool = False, positional: str = ""
-) -> None:
+def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool = False, positional: str = "") -> None:
     """Parses the command line, builds the config, calls `main` and exits with its code.
 
     The config comes from `--config=FILE.py` (default: the quickstart), or, with `from_checkpoint`, from the
-    checkpoint that `--checkpoint` names; either way `--config.section.field=value` overrides it. A bare argument is the value of flag `positional`.
+    checkpoint that `--checkpoint` names; either way `--config.section.field=value` overrides it. A
+    bare argument is the value of flag `positional`.
     """
     flags.DEFINE_bool("print_config", False, "show the resolved config as JSON and exit")
     try:
         if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(sys.argv):
-            config_flags.DEFINE_config_dict("config", ConfigDict())
-            app.run(lambda _: None)
+            _help(from_checkpoint)
         config_dict, argv = _load(sys.argv, from_checkpoint)
         argv, to_none = _normalise(argv, config_lib.field_types())
         config_flags.DEFINE_config_dict("config", config_dict, sys_argv=argv)
@@ -64,6 +62,18 @@ def run(
     except BrokenPipeError:  # the reader of our output (head, grep -q) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _help(from_checkpoint: bool) -> None:
+    """Prints the command's flags and exits."""
+    what = "" if from_checkpoint else "a config file, by default configs/quickstart.py. "
+    flags.DEFINE_string("config", "", f"{what}--config.section.field=value sets a field; --print_config shows them")
+    for name in ("config", "print_config"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    try:
+        app.run(lambda _: None)
+    except SystemExit:  # absl leaves with 1
+        sys.exit(0)
 
 
 def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]]:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from flax_mlm.config import ObjectiveConfig
 
@@ -45,11 +44,10 @@ class Masked(NamedTuple):
 
 def vocabulary(tokenizer: "Tokenizer") -> Vocabulary:
     """The lookup tables of a tokenizer, as device arrays."""
-    is_special = np.asarray(tokenizer.is_special)
     return Vocabulary(
-        is_special=jnp.asarray(is_special),
+        is_special=jnp.asarray(tokenizer.is_special),
         starts_word=jnp.asarray(tokenizer.starts_word),
-        ordinary_ids=jnp.asarray(np.flatnonzero(~is_special), jnp.int32),
+        ordinary_ids=jnp.asarray(np.flatnonzero(~tokenizer.is_special), jnp.int32),
         pad_id=int(tokenizer.pad_id),
         cls_id=int(tokenizer.cls_id),
         mask_id=int(tokenizer.mask_id),
@@ -97,7 +95,8 @@ def mask_tokens(
     special token, and at least one where any token is maskable. Halves round up; the rate counts in
     hundred-thousandths and the product is an integer (below 2**32 up to L = 42,949): all devices agree.
     The selected tokens are then shown as [MASK], as a random ordinary token, or unchanged (BERT,
-    arXiv:1810.04805, section 3.1: 80%, 10%, 10%). `objective.masking` says how they are chosen:
+    arXiv:1810.04805, section 3.1: 80%, 10%, 10%). `objective.masking` says how they are chosen
+    (no word or span goes across a special token):
 
     * `token`: each alone.
     * `whole_word`: all pieces of a word together, as in BERT's whole-word-masking models
@@ -108,8 +107,6 @@ def mask_tokens(
       ending after a word with probability `span_stop` and at the latest after `span_max_words`; the spans
       are taken in random order, the last one cut to the exact count. As there, a span is replaced as one.
       (Lengths are geometric and clipped, mean 4.5 words at 0.2 and 10; SpanBERT redraws those over 10: 3.8.)
-
-    No word or span goes across a special token.
 
     Args:
       tokens_BL: int32 rows.
@@ -170,9 +167,6 @@ def mask_tokens(
         )
 
     mask_rows = jax.vmap(mask_row, in_axes=(0, 0, None, None, None))
-    batch = P(*jax.typeof(tokens_BL).sharding.spec[:1])
-    if any(batch):  # rows need nothing of each other: each device masks its own
-        mask_rows = jax.shard_map(mask_rows, in_specs=(batch, batch, P(), P(), P()), out_specs=batch)
     rate_units = jnp.round(jnp.asarray(mask_rate, jnp.float32) * _RATE_UNIT).astype(jnp.uint32)
     with jax.named_scope("mask_tokens"):
         return mask_rows(tokens_BL, row_ids_B2, key, vocab, rate_units)

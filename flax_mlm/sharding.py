@@ -100,7 +100,7 @@ def split_microbatches(x: jax.Array, microbatches: int) -> jax.Array:
 def without_axes(fn: Any, like: Any) -> Any:
     """`fn` traced with automatic sharding; its results are laid out as `like`. For code (Newton–Schulz) whose
     matmuls contract split dimensions."""
-    return jax.sharding.auto_axes(fn, out_sharding=jax.tree.map(lambda x: jax.typeof(x).sharding, like))
+    return jax.sharding.auto_axes(fn, out_sharding=jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like))
 
 
 def concrete(tree: Any, mesh: Mesh) -> Any:

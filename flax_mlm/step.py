@@ -45,7 +45,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
     slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.largest_mask_rate)
 
     def init() -> TrainState:
-        params = model.init(_key(config, "init"))
+        params = model.init(run_key(config, "init"))
         params = jax.tree.map(lambda x, d: jax.reshard(x, sharding.param_spec(d, x.ndim)), params, model.dims)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, tx.init(params), zero, zero)
@@ -64,7 +64,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
     )
 
 
-def _key(config: Config, purpose: str) -> jax.Array:
+def run_key(config: Config, purpose: str) -> jax.Array:
     """The run's key for one purpose."""
     return jax.random.fold_in(jax.random.key(config.seed), ("init", "mask", "dropout", "eval").index(purpose))
 
@@ -101,9 +101,9 @@ def _train_step(config: Config, model: Model, tx: optax.GradientTransformation, 
 
     def train_step(state: TrainState, batch: Batch, vocab: masking.Vocabulary) -> tuple[TrainState, dict[str, Any]]:
         rate = masking.mask_rate_at(config.objective, state.step, total)
-        targets = objective.targets(config.objective, batch, _key(config, "mask"), vocab, rate, slots)
+        targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rate, slots)
         count = jnp.maximum(targets.weights_BK.sum(), 1.0)  # over the whole global batch; 1 where nothing is predicted
-        dropout_keys_B = _row_keys(_key(config, "dropout"), batch["row_ids"]) if has_dropout else None
+        dropout_keys_B = _row_keys(run_key(config, "dropout"), batch["row_ids"]) if has_dropout else None
 
         def part_loss(params: Any, part: Any) -> tuple[jax.Array, jax.Array]:
             sums = predict(params, *part)
@@ -153,7 +153,7 @@ def _eval_step(config: Config, model: Model) -> Callable[..., objective.Sums]:
     predict = _predict(config, model)
 
     def eval_step(params: Any, batch: Batch, vocab: masking.Vocabulary) -> objective.Sums:
-        key, rate = _key(config, "eval"), config.eval.mask_rate
+        key, rate = run_key(config, "eval"), config.eval.mask_rate
         targets = objective.targets(config.objective, batch, key, vocab, rate, slots)
         return sharding.replicate(predict(params, targets, None))
 

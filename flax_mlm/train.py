@@ -5,6 +5,7 @@
 The same line starts a run, continues one that was killed, and says of a finished one that it is finished.
 """
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -222,8 +223,9 @@ def print_summary(workdir: Path, trained: Any, result: dict[str, float]) -> None
     if trained.config.objective.name == "mlm":
         filler = fill_mask.Filler(trained)
         for sentence in fill_mask.EXAMPLES:
-            words = ", ".join(f"{word} {probability:.2f}" for word, probability in filler.top(sentence, 5)[0])
-            print(f"{sentence}\n    {words}")
+            with contextlib.suppress(UserError):  # longer than a row
+                words = ", ".join(f"{word} {probability:.2f}" for word, probability in filler.top(sentence, 5)[0])
+                print(f"{sentence}\n    {words}")
     print(f"\nwritten to {workdir}: checkpoints/  metrics.jsonl  config.json  result.json", end="")
     print("  tensorboard/" if trained.config.log.tensorboard else "")
     print("go on with")

@@ -1,8 +1,17 @@
 """Every test runs on 8 simulated CPU devices, with strict dtype promotion."""
 
 import os
+import random
+import subprocess
+import sys
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+import pytest
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0"  # compiling is most of what the tests do: a third of the time
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from flax_mlm import environment
@@ -15,5 +24,84 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", None)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update_golden", action="store_true", help="rewrite tests/golden/ with what is found now")
+
+
 def pytest_configure() -> None:
     assert len(jax.devices()) == 8, f"tests need 8 simulated devices, found {len(jax.devices())}"
+
+
+ROOT = Path(__file__).parent.parent
+_ANIMALS = {
+    "dog": "barks in the garden",
+    "cat": "sleeps near the river",
+    "bird": "sings on the hill",
+    "horse": "runs by the house",
+    "fish": "swims under the bridge",
+    "cow": "eats behind the barn",
+}
+_TIMES = ("today", "at night", "every morning", "all day")
+
+
+class Toy:
+    """A small text that can be learned: what an animal does, and where, follows from the animal. `folder` holds
+    text.txt, a corpus made from it, and a cache of compiled programs that all the commands share."""
+
+    animals = _ANIMALS
+
+    def __init__(self, folder: Path):
+        self.folder, self.text, self.corpus = folder, folder / "text.txt", folder / "corpus"
+        rng = random.Random(0)
+        sentences = [f"The {a} {does} {when}." for a, does in _ANIMALS.items() for when in _TIMES]
+        documents = [" ".join(rng.choices(sentences, k=rng.randint(2, 8))) for _ in range(400)]
+        self.text.write_text("\n\n".join(documents))
+
+    def flags(self, **changes: object) -> list[str]:
+        """Options of a small model; `train__steps=9` stands for --config.train.steps=9."""
+        options: dict[str, object] = {
+            "data__corpus": self.corpus, "data__seq_len": 32, "data__num_workers": 1,
+            "data__cache_dir": self.folder / "cache", "tokenizer__vocab_size": 400,
+            "model__num_layers": 2, "model__hidden_size": 32, "model__num_heads": 2, "model__intermediate_size": 64,
+            "model__positions": "rope", "model__norm_position": "pre", "model__scan_layers": True,
+            "train__global_batch_size": 16, "train__steps": 300, "train__log_every": 1, "train__eval_every": 0,
+            "train__checkpoint_every": 100, "eval__batch_size": 16,
+            "optimizer__name": "muon", "optimizer__learning_rate": 1e-2,
+            "model__dropout_rate": 0.0, "model__attention_dropout_rate": 0.0,
+            "log__tensorboard": False,
+        }  # fmt: skip
+        overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in {**options, **changes}.items()]
+        return [f"--config={ROOT / 'configs' / 'base.py'}", *overrides]
+
+    def start(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen:
+        """Starts `python -m flax_mlm.COMMAND` in a process of its own."""
+        env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        env |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
+        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        env |= {"TF_ENABLE_ONEDNN_OPTS": "0"}
+        line = [sys.executable, "-m", f"flax_mlm.{command}", *map(str, arguments)]
+        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
+
+    def run(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+        """Runs `python -m flax_mlm.COMMAND` to its end."""
+        process = self.start(command, *arguments, devices=devices, cwd=cwd)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Toy:
+    toy = Toy(tmp_path_factory.mktemp("toy"))
+    done = toy.run("prepare", *toy.flags(data__corpus="", data__source=f"text:{toy.text}"), f"--output={toy.corpus}")
+    assert done.returncode == 0, done.stderr
+    return toy
+
+
+@pytest.fixture(scope="session")
+def trained_run(toy) -> Path:
+    """The workdir of a finished run on the toy text; copy it before changing it."""
+    workdir = toy.folder / "trained"
+    done = toy.run("train", f"--workdir={workdir}", *toy.flags())
+    (toy.folder / "trained.log").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stderr
+    return workdir

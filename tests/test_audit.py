@@ -69,13 +69,13 @@ def test_marks_read_without_colour():
 
 def test_rows_are_those_of_training():
     config = make_config()
-    from flax_mlm.step import _key
+    from flax_mlm.step import run_key
 
     batch = next(iter(batches()))
     slots = masking.num_slots(L, 0.15)
     vocab, ids = masking.vocabulary(FakeTokenizer()), jnp.asarray(batch["row_ids"])
     expected = masking.mask_tokens(
-        jnp.asarray(batch["tokens"]), ids, _key(config, "mask"), vocab, config.objective, 0.15, slots
+        jnp.asarray(batch["tokens"]), ids, run_key(config, "mask"), vocab, config.objective, 0.15, slots
     )
     first = expected.positions_BK[0][expected.weights_BK[0] > 0]
     row = run(show=1)[1].split("[CLS]")[1].split("[SEP]")[0]

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from scipy import stats
 
-from flax_mlm import masking
-from flax_mlm.config import ObjectiveConfig
+from flax_mlm import masking, sharding
+from flax_mlm import objective as objective_lib
+from flax_mlm.config import MeshConfig, ObjectiveConfig
 
 STRATEGIES = ("token", "whole_word", "span")
 BASE = ObjectiveConfig(
@@ -240,19 +239,17 @@ def test_masks_on_an_explicit_mesh_equal_those_of_one_device(strategy):
     tokens, ids = random_rows(16, 64, WORDY, V), row_ids(np.arange(16))
     vocab, o, slots = masking.vocabulary(WORDY), objective(strategy), masking.num_slots(64, 0.15)
 
-    @jax.jit
-    def everything(tokens, ids, key, vocab, rate):
-        segments = masking.segment_ids(tokens, vocab)
-        masked = masking.mask_tokens(tokens, ids, key, vocab, o, rate, slots)
-        return *masked, segments, masking.positions(segments)
+    def everything(devices: int) -> objective_lib.Targets:
+        """As the train step does it, the rows split over the mesh."""
+        mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=min(devices, 2), tensor=1), jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            rows = sharding.global_batch({"tokens": tokens, "row_ids": ids}, mesh)
+            of = jax.jit(lambda rows: objective_lib.targets(o, rows, KEY, vocab, 0.15, slots))
+            return of(rows)
 
-    one = everything(jnp.asarray(tokens), jnp.asarray(ids), KEY, vocab, jnp.float32(0.15))
-    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        split = NamedSharding(mesh, P(("data", "fsdp")))
-        many = everything(*jax.device_put((tokens, ids), split), KEY, jax.device_put(vocab, P()), jnp.float32(0.15))
+    one, many = everything(1), everything(8)
     for expected, found in zip(one, many, strict=True):
-        assert found.sharding.spec[0] == ("data", "fsdp")
+        assert found.sharding.spec[0] == sharding.BATCH
         np.testing.assert_array_equal(expected, found)
 
 

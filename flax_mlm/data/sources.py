@@ -317,7 +317,7 @@ def _tfds(source: str, spec: str) -> Source:
             f"data.source is '{source}'; `pip install tensorflow-datasets importlib_resources` ({e})"
         ) from e
     try:
-        # Looks at files only. `tfds.load` would first ask the network for minutes about data that is not there.
+        # Looks at files only. `tfds.load` asks the network for minutes about data that is not there.
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as e:
         raise missing from e
@@ -333,7 +333,8 @@ def _tfds(source: str, spec: str) -> Source:
 
     def parts(counts: Counter[str]) -> Iterator[Part]:
         document = -1
-        dataset = builder.as_dataset(split=split, decoders=tfds.decode.PartialDecoding({field: True}))
+        decoders = tfds.decode.PartialDecoding({field: True})
+        dataset = tfds.load(name, split=split, data_dir=data_dir, download=False, decoders=decoders)
         for example in dataset.as_numpy_iterator():
             counts["read"] += 1
             text = example[field]

@@ -1,0 +1,40 @@
+"""BERT-base (arXiv:1810.04805), 109.5M parameters with the MLM head, at 128 tokens a row.
+
+    python -m flax_mlm.train --config=configs/bert_base.py --workdir=gs://BUCKET/runs/bert_base \
+        --config.data.corpus=gs://BUCKET/corpora/wiki
+
+Made for a TPU slice of 16 chips or a node of 8 GPUs. Prepare the corpus once, beforehand, with the same config
+(`python -m flax_mlm.prepare --config=configs/bert_base.py --config.data.source=... --output=...`).
+Not yet run to its end: no time or loss is claimed.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    c = base.get_config()
+    c.data.seq_len = 128
+    c.tokenizer.vocab_size = 30_522
+
+    c.model.num_layers = 12
+    c.model.hidden_size = 768
+    c.model.num_heads = 12
+    c.model.intermediate_size = 3072
+    c.model.max_positions = 512
+    c.model.vocab_multiple_of = 128  # 30,592 rows
+    c.model.dtype = "bfloat16"
+
+    # One million steps of 256 rows in the paper; the same number of rows in larger batches.
+    c.optimizer.learning_rate = 4e-4
+    c.optimizer.warmup_fraction = 0.04
+    c.train.global_batch_size = 2048
+    c.train.steps = 125_000
+    c.train.log_every = 50
+    c.train.eval_every = 5000
+    c.train.checkpoint_every = 1000
+    c.train.keep_every = 25_000
+    c.eval.batch_size = 2048
+    c.eval.max_rows = 20_480
+    return c

@@ -1,0 +1,27 @@
+"""BERT-large (arXiv:1810.04805), 335.2M parameters with the MLM head, with LAMB (arXiv:1904.00962).
+
+    python -m flax_mlm.train --config=configs/bert_large.py --workdir=gs://BUCKET/runs/bert_large \
+        --config.data.corpus=gs://BUCKET/corpora/wiki --config.mesh.fsdp=16
+
+Made for a TPU slice of 64 chips or four nodes of 8 GPUs. Not yet run to its end: no time or loss is claimed.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import bert_base
+
+
+def get_config() -> ConfigDict:
+    c = bert_base.get_config()
+    c.model.num_layers = 24
+    c.model.hidden_size = 1024
+    c.model.num_heads = 16
+    c.model.intermediate_size = 4096
+    c.model.remat = "dots"
+
+    c.optimizer.name = "lamb"
+    c.optimizer.learning_rate = 4e-3
+    c.optimizer.beta2 = 0.999
+    c.train.global_batch_size = 8192
+    c.train.steps = 31_250
+    return c

@@ -1,0 +1,25 @@
+"""ModernBERT-large (arXiv:2412.13663), 395.9M parameters with a vocabulary of 50,368, at 1,024 tokens a row.
+
+    python -m flax_mlm.train --config=configs/modernbert_large.py --workdir=gs://BUCKET/runs/modernbert_large \
+        --config.data.corpus=gs://BUCKET/corpora/web --config.mesh.fsdp=16
+
+Made for a TPU slice of 64 chips or four nodes of 8 GPUs. Not yet run to its end: no time or loss is claimed.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import modernbert_base
+
+
+def get_config() -> ConfigDict:
+    c = modernbert_base.get_config()
+    c.model.num_layers = 28
+    c.model.hidden_size = 1024
+    c.model.num_heads = 16
+    c.model.intermediate_size = 2624
+    c.model.remat = "dots"
+
+    c.optimizer.learning_rate = 5e-4
+    c.train.global_batch_size = 4928
+    c.train.microbatches = 1
+    return c

@@ -1,0 +1,255 @@
+"""Command lines: what is wrong ends in one line and code 2, and what should work does."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import base, quickstart
+from flax_mlm import config as config_lib
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
+COMMANDS = ("train", "prepare", "audit", "evaluate", "fill_mask")
+
+
+@pytest.fixture
+def refused(toy, tmp_path):
+    """Runs a command that must be refused, in an empty folder that it must leave empty, and returns its one line."""
+
+    def run(command: str, *arguments: object, devices: int = 1) -> str:
+        empty = tmp_path / "empty"
+        empty.mkdir(exist_ok=True)
+        done = toy.run(command, *arguments, devices=devices, cwd=empty)
+        assert done.returncode == 2, done
+        assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+        assert "Traceback" not in done.stdout
+        assert not [p for p in empty.rglob("*") if p.is_file() and p.name != "lock"]
+        return done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--config.train.stpes=5"], "config has no field 'train.stpes'; did you mean 'train.steps'?"),
+        (["--config.steps=5"], "did you mean 'train.steps'?"),
+        (["--config.zzz.qqq=5"], "--print_config lists them all"),
+        (["--config.train.steps=many"], "--config.train.steps is 'many'; it takes a whole number"),
+        (["--config.train.steps=1.5"], "it takes a whole number"),
+        (["--config.train.steps=inf"], "it takes a whole number"),
+        (["--config.model.dropout_rate=little"], "it takes a number"),
+        (["--config.model.glu=perhaps"], "it takes true or false"),
+        (["--config.train.steps=none"], "--config.train.steps is 'none'; it takes a whole number"),
+        (["--config.train.steps"], "--config.train.steps has no value"),
+        (["--config.model.positions=absolute"], "model.positions is 'absolute'; it can be learned, rope"),
+        (["--config.train.steps=0"], "train.steps is 0; it must be at least 1"),
+        (["--config.objective.mask_rate=1.5"], "it must lie in (0.0, 1.0]"),
+        (["--config.data.seq_len=4096"], "data.seq_len is 4096, longer than model.max_positions, 512"),
+        (["--config.model.num_heads=3"], "must be divisible by model.num_heads, 3"),
+        (["--config.train.microbatches=7"], "it must be divisible by train.microbatches, 7"),
+        (["--stpes=5"], "Unknown command line flag 'stpes'"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--config=nowhere.py"], "no file 'nowhere.py'"),
+        ([], "--workdir is missing"),
+    ],
+)
+def test_wrong_options(refused, arguments, said):
+    assert said in refused("train", *arguments)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("def get_config():\n    raise KeyError('lost')", "cannot be loaded: KeyError: 'lost'"),
+        ("def get_config(:", "cannot be loaded: SyntaxError"),
+        ("x = 1", "cannot be loaded: AttributeError"),
+        ("from configs import base\ndef get_config():\n    c = base.get_config()\n    c.x = 1\n    return c", "'x'"),
+        (
+            "from configs import base\ndef get_config():\n    c = base.get_config()\n    del c.seed\n    return c",
+            "'seed'",
+        ),
+        (
+            "from configs import base\ndef get_config():\n c = base.get_config()\n c.model.depth = 1\n return c",
+            "'depth'",
+        ),
+    ],
+    ids=["raises", "no Python", "no get_config", "extra", "lacking", "extra in a section"],
+)
+def test_wrong_config_files(refused, tmp_path, content, said):
+    (tmp_path / "mine.py").write_text(content)
+    assert said in refused("train", f"--config={tmp_path / 'mine.py'}", "--workdir=w")
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ("books", "data.source is 'books'; it can be builtin, text:GLOB"),
+        ("text:none/*.txt", "no file matches 'none/*.txt'"),
+        ("tfds:no_such_set", "'no_such_set' is not prepared"),
+        ("text:{folder}/empty.txt", "holds no text"),
+        ("text:{folder}/one.txt", "is one document"),
+    ],
+)
+def test_wrong_sources(refused, toy, tmp_path, source, said):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "one.txt").write_text("A single document.")
+    source = source.format(folder=tmp_path)
+    line = refused("prepare", *toy.flags(data__corpus="", data__source=source), f"--output={tmp_path / 'out'}")
+    assert said in line and not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_that_the_text_does_not_support(refused, toy, tmp_path):
+    source = f"text:{toy.text}"
+    flags = toy.flags(data__corpus="", data__source=source, tokenizer__vocab_size=9000)
+    assert re.search(r"tokenizer.vocab_size is 9000; it can be at most \d+", refused("prepare", *flags, "--output=x"))
+
+
+@pytest.mark.parametrize(
+    "changes, devices, said",
+    [
+        ({"train__global_batch_size": 12}, 8, "train.global_batch_size is 12; it must be divisible by 8"),
+        ({"train__microbatches": 4}, 8, "it must be divisible by 32"),
+        ({"eval__batch_size": 12}, 8, "eval.batch_size is 12; it must be divisible by 8"),
+        ({"mesh__data": 16}, 8, "but there are 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(refused, toy, changes, devices, said):
+    assert said in refused("train", "--workdir=w", *toy.flags(**changes), devices=devices)
+
+
+def test_a_workdir_of_another_run(refused, toy, trained_run):
+    before = {p: p.stat().st_mtime_ns for p in trained_run.rglob("*")}
+    line = refused("train", f"--workdir={trained_run}", *toy.flags(model__num_layers=3))
+    assert "holds a run with model.num_layers = 2, and this one has 3; use another --workdir" in line
+    assert before == {p: p.stat().st_mtime_ns for p in trained_run.rglob("*")}
+    refused("train", f"--workdir={toy.text}", *toy.flags())
+
+
+@pytest.fixture(scope="module")
+def other_corpus(toy) -> Path:
+    """The same text, with another tokenizer."""
+    output = toy.folder / "other"
+    flags = toy.flags(data__corpus="", data__source=f"text:{toy.text}", tokenizer__vocab_size=300)
+    done = toy.run("prepare", *flags, f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_corpus_of_another_tokenizer(refused, toy, trained_run, other_corpus, tmp_path):
+    swapped = shutil.copytree(toy.corpus, tmp_path / "swapped")
+    shutil.copy(other_corpus / "tokenizer.model", swapped)
+    for command, arguments in (
+        ("train", [f"--workdir={tmp_path / 'w'}", *toy.flags()]),
+        ("evaluate", [f"--checkpoint={trained_run}"]),
+    ):
+        assert "not the one this corpus was made with" in refused(
+            command, *arguments, f"--config.data.corpus={swapped}"
+        )
+    both = toy.flags(tokenizer__path=other_corpus / "tokenizer.model")
+    assert "was made with another tokenizer than" in refused("train", f"--workdir={tmp_path / 'w2'}", *both)
+    line = refused("evaluate", f"--checkpoint={trained_run}", f"--config.data.corpus={other_corpus}", "--json=out.json")
+    assert "was made with another tokenizer than" in line
+
+
+def test_a_corpus_with_rows_longer_than_the_positions(refused, toy, tmp_path):
+    flags = toy.flags(data__seq_len=16, model__max_positions=16)
+    assert "rows of 32 tokens, longer than model.max_positions, 16" in refused(
+        "train", f"--workdir={tmp_path / 'w'}", *flags
+    )
+
+
+def test_no_corpus_where_one_is_named(refused, toy, tmp_path):
+    line = refused("train", f"--workdir={tmp_path / 'w'}", *toy.flags(data__corpus=tmp_path))
+    assert "is not a corpus" in line
+
+
+def test_no_checkpoint(refused, trained_run, tmp_path):
+    assert "no checkpoint in" in refused("evaluate", f"--checkpoint={tmp_path}")
+    assert "has no step 7; it has 200, 300" in refused("evaluate", f"--checkpoint={trained_run}@7")
+    assert "--checkpoint is missing" in refused("fill_mask", "The [MASK].")
+
+
+def test_a_text_that_cannot_be_filled(refused, trained_run):
+    assert "has no [MASK]" in refused("fill_mask", f"--checkpoint={trained_run}", "The dog.")
+    assert "has no [MASK]" in refused("fill_mask", f"--checkpoint={trained_run}")
+    assert "this model was trained on at most 32" in refused(
+        "fill_mask", f"--checkpoint={trained_run}", "The [MASK]" + " barks" * 40
+    )
+    assert "unexpected argument 'more'" in refused("fill_mask", f"--checkpoint={trained_run}", "The [MASK].", "more")
+
+
+def printed(toy, *arguments: object) -> dict:
+    done = toy.run("train", *arguments, "--print_config")
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def test_spellings_that_work(toy, tmp_path):
+    with_space = tmp_path / "my config.py"
+    with_space.write_text((ROOT / "configs" / "small.py").read_text())
+    config = printed(
+        toy, "--config", with_space, "--config.train.steps=1e6", "--config.tokenizer.sample_bytes", "1_000",
+        "--config.objective.mask_rate_final=none", "--noconfig.log.tensorboard", "--config.model.glu",
+        "--config.optimizer.learning_rate=1", "--config.data.source=text:a=b c#d",
+    )  # fmt: skip
+    assert config["train"]["steps"] == 1_000_000 and config["tokenizer"]["sample_bytes"] == 1000
+    assert config["objective"]["mask_rate_final"] is None and config["log"]["tensorboard"] is False
+    assert config["model"]["glu"] is True and config["model"]["positions"] == "rope"
+    assert config["optimizer"]["learning_rate"] == 1.0 and config["data"]["source"] == "text:a=b c#d"
+    assert printed(toy, "--config.objective.mask_rate_final=0.3")["objective"]["mask_rate_final"] == 0.3
+    assert printed(toy) == config_lib.build(quickstart.get_config()).to_dict()
+
+
+def test_a_checkpoint_gives_its_config(toy, trained_run):
+    done = toy.run("evaluate", f"--checkpoint={trained_run}", "--config.eval.max_rows=7", "--print_config")
+    config = json.loads(done.stdout)
+    assert config["eval"]["max_rows"] == 7
+    assert config["model"] == json.loads((trained_run / "config.json").read_text())["model"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_builds(toy, path):
+    config = printed(toy, f"--config={path}")
+    config_lib.build(config_lib.from_dict(config))
+
+
+def test_base_declares_the_fields_of_the_dataclasses_and_explains_them():
+    values = base.get_config()
+    declared = set()
+    for section in dataclasses.fields(config_lib.Config):
+        if dataclasses.is_dataclass(section.type):
+            declared |= {f"{section.name}.{name}" for name in values[section.name]}
+        else:
+            declared.add(section.name)
+    assert declared == set(config_lib.field_types())
+    for path, (kind, optional) in config_lib.field_types().items():
+        node = values
+        for name in path.split("."):
+            node = node.get_oneway_ref(name).get() if node.get_ref(name).get() is None else node[name]
+        assert (node is None and optional) or type(node) is kind, path
+    source = (ROOT / "configs" / "base.py").read_text()
+    code = re.sub("#.*", "", source.split('"""', 2)[2])
+    assert not re.findall(r"\bNone\b|\[", code)
+    unexplained = re.findall(r"^    c\.([\w.]+) = [^#\n(]+$", source, re.MULTILINE)
+    plain = {"model.norm_eps", "model.rope_theta_global", "model.rope_theta_local", "model.init_stddev"}
+    plain |= {"objective.span_max_words", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "train.steps"}
+    assert set(unexplained) <= plain
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_complete_and_light(command):
+    line = [sys.executable, "-X", "importtime", "-m", f"flax_mlm.{command}", "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "absl" in imported and not imported & {"jax", "flax", "tensorflow", "orbax", "sentencepiece"}
+    assert "Traceback" not in done.stderr and done.returncode == 0
+    assert f"python -m flax_mlm.{command}" in done.stdout
+    for flag in ("--config", "--[no]print_config", {"train": "--workdir", "prepare": "--output"}.get(command, "--")):
+        assert f"  {flag}" in done.stdout

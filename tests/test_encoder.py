@@ -1,0 +1,204 @@
+"""The encoder: segments stay apart, both directions inside one, the same numbers by every way of computing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base, bert_base, bert_large, modernbert_base, modernbert_large
+from flax_mlm import config as config_lib
+from flax_mlm import sharding
+from flax_mlm.model import attention, heads
+
+V, L = 50, 24
+BERT = dataclasses.replace(
+    config_lib.build(base.get_config()).model,
+    num_layers=3,
+    hidden_size=32,
+    num_heads=2,
+    intermediate_size=48,
+    dropout_rate=0.0,
+    attention_dropout_rate=0.0,
+    init_stddev=0.2,
+)
+MODERN = dataclasses.replace(
+    BERT,
+    positions="rope",
+    norm_position="pre",
+    use_bias=False,
+    glu=True,
+    type_vocab_size=0,
+    global_attention_every=3,
+    local_window=4,
+    num_layers=4,
+)
+SHAPES = pytest.mark.parametrize("shape", [BERT, MODERN], ids=["bert", "modernbert"])
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def packed_row() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Segments of 10 and 9 tokens, then 5 of padding."""
+    segments = np.array([[1] * 10 + [2] * 9 + [0] * 5])
+    positions = np.array([[*range(10), *range(9), *range(5)]])
+    tokens = np.random.default_rng(0).integers(5, V, (1, L))
+    return tuple(jnp.asarray(x, jnp.int32) for x in (tokens, segments, positions))
+
+
+def model(shape: config_lib.ModelConfig):
+    """The model, jitted, and parameters with every bias and scale away from its trivial value."""
+    m = heads.language_model(shape, V)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(m.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0.1, 0.2, x.shape), jnp.float32), shapes)
+    return m._replace(encode=jax.jit(m.encode, static_argnames="causal")), params
+
+
+@functools.cache
+def gradients(shape: config_lib.ModelConfig):
+    m, params = model(shape)
+    context, predict = packed_row(), jnp.arange(0, L, 3, dtype=jnp.int32)[None]
+    compiled = jax.jit(jax.grad(lambda p: jnp.square(m.apply(p, *context, predict_BK=predict)).mean()))
+    compiled = compiled.lower(params).compile()
+    return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+
+
+def influence(shape: config_lib.ModelConfig, causal: bool) -> np.ndarray:
+    """(L, L): whether output i depends on the embedding of token j, by gradients."""
+    m, params = model(shape)
+    tokens, segments, positions = packed_row()
+    tokens = jnp.arange(L, dtype=jnp.int32)[None] + 5  # each position its own embedding row
+
+    def output(table: jax.Array, i: int) -> jax.Array:
+        changed = {**params["encoder"]["embeddings"], "token": table}
+        encoder = {**params["encoder"], "embeddings": changed}
+        hidden = m.encode({**params, "encoder": encoder}, tokens, segments, positions, causal=causal)
+        here = jnp.where((jnp.arange(L) == i)[None, :, None], hidden, 0.0)
+        return (here * jnp.arange(1.0, hidden.shape[-1] + 1)).sum()
+
+    gradient = jax.jit(jax.grad(output))
+    table = params["encoder"]["embeddings"]["token"]
+    return np.stack([np.abs(gradient(table, i)).sum(1)[5 : 5 + L] > 0 for i in range(L)])
+
+
+@SHAPES
+def test_no_token_influences_another_segment_and_all_influence_their_own(shape):
+    same = np.asarray(packed_row()[1])[0]
+    expected = same[:, None] == same[None, :]
+    np.testing.assert_array_equal(influence(shape, causal=False), expected)
+
+
+@SHAPES
+def test_causal_attention_sees_only_the_left(shape):
+    same = np.asarray(packed_row()[1])[0]
+    expected = (same[:, None] == same[None, :]) & (np.arange(L)[:, None] >= np.arange(L)[None, :])
+    np.testing.assert_array_equal(influence(shape, causal=True), expected)
+
+
+def test_a_local_layer_sees_half_a_window_on_each_side():
+    one_local = dataclasses.replace(MODERN, num_layers=2, global_attention_every=2)
+    m, params = model(one_local)
+    # Layer 0 is global: cut it off by zeroing what it writes, so that only the local layer 1 mixes tokens.
+    out = params["encoder"]["layers"]["attention_out"]["kernel"]
+    params["encoder"]["layers"]["attention_out"]["kernel"] = out.at[0].set(0.0)
+    tokens = jnp.arange(L, dtype=jnp.int32)[None] + 5
+    ones, places = jnp.ones((1, L), jnp.int32), jnp.arange(L, dtype=jnp.int32)[None]
+    before = m.encode(params, tokens, ones, places)
+    after = m.encode(params, tokens.at[0, 12].set(5), ones, places)
+    changed = np.flatnonzero(np.abs(np.asarray(after - before)).max(-1)[0] > 0)
+    np.testing.assert_array_equal(changed, np.arange(10, 15))
+
+
+@SHAPES
+def test_a_segment_gives_the_same_alone_and_packed(shape):
+    m, params = model(shape)
+    tokens, segments, positions = packed_row()
+    packed = m.encode(params, tokens, segments, positions)
+    alone = m.encode(params, tokens[:, 10:19], segments[:, 10:19], positions[:, 10:19])
+    np.testing.assert_allclose(packed[:, 10:19], alone, atol=2e-5)
+
+
+@SHAPES
+@pytest.mark.parametrize("change", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}], ids=str)
+def test_every_way_of_computing_gives_the_same_gradients(shape, change):
+    expected, got = gradients(shape)[0], gradients(dataclasses.replace(shape, **change))[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, got)
+
+
+def test_remat_keeps_less():
+    none, dots, full = (gradients(dataclasses.replace(BERT, remat=r))[1] for r in ("none", "dots", "full"))
+    assert full < dots < none
+
+
+def test_bfloat16_computes_near_float32_over_float32_parameters():
+    tokens, segments, positions = packed_row()
+    m, params = model(MODERN)
+    half = heads.language_model(dataclasses.replace(MODERN, dtype="bfloat16"), V)
+    assert {x.dtype for x in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0)))} == {jnp.dtype("float32")}
+    expected = m.encode(params, tokens, segments, positions)
+    got = half.encode(params, tokens, segments, positions)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.15)
+
+
+def test_dropout_follows_the_row_and_not_its_place_in_the_batch():
+    m, params = model(dataclasses.replace(BERT, dropout_rate=0.3, attention_dropout_rate=0.3))
+    tokens, segments, positions = (jnp.concatenate([x, x]) for x in packed_row())
+    keys = jax.random.split(jax.random.key(1), 2)
+    both = m.encode(params, tokens, segments, positions, dropout_keys_B=keys)
+    swapped = m.encode(params, tokens, segments, positions, dropout_keys_B=keys[::-1])
+    np.testing.assert_allclose(both, swapped[::-1], atol=1e-6)
+    assert np.abs(both[0] - both[1]).max() > 0.1
+    np.testing.assert_array_equal(
+        m.encode(params, tokens, segments, positions)[0], m.encode(params, tokens, segments, positions)[1]
+    )
+
+
+def test_dropout_keeps_the_mean_and_zeroes_its_share():
+    from flax_mlm.model.encoder import dropout
+
+    x = dropout(jnp.ones((4, 100, 100)), jax.random.split(jax.random.key(0), 4), 0.25, site=0)
+    assert abs(float((x == 0).mean()) - 0.25) < 0.01
+    assert abs(float(x.mean()) - 1.0) < 0.02
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 8))
+
+    def score(i: int, j: int) -> float:
+        table = attention.rotary_table(jnp.array([[i, j]]), 8, 10_000.0)
+        turned = attention.rotate(jnp.stack([q, k])[None, :, None], table)[0, :, 0]
+        return float(turned[0] @ turned[1])
+
+    assert score(3, 7) == pytest.approx(score(103, 107), abs=1e-4)
+    assert score(3, 7) != pytest.approx(score(3, 8), abs=1e-3)
+
+
+# transformers' own counts of BertForMaskedLM and ModernBertForMaskedLM at these shapes.
+@pytest.mark.parametrize(
+    ("file", "vocab_size", "count"),
+    [
+        (bert_base, 30_522, 109_514_298),
+        (bert_large, 30_522, 335_174_458),
+        (modernbert_base, 50_368, 149_655_232),
+        (modernbert_large, 50_368, 395_881_664),
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_parameter_counts_are_the_published_models(file, vocab_size, count):
+    shape = dataclasses.replace(config_lib.build(file.get_config()).model, vocab_multiple_of=1)
+    m = heads.language_model(shape, vocab_size)
+    assert sum(x.size for x in jax.tree.leaves(jax.eval_shape(m.init, jax.random.key(0)))) == count
+
+
+def test_vocabulary_rows_are_rounded_up():
+    m = heads.language_model(dataclasses.replace(BERT, vocab_multiple_of=128), 130)
+    assert jax.eval_shape(m.init, jax.random.key(0))["encoder"]["embeddings"]["token"].shape == (256, 32)

@@ -1,0 +1,36 @@
+"""The settings that make CPU results right."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def test_sums_are_right_under_jit():
+    """jax-ml/jax#39103: this jaxlib's YNNPACK reductions lose part of a long sum."""
+    x = jnp.full(32_769, 32_768.0)
+    assert float(jax.jit(jnp.sum)(x)) == float(np.sum(np.asarray(x, np.float64)))
+
+
+def test_flags_are_added_to_the_users_own():
+    code = "from flax_mlm import environment as e, os; e.prepare(); e.prepare(); print(os.environ['XLA_FLAGS'])"
+    code = code.replace(", os", "; import os")
+    flags = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XLA_FLAGS": "--xla_dump_to=/nowhere"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert flags[0] == "--xla_dump_to=/nowhere"
+    assert flags.count("--xla_cpu_experimental_ynn_fusion_type=-reduce") <= 1
+
+
+def test_a_flag_that_jaxlib_does_not_know_is_seen_as_such():
+    from flax_mlm.environment import _jaxlib_knows
+
+    assert _jaxlib_knows("--xla_force_host_platform_device_count=8")
+    assert not _jaxlib_knows("--xla_there_is_no_such_flag_in_any_jaxlib=1")

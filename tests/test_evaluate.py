@@ -1,0 +1,157 @@
+"""Evaluation: the same numbers every time and everywhere, and the numbers that NumPy finds."""
+
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from flax_mlm import checkpoint, masking, sharding, trained
+from flax_mlm import config as config_lib
+from flax_mlm.data.corpus import Corpus
+from flax_mlm.step import make_steps
+from flax_mlm.tasks import mlm
+
+EXACT = ("rows", "predicted_tokens", "unigram_entropy", "majority_accuracy")
+
+
+@pytest.fixture(scope="module")
+def corpus(toy) -> Corpus:
+    return Corpus.open(toy.corpus)
+
+
+@pytest.fixture(scope="module")
+def model(trained_run) -> trained.Trained:
+    """On 8 devices, 4 × 2."""
+    c = checkpoint.read_config(str(trained_run))
+    c.mesh.data, c.mesh.fsdp = 4, 2
+    return trained.restore(str(trained_run), config_lib.build(c))
+
+
+@pytest.fixture(scope="module")
+def result(model, corpus) -> dict[str, float]:
+    with jax.set_mesh(model.mesh):
+        return mlm.run(model, corpus)
+
+
+def with_eval(model: trained.Trained, **changes) -> trained.Trained:
+    c = config_lib.from_dict(model.config.to_dict())
+    c.eval.update(changes)
+    return model._replace(config=config_lib.build(c))
+
+
+def held_out_tokens(corpus: Corpus, model: trained.Trained) -> np.ndarray:
+    rows = corpus.split("validation")
+    return rows.read(np.arange(rows.num_rows))
+
+
+def test_the_command_from_the_checkpoint_alone_twice(toy, trained_run, result, tmp_path):
+    """Moved elsewhere, without the run's other files; on one device where the run's result was taken on one too."""
+    moved = tmp_path / "moved" / "300"
+    shutil.copytree(trained_run / "checkpoints" / "300", moved)
+    outputs = []
+    for name in ("a.json", "b.json"):
+        done = toy.run("evaluate", f"--checkpoint={moved}", f"--json={tmp_path / name}", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        outputs.append((done.stdout, (tmp_path / name).read_text()))
+    assert outputs[0] == outputs[1]
+    found = json.loads(outputs[0][1])
+    assert found == json.loads((trained_run / "result.json").read_text())
+    assert f"{found['loss']:.4f} ± {found['loss_stderr']:.4f}" in outputs[0][0]
+    # 8 devices say the same as one.
+    assert found == pytest.approx(result, rel=1e-5)
+    assert all(found[name] == result[name] for name in EXACT)
+
+
+def test_the_command_on_eight_devices(toy, trained_run, result, tmp_path):
+    done = toy.run("evaluate", f"--checkpoint={trained_run}@300", f"--json={tmp_path / 'x'}", devices=8)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "x").read_text()) == pytest.approx(result, rel=1e-5)
+    older = toy.run("evaluate", f"--checkpoint={trained_run}@200")
+    assert older.returncode == 0 and older.stdout != done.stdout
+
+
+def test_every_row_is_counted_once(model, corpus, result):
+    tokens_RL = held_out_tokens(corpus, model)
+    maskable_R = (~model.tokenizer.is_special[tokens_RL]).sum(1)
+    rate = model.config.eval.mask_rate
+    expected_R = np.maximum((round(rate * 100_000) * maskable_R + 50_000) // 100_000, np.minimum(maskable_R, 1))
+    assert result["rows"] == len(tokens_RL) == corpus.counts["validation"]["rows"]
+    assert result["predicted_tokens"] == expected_R.sum()
+
+
+def test_the_baselines_are_those_of_the_text(model, corpus, result):
+    tokens_RL = held_out_tokens(corpus, model)
+    tokens = tokens_RL[~model.tokenizer.is_special[tokens_RL]].tolist()
+    counts = {t: tokens.count(t) for t in set(tokens)}
+    assert len(tokens) == corpus.counts["validation"]["tokens"]
+    entropy = -sum(n / len(tokens) * math.log(n / len(tokens)) for n in counts.values())
+    assert result["unigram_entropy"] == pytest.approx(entropy, rel=1e-9)
+    assert result["majority_accuracy"] == pytest.approx(max(counts.values()) / len(tokens), rel=1e-9)
+
+
+def sums_of_each_row(model: trained.Trained, corpus: Corpus) -> np.ndarray:
+    """(loss, correct, predicted) of every held-out row, asked 8 rows at a time, apart from `eval_batches`."""
+    tokens_RL, found = held_out_tokens(corpus, model), []
+    for start in range(0, len(tokens_RL), 8):
+        number = np.minimum(np.arange(start, start + 8), len(tokens_RL) - 1)
+        row_ids = np.stack([np.zeros(8), number], 1).astype(np.uint32)
+        batch = sharding.global_batch({"tokens": tokens_RL[number], "row_ids": row_ids}, model.mesh)
+        with jax.set_mesh(model.mesh):
+            found.append(np.stack(jax.device_get(model.steps.evaluate(model.params, batch, model.vocab)), 1))
+    return np.concatenate(found)[: len(tokens_RL)].astype(np.float64)
+
+
+def test_loss_accuracy_and_their_standard_errors(model, corpus, result):
+    loss_R, correct_R, count_R = sums_of_each_row(model, corpus).T
+    total, rows = count_R.sum(), len(count_R)
+    for name, sum_R in (("loss", loss_R), ("accuracy", correct_R)):
+        mean = sum_R.sum() / total
+        assert result[name] == pytest.approx(mean, rel=1e-6)
+        # Of a ratio of two sums: residuals of each row about the ratio, over the mean count, by the number of rows.
+        residual_R = sum_R - mean * count_R
+        expected = np.sqrt((residual_R**2).mean() / rows) / count_R.mean()
+        assert result[f"{name}_stderr"] == pytest.approx(expected, rel=1e-5)
+        # The bootstrap over rows agrees, roughly.
+        pick = np.random.default_rng(0).integers(0, rows, (2000, rows))
+        bootstrap = (sum_R[pick].sum(1) / count_R[pick].sum(1)).std()
+        assert result[f"{name}_stderr"] == pytest.approx(bootstrap, rel=0.2)
+    held_out = corpus.counts["validation"]
+    bits = result["loss"] / math.log(2) * held_out["tokens"] / held_out["bytes"]
+    assert result["bits_per_byte"] == pytest.approx(bits) and result["perplexity"] == pytest.approx(
+        math.exp(result["loss"])
+    )
+
+
+def test_the_batch_size_does_not_matter_and_max_rows_does(model, corpus, result):
+    with jax.set_mesh(model.mesh):
+        other = mlm.run(with_eval(model, batch_size=56), corpus)
+        fewer = mlm.run(with_eval(model, max_rows=10), corpus)
+    assert other == pytest.approx(result, rel=1e-5)
+    assert fewer["rows"] == 10 and fewer["predicted_tokens"] < result["predicted_tokens"]
+
+
+def test_the_table_says_what_the_numbers_say(result):
+    text = "\n".join(mlm.table(result))
+    for name in ("loss", "accuracy", "unigram_entropy", "majority_accuracy"):
+        assert f"{result[name]:.4f}" in text
+    assert f"over {result['predicted_tokens']:,} predicted tokens in {result['rows']:,} rows" in text
+    assert "next-token" in "\n".join(mlm.table(result, "clm"))
+
+
+def test_an_untrained_model_is_no_better_than_the_vocabulary(toy, corpus):
+    """Scores of a new model are nearly uniform: its loss is ln V, well over the unigram entropy."""
+    c = base.get_config()
+    c.model.update(num_layers=1, hidden_size=32, num_heads=2, intermediate_size=64)
+    c.data.seq_len, c.eval.batch_size = 32, 16
+    config = config_lib.build(c)
+    mesh, tokenizer = sharding.make_mesh(config.mesh), corpus.tokenizer()
+    with jax.set_mesh(mesh):
+        steps = make_steps(config, corpus.vocab_size, mesh)
+        params = steps.init().params
+        untrained = trained.Trained(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
+        found = mlm.run(untrained, corpus)
+    assert found["loss"] == pytest.approx(math.log(corpus.vocab_size), abs=0.2)

@@ -1,0 +1,63 @@
+"""What a change must not alter unnoticed: resolved configs, parameter trees, ten steps of metrics.
+
+Run `bash launch/test.sh tests/test_golden.py --update_golden` when a difference is meant, and read the diff of
+tests/golden/ as part of the change: a hyper-parameter that moved, a parameter renamed (old checkpoints no longer
+load), a loss that is no longer the same.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import base, bert_base, bert_large, modernbert_base, modernbert_large, quickstart, small
+from flax_mlm import config as config_lib
+from flax_mlm import sharding
+from flax_mlm.model import heads
+
+FOLDER = Path(__file__).parent / "golden"
+CONFIGS = [base, quickstart, small, bert_base, bert_large, modernbert_base, modernbert_large]
+BY_NAME = pytest.mark.parametrize("module", CONFIGS, ids=lambda m: m.__name__.split(".")[-1])
+
+
+def compare(request: pytest.FixtureRequest, name: str, text: str) -> None:
+    file = FOLDER / name
+    if request.config.getoption("--update_golden"):
+        FOLDER.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text(), f"{file} differs; see the docstring of {Path(__file__).name} on when to update it"
+
+
+@BY_NAME
+def test_resolved_config(request, module):
+    values = config_lib.build(module.get_config()).to_dict()
+    compare(request, f"{module.__name__.split('.')[-1]}.config.json", json.dumps(values, indent=1) + "\n")
+
+
+@BY_NAME
+def test_parameter_tree(request, module):
+    config = config_lib.build(module.get_config())
+    model = heads.language_model(config.model, config.tokenizer.vocab_size)
+    mesh = sharding.make_mesh(config_lib.MeshConfig(2, 2, 2))
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+
+    def line(path, x, dims: str) -> str:
+        name = "/".join(k.key for k in path)
+        return f"{name:55} {x.dtype} {x.shape!s:25} {sharding.param_spec(dims, x.ndim)}"
+
+    lines = jax.tree.leaves(jax.tree_util.tree_map_with_path(line, shapes, model.dims))
+    compare(request, f"{module.__name__.split('.')[-1]}.params.txt", "\n".join(lines) + "\n")
+
+
+def test_ten_steps_of_training(request):
+    """To four digits: the same on every CPU, while a change of recipe, masks or data order shows."""
+    from test_step import train
+
+    history, _, _ = train((1, 1, 1), (("model.dropout_rate", 0.0), ("model.attention_dropout_rate", 0.0)), 10)
+    lines = (
+        f"{i} loss {m['loss']:.4g} accuracy {m['accuracy']:.4g} grad_norm {m['grad_norm']:.3g}"
+        for i, m in enumerate(history)
+    )
+    compare(request, "ten_steps.txt", "\n".join(lines) + "\n")

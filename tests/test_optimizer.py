@@ -1,0 +1,134 @@
+"""Schedules, the split of parameters, and each optimizer against its definition."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import base
+from flax_mlm import config as config_lib
+from flax_mlm import optimizer, sharding
+from flax_mlm.model import heads
+
+CONFIG = config_lib.build(base.get_config())
+OPTIMIZER = dataclasses.replace(CONFIG.optimizer, learning_rate=1.0, warmup_fraction=0.1)
+SHAPE = dataclasses.replace(CONFIG.model, num_layers=3, hidden_size=16, num_heads=2, intermediate_size=32, glu=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def params_and_grads(one_device):
+    model = heads.language_model(SHAPE, 40)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params, grads = (jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes) for _ in "pg")
+    return model.dims, *jax.device_put((params, grads), NamedSharding(one_device, PartitionSpec()))
+
+
+def update(name: str, params_and_grads, **changes):
+    dims, params, grads = params_and_grads
+    tx = optimizer.make(dataclasses.replace(OPTIMIZER, name=name, max_grad_norm=0.0, **changes), dims)
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])(grads, params)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", {0: 0.1, 9: 1.0, 10: 1.0, 55: 1.0, 100: 1.0}),
+        ("linear", {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 55: 0.5, 100: 0.0}),
+        ("cosine", {0: 0.1, 9: 1.0, 55: 0.5, 100: 0.0}),
+        ("wsd", {0: 0.1, 9: 1.0, 80: 1.0, 90: 0.5, 100: 0.0}),
+    ],
+)
+def test_schedules(schedule, expected):
+    rate = optimizer.learning_rate(dataclasses.replace(OPTIMIZER, schedule=schedule), 100)
+    assert {s: float(rate(jnp.float32(s))) for s in expected} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+def test_schedules_end_at_their_share_of_the_peak(schedule):
+    config = dataclasses.replace(OPTIMIZER, schedule=schedule, final_lr_fraction=0.25)
+    assert float(optimizer.learning_rate(config, 100)(jnp.float32(100))) == pytest.approx(0.25)
+
+
+def test_decay_spares_norms_and_biases_and_names_every_parameter(params_and_grads):
+    _, params, _ = params_and_grads
+    mask = {
+        jax.tree_util.keystr(path): decays
+        for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decay_mask(params))
+    }
+    assert {name for name, decays in mask.items() if decays} == {
+        name for name in mask if name.endswith(("['kernel']", "['token']", "['position']", "['token_type']"))
+    }
+    with pytest.raises(KeyError, match="surprise"):
+        optimizer.decay_mask({"surprise": jnp.zeros(3)})
+
+
+def test_adamw_is_optax_adamw(params_and_grads):
+    _, params, grads = params_and_grads
+    got = update("adamw", params_and_grads)
+    o = OPTIMIZER
+    reference = optax.adamw(1.0, o.beta1, o.beta2, o.eps, weight_decay=o.weight_decay, mask=optimizer.decay_mask)
+    with jax.numpy_dtype_promotion("standard"):
+        expected = reference.update(grads, reference.init(params), params)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_muon_orthogonalises_each_matrix_by_itself(params_and_grads):
+    got = update("muon", params_and_grads, weight_decay=0.0)
+    layers = got["encoder"]["layers"]
+    matrices = {
+        "a query projection": layers["qkv"]["kernel"][1, :, 0].reshape(16, 16),
+        "a value projection": layers["qkv"]["kernel"][2, :, 2].reshape(16, 16),
+        "attention output": layers["attention_out"]["kernel"][0].reshape(16, 16),
+        "a half of the gated MLP": layers["mlp_in"]["kernel"][1, :, 1],
+        "MLP output": layers["mlp_out"]["kernel"][2],
+        "the head": got["head"]["dense"]["kernel"],
+    }
+    for name, matrix in matrices.items():
+        singular = np.linalg.svd(matrix / (0.2 * max(matrix.shape) ** 0.5), compute_uv=False)
+        assert 0.6 < singular.min() <= singular.max() < 1.25, (name, singular)
+        assert float(jnp.sqrt(jnp.square(matrix).mean())) == pytest.approx(0.2, rel=0.25), name
+
+
+def test_muon_leaves_embeddings_norms_and_biases_to_adam(params_and_grads):
+    muon, adam = update("muon", params_and_grads), update("adamw", params_and_grads)
+
+    def compare(path, a, b):
+        if path[-1].key == "kernel":
+            assert np.abs(a - b).max() > 0.1
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+    jax.tree_util.tree_map_with_path(compare, muon, adam)
+
+
+def test_lamb_scales_each_layer_to_its_own_norm(params_and_grads):
+    _, params, _ = params_and_grads
+    got = update("lamb", params_and_grads)
+    for layer in range(3):
+        kernel = params["encoder"]["layers"]["mlp_out"]["kernel"][layer]
+        step = got["encoder"]["layers"]["mlp_out"]["kernel"][layer]
+        assert float(jnp.linalg.norm(step)) == pytest.approx(float(jnp.linalg.norm(kernel)), rel=1e-4)
+    bias = params["head"]["decoder_bias"]
+    assert float(jnp.linalg.norm(got["head"]["decoder_bias"])) == pytest.approx(float(jnp.linalg.norm(bias)), rel=1e-4)
+
+
+def test_the_clip_is_over_all_gradients_together(params_and_grads):
+    dims, params, grads = params_and_grads
+    tx = optimizer.make(dataclasses.replace(OPTIMIZER, max_grad_norm=0.5, weight_decay=0.0), dims)
+    with jax.numpy_dtype_promotion("standard"):
+        state = tx.update(grads, tx.init(params), params)[1]
+    moments = optax.tree.get(state, "mu")
+    assert float(optimizer.global_norm(moments)) == pytest.approx(0.5 * (1 - OPTIMIZER.beta1), rel=1e-4)

@@ -1,0 +1,188 @@
+"""The train step: the same on every mesh and with accumulation, state sharded as planned, bad steps skipped."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from configs import base
+from flax_mlm import config as config_lib
+from flax_mlm import masking, sharding, step
+
+V, B, L = 101, 16, 32
+MODERN = {
+    "model.positions": "rope",
+    "model.norm_position": "pre",
+    "model.use_bias": False,
+    "model.glu": True,
+    "model.type_vocab_size": 0,
+    "model.global_attention_every": 3,
+    "model.local_window": 8,
+}
+
+
+def make_config(mesh: tuple[int, int, int], overrides: tuple = ()) -> config_lib.Config:
+    c = base.get_config()
+    c.model.update(num_layers=3, hidden_size=32, num_heads=4, intermediate_size=64, vocab_multiple_of=8)
+    c.data.seq_len, c.train.global_batch_size, c.train.steps = L, B, 10
+    c.optimizer.learning_rate = 0.01
+    c.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
+    c.update_from_flattened_dict(dict(overrides))
+    return config_lib.build(c)
+
+
+def vocabulary() -> masking.Vocabulary:
+    special = np.arange(V) < 5
+    starts = np.arange(V) % 3 == 0
+    return masking.Vocabulary(jnp.asarray(special), jnp.asarray(starts), jnp.arange(5, V, dtype=jnp.int32), 0, 2, 4)
+
+
+def host_batch(i: int) -> dict[str, np.ndarray]:
+    """Rows of two segments and 3 of padding; the last row of all padding but one segment of 4."""
+    tokens = np.random.default_rng(i).integers(5, V, (B, L)).astype(np.int32)
+    tokens[:, [0, 16]], tokens[:, [15, -4]], tokens[:, -3:] = 2, 3, 0
+    tokens[-1, 4:] = 0
+    position = np.arange(B) + B * i
+    return {"tokens": tokens, "row_ids": np.stack([np.zeros(B), position], 1).astype(np.uint32)}
+
+
+@functools.cache
+def train(mesh_shape: tuple[int, int, int], overrides: tuple = (), num_steps: int = 3):
+    """Metrics of a few steps, the state after them, and the evaluation of it."""
+    config = make_config(mesh_shape, overrides)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh_shape))])
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        state, history = steps.init(), []
+        for i in range(num_steps):
+            with jax.transfer_guard_device_to_host("disallow"):
+                state, metrics = steps.train(state, sharding.global_batch(host_batch(i), mesh), vocabulary())
+            jax.block_until_ready(state)
+            history.append({k: float(v) for k, v in metrics.items()})
+        sums = steps.evaluate(state.params, sharding.global_batch(host_batch(0), mesh), vocabulary())
+        return history, state, jax.device_get(sums)
+
+
+BERT = ()
+MUON = (("optimizer.name", "muon"), *MODERN.items())
+LAMB = (("optimizer.name", "lamb"), ("objective.name", "clm"), ("model.scan_layers", False))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "overrides"),
+    [((8, 1, 1), BERT), ((2, 2, 2), BERT), ((1, 8, 1), MUON), ((2, 2, 2), MUON), ((1, 2, 4), LAMB)],
+    ids=["data-bert", "all-bert", "fsdp-muon", "all-muon", "tensor-lamb-clm"],
+)
+def test_every_mesh_trains_as_one_device(mesh, overrides):
+    expected, state, sums = train((1, 1, 1), overrides)
+    got, sharded, sharded_sums = train(mesh, overrides)
+    for a, b in zip(expected, got, strict=True):
+        assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
+    # Adam divides by the root of squares near 0 in the first steps, which enlarges rounding.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state.params, sharded.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), sums, sharded_sums)
+
+
+@pytest.mark.parametrize(("mesh", "parts"), [((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
+def test_accumulation_is_the_whole_batch_whose_parts_have_unequal_counts(mesh, parts):
+    assert len({int((host_batch(0)["tokens"][m::parts] > 4).sum()) for m in range(parts)}) > 1
+    for a, b in zip(train(mesh)[0], train(mesh, (("train.microbatches", parts),))[0], strict=True):
+        assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
+
+
+def specs(tree) -> dict[str, P]:
+    return {jax.tree_util.keystr(path): x.sharding.spec for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_every_leaf_is_split_as_its_dimensions_say():
+    _, state, _ = train((2, 2, 2))
+    params = specs(state.params)
+    assert params["['encoder']['embeddings']['token']"] == P("tensor", "fsdp")
+    assert params["['encoder']['embeddings']['position']"] == P(None, "fsdp")
+    assert params["['encoder']['layers']['qkv']['kernel']"] == P(None, "fsdp", None, "tensor", None)
+    assert params["['encoder']['layers']['qkv']['bias']"] == P(None, None, "tensor", None)
+    assert params["['encoder']['layers']['attention_out']['kernel']"] == P(None, "tensor", None, "fsdp")
+    assert params["['encoder']['layers']['mlp_in']['kernel']"] == P(None, "fsdp", "tensor")
+    assert params["['encoder']['layers']['mlp_out']['kernel']"] == P(None, "tensor", "fsdp")
+    assert params["['head']['dense']['kernel']"] == P("fsdp", None)
+    split = {name for name, spec in params.items() if any(spec)}
+    assert {n.rsplit("'", 2)[1] for n in params.keys() - split} <= {"bias", "scale", "decoder_bias"}
+    # Adam's moments inherit their parameter's spec: nothing is silently replicated.
+    for moment in ("mu", "nu"):
+        held = {k.split(f".{moment}")[1]: v for k, v in specs(state.opt_state).items() if f".{moment}" in k}
+        assert held == params
+
+
+def test_metrics_count_real_tokens_and_predictions():
+    (first, *_), _, sums = train((1, 1, 1))
+    tokens = host_batch(0)["tokens"]
+    maskable = (tokens > 4).sum(1)
+    assert first["tokens"] == (tokens > 0).sum()
+    assert first["predicted_tokens"] == np.maximum(1, np.floor(0.15 * maskable + 0.5)).sum()
+    np.testing.assert_array_equal(sums.predicted, np.maximum(1, np.floor(0.15 * maskable + 0.5)))
+    assert first["loss"] == pytest.approx(np.log(V), abs=0.3)
+    assert first["mask_rate"] == pytest.approx(0.15)
+
+
+def test_the_mask_rate_moves_over_the_run():
+    history, _, _ = train((1, 1, 1), (("objective.mask_rate_final", 0.45), ("train.steps", 3)))
+    assert [h["mask_rate"] for h in history] == pytest.approx([0.15, 0.3, 0.45])
+    assert history[2]["predicted_tokens"] > 2.5 * history[0]["predicted_tokens"]
+
+
+def test_a_non_finite_step_changes_nothing_and_is_counted():
+    config = make_config((1, 1, 1))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+
+    def with_kernel(state: step.TrainState, value: float) -> step.TrainState:
+        """The state with one weight of the MLPs replaced."""
+        params = jax.device_get(state.params)
+        kernel = params["encoder"]["layers"]["mlp_in"]["kernel"] = params["encoder"]["layers"]["mlp_in"][
+            "kernel"
+        ].copy()
+        kernel[0, 0, 0] = value
+        shardings = jax.tree.map(lambda x: x.sharding, state.params)
+        return state._replace(params=jax.device_put(params, shardings))
+
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        state, _ = steps.train(steps.init(), sharding.global_batch(host_batch(0), mesh), vocabulary())
+        state = with_kernel(state, np.inf)
+        before = jax.device_get((state.params, state.opt_state))
+        state, metrics = steps.train(state, sharding.global_batch(host_batch(1), mesh), vocabulary())
+        assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"]), int(state.step)) == (1, 1, 2)
+        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.opt_state)))
+        state = with_kernel(state, 0.0)
+        state, metrics = steps.train(state, sharding.global_batch(host_batch(2), mesh), vocabulary())
+        assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"]), int(state.step)) == (1, 0, 3)
+
+
+def test_a_batch_with_nothing_to_predict_gives_no_nan():
+    config = make_config((1, 1, 1), (("optimizer.weight_decay", 0.0),))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    batch = host_batch(0)
+    batch["tokens"][:] = 0
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        state = steps.init()
+        before = jax.device_get(state.params)
+        state, metrics = steps.train(state, sharding.global_batch(batch, mesh), vocabulary())
+        assert float(metrics["loss"]) == 0.0
+        assert int(metrics["skipped"]) == 0
+        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
+
+
+def test_the_step_is_compiled_once():
+    config = make_config((2, 2, 2))
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        state = steps.init()
+        for i in range(3):
+            state, _ = steps.train(state, sharding.global_batch(host_batch(i), mesh), vocabulary())
+            jax.block_until_ready(state)
+        assert steps.train._cache_size() == 1
+        assert jax.tree.map(lambda a, x: a.sharding.spec == x.sharding.spec, steps.abstract, state)

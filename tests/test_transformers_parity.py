@@ -1,0 +1,199 @@
+"""The same numbers and gradients as Hugging Face transformers from the same weights, and the same parameter counts.
+
+Needs torch and transformers 5, which nothing else here does. Both sides compute in float32: what is left is rounding.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import bert_base, bert_large, modernbert_base, modernbert_large
+from flax_mlm import config as config_lib
+from flax_mlm import masking, objective, sharding, step
+from flax_mlm.model import heads
+
+torch = pytest.importorskip("torch", reason="the reference needs torch")
+transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
+
+V, L, PAD, CLS = 64, 24, 0, 1
+TINY = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "max_positions": L, "vocab_multiple_of": 1}
+EXACT = {"dtype": "float32", "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+OWN = {
+    "bert": {"num_layers": 3},
+    # Layers 0 and 3 are global; the others see 3 tokens to each side.
+    "modernbert": {"num_layers": 5, "local_window": 6, "rope_theta_global": 500.0, "rope_theta_local": 20.0},
+}
+LAYOUTS = {"padded": [[L], [17]], "packed": [[11, 9], [14, 10]]}  # lengths of the segments of each row
+
+NAMES = {  # ours: BERT's, ModernBERT's
+    "encoder/embeddings/token": ("bert.embeddings.word_embeddings.weight", "model.embeddings.tok_embeddings.weight"),
+    "encoder/embeddings/position": ("bert.embeddings.position_embeddings.weight", None),
+    "encoder/embeddings/token_type": ("bert.embeddings.token_type_embeddings.weight", None),
+    "encoder/embeddings/norm": ("bert.embeddings.LayerNorm", "model.embeddings.norm"),
+    "encoder/layers/qkv": ("bert.encoder.layer.{}.attention.self.*", "model.layers.{}.attn.Wqkv"),
+    "encoder/layers/attention_out": ("bert.encoder.layer.{}.attention.output.dense", "model.layers.{}.attn.Wo"),
+    "encoder/layers/attention_norm": ("bert.encoder.layer.{}.attention.output.LayerNorm", None),
+    "encoder/layers/mlp_in": ("bert.encoder.layer.{}.intermediate.dense", "model.layers.{}.mlp.Wi"),
+    "encoder/layers/mlp_out": ("bert.encoder.layer.{}.output.dense", "model.layers.{}.mlp.Wo"),
+    "encoder/layers/mlp_norm": ("bert.encoder.layer.{}.output.LayerNorm", "model.layers.{}.mlp_norm"),
+    "encoder/attention_norms": (None, "model.layers.{}.attn_norm"),
+    "encoder/final_norm": (None, "model.final_norm"),
+    "head/dense": ("cls.predictions.transform.dense", "head.dense"),
+    "head/norm": ("cls.predictions.transform.LayerNorm", "head.norm"),
+    "head/decoder_bias": ("cls.predictions.bias", "decoder.bias"),
+}
+
+SHAPES = {"bert": ("bert", False), "bert_types": ("bert", True), "modernbert": ("modernbert", False)}
+shaped = pytest.mark.parametrize(("family", "with_types"), SHAPES.values(), ids=SHAPES)
+laid_out = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def reference(c: config_lib.ModelConfig, vocab_size: int):
+    """The transformers model of our shape. The rest, epsilons and token types included, is as it is by default."""
+    kwargs = {"vocab_size": vocab_size, "pad_token_id": PAD, "attn_implementation": "eager"}
+    kwargs |= {"num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads, "hidden_size": c.hidden_size}
+    kwargs |= {"intermediate_size": c.intermediate_size, "max_position_embeddings": c.max_positions}
+    if c.positions == "learned":
+        return transformers.BertForMaskedLM(transformers.BertConfig(**kwargs)).eval()
+    kwargs |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), CLS)
+    kwargs |= {"global_attn_every_n_layers": c.global_attention_every, "local_attention": c.local_window}
+    kwargs |= {"global_rope_theta": c.rope_theta_global, "local_rope_theta": c.rope_theta_local}
+    return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**kwargs)).eval()
+
+
+@functools.cache
+def both(family: str):
+    """Config, our model, the reference with random weights, and these weights as our parameters."""
+    config = config_lib.build((bert_base if family == "bert" else modernbert_base).get_config())
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **TINY, **EXACT, **OWN[family]))
+    net, generator = reference(config.model, V), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            is_scale = p.ndim == 1 and name.endswith("weight")
+            stddev = 0.02 if "embeddings" in name and p.ndim == 2 else 0.2  # small, so that the norm's epsilon counts
+            p.normal_(1.0 if is_scale else 0.0, stddev, generator=generator)
+    model = heads.language_model(config.model, V)
+    params = our_tree(config.model, model, {name: p.detach() for name, p in net.named_parameters()})
+    assert sum(x.size for x in jax.tree.leaves(params)) == sum(p.numel() for p in net.parameters())
+    return config, model, net, params
+
+
+def our_tree(c: config_lib.ModelConfig, model: heads.Model, arrays: dict[str, "torch.Tensor"]):
+    """The reference's weights, or their gradients, by name -> our parameter tree."""
+
+    def leaf(path, x):
+        *module, last = (key.key for key in path)
+        suffix = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}.get(last, "")
+        name = NAMES["/".join(module if suffix else [*module, last])][c.positions == "rope"] + suffix
+        names = [name.replace("*", part) for part in ("query", "key", "value")] if "*" in name else [name]
+        layers = range(c.num_layers - x.shape[0], c.num_layers) if "{}" in name else [0]
+        found = [np.concatenate([arrays[n.format(i)].numpy() for n in names]) for i in layers]
+        return jnp.asarray(np.stack([a.T if last == "kernel" else a for a in found]).reshape(x.shape))
+
+    return jax.tree.map_with_path(leaf, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def rows(layout: str, with_types: bool):
+    """Tokens, segments, positions and token types, int32 (B, L), and the parts that the reference takes one by one."""
+    rng, lengths = np.random.default_rng(0), LAYOUTS[layout]
+    tokens, segments, positions, types = batch = np.full((4, len(lengths), L), PAD, np.int32)
+    parts = []
+    for b, row in enumerate(lengths):
+        for i, n in enumerate(row):
+            at = slice(sum(row[:i]), sum(row[:i]) + n)
+            tokens[b, at], segments[b, at], positions[b, at] = [CLS, *rng.integers(2, V, n - 1)], i + 1, range(n)
+            types[b, at] = np.arange(n) > n // 2 if with_types else 0
+            parts.append((slice(b, b + 1), at))
+    return batch, parts if layout == "packed" else [(slice(None), slice(None))]
+
+
+def theirs(net, batch, parts, with_types: bool):
+    """The reference's hidden states (T, D) and scores (T, V) at the T tokens that are not padding."""
+    found = []
+    for part in parts:
+        tokens, segments, _, types = (torch.tensor(x[part]).long() for x in batch)
+        more = {"token_type_ids": types} if with_types else {}
+        out = net(tokens, attention_mask=(segments > 0).long(), output_hidden_states=True, **more)
+        found.append((out.hidden_states[-1][segments > 0], out.logits[segments > 0]))
+    return [torch.cat(x) for x in zip(*found, strict=True)]
+
+
+def arguments(batch, mesh, with_types: bool):
+    """The same batch for our model, with scores wanted at every position."""
+    everywhere = np.broadcast_to(np.arange(L, dtype=np.int32), batch[0].shape)
+    *args, types, predict = sharding.global_batch(dict(enumerate([*batch, everywhere])), mesh).values()
+    return args, predict, {"token_types_BL": types} if with_types else {}
+
+
+def check(got, expected, what: str, *, relative: bool = False):
+    got, expected = np.asarray(got), np.asarray(expected)
+    largest = np.abs(got - expected).max() / (np.abs(expected).max() if relative else 1.0)
+    print(f"{what}: largest difference {largest:.1e}")  # shown by pytest -rP
+    assert got.shape == expected.shape and largest <= 1e-4, f"{what} differ by {largest:.1e}"
+
+
+@laid_out
+@shaped
+def test_hidden_states_and_scores(family, with_types, layout, one_device):
+    config, model, net, params = both(family)
+    batch, parts = rows(layout, with_types)
+    with torch.no_grad():
+        hidden, scores = theirs(net, batch, parts, with_types)
+    (args, predict, kwargs), real = arguments(batch, one_device, with_types), batch[1] > 0
+    check(np.asarray(model.encode(params, *args, **kwargs))[real], hidden, "hidden states")
+    check(np.asarray(model.apply(params, *args, predict_BK=predict, **kwargs))[real], scores, "scores")
+    if not with_types:  # `score` finds segments and positions by itself, and knows one token type
+        vocab = masking.Vocabulary(*[jnp.zeros(V, jnp.int32)] * 3, pad_id=PAD, cls_id=CLS, mask_id=2)
+        got = step.make_steps(config, V, one_device).score(params, args[0], predict, vocab)
+        check(np.asarray(got)[real], scores.log_softmax(-1), "log-probabilities")
+
+
+@laid_out
+@shaped
+def test_gradients(family, with_types, layout, one_device):
+    config, model, net, params = both(family)
+    batch, parts = rows(layout, with_types)
+    chosen = np.broadcast_to(np.arange(L) % 3 == 2, batch[1].shape) & (batch[1] > 0)
+    labels = np.random.default_rng(1).integers(2, V, chosen.shape)
+    net.zero_grad()
+    scores = theirs(net, batch, parts, with_types)[1][chosen[batch[1] > 0]]
+    torch.nn.functional.cross_entropy(scores, torch.tensor(labels[chosen])).backward()
+    expected = our_tree(config.model, model, {name: p.grad for name, p in net.named_parameters()})
+
+    args, predict, kwargs = arguments(batch, one_device, with_types)
+    slots = jnp.asarray(labels, jnp.int32), jnp.asarray(chosen, jnp.float32)
+
+    def loss(params):
+        sums = objective.row_sums(model.apply(params, *args, predict_BK=predict, **kwargs), *slots)
+        return sums.loss.sum() / sums.predicted.sum()
+
+    got = jax.jit(jax.grad(loss))(params)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        check(a, b, f"gradients of {jax.tree_util.keystr(path, simple=True, separator='/')}", relative=True)
+
+
+@pytest.mark.parametrize("file", [bert_base, bert_large, modernbert_base, modernbert_large], ids=lambda f: f.__name__)
+def test_parameter_counts(file):
+    large = {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
+    large |= {"num_hidden_layers": 28, "intermediate_size": 2624} if "modern" in file.__name__ else {}
+    family = "ModernBert" if "modern" in file.__name__ else "Bert"
+    published = getattr(transformers, f"{family}Config")(**large if "large" in file.__name__ else {})  # default: base
+    c = dataclasses.replace(config_lib.build(file.get_config()).model, vocab_multiple_of=1)
+    ours = jax.eval_shape(heads.language_model(c, published.vocab_size).init, jax.random.key(0))
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in getattr(transformers, f"{family}ForMaskedLM")(published).parameters())
+        same_shape = reference(c, published.vocab_size).config
+    assert sum(x.size for x in jax.tree.leaves(ours)) == expected
+    for name in ("num_attention_heads", "max_position_embeddings", "local_attention", "layer_types"):
+        assert getattr(same_shape, name, None) == getattr(published, name, None), name
