@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
 
     # One million steps of 256 rows in the paper; the same number of rows in larger batches.
     c.optimizer.learning_rate = 4e-4
+    c.optimizer.beta2 = 0.999
     c.optimizer.warmup_fraction = 0.04
     c.train.global_batch_size = 2048
     c.train.steps = 125_000

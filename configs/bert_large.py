@@ -21,7 +21,6 @@ def get_config() -> ConfigDict:
 
     c.optimizer.name = "lamb"
     c.optimizer.learning_rate = 4e-3
-    c.optimizer.beta2 = 0.999
     c.train.global_batch_size = 8192
     c.train.steps = 31_250
     return c

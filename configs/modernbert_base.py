@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     c.optimizer.schedule = "wsd"
     c.optimizer.warmup_fraction = 0.01
     c.optimizer.decay_fraction = 0.1
-    c.optimizer.weight_decay = 1e-5
+    c.optimizer.weight_decay = 0.0125  # 1e-5 a step at the peak, as the authors have it
     c.train.global_batch_size = 4608
     c.train.microbatches = 2
     c.train.steps = 20_000

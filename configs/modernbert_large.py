@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     c.model.remat = "dots"
 
     c.optimizer.learning_rate = 5e-4
+    c.optimizer.weight_decay = 0.02
     c.train.global_batch_size = 4928
     c.train.microbatches = 1
     return c

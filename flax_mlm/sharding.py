@@ -113,6 +113,15 @@ def concrete(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree)
 
 
+def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `global_batch` makes of the pipeline's rows, without values."""
+    split = NamedSharding(mesh, PartitionSpec(BATCH))
+    return {
+        "tokens": jax.ShapeDtypeStruct((batch_size, seq_len), np.int32, sharding=split),
+        "row_ids": jax.ShapeDtypeStruct((batch_size, 2), np.uint32, sharding=split),
+    }
+
+
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Each process's rows -> arrays of the global batch, split over the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH))

@@ -33,7 +33,7 @@ class Steps(NamedTuple):
     flops: float  # model FLOPs of one training step
     init: Callable[[], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings of the state
-    train: Callable[[TrainState, Batch, masking.Vocabulary], tuple[TrainState, dict[str, jax.Array]]]
+    train: jax.stages.Wrapped  # (TrainState, Batch, Vocabulary) -> (TrainState, scalars by name); the state is donated
     evaluate: Callable[[Any, Batch, masking.Vocabulary], objective.Sums]  # of each row, on every process
     score: Callable[[Any, jax.Array, jax.Array, masking.Vocabulary], jax.Array]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from rich.progress import track
 
 from flax_mlm import command
 from flax_mlm.config import Config
@@ -64,8 +65,10 @@ def train(config: Config, workdir: Path) -> int:
         restored = checkpoints.restore_latest(steps.abstract, print)
         state = steps.init() if restored is None else restored
         start, total = int(state.step), config.train.steps
+        rows = sharding.abstract_batch(config.train.global_batch_size, corpus.seq_len, mesh)
+        train_step = steps.train.lower(steps.abstract, rows, vocab).compile()
         if is_main:
-            print_banner(config, corpus, mesh, steps, state)
+            print_banner(config, corpus, mesh, steps, train_step.memory_analysis())
             writers = metrics.Writers(workdir, config, start)
 
         # The batches: a function of (corpus, seed, step), so there is no position to restore.
@@ -101,10 +104,11 @@ def train(config: Config, workdir: Path) -> int:
             return int(host["skipped_in_a_row"])
 
         # ORDER MATTERS: dispatch step n, only then read step n - 1, so that the devices never wait for us.
-        for step in range(start + 1, total + 1):
+        is_terminal = is_main and sys.stdout.isatty()
+        for step in track(range(start + 1, total + 1), "training", total, start, disable=not is_terminal):
             with speed.waiting():
                 batch = sharding.global_batch(next(batches), mesh)
-            state, values = steps.train(state, batch, vocab)
+            state, values = train_step(state, batch, vocab)
             if jax.default_backend() == "cpu":
                 jax.block_until_ready(values)  # simulated devices deadlock when steps queue up
             if previous is not None:
@@ -112,8 +116,8 @@ def train(config: Config, workdir: Path) -> int:
             previous = step, values
             due = step % config.train.checkpoint_every == 0 or step == total
             if due or stop.requested or bad_in_a_row >= config.optimizer.max_nonfinite_steps:
+                bad_in_a_row, previous = read(*previous), None
                 with speed.paused():
-                    bad_in_a_row, previous = read(*previous), None
                     checkpoints.save(step, state)
             if bad_in_a_row >= config.optimizer.max_nonfinite_steps:
                 checkpoints.close()
@@ -192,19 +196,23 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def print_banner(config: Config, corpus: Any, mesh: Any, steps: Any, state: Any) -> None:
+def print_banner(config: Config, corpus: Any, mesh: Any, steps: Any, memory: Any) -> None:
     """What is about to run, and on what."""
     import jax
 
     versions = "  ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
     device = mesh.devices.flat[0]
-    num_params = sum(x.size for x in jax.tree.leaves(state.params))
+    num_params = sum(x.size for x in jax.tree.leaves(steps.abstract.params))
     rows, tokens = corpus.counts["train"]["rows"], corpus.counts["train"]["tokens"]
     batch, total = config.train.global_batch_size, config.train.steps
     print(f"python {sys.version.split()[0]}  {versions}")
     print(f"devices     {mesh.size} × {device.device_kind} ({device.platform}), {jax.process_count()} process(es)")
     print(f"mesh        {dict(mesh.shape)}")
     print(f"model       {num_params:,} parameters, {steps.flops / batch / corpus.seq_len / 1e6:,.1f} MFLOPs per token")
+    print(
+        f"memory      {memory.argument_size_in_bytes / 2**20:,.0f} MiB of state and batch on each device, "
+        f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries"
+    )
     print(f"corpus      {corpus.path} ({corpus.source})")
     print(f"            {rows:,} rows of {corpus.seq_len}, {tokens:,} tokens, vocabulary {corpus.vocab_size:,}")
     print(
