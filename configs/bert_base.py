@@ -1,7 +1,7 @@
 """BERT-base (arXiv:1810.04805), 109.5M parameters with the MLM head, at 128 tokens a row.
 
-    python -m flax_mlm.train --config=configs/bert_base.py --workdir=gs://BUCKET/runs/bert_base \
-        --config.data.corpus=gs://BUCKET/corpora/wiki
+    python -m flax_mlm.train --config=configs/bert_base.py --workdir=runs/bert_base \
+        --config.data.corpus=corpora/wiki
 
 Made for a TPU slice of 16 chips or a node of 8 GPUs. Prepare the corpus once, beforehand, with the same config
 (`python -m flax_mlm.prepare --config=configs/bert_base.py --config.data.source=... --output=...`).

@@ -1,7 +1,7 @@
 """BERT-large (arXiv:1810.04805), 335.2M parameters with the MLM head, with LAMB (arXiv:1904.00962).
 
-    python -m flax_mlm.train --config=configs/bert_large.py --workdir=gs://BUCKET/runs/bert_large \
-        --config.data.corpus=gs://BUCKET/corpora/wiki --config.mesh.fsdp=16
+    python -m flax_mlm.train --config=configs/bert_large.py --workdir=runs/bert_large \
+        --config.data.corpus=corpora/wiki --config.mesh.fsdp=16
 
 Made for a TPU slice of 64 chips or four nodes of 8 GPUs. Not yet run to its end: no time or loss is claimed.
 """

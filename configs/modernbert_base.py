@@ -1,7 +1,7 @@
 """ModernBERT-base (arXiv:2412.13663), 149.7M parameters with a vocabulary of 50,368, at 1,024 tokens a row.
 
-    python -m flax_mlm.train --config=configs/modernbert_base.py --workdir=gs://BUCKET/runs/modernbert_base \
-        --config.data.corpus=gs://BUCKET/corpora/web
+    python -m flax_mlm.train --config=configs/modernbert_base.py --workdir=runs/modernbert_base \
+        --config.data.corpus=corpora/web
 
 The paper's first phase: 30% masks, warm-up, stable, decay. Made for a TPU slice of 16 chips or a node of 8 GPUs.
 Not yet run to its end: no time or loss is claimed.

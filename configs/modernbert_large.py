@@ -1,7 +1,7 @@
 """ModernBERT-large (arXiv:2412.13663), 395.9M parameters with a vocabulary of 50,368, at 1,024 tokens a row.
 
-    python -m flax_mlm.train --config=configs/modernbert_large.py --workdir=gs://BUCKET/runs/modernbert_large \
-        --config.data.corpus=gs://BUCKET/corpora/web --config.mesh.fsdp=16
+    python -m flax_mlm.train --config=configs/modernbert_large.py --workdir=runs/modernbert_large \
+        --config.data.corpus=corpora/web --config.mesh.fsdp=16
 
 Made for a TPU slice of 64 chips or four nodes of 8 GPUs. Not yet run to its end: no time or loss is claimed.
 """

@@ -35,7 +35,9 @@ def find(path: str) -> epath.Path:
       UserError: there is none.
     """
     text, at, wanted = path.rpartition("@")
-    folder = epath.Path(text if at and wanted.isdigit() else path).expanduser()
+    folder = (
+        epath.Path(text if at and wanted.isdigit() else path).expanduser().resolve()
+    )  # orbax takes no relative path
     if _meta_file(folder).exists():
         return folder
     if folder.name == "checkpoints":

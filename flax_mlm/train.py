@@ -244,7 +244,7 @@ def print_summary(workdir: Path, trained: Any, result: dict[str, float]) -> None
 def main(config: Config) -> int:
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name a folder for the run, such as --workdir=runs/first")
-    return train(config, Path(_WORKDIR.value).expanduser())
+    return train(config, Path(_WORKDIR.value).expanduser().absolute())
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def toy(tmp_path_factory) -> Toy:
 def trained_run(toy) -> Path:
     """The workdir of a finished run on the toy text; copy it before changing it."""
     workdir = toy.folder / "trained"
-    done = toy.run("train", f"--workdir={workdir}", *toy.flags())
+    # Started from elsewhere, with a relative path, as people do.
+    done = toy.run("train", f"--workdir={workdir.name}", *toy.flags(), cwd=toy.folder)
     (toy.folder / "trained.log").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stderr
     return workdir
