@@ -234,6 +234,8 @@ def print_summary(workdir: Path, trained: Any, result: dict[str, float]) -> None
             with contextlib.suppress(UserError):  # longer than a row
                 words = ", ".join(f"{word} {probability:.2f}" for word, probability in filler.top(sentence, 5)[0])
                 print(f"{sentence}\n    {words}")
+    if workdir.is_relative_to(Path.cwd()):
+        workdir = workdir.relative_to(Path.cwd())
     print(f"\nwritten to {workdir}: checkpoints/  metrics.jsonl  config.json  result.json", end="")
     print("  tensorboard/" if trained.config.log.tensorboard else "")
     print("go on with")
