@@ -1,0 +1,101 @@
+"""Where the numbers go, and how fast things are said to be."""
+
+import dataclasses
+import json
+import re
+import time
+
+import pytest
+
+from configs import base, bert_base
+from flax_mlm import config as config_lib
+from flax_mlm import metrics
+
+CONFIG = config_lib.build(base.get_config())
+
+
+def with_log(**changes) -> config_lib.Config:
+    return dataclasses.replace(CONFIG, log=dataclasses.replace(CONFIG.log, **changes))
+
+
+def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
+    config = with_log(tensorboard=False)
+    first = metrics.Writers(tmp_path, config, 0)
+    for step in (10, 20, 30):
+        first.write(step, "train", {"loss": float(step)})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 40, "ki')  # killed while writing
+    second = metrics.Writers(tmp_path, config, 20)
+    second.write(30, "train", {"loss": 3.0})
+    second.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(10, 10.0), (20, 20.0), (30, 3.0)]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    from flax_mlm.data.pipeline import tensorflow  # reads event files, which tensorboardX wrote
+
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=True), 0)
+    writers.write(7, "validation", {"loss": 2.5})
+    writers.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events = tensorflow().compat.v1.train.summary_iterator(str(file))
+    found = [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value]
+    assert found == [("validation/loss", 2.5, 7)]
+
+
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is optional")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=False, wandb_project="test"), 0)
+    writers.write(7, "train", {"loss": 2.5})
+    writers.close()
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert b"train/loss" in content and b"2.5" in content
+
+
+def test_a_missing_tracker_never_stops_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # as if it were not installed
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=False, wandb_project="test"), 0)
+    writers.write(1, "train", {"loss": 1.0})
+    writers.close()
+    assert "Weights & Biases is off" in capsys.readouterr().out
+
+
+def test_flops_of_bert_base_are_six_per_parameter_and_token_plus_attention_and_head():
+    shape = config_lib.build(bert_base.get_config()).model
+    length, slots, vocab = 512, 76, 30_522
+    blocks = 12 * (4 * 768**2 + 2 * 768 * 3072)
+    expected = 6 * blocks * length + 12 * 12 * 768 * length**2 + 6 * slots * (768**2 + 768 * vocab)
+    assert metrics.flops_per_row(shape, length, slots, vocab) == pytest.approx(expected)
+
+
+def test_throughput_leaves_out_pauses():
+    speed = metrics.Throughput(0, 100, 1e9, 1e12)
+    for _ in range(10):
+        speed.add(1000)
+    with speed.paused():
+        time.sleep(0.2)
+    with speed.waiting():
+        time.sleep(0.02)
+    rates = speed.report(10)
+    assert rates["tokens_per_second"] > 10_000 / 0.2
+    assert 0 < rates["data_wait"] <= 1
+    assert rates["mfu"] == pytest.approx(1e9 * rates["tokens_per_second"] / 1000 / 1e12)
+    assert rates["eta_seconds"] == pytest.approx(90 * 1000 / rates["tokens_per_second"])
+
+
+def test_the_line_can_be_grepped():
+    values = dict(loss=1.5, accuracy=0.25, learning_rate=1e-3, grad_norm=0.5, skipped=0.0)
+    line = metrics.train_line(20, 100, {**values, "tokens_per_second": 1234.5, "data_wait": 0.01, "eta_seconds": 3661})
+    assert "\n" not in line
+    assert re.search(
+        r"step 20/100  loss 1\.5000  accuracy 0\.2500 .* tokens/s 1,234  mfu unknown .* eta 1:01:01$", line
+    )
+    assert metrics.train_line(
+        20, 100, {**values, "skipped": 2.0, "tokens_per_second": 1, "data_wait": 0, "eta_seconds": 1, "mfu": 0.5}
+    ).endswith("mfu 50.0%  data_wait 0.0%  eta 0:00:01  skipped 2")
