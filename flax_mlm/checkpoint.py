@@ -34,10 +34,10 @@ def find(path: str) -> epath.Path:
     Raises:
       UserError: there is none.
     """
-    text, at, wanted = path.rpartition("@")
-    folder = (
-        epath.Path(text if at and wanted.isdigit() else path).expanduser().resolve()
-    )  # orbax takes no relative path
+    name, _, wanted = path.rpartition("@")
+    if not (name and wanted.isdigit()):
+        name, wanted = path, ""
+    folder = epath.Path(name).expanduser().resolve()  # orbax takes no relative path
     if _meta_file(folder).exists():
         return folder
     if folder.name == "checkpoints":
@@ -45,9 +45,9 @@ def find(path: str) -> epath.Path:
     steps = steps_in(folder)
     if not steps:
         raise UserError(f"--checkpoint: no checkpoint in '{folder}'; give the workdir of a run that has saved one")
-    if at and wanted.isdigit() and int(wanted) not in steps:
+    if wanted and int(wanted) not in steps:
         raise UserError(f"--checkpoint: '{folder}' has no step {wanted}; it has {', '.join(map(str, steps))}")
-    return folder / "checkpoints" / str(wanted if at and wanted.isdigit() else steps[-1])
+    return folder / "checkpoints" / (wanted or str(steps[-1]))
 
 
 def read_meta(checkpoint: epath.Path) -> dict[str, Any]:

@@ -80,6 +80,11 @@ def mask_rate_at(objective: ObjectiveConfig, step: jax.Array | int, total_steps:
     return objective.mask_rate * (1 - done) + final * done
 
 
+def row_key(key: jax.Array, row_id_2: jax.Array) -> jax.Array:
+    """The key of one row of the stream, from the uint32 halves of its number; all that is random in it follows."""
+    return jax.random.fold_in(jax.random.fold_in(key, row_id_2[0]), row_id_2[1])
+
+
 def mask_tokens(
     tokens_BL: jax.Array,
     row_ids_B2: jax.Array,
@@ -119,8 +124,7 @@ def mask_tokens(
     def mask_row(
         tokens_L: jax.Array, row_id_2: jax.Array, key: jax.Array, vocab: Vocabulary, rate_units: jax.Array
     ) -> Masked:
-        row_key = jax.random.fold_in(jax.random.fold_in(key, row_id_2[0]), row_id_2[1])
-        score_L, stop_L, replace_L, random_L = jax.random.bits(row_key, (4, tokens_L.size), jnp.uint32)
+        score_L, stop_L, replace_L, random_L = jax.random.bits(row_key(key, row_id_2), (4, tokens_L.size), jnp.uint32)
         place_L = jnp.arange(tokens_L.size, dtype=jnp.int32)
         maskable_L = ~vocab.is_special[tokens_L]
         maskable = maskable_L.sum(dtype=jnp.uint32)

@@ -69,11 +69,6 @@ def run_key(config: Config, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), ("init", "mask", "dropout", "eval").index(purpose))
 
 
-def _row_keys(key: jax.Array, row_ids_B2: jax.Array) -> jax.Array:
-    """A key for each row of the stream."""
-    return jax.vmap(lambda r: jax.random.fold_in(jax.random.fold_in(key, r[0]), r[1]))(row_ids_B2)
-
-
 def _predict(config: Config, model: Model) -> Callable[..., objective.Sums]:
     """(parameters, targets, dropout keys) -> sums for each row."""
 
@@ -103,7 +98,9 @@ def _train_step(config: Config, model: Model, tx: optax.GradientTransformation, 
         rate = masking.mask_rate_at(config.objective, state.step, total)
         targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rate, slots)
         count = jnp.maximum(targets.weights_BK.sum(), 1.0)  # over the whole global batch; 1 where nothing is predicted
-        dropout_keys_B = _row_keys(run_key(config, "dropout"), batch["row_ids"]) if has_dropout else None
+        dropout_keys_B = None
+        if has_dropout:
+            dropout_keys_B = jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])
 
         def part_loss(params: Any, part: Any) -> tuple[jax.Array, jax.Array]:
             sums = predict(params, *part)

@@ -49,7 +49,7 @@ class LanguageModel(nnx.Module):
         x_BLD = self.encoder(tokens_BL, *args, **kwargs)
         with jax.named_scope("head"):
             x_BKD = jnp.take_along_axis(x_BLD, predict_BK[..., None], axis=1)
-            head = jax.tree.map(sharding.gather_fsdp, nnx.state(self.head))
+            head = sharding.gather_fsdp(nnx.state(self.head))
             head = nnx.merge(nnx.graphdef(self.head), head)
             return head(x_BKD, sharding.gather_fsdp(self.encoder.embeddings.token[...]))
 
