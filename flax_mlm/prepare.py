@@ -98,7 +98,8 @@ def _prepare(config: Config, source: sources.Source, request: str, output: str |
                 _make(config, source, request, output, work, log)
             shutil.rmtree(work, ignore_errors=True)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        impossible = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, *impossible):
             raise UserError(f"cannot write {output}: {e.strerror}; once mended, run it again and it continues") from e
         raise
     return Corpus.open(output)
@@ -182,6 +183,7 @@ def _make(config: Config, source: sources.Source, request: str, output: Path, wo
         "source": {"name": source.name, "licence": source.licence, "counts": dict(sorted(counts.items()))},
         "tokenizer": {
             "file": tokenizer.filename,
+            "size": len(tokenizer.content),
             "sha256": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "pad_id": tokenizer.pad_id,
@@ -192,7 +194,7 @@ def _make(config: Config, source: sources.Source, request: str, output: Path, wo
         "dtype": corpus_lib.row_dtype(tokenizer.vocab_size).name,
         "splits": splits,
     }
-    corpus_lib.write_file(folder / corpus_lib.MANIFEST, json.dumps(manifest, indent=1).encode())
+    corpus_lib.write_manifest(folder, manifest)
     folder.rename(output)
     for line in summary(manifest):
         log(line)

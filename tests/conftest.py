@@ -26,6 +26,8 @@ jax.config.update("jax_compilation_cache_dir", None)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update_golden", action="store_true", help="rewrite tests/golden/ with what is found now")
+    parser.addoption("--faults", action="store_true", help="run the whole fault suite, not only its quick part")
+    parser.addoption("--fault_report", help="write the fault suite's table, Markdown, to this file")
 
 
 def pytest_configure() -> None:

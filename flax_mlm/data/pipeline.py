@@ -4,9 +4,10 @@ The rows of training are an endless stream. Position p = step * B + slot is row 
 with epoch = p // N and i = p % N. A host reads only the slots that it feeds.
 """
 
+import atexit
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,32 +37,54 @@ def train_batches(
     stop_step: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray]]:
     """This host's share of the batches of steps start_step, ..., stop_step - 1.
 
     Returns:
-      An iterator of dicts: tokens int32 (B / hosts, L), and row_ids uint32 (B / hosts, 2), the high and the low
+      A generator of dicts: tokens int32 (B / hosts, L), and row_ids uint32 (B / hosts, 2), the high and the low
       word of each row's position in the stream.
 
     Raises:
-      UserError: the batch cannot be shared evenly between the hosts, or there are no rows.
+      UserError: the batch cannot be shared evenly between the hosts, or there are no rows. The generator raises
+        what `rows.read` raises, as it is.
     """
     share = _share(global_batch_size, process_count)
     if not rows.num_rows:
         raise UserError("the corpus has no training rows; prepare one from more text")
     tf = tensorflow()
 
+    failures: list[Exception] = []
+
+    def read(index: np.ndarray) -> np.ndarray:
+        try:
+            return rows.read(index)
+        except Exception as e:
+            failures.append(e)
+            raise
+
     def batch(step: Any) -> dict[str, Any]:
         position = step * global_batch_size + process_index * share + tf.range(share, dtype=tf.int64)
         index = _permuted(tf, position, rows.num_rows, seed)
-        tokens = tf.numpy_function(rows.read, [index], tf.int32, stateful=False)
+        tokens = tf.numpy_function(read, [index], tf.int32, stateful=False)
         high, low = (tf.bitwise.right_shift(position, tf.constant(32, tf.int64)), position % (1 << 32))
         row_ids = tf.cast(tf.stack([high, low], axis=1), tf.uint32)
         return {"tokens": tf.ensure_shape(tokens, (share, rows.seq_len)), "row_ids": row_ids}
 
     dataset = tf.data.Dataset.range(start_step, stop_step)
     dataset = dataset.map(batch, num_parallel_calls=2, deterministic=True).prefetch(4)
-    return iter(dataset.as_numpy_iterator())
+
+    def batches() -> Generator[dict[str, np.ndarray]]:
+        try:
+            yield from dataset.as_numpy_iterator()
+        except tf.errors.OpError:  # a page of TensorFlow about what `read` has raised
+            if failures:
+                raise failures[0] from None
+            raise
+
+    stream = batches()
+    # TensorFlow's threads call `read`: still doing so when the interpreter goes down, they and it wait for each other.
+    atexit.register(stream.close)
+    return stream
 
 
 def _permuted(tf: Any, position: Any, num_rows: int, seed: int) -> Any:
