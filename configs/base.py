@@ -77,17 +77,23 @@ def get_config() -> ConfigDict:
     c.optimizer.eps = 1e-6
     c.optimizer.weight_decay = 0.01  # on matrices and embeddings; never on norms and biases
     c.optimizer.max_grad_norm = 1.0  # global-norm clip; 0.0: none
-    c.optimizer.max_nonfinite_steps = 10  # skipped updates in a row before the run stops
+    c.optimizer.max_skipped_steps = 10  # updates left out in a row (loss or gradient not finite) that stop the run
+    c.optimizer.spike_action = "none"  # none | clip (ZClip) | skip (the update) | rewind (to the last checkpoint)
+    c.optimizer.spike_threshold = 4.0  # standard deviations of loss or grad norm above its mean; ZClip takes 2.5
 
     c.train = ConfigDict()
     c.train.steps = 10_000
     c.train.global_batch_size = 256  # B, rows per step over all devices
     c.train.microbatches = 1  # gradient accumulation: the batch is taken in this many parts
+    c.train.reproducible = False  # the same parameters, bit for bit, on any number of devices; slower (README)
+    c.train.batch_groups = 8  # with reproducible: parts of the batch, added in order; a multiple of the devices
     c.train.log_every = 20  # steps
     c.train.eval_every = 1000  # steps; 0: only at the end
     c.train.checkpoint_every = 1000  # steps; the last step is always saved
     c.train.keep_last = 2  # checkpoints
     c.train.keep_every = 0  # steps: checkpoints at its multiples stay for ever; 0: none
+    c.train.max_failed_saves = 3  # saves in a row that fail (disk full) before the run stops
+    c.train.stall_timeout = 600.0  # seconds without progress before the run stops and says where; 0.0: never
 
     c.eval = ConfigDict()
     c.eval.batch_size = 256  # rows over all devices

@@ -1,35 +1,64 @@
 """Saving and restoring. The only file that imports orbax.
 
-A checkpoint is a folder `workdir/checkpoints/STEP` with three items: `params` (the weights), `rest` (optimizer
-state and counters) and `meta` (JSON: the resolved config, the tokenizer, the corpus's fingerprint). It is enough
-by itself to evaluate, and can be restored on any number of devices.
+A checkpoint is a folder `workdir/checkpoints/STEP`: `params` (the weights), `rest` (optimizer state and counters),
+`meta` (JSON: the resolved config, the tokenizer, the corpus's fingerprint, and dtype, shape and fingerprint of every
+array) and, written last, the commit marker. It is enough by itself to evaluate, and can be restored on any number of
+devices. A step counts when its marker is there, and is used when every array that is read has its fingerprint.
+
+Nothing is deleted in place: a folder is first renamed into `checkpoints/.trash`, so that a kill leaves no half of a
+step behind. What was damaged is kept, in `checkpoints/.quarantine`.
 """
 
 import base64
+import concurrent.futures
+import hashlib
 import json
+import logging
+import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from flax_mlm import config as config_lib
-from flax_mlm.errors import UserError
+from flax_mlm.errors import Failure, UserError
 
-_FORMAT = 1
+_FORMAT = 2
+_MARKER = "commit_success.txt"  # orbax's AtomicityMode.COMMIT_FILE
+_META_LIMIT = 1 << 26  # bytes; a tokenizer of 250,000 pieces takes 20 MiB
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+Log = Callable[[str], None]
+Fingerprint = Callable[[Any], dict[str, Any]]  # see fingerprint.of
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was saved. The message is one line, and names the checkpoint and the part."""
 
 
 def steps_in(workdir: epath.PathLike) -> list[int]:
-    """Steps of the complete checkpoints of a run, ascending. A folder without its `meta` is not one."""
+    """Steps of the committed checkpoints of a run, ascending. Links and half-written folders do not count."""
     folder = epath.Path(workdir) / "checkpoints"
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and _meta_file(p).exists())
+    return sorted(int(p.name) for p in folder.iterdir() if _is_step(p) and (p / _MARKER).exists())
 
 
-def find(path: str) -> epath.Path:
-    """The checkpoint that `path` names: a workdir (its newest), WORKDIR@STEP, or the checkpoint's own folder.
+def _is_step(path: epath.Path) -> bool:
+    return path.name.isascii() and path.name.isdigit() and str(int(path.name)) == path.name and not _is_link(path)
+
+
+def _is_link(path: epath.Path) -> bool:
+    return os.path.islink(os.fspath(path))
+
+
+def find(path: str) -> list[epath.Path]:
+    """The checkpoints that `path` may mean, newest first: those of a workdir, or the one of WORKDIR@STEP or of a
+    checkpoint's own folder.
 
     Raises:
       UserError: there is none.
@@ -38,8 +67,8 @@ def find(path: str) -> epath.Path:
     if not (name and wanted.isdigit()):
         name, wanted = path, ""
     folder = epath.Path(name).expanduser().resolve()  # orbax takes no relative path
-    if _meta_file(folder).exists():
-        return folder
+    if (folder / _MARKER).exists():
+        return [folder]
     if folder.name == "checkpoints":
         folder = folder.parent
     steps = steps_in(folder)
@@ -47,129 +76,76 @@ def find(path: str) -> epath.Path:
         raise UserError(f"--checkpoint: no checkpoint in '{folder}'; give the workdir of a run that has saved one")
     if wanted and int(wanted) not in steps:
         raise UserError(f"--checkpoint: '{folder}' has no step {wanted}; it has {', '.join(map(str, steps))}")
-    return folder / "checkpoints" / (wanted or str(steps[-1]))
+    return [folder / "checkpoints" / str(step) for step in ([int(wanted)] if wanted else reversed(steps))]
 
 
 def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
-    """The `meta` item of a checkpoint folder."""
+    """The `meta` item of a checkpoint folder.
+
+    Raises:
+      Damaged: it cannot be read, or is not what was saved.
+      UserError: it was saved by another version.
+    """
+    file = checkpoint / "meta" / "metadata"
     try:
-        meta = json.loads(_meta_file(checkpoint).read_text())
-    except ValueError as e:
-        raise UserError(f"checkpoint '{checkpoint}': its meta is not JSON ({e}); use another step") from e
-    if meta.get("format") != _FORMAT:
-        raise UserError(f"checkpoint '{checkpoint}' has format {meta.get('format')}; this version reads {_FORMAT}")
+        if not 0 < (size := file.stat().length) <= _META_LIMIT:
+            raise ValueError(f"it has {size} bytes")
+        meta = json.loads(file.read_text())
+        if isinstance(meta["format"], int) and meta["format"] != _FORMAT:
+            raise UserError(f"checkpoint '{checkpoint}' has format {meta['format']}; this version reads {_FORMAT}")
+        if meta["sha256"] != _digest(meta):
+            raise ValueError("its checksum is not that of its content")
+        _check_types(meta)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise Damaged(f"checkpoint '{checkpoint}': its meta is damaged ({type(e).__name__}: {e})") from e
     return meta
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    content = {key: value for key, value in meta.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_types(meta: dict[str, Any]) -> None:
+    """A checkpoint may come from anyone."""
+    kinds = {"step": int, "corpus": str, "config": dict, "tokenizer": dict, "arrays": dict}
+    wrong = [name for name, kind in kinds.items() if type(meta[name]) is not kind]
+    wrong += [name for name, entry in meta["arrays"].items() if [type(x) for x in entry] != [str, list, str]]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is of a wrong type")
+    if meta["tokenizer"]["filename"] not in _TOKENIZER_FILES:
+        raise ValueError(f"its tokenizer's file is not one of {', '.join(_TOKENIZER_FILES)}")
+    base64.b64decode(meta["tokenizer"]["base64"], validate=True)
+
+
+def newest(path: str) -> tuple[epath.Path, dict[str, Any]]:
+    """Of the checkpoints that `path` may mean, the first with a sound `meta`, and that."""
+    damaged = None
+    for checkpoint in find(path):
+        try:
+            return checkpoint, read_meta(checkpoint)
+        except Damaged as e:
+            damaged = damaged or e
+    assert damaged
+    raise damaged
 
 
 def read_config(path: str) -> ConfigDict:
     """The config stored in a checkpoint, with a mesh that fits whatever devices are here."""
-    config = config_lib.from_dict(read_meta(find(path))["config"])
+    config = config_lib.from_dict(newest(path)[1]["config"])
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
     return config
 
 
-def read_tokenizer(checkpoint: epath.Path) -> Any:
-    """The tokenizer stored in a checkpoint (`data.tokenizer.Tokenizer`)."""
+def read_tokenizer(meta: dict[str, Any]) -> Any:
+    """The tokenizer stored in a checkpoint's `meta` (`data.tokenizer.Tokenizer`)."""
     from flax_mlm.data import tokenizer
 
-    stored = read_meta(checkpoint)["tokenizer"]
+    stored = meta["tokenizer"]
     with tempfile.TemporaryDirectory() as folder:
         file = epath.Path(folder) / stored["filename"]
         file.write_bytes(base64.b64decode(stored["base64"]))
         return tokenizer.load(file)
-
-
-def restore_params(checkpoint: epath.Path, abstract: Any) -> Any:
-    """The weights alone, laid out as `abstract` (shapes, dtypes and shardings)."""
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(checkpoint / "params", abstract)
-
-
-def _meta_file(checkpoint: epath.Path) -> epath.Path:
-    return checkpoint / "meta" / "metadata"
-
-
-class Checkpoints:
-    """The checkpoints of one run: asynchronous saves, two-tier retention, newest readable step first."""
-
-    def __init__(self, workdir: epath.PathLike, config: config_lib.Config, meta: dict[str, Any]):
-        """`meta` is stored with every checkpoint; see `make_meta`."""
-        import orbax.checkpoint as ocp
-        from orbax.checkpoint import checkpoint_managers as policies
-
-        self._ocp, self._workdir, self._meta = ocp, epath.Path(workdir), meta
-        keep = [policies.LatestN(config.train.keep_last)]
-        if config.train.keep_every:
-            keep.append(policies.EveryNSteps(config.train.keep_every))
-        self._manager = ocp.CheckpointManager(
-            self._workdir / "checkpoints",
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True,
-                # Deleting in place leaves, when killed, a step that is listed and cannot be read.
-                todelete_subdir=".trash",
-            ),
-        )
-
-    def save(self, step: int, state: Any) -> None:
-        """Starts saving a TrainState (a NamedTuple with `params`); returns once it is copied from the devices."""
-        save = self._ocp.args
-        self._manager.save(
-            step,
-            args=save.Composite(
-                params=save.StandardSave(state.params),
-                rest=save.StandardSave(state._replace(params=None)._asdict()),
-                meta=save.JsonSave({**self._meta, "step": step}),
-            ),
-            force=True,
-        )
-
-    def restore_latest(self, abstract: Any, log: Callable[[str], None]) -> Any | None:
-        """The newest state that can be read, or None where nothing was ever saved.
-
-        Raises:
-          UserError: there are checkpoints, but none can be read.
-        """
-        steps = steps_in(self._workdir)
-        for step in reversed(steps):
-            args = self._ocp.args
-            try:
-                held = read_meta(self._workdir / "checkpoints" / str(step))["corpus"]
-                items = self._manager.restore(
-                    step,
-                    args=args.Composite(
-                        params=args.StandardRestore(abstract.params),
-                        rest=args.StandardRestore(abstract._replace(params=None)._asdict()),
-                    ),
-                )
-            except Exception as e:  # whatever a damaged folder makes orbax raise
-                log(f"checkpoint {step} skipped, it cannot be read: {str(e).splitlines()[0] if str(e) else repr(e)}")
-                continue
-            if held != self._meta["corpus"]:
-                raise UserError(
-                    f"--workdir: '{self._workdir}' was trained on corpus {held[:12]}, and this is "
-                    f"{self._meta['corpus'][:12]}; use another --workdir"
-                )
-            self._discard_after(step)
-            log(f"restored step {step} from {self._workdir / 'checkpoints' / str(step)}")
-            return type(abstract)(**{**items["rest"], "params": items["params"]})
-        if steps:
-            raise UserError(f"none of the checkpoints in '{self._workdir}' can be read; use another --workdir")
-        self._discard_after(-1)
-        return None
-
-    def _discard_after(self, step: int) -> None:
-        """Removes later steps, which could not be read: they would count as the newest, and could not be saved anew."""
-        for later in self._manager.all_steps():
-            if later > step:
-                self._manager.delete(later)
-
-    def close(self) -> None:
-        """Waits for the last save and raises what went wrong in the background."""
-        self._manager.wait_until_finished()
-        self._manager.close()
 
 
 def make_meta(config: config_lib.Config, tokenizer: Any, corpus_fingerprint: str) -> dict[str, Any]:
@@ -183,3 +159,256 @@ def make_meta(config: config_lib.Config, tokenizer: Any, corpus_fingerprint: str
         },
         "corpus": corpus_fingerprint,
     }
+
+
+def restore(checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, Any], fingerprint: Fingerprint) -> Any:
+    """Some items of a checkpoint, every array checked.
+
+    Args:
+      checkpoint: its folder.
+      meta: what `read_meta` says of it.
+      abstract: by item ("params", "rest"), a tree of shapes, dtypes and shardings.
+      fingerprint: jitted `fingerprint.of`.
+
+    Raises:
+      UserError: it holds other arrays than asked for; said before any is read.
+      Damaged: it cannot be read, or an array is not what was saved.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    from flax_mlm.fingerprint import leaves, table
+
+    stored = {name: entry for name, entry in meta["arrays"].items() if name.split("/")[0] in abstract}
+    wanted = {name: [str(x.dtype), list(x.shape)] for name, x in leaves(abstract).items()}
+    for name in sorted(stored.keys() | wanted.keys()):
+        here, there = wanted.get(name), stored.get(name, [None])[:2] if name in stored else None
+        if here != there:
+            raise UserError(f"checkpoint '{checkpoint}' has {name} {_shape(there)}; this config has {_shape(here)}")
+    args = {item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(checkpoint, args=ocp.args.Composite(**args))
+    except Exception as e:  # whatever a damaged folder makes orbax raise
+        said = str(e).splitlines()[0] if str(e) else repr(e)
+        raise Damaged(f"checkpoint '{checkpoint}' cannot be read ({said})") from e
+    items = {item: restored[item] for item in abstract}
+    found = table(items, jax.device_get(fingerprint(items)))
+    for name, entry in found.items():
+        if entry != stored[name]:
+            raise Damaged(f"checkpoint '{checkpoint}': {name} is not what was saved (a damaged or changed file)")
+    return items
+
+
+def _shape(entry: list[Any] | None) -> str:
+    return f"as {entry[0]} {tuple(entry[1])}" if entry else "not at all"
+
+
+class Checkpoints:
+    """The checkpoints of one run: asynchronous saves, two-tier retention, newest sound step first.
+
+    With several processes every process makes one and calls the same methods; process 0 tends the folder.
+    """
+
+    def __init__(self, workdir: Path, config: config_lib.Config, meta: dict[str, Any], fingerprint: Fingerprint):
+        """`meta` is stored with every checkpoint; see `make_meta`. Sweeps what a killed run left."""
+        import jax
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
+
+        self._train, self._meta, self._fingerprint = config.train, meta, fingerprint
+        self._workdir, self._folder = workdir, workdir / "checkpoints"
+        self._is_main, self._is_alone = jax.process_index() == 0, jax.process_count() == 1
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(), atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
+        )
+        self._saving: int | None = None
+        self.failed_in_a_row = 0
+        self._tidy = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
+        # What it has to say it also raises, and we report that.
+        logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+        if self._is_main:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            shutil.rmtree(self._folder / ".trash", ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Clears away what is named like a step and is none: it would be in the way of saving that step."""
+        committed = steps_in(self._workdir)
+        for path in sorted(epath.Path(self._folder).iterdir()):
+            if not path.name.isdigit() or (_is_step(path) and int(path.name) in committed):
+                continue
+            if _is_step(path) and path.is_dir():
+                self._discard(path.name)  # a save that was killed or failed
+            else:
+                self._quarantine(path.name)
+
+    def save(self, step: int, state: Any) -> bool:
+        """Starts saving a TrainState (a NamedTuple with `params`), once the last save is done; returns when it is
+        copied from the devices. A failure is reported, counted and cleaned up; the next save tries again.
+
+        Returns:
+          Whether it was started.
+
+        Raises:
+          Failure: the state is not finite; more saves in a row have failed than allowed; or one failed among
+            several processes, which can only go on together.
+        """
+        import jax
+        import orbax.checkpoint as ocp
+
+        from flax_mlm.fingerprint import table
+
+        self.wait()
+        if step in steps_in(self._workdir):
+            return True
+        items = {"params": state.params, "rest": state._replace(params=None)._asdict()}
+        fingerprints = jax.device_get(self._fingerprint(items))
+        for name, (_, _, not_finite) in fingerprints.items():
+            if not_finite:
+                raise Failure(f"step {step} is not saved: {not_finite} values of {name} are not finite")
+        meta = {**self._meta, "step": step, "arrays": table(items, fingerprints)}
+        meta["sha256"] = _digest(meta)
+        args = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
+        self._saving = step
+        try:
+            if self._is_main:
+                self._sweep()  # a failed save may have gone on in the background
+            self._checkpointer.save(
+                epath.Path(self._folder / str(step)),
+                args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)),
+                force=True,
+            )
+        except Exception as e:
+            self._failed(e)
+            return False
+        return True
+
+    def wait(self) -> bool:
+        """Waits until the last save is committed. Returns whether it is, and raises as `save` does."""
+        if self._saving is None:
+            return True
+        try:
+            self._checkpointer.wait_until_finished()
+            # The folder is what counts, not what was reported.
+            if self._is_main and self._saving not in steps_in(self._workdir):
+                raise FileNotFoundError(f"{self._folder / str(self._saving)} is not there")
+        except Exception as e:
+            self._failed(e)
+            return False
+        self.failed_in_a_row = 0
+        if self._is_main:
+            self._tidy.submit(self._retain, self._saving)
+        self._saving = None
+        return True
+
+    def _failed(self, e: Exception) -> None:
+        step, self._saving = self._saving, None
+        self.failed_in_a_row += 1
+        said = f"step {step} could not be saved ({type(e).__name__}: {' '.join(str(e).split())[:300]})"
+        if self._is_main and self._folder.is_dir():
+            self._sweep()
+        kept = steps_in(self._workdir)
+        rest = f"step {kept[-1]} is the last one saved" if kept else "nothing is saved yet"
+        if not self._is_alone or self.failed_in_a_row >= self._train.max_failed_saves:
+            raise Failure(f"{said}; {self.failed_in_a_row} saves in a row have failed; {rest}") from e
+        print(f"WARNING: {said}; {rest}; the next save will try again", flush=True)
+
+    def restore_latest(self, abstract: Any, log: Log, before: int | None = None) -> Any | None:
+        """The newest sound state, or None where nothing was ever saved.
+
+        Args:
+          abstract: a TrainState of shapes, dtypes and shardings.
+          log: is told what is restored, what is skipped and why.
+          before: only steps before this one that were saved on schedule, not for a preemption; where there is none,
+            None. Later steps are discarded.
+
+        Raises:
+          UserError: there are checkpoints, but none is sound; or they are of another run.
+        """
+        items = {"params": abstract.params, "rest": abstract._replace(params=None)._asdict()}
+        while (step := self._agreed(self._candidate(before))) >= 0:
+            checkpoint = epath.Path(self._folder / str(step))
+            try:
+                meta = read_meta(checkpoint)
+                if meta["corpus"] != self._meta["corpus"]:
+                    raise UserError(
+                        f"--workdir: '{self._workdir}' was trained on corpus {meta['corpus'][:12]}, and this is "
+                        f"{self._meta['corpus'][:12]}; use another --workdir"
+                    )
+                state = restore(checkpoint, meta, items, self._fingerprint)
+            except Damaged as e:
+                where = self._quarantine(str(step))
+                log(f"checkpoint {step} skipped, and moved to {where}: {e}")
+                if not self._is_alone:  # the others may have read it, and wait
+                    raise Failure(f"{e}; it is moved to {where}; start again from the step before") from e
+                continue
+            if before is not None and self._is_main:
+                for later in steps_in(self._workdir):
+                    if later > step:
+                        self._discard(str(later))
+            log(f"restored step {step} from {checkpoint}")
+            return type(abstract)(**{**state["rest"], "params": state["params"]})
+        # Also when they were put away by an earlier start: a run never begins anew unasked.
+        if before is None and (self._folder / ".quarantine").exists():
+            raise UserError(
+                f"none of the checkpoints in '{self._workdir}' is sound (they are in checkpoints/.quarantine); "
+                "use another --workdir"
+            )
+        return None
+
+    def _candidate(self, before: int | None) -> int:
+        steps = steps_in(self._workdir)
+        if before is not None:
+            steps = [s for s in steps if s < before and s % self._train.checkpoint_every == 0]
+        return max(steps, default=-1)
+
+    def _agreed(self, step: int) -> int:
+        """What process 0 says, for it is the one that tidies up meanwhile."""
+        if self._is_alone:
+            return step
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        return int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+
+    def _retain(self, newest: int) -> None:
+        """Deletes what retention does not keep: the last scheduled steps, the newest, and every M-th stay. Not before
+        the newest is on the disk, and not only in its cache."""
+        steps, train = steps_in(self._workdir), self._train
+        keep = {s for s in steps if train.keep_every and s % train.keep_every == 0} | {newest}
+        keep |= set([s for s in steps if s % train.checkpoint_every == 0][-train.keep_last :])
+        try:
+            for folder, _, files in os.walk(self._folder / str(newest)):
+                for path in (*(os.path.join(folder, f) for f in files), folder):
+                    descriptor = os.open(path, os.O_RDONLY)
+                    os.fsync(descriptor)
+                    os.close(descriptor)
+            for step in steps:
+                if step not in keep:
+                    self._discard(str(step))
+        except OSError as e:
+            print(f"WARNING: old checkpoints could not be deleted ({e}); the next save will try again", flush=True)
+
+    def _discard(self, name: str) -> None:
+        trash = self._folder / ".trash"
+        trash.mkdir(exist_ok=True)
+        gone = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=trash))
+        (self._folder / name).rename(gone / name)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _quarantine(self, name: str) -> Path:
+        folder = self._folder / ".quarantine"
+        folder.mkdir(exist_ok=True)
+        target = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder)) / name
+        try:
+            (self._folder / name).rename(target)
+        except FileNotFoundError:  # another process of this run was first
+            target.parent.rmdir()
+        return target.parent
+
+    def close(self) -> None:
+        """Waits for the last save and the tidying up; raises as `save` does."""
+        self.wait()
+        self._tidy.shutdown()
+        self._checkpointer.close()

@@ -18,12 +18,12 @@ from ml_collections import ConfigDict, config_flags
 
 from flax_mlm import config as config_lib
 from flax_mlm import environment
-from flax_mlm.errors import UserError
+from flax_mlm.errors import Failure, UserError
 
 PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
 
-_OVERRIDE = re.compile(r"--(no)?config\.([\w.]+)(?:=(.*))?", re.DOTALL)
+_OVERRIDE = re.compile(r"--(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
 
 
 def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool = False, positional: str = "") -> None:
@@ -54,11 +54,16 @@ def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool =
         if flags.FLAGS.print_config:
             print(json.dumps(config.to_dict(), indent=2))
             sys.exit(0)
-        environment.prepare()
+        environment.prepare(config.train.batch_groups if config.train.reproducible else 0)
         sys.exit(main(config) or 0)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except Failure as e:
+        print(f"stopped: {e}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # not after the threads of whatever has failed, which may be stuck, or have more to say
     except BrokenPipeError:  # the reader of our output (head, grep -q) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -92,8 +97,8 @@ def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]
             raise UserError("--checkpoint is missing; give the workdir of a run, or one of its checkpoints")
         from flax_mlm.checkpoint import read_config  # orbax is heavy, and not needed elsewhere in this file
 
-        return read_config(found), [*rest, f"--checkpoint={found}"]
-    return _from_file(found or str(DEFAULT_CONFIG)), rest
+        return read_config(found), [rest[0], f"--checkpoint={found}", *rest[1:]]
+    return _from_file(str(DEFAULT_CONFIG) if found is None else found), rest
 
 
 def _from_file(path_and_argument: str) -> ConfigDict:

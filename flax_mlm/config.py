@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 import typing
 from typing import Any
 
@@ -91,7 +92,9 @@ class OptimizerConfig:
     eps: float
     weight_decay: float
     max_grad_norm: float
-    max_nonfinite_steps: int
+    max_skipped_steps: int
+    spike_action: str
+    spike_threshold: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +102,15 @@ class TrainConfig:
     steps: int
     global_batch_size: int
     microbatches: int
+    reproducible: bool
+    batch_groups: int
     log_every: int
     eval_every: int
     checkpoint_every: int
     keep_last: int
     keep_every: int
+    max_failed_saves: int
+    stall_timeout: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +151,14 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def build(config_dict: ConfigDict) -> Config:
@@ -207,6 +222,7 @@ _CHOICES = {
     "objective.masking": ("token", "whole_word", "span"),
     "optimizer.name": ("adamw", "lamb", "muon"),
     "optimizer.schedule": ("linear", "cosine", "wsd", "constant"),
+    "optimizer.spike_action": ("none", "clip", "skip", "rewind"),
 }
 _AT_LEAST = {
     "seed": 0,
@@ -227,15 +243,18 @@ _AT_LEAST = {
     "objective.span_max_words": 1,
     "optimizer.weight_decay": 0.0,
     "optimizer.max_grad_norm": 0.0,
-    "optimizer.max_nonfinite_steps": 1,
+    "optimizer.max_skipped_steps": 1,
     "train.steps": 1,
     "train.global_batch_size": 1,
     "train.microbatches": 1,
+    "train.batch_groups": 1,
     "train.log_every": 1,
     "train.eval_every": 0,
     "train.checkpoint_every": 1,
     "train.keep_last": 1,
     "train.keep_every": 0,
+    "train.max_failed_saves": 1,
+    "train.stall_timeout": 0.0,
     "eval.batch_size": 1,
     "eval.max_rows": 0,
     "mesh.fsdp": 1,
@@ -262,6 +281,7 @@ _BETWEEN = {
     "optimizer.beta1": (0.0, 1.0, True, False),
     "optimizer.beta2": (0.0, 1.0, True, False),
     "optimizer.eps": (0.0, 1.0, False, False),
+    "optimizer.spike_threshold": (0.0, float("inf"), False, False),
     "eval.mask_rate": (0.0, 1.0, False, True),
 }
 
@@ -273,6 +293,12 @@ def _check(c: Config) -> None:
             node = getattr(node, name)
         return node
 
+    for path, (kind, _) in field_types().items():
+        value = value_of(path)
+        if kind is float and value is not None and not math.isfinite(value):
+            raise UserError(f"{path} is {value}; it must be a finite number")
+        if kind is int and value is not None and abs(value) >= 2**31:
+            raise UserError(f"{path} is {value}; it must be less than 2**31")
     for path, choices in _CHOICES.items():
         if value_of(path) not in choices:
             raise UserError(f"{path} is '{value_of(path)}'; it can be {', '.join(choices)}")
@@ -329,6 +355,19 @@ def _check(c: Config) -> None:
         f"train.global_batch_size is {t.global_batch_size}; it must be divisible by train.microbatches, "
         f"{t.microbatches}",
     )
+    if t.reproducible:
+        need(
+            t.microbatches == 1,
+            f"train.microbatches is {t.microbatches}; with train.reproducible the batch is taken in "
+            f"train.batch_groups parts already, and it must be 1",
+        )
+        need(c.mesh.tensor == 1, f"mesh.tensor is {c.mesh.tensor}; train.reproducible needs it to be 1")
+        for name, rows in (("train.global_batch_size", t.global_batch_size), ("eval.batch_size", c.eval.batch_size)):
+            need(
+                rows % t.batch_groups == 0,
+                f"{name} is {rows}; with train.reproducible it must be divisible by train.batch_groups, "
+                f"{t.batch_groups}",
+            )
     need(
         c.objective.replace_mask + c.objective.replace_random <= 1.0,
         f"objective.replace_mask + objective.replace_random is "

@@ -15,12 +15,26 @@ _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # <malloc.h>
 
 
-def prepare() -> None:
-    """Makes CPU results right and CPU steps fast. Call before anything imports jax; safe to call twice."""
+# Without it some of XLA's GPU kernels add with atomics, in whatever order they come.
+_GPU_FLAG = "--xla_gpu_deterministic_ops=true"
+
+
+def prepare(reproducible: int = 0) -> None:
+    """Makes CPU results right and CPU steps fast. Call before anything imports jax; safe to call twice.
+
+    Args:
+      reproducible: when positive, results are the same on up to so many devices of a kind.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "ynn_fusion_type" not in flags and platform.machine() in ("x86_64", "AMD64") and _jaxlib_knows(_YNN_FLAG):
-        os.environ["XLA_FLAGS"] = f"{flags} {_YNN_FLAG}".strip()
+    wanted = [_YNN_FLAG] if platform.machine() in ("x86_64", "AMD64") else []
+    if reproducible:
+        wanted.append(_GPU_FLAG)
+        # XLA:CPU cuts a large matmul by the number of its threads, which else is that of cores or of devices.
+        os.environ["NPROC"] = str(reproducible)
+    for flag in wanted:
+        flags = os.environ.get("XLA_FLAGS", "")
+        if flag.split("=")[0] not in flags and _jaxlib_knows(flag):
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
     _keep_freed_memory()
 
 

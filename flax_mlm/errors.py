@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The two exceptions that end a command with one line instead of a traceback."""
 
 
 class UserError(Exception):
@@ -6,4 +6,11 @@ class UserError(Exception):
 
     Commands print the message as one line and exit with code 2, without a traceback. The message names
     the field or file, the value that was seen, and what would be right.
+    """
+
+
+class Failure(Exception):
+    """The run cannot go on, through no mistake in what was asked: a lost peer, a full disk, a diverged model.
+
+    Commands print the message as one line and exit with code 1.
     """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from absl import flags
 
-from flax_mlm import command
-from flax_mlm.config import Config
+from flax_mlm import command, processes
+from flax_mlm.config import Config, flatten
 from flax_mlm.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -16,6 +16,8 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _TASK = flags.DEFINE_enum("task", "mlm", ["mlm"], "mlm: loss and accuracy on the held-out rows")
 _JSON = flags.DEFINE_string("json", "", "also write the result to this file")
+
+flags.adopt_module_key_flags(processes)
 
 
 def main(config: Config) -> None:
@@ -25,16 +27,25 @@ def main(config: Config) -> None:
     from flax_mlm.prepare import open_corpus
     from flax_mlm.tasks import mlm
 
-    model = trained.restore(_CHECKPOINT.value, config)
-    sharding.check_batch("eval.batch_size", config.eval.batch_size, model.mesh)
-    corpus = open_corpus(config)
-    if corpus.tokenizer().fingerprint != model.tokenizer.fingerprint:
-        raise UserError(f"data.corpus: {corpus.path} was made with another tokenizer than {_CHECKPOINT.value}")
-    with jax.set_mesh(model.mesh):
-        result = mlm.run(model, corpus)
-    print("\n".join(mlm.table(result, config.objective.name)))
-    if _JSON.value:
-        metrics.write_json(Path(_JSON.value), result)
+    identity = {"--checkpoint": _CHECKPOINT.value, **flatten(config.to_dict())}
+    with processes.join(identity, config.train.stall_timeout) as roster:
+        with roster.untimed("opening the checkpoint and the corpus"):
+            model = trained.restore(_CHECKPOINT.value, config)
+            sharding.check_batch("eval.batch_size", config.eval.batch_size, model.mesh)
+            corpus = open_corpus(config)
+        if corpus.tokenizer().fingerprint != model.tokenizer.fingerprint:
+            raise UserError(f"data.corpus: {corpus.path} was made with another tokenizer than {_CHECKPOINT.value}")
+
+        def poll() -> bool:
+            roster.progress("evaluating")
+            return False
+
+        with jax.set_mesh(model.mesh):
+            result = mlm.run(model, corpus, poll)
+        if roster.index == 0:
+            print("\n".join(mlm.table(result, config.objective.name)))
+            if _JSON.value:
+                metrics.write_json(Path(_JSON.value), result)
 
 
 if __name__ == "__main__":

@@ -104,17 +104,11 @@ class Writers:
     """metrics.jsonl always, TensorBoard and Weights & Biases when asked for. Make it on process 0 only."""
 
     def __init__(self, workdir: Path, config: Config, start_step: int):
-        """Lines of steps after `start_step`, written by a run that was killed later, are dropped."""
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step]
-            _replace(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
-        self._tensorboard = self._wandb = None
-        if config.log.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        """Lines of what comes after the training of `start_step`, written by a run that was killed later, are
+        dropped: those steps are done again."""
+        self._workdir, self._has_tensorboard = workdir, config.log.tensorboard
+        self._wandb = None
+        self._open(start_step)
         if config.log.wandb_project:
             try:
                 import wandb
@@ -126,9 +120,34 @@ class Writers:
             except Exception as e:  # a missing package, account or network never stops a run
                 print(f"Weights & Biases is off: {type(e).__name__}: {e}")
 
+    def _open(self, start_step: int) -> None:
+        path = self._workdir / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if _is_before(line, start_step)]
+            if kept != lines:
+                _replace(path, "".join(kept))
+        self._file, self._unwritten = path.open("ab", buffering=0), b""
+        self._tensorboard = None
+        if self._has_tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=start_step + 1)
+
+    def go_back(self, step: int) -> None:
+        """Drops what was written after the training of `step`, as a restart there would."""
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._open(step)
+
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Records scalars under `kind` ("train" or "validation")."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        """Records scalars under `kind`: "train", "validation", or "rewind" (see train.py)."""
+        self._unwritten += (json.dumps({"step": step, "kind": kind, **values}) + "\n").encode()
+        try:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as e:  # a full disk, say: with the next line we try again
+            print(f"WARNING: metrics.jsonl cannot be written ({e.strerror})", flush=True)
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
@@ -147,11 +166,12 @@ class Writers:
             self._wandb.finish()
 
 
-def _step_of(line: str) -> float:
+def _is_before(line: str, start_step: int) -> bool:
     try:
-        return json.loads(line)["step"]
+        m = json.loads(line)
+        return m["step"] < start_step or (m["step"] == start_step and m["kind"] == "train")
     except (ValueError, KeyError, TypeError):  # half a line, written when the run was killed
-        return float("inf")
+        return False
 
 
 def _replace(path: Path, text: str) -> None:

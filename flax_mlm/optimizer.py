@@ -49,7 +49,8 @@ def decay_mask(params: Any) -> Any:
 
 
 def make(config: OptimizerConfig, dims: Any) -> optax.GradientTransformation:
-    """The optimizer without its learning rate: the train step multiplies the result by `-learning_rate(step)`.
+    """The optimizer without its learning rate, by whose negative the train step multiplies the result, and without
+    gradient clipping, which the train step does before.
 
     Args:
       dims: per parameter, the letters of its trailing dimensions (see `model.heads.Model`).
@@ -61,7 +62,6 @@ def make(config: OptimizerConfig, dims: Any) -> optax.GradientTransformation:
         "muon": lambda: optax.partition({"muon": _muon(dims), "adam": adam}, muon_labels),
     }
     return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity(),
         direction[config.name](),
         optax.add_decayed_weights(config.weight_decay, decay_mask),
         _trust_ratio_per_layer() if config.name == "lamb" else optax.identity(),

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_mlm.config import MeshConfig
@@ -42,9 +43,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh((data, config.fsdp, config.tensor), AXES, (AxisType.Explicit,) * 3, devices=devices)
 
 
+def batch_parts(mesh: Any) -> int:
+    """Into how many parts the mesh splits the batch."""
+    return int(np.prod([mesh.shape[a] for a in BATCH]))
+
+
 def check_batch(name: str, size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Raises UserError unless `size` rows can be split over the mesh (and into microbatches)."""
-    parts = int(np.prod([mesh.shape[a] for a in BATCH]))
+    parts = batch_parts(mesh)
     if size % (parts * microbatches):
         each = f" × {microbatches} microbatches" if microbatches > 1 else ""
         raise UserError(
@@ -61,7 +67,12 @@ def param_spec(dims: str, ndim: int) -> PartitionSpec:
 
 
 def batch_spec(*inner: str | None) -> PartitionSpec:
-    """Batch dimension split over the mesh; the other dimensions as named by their letters (None: not split)."""
+    """Batch dimension split over the mesh; the other dimensions as named by their letters (None: not split).
+
+    Inside `per_row` and `by_groups` a device sees only its own rows, and nothing is split.
+    """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return PartitionSpec(None, *[None for _ in inner])
     return PartitionSpec(BATCH, *[_AXIS_OF_DIM.get(d) if d in ("H", "F", "V") else None for d in inner])
 
 
@@ -80,6 +91,60 @@ def per_row(fn: Any, batch: Any, *replicated: Any) -> Any:
     sorts). Results have the rows first."""
     specs = (PartitionSpec(BATCH), *(PartitionSpec() for _ in replicated))
     return jax.shard_map(fn, in_specs=specs, out_specs=PartitionSpec(BATCH))(batch, *replicated)
+
+
+def by_groups(fn: Any, groups: int, shared: Any, batch: Any, add: bool) -> Any:
+    """`fn(shared, part)` for each of `groups` equal parts of the batch: the same computation, of the same shape,
+    however many devices split the batch. A device takes its own parts one after another.
+
+    Args:
+      fn: returns sums over its part when `add`, else results that have the rows first.
+      groups: a multiple of the number of devices that split the batch.
+      add: the results of all parts are added in the order of the rows, so that the sum is the same bit for bit;
+        it is whole on every device.
+    """
+    devices = batch_parts(jax.sharding.get_abstract_mesh())
+    own = groups // devices
+
+    def local(shared: Any, batch: Any) -> Any:
+        # Parameters gathered along their last dimension would lie otherwise in memory, and matmuls round otherwise.
+        shared = jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), shared)
+        parts = jax.tree.map(lambda x: x.reshape(own, x.shape[0] // own, *x.shape[1:]), batch)
+        # One more, never used: of a single part the compiler knows that it is the same in every turn of the loop.
+        parts = jax.tree.map(lambda x: jax.numpy.concatenate([x, x[:1]]), parts)
+        # Nor may it know how often the loop turns, for it unwraps one that turns once; and barriers keep it from fusing
+        # a part with what surrounds it. Each of these would round otherwise.
+        turns = jax.numpy.minimum(own, own + jax.lax.axis_index(BATCH))
+
+        def turn(i: jax.Array, results: Any) -> Any:
+            part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), parts)
+            result = jax.lax.optimization_barrier(fn(*jax.lax.optimization_barrier((shared, part))))
+            return jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, i, 0), results, result)
+
+        shapes = jax.eval_shape(fn, shared, jax.tree.map(lambda x: x[0], parts))
+        results = jax.tree.map(lambda x: jax.numpy.zeros((own, *x.shape), x.dtype), shapes)
+        results = jax.lax.fori_loop(0, turns, turn, results)
+        return jax.tree.map(ordered_sum if add else lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+    def ordered_sum(x: jax.Array) -> jax.Array:
+        # Each device adds one slice of the parts of all, and then all gather the slices: a device never holds
+        # more than its own parts.
+        flat = x.reshape(own, -1)
+        flat = jax.numpy.pad(flat, ((0, 0), (0, -flat.shape[1] % devices)))
+        slices = jax.lax.all_to_all(flat, BATCH, split_axis=1, concat_axis=0, tiled=True)
+        total = slices[0]
+        for i in range(1, groups):
+            total = total + slices[i]
+        return jax.lax.all_gather(total, BATCH, tiled=True)[: x[0].size].reshape(x.shape[1:])
+
+    out = PartitionSpec() if add else PartitionSpec(BATCH)
+    run = jax.shard_map(local, in_specs=(PartitionSpec(), PartitionSpec(BATCH)), out_specs=out, check_vma=False)
+    return run(replicate(shared), batch)
+
+
+def like(tree: Any, other: Any) -> Any:
+    """`tree` laid out as `other` is."""
+    return jax.tree.map(lambda x, y: jax.reshard(x, jax.typeof(y).sharding.spec), tree, other)
 
 
 def replicate(tree: Any) -> Any:
@@ -119,10 +184,16 @@ def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.S
     return {
         "tokens": jax.ShapeDtypeStruct((batch_size, seq_len), np.int32, sharding=split),
         "row_ids": jax.ShapeDtypeStruct((batch_size, 2), np.uint32, sharding=split),
+        "stop": jax.ShapeDtypeStruct((batch_size,), np.bool_, sharding=split),
     }
 
 
-def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Each process's rows -> arrays of the global batch, split over the mesh."""
+def global_batch(batch: dict[str, np.ndarray], mesh: Mesh, stop: bool = False) -> dict[str, jax.Array]:
+    """Each process's rows -> arrays of the global batch, split over the mesh.
+
+    `stop` is this process's wish to end the run. It travels with the rows, and a step returns whether any process
+    has it: so all learn of it at the same step, without a message.
+    """
     sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    batch = {**batch, "stop": np.full(len(batch["tokens"]), stop)}
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}

@@ -1,5 +1,6 @@
 """The train state and the jitted steps. The only file that calls jax.jit."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,12 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flax_mlm import masking, objective, optimizer, sharding
+from flax_mlm import fingerprint, masking, objective, optimizer, sharding, spikes
 from flax_mlm.config import Config
 from flax_mlm.metrics import flops_per_row
 from flax_mlm.model.heads import Model, language_model, vocab_rows
 
-Batch = dict[str, jax.Array]  # tokens int32 (B, L); row_ids uint32 (B, 2)
+Batch = dict[str, jax.Array]  # tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,)
 
 
 class TrainState(NamedTuple):
@@ -22,8 +23,10 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, updates tried so far
     params: Any
     opt_state: Any
-    skipped: jax.Array  # int32, updates skipped because the loss or a gradient was not finite
+    skipped: jax.Array  # int32, updates left out because the loss or a gradient was not finite, or a spike
     skipped_in_a_row: jax.Array  # int32
+    data_step: jax.Array  # int32, batches of the stream used or passed over; ahead of `step` after a rewind
+    running: spikes.Running
 
 
 class Steps(NamedTuple):
@@ -34,12 +37,16 @@ class Steps(NamedTuple):
     init: Callable[[], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings of the state
     train: jax.stages.Wrapped  # (TrainState, Batch, Vocabulary) -> (TrainState, scalars by name); the state is donated
-    evaluate: Callable[[Any, Batch, masking.Vocabulary], objective.Sums]  # of each row, on every process
+    evaluate: Callable[[Any, Batch, masking.Vocabulary], tuple[objective.Sums, jax.Array]]  # of each row; stop?
+    fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see fingerprint.of
     score: Callable[[Any, jax.Array, jax.Array, masking.Vocabulary], jax.Array]
 
 
 def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
     """Builds model and optimizer and jits what runs on the devices."""
+    if config.train.reproducible:
+        # Unrolled or recomputed, XLA simplifies the layers otherwise on one device than on several, and rounds so.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True, remat="none"))
     model = language_model(config.model, vocab_size)
     tx = optimizer.make(config.optimizer, model.dims)
     slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.largest_mask_rate)
@@ -48,7 +55,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
         params = model.init(run_key(config, "init"))
         params = jax.tree.map(lambda x, d: jax.reshard(x, sharding.param_spec(d, x.ndim)), params, model.dims)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero, zero)
+        return TrainState(zero, params, tx.init(params), zero, zero, zero, spikes.start())
 
     with jax.set_mesh(mesh):
         abstract = sharding.concrete(jax.eval_shape(init), mesh)
@@ -60,6 +67,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
         abstract=abstract,
         train=jax.jit(_train_step(config, model, tx, slots), donate_argnums=0),
         evaluate=jax.jit(_eval_step(config, model)),
+        fingerprint=jax.jit(fingerprint.of),
         score=jax.jit(_score(config, model)),
     )
 
@@ -91,6 +99,7 @@ def _predict(config: Config, model: Model) -> Callable[..., objective.Sums]:
 def _train_step(config: Config, model: Model, tx: optax.GradientTransformation, slots: int) -> Callable[..., Any]:
     total, accumulate = config.train.steps, config.train.microbatches
     schedule = optimizer.learning_rate(config.optimizer, total)
+    action, spike_threshold = config.optimizer.spike_action, config.optimizer.spike_threshold
     predict = _predict(config, model)
     has_dropout = config.model.dropout_rate > 0.0 or config.model.attention_dropout_rate > 0.0
 
@@ -102,33 +111,67 @@ def _train_step(config: Config, model: Model, tx: optax.GradientTransformation, 
         if has_dropout:
             dropout_keys_B = jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])
 
-        def part_loss(params: Any, part: Any) -> tuple[jax.Array, jax.Array]:
+        def part_loss(params: Any, count: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
             sums = predict(params, *part)
             return sums.loss.sum() / count, sums.correct.sum() / count
 
         gradient = jax.value_and_grad(part_loss, has_aux=True)
         parts = (targets, dropout_keys_B)
-        if accumulate == 1:
-            (loss, accuracy), grads = gradient(state.params, parts)
+        if config.train.reproducible:
+            (loss, accuracy), grads = sharding.by_groups(
+                lambda shared, part: gradient(*shared, part),
+                config.train.batch_groups,
+                (state.params, count),
+                parts,
+                add=True,
+            )
+        elif accumulate == 1:
+            (loss, accuracy), grads = gradient(state.params, count, parts)
         else:
             zeros = jax.tree.map(jnp.zeros_like, ((count, count), state.params))
             parts = jax.tree.map(lambda x: sharding.split_microbatches(x, accumulate), parts)
-            ((loss, accuracy), grads), _ = jax.lax.scan(
-                lambda carry, part: (jax.tree.map(jnp.add, carry, gradient(state.params, part)), None), zeros, parts
-            )
+
+            def add(total: Any, part: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, gradient(state.params, count, part)), None
+
+            ((loss, accuracy), grads), _ = jax.lax.scan(add, zeros, parts)
 
         with jax.named_scope("optimizer"):
             grad_norm = optimizer.global_norm(grads)
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            old = state.params, state.opt_state
+            if config.train.reproducible:
+                # Whole on every device, since even elementwise code may round differently at another shape; and
+                # with barriers, lest the compiler move the cut into shards before the arithmetic.
+                old = jax.lax.optimization_barrier(sharding.replicate(old))
+            grads = sharding.like(grads, old[0])
+            values_2 = jnp.stack([loss, grad_norm])
+            spike = (spikes.scores(state.running, values_2) > spike_threshold).any()
+            largest = jnp.float32(config.optimizer.max_grad_norm or jnp.inf)
+            if action == "clip":
+                largest = jnp.minimum(largest, spikes.largest_norm(state.running, values_2, spike_threshold))
+            scale = jnp.where(grad_norm > largest, largest / grad_norm, 1.0)
+            grads = jax.tree.map(lambda g: g * scale, grads)
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-                updates, opt_state = tx.update(grads, state.opt_state, state.params)
+                updates, opt_state = tx.update(grads, old[1], old[0])
             lr = schedule(state.step.astype(jnp.float32))
-            params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-            params, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-            )
-        bad = 1 - finite.astype(jnp.int32)
-        state = TrainState(state.step + 1, params, opt_state, state.skipped + bad, (state.skipped_in_a_row + bad) * bad)
+            params = jax.tree.map(lambda p, u: p - lr * u, old[0], updates)
+            good = jnp.isfinite(values_2).all()
+            if action in ("skip", "rewind"):
+                good &= ~spike
+            new = jax.tree.map(lambda n, o: jnp.where(good, n, o), (params, opt_state), old)
+            if config.train.reproducible:
+                new = jax.lax.optimization_barrier(new)
+            params, opt_state = sharding.like(new, (state.params, state.opt_state))
+        bad = 1 - good.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+            data_step=state.data_step + 1,
+            running=spikes.updated(state.running, values_2, spike_threshold),
+        )
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
@@ -137,22 +180,33 @@ def _train_step(config: Config, model: Model, tx: optax.GradientTransformation, 
             "mask_rate": rate,
             "predicted_tokens": count,
             "tokens": (targets.segment_ids_BL > 0).sum(),
+            "data_step": state.data_step,
+            "spike": spike,
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
+            # The same on any number of devices and hosts, and after any restart.
+            "batch_fingerprint": fingerprint.one((targets.inputs_BL, targets.predict_BK, targets.labels_BK)),
+            "stop": batch["stop"].any(),
         }
         return state, metrics
 
     return train_step
 
 
-def _eval_step(config: Config, model: Model) -> Callable[..., objective.Sums]:
+def _eval_step(config: Config, model: Model) -> Callable[..., tuple[objective.Sums, jax.Array]]:
     slots = objective.num_slots(config.objective, config.data.seq_len, config.eval.mask_rate)
     predict = _predict(config, model)
 
-    def eval_step(params: Any, batch: Batch, vocab: masking.Vocabulary) -> objective.Sums:
+    def eval_step(params: Any, batch: Batch, vocab: masking.Vocabulary) -> tuple[objective.Sums, jax.Array]:
         key, rate = run_key(config, "eval"), config.eval.mask_rate
         targets = objective.targets(config.objective, batch, key, vocab, rate, slots)
-        return sharding.replicate(predict(params, targets, None))
+        if config.train.reproducible:
+            sums = sharding.by_groups(
+                lambda params, part: predict(params, part, None), config.train.batch_groups, params, targets, add=False
+            )
+        else:
+            sums = predict(params, targets, None)
+        return sharding.replicate(sums), batch["stop"].any()
 
     return eval_step
 

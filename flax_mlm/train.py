@@ -5,162 +5,225 @@
 The same line starts a run, continues one that was killed, and says of a finished one that it is finished.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
-import signal
 import sys
+import time
+from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from rich.progress import track
+from rich.progress import Progress
 
-from flax_mlm import command
-from flax_mlm.config import Config
-from flax_mlm.errors import UserError
+from flax_mlm import command, preemption, processes
+from flax_mlm.config import Config, flatten
+from flax_mlm.errors import Failure, UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run: checkpoints, metrics.jsonl, config.json")
+
+flags.adopt_module_key_flags(processes)
 
 # May differ between a run and its continuation: they change where, how often or how fast, but not what is learned.
 _FREE = (
     *("data.cache_dir", "data.num_workers", "model.scan_layers", "model.remat", "train.microbatches"),
     *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_last", "train.keep_every"),
+    *("train.max_failed_saves", "train.stall_timeout"),
     *("eval.", "mesh.", "log."),
 )
+_ADVICE = "Try a lower optimizer.learning_rate"
 
 
 def train(config: Config, workdir: Path) -> int:
     """Trains, saves, evaluates. Returns the exit code."""
-    import jax  # heavy imports wait until flags and config are known to be right
+    stop = preemption.Stop()
 
-    from flax_mlm import checkpoint, masking, metrics, sharding
+    import jax  # heavy imports wait until flags and config are known to be right
+    import numpy as np
+
+    from flax_mlm import checkpoint, lease, masking, metrics, sharding
     from flax_mlm.data.pipeline import train_batches
     from flax_mlm.prepare import open_corpus
-    from flax_mlm.step import make_steps
+    from flax_mlm.step import TrainState, make_steps
     from flax_mlm.tasks import mlm
     from flax_mlm.trained import Trained
 
-    # The devices, checked before any work is done.
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch("train.global_batch_size", config.train.global_batch_size, mesh, config.train.microbatches)
-    sharding.check_batch("eval.batch_size", config.eval.batch_size, mesh)
-    is_main = jax.process_index() == 0
-    claim(workdir, config)
-    stop = StopSignal()
+    identity = {"jax": jax.__version__, **flatten(config.to_dict())}
+    with processes.join(identity, config.train.stall_timeout) as roster, contextlib.ExitStack() as at_exit:
+        # The devices of all processes, checked before any work is done.
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_batch("train.global_batch_size", config.train.global_batch_size, mesh, config.train.microbatches)
+        sharding.check_batch("eval.batch_size", config.eval.batch_size, mesh)
+        if config.train.reproducible:
+            sharding.check_batch("train.batch_groups", config.train.batch_groups, mesh)
+        at_exit.enter_context(jax.set_mesh(mesh))
 
-    # The text, as rows of tokens.
-    corpus = open_corpus(config)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=corpus.seq_len))
-    tokenizer = corpus.tokenizer()
+        # The folder, to which the first process alone writes, and the text, as rows of tokens.
+        is_main, log = roster.index == 0, print if roster.index == 0 else lambda *_: None
+        if is_main:
+            held = lease.Lease.take(workdir, roster.run_id, log)
+            at_exit.callback(held.release)
+            roster.at_leave(held.release)
+        stop.leave = lambda reason: roster.leave(command.PREEMPTED, reason)
+        with roster.untimed("opening the corpus"):
+            corpus = open_corpus(config, log)
+        roster.check_same("corpus", corpus.fingerprint)
+        roster.check_same("--workdir", lease.holder(workdir))
+        if is_main:
+            claim(workdir, config)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=corpus.seq_len))
+        tokenizer = corpus.tokenizer()
 
-    with jax.set_mesh(mesh):
-        # The model and its optimizer, new or from the newest checkpoint.
+        # The model and its optimizer, new or from the newest sound checkpoint.
         steps = make_steps(config, corpus.vocab_size, mesh)
         vocab = masking.vocabulary(tokenizer)
-        checkpoints = checkpoint.Checkpoints(
-            workdir, config, checkpoint.make_meta(config, tokenizer, corpus.fingerprint)
-        )
-        restored = checkpoints.restore_latest(steps.abstract, print)
-        state = steps.init() if restored is None else restored
-        start, total = int(state.step), config.train.steps
-        rows = sharding.abstract_batch(config.train.global_batch_size, corpus.seq_len, mesh)
-        train_step = steps.train.lower(steps.abstract, rows, vocab).compile()
+        meta = checkpoint.make_meta(config, tokenizer, corpus.fingerprint)
+        checkpoints = checkpoint.Checkpoints(workdir, config, meta, steps.fingerprint)
+        with roster.untimed("restoring"):
+            state = checkpoints.restore_latest(steps.abstract, log) or steps.init()
+        step, total = int(state.step), config.train.steps
+        result_file = workdir / "result.json"
+        if step == total and result_file.exists():
+            if is_main:
+                print(f"this run is finished: {total} steps are done")
+                finished = Trained(config, mesh, steps, state.params, tokenizer, vocab)
+                print_summary(workdir, finished, json.loads(result_file.read_text()))
+            return 0
+        with roster.untimed("compiling"):
+            rows = sharding.abstract_batch(config.train.global_batch_size, corpus.seq_len, mesh)
+            train_step = steps.train.lower(steps.abstract, rows, vocab).compile()
         if is_main:
+            result_file.unlink(missing_ok=True)
             print_banner(config, corpus, mesh, steps, train_step.memory_analysis())
-            writers = metrics.Writers(workdir, config, start)
+            writers = metrics.Writers(workdir, config, step)
+            at_exit.callback(writers.close)
+        speed = metrics.Throughput(step, total, steps.flops, metrics.peak_flops(mesh))
 
-        # The batches: a function of (corpus, seed, step), so there is no position to restore.
-        batches = train_batches(
-            corpus.split("train"),
-            seed=config.seed,
-            global_batch_size=config.train.global_batch_size,
-            start_step=start,
-            stop_step=total,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        def batches_from(state: TrainState) -> Generator[dict[str, Any]]:
+            """A function of (corpus, seed, step), so that there is no position to restore."""
+            return train_batches(
+                corpus.split("train"),
+                seed=config.seed,
+                global_batch_size=config.train.global_batch_size,
+                start_step=int(state.data_step),
+                stop_step=int(state.data_step) + total - int(state.step),
+                process_index=roster.index,
+                process_count=roster.count,
+            )
 
-        def evaluate(step: int) -> dict[str, float]:
-            result = mlm.run(Trained(config, mesh, steps, state.params, tokenizer, vocab), corpus)
+        def read(step: int, values: dict[str, jax.Array]) -> dict[str, float]:
+            """Takes a step's numbers from the devices, and logs them when it is time."""
+            host = {name: float(value) for name, value in jax.device_get(values).items()}
+            speed.add(host["tokens"])
+            if is_main and (step % config.train.log_every == 0 or step == total):
+                line = {name: value for name, value in host.items() if name != "stop"} | speed.report(step)
+                print(metrics.train_line(step, total, line), flush=True)
+                writers.write(step, "train", line)
+            return {**host, "step": step}
+
+        def evaluate(trained: Trained) -> dict[str, float]:
+            def poll() -> bool:
+                roster.progress("evaluating", step)
+                return stop.requested
+
+            result = mlm.run(trained, corpus, poll)
             if is_main:
                 print(f"step {step}/{total}  validation loss {result['loss']:.4f}  accuracy {result['accuracy']:.4f}")
                 writers.write(step, "validation", result)
             return result
 
-        speed = metrics.Throughput(start, total, steps.flops, metrics.peak_flops(mesh))
-        bad_in_a_row, previous = 0, None
+        def save(is_last: bool = False) -> None:
+            if is_main:
+                held.check()
+            with speed.paused(), roster.untimed("saving"):
+                while not (checkpoints.save(step, state) and (not is_last or checkpoints.wait())) and is_last:
+                    time.sleep(1)  # and again, for this is the last occasion; it gives up by itself
 
-        def read(step: int, values: dict[str, jax.Array]) -> int:
-            """Takes a step's numbers from the devices, logs them when it is time, and returns its count of
-            non-finite steps in a row."""
-            host = {name: float(value) for name, value in jax.device_get(values).items()}
-            speed.add(host["tokens"])
-            if is_main and (step % config.train.log_every == 0 or step == total):
-                line = {**host, **speed.report(step)}
-                print(metrics.train_line(step, total, line), flush=True)
-                writers.write(step, "train", line)
-            return int(host["skipped_in_a_row"])
+        def rewind(spiked: int, data_step: int) -> TrainState:
+            """The last scheduled checkpoint before a spike, to go on from with the batches after it."""
+            checkpoints.wait()
+            with roster.untimed("restoring"):
+                state = checkpoints.restore_latest(steps.abstract, log, before=spiked) or steps.init()
+            back = int(state.step)
+            rewinds[back] += 1
+            if rewinds[back] > config.optimizer.max_skipped_steps:
+                raise Failure(
+                    f"the loss spikes again and again after step {back}, the last time at {spiked}; {_ADVICE}"
+                )
+            if is_main:
+                print(f"the loss spiked at step {spiked}: back to step {back}, on with batch {data_step}", flush=True)
+                writers.go_back(back)
+                writers.write(back, "rewind", {"from_step": spiked, "data_step": data_step})
+            return state._replace(data_step=jax.device_put(np.int32(data_step), state.data_step.sharding))
+
+        def must_rewind(seen: dict[str, float]) -> bool:
+            return config.optimizer.spike_action == "rewind" and seen["spike"] > 0
+
+        def must_end(seen: dict[str, float]) -> bool:
+            return seen["skipped_in_a_row"] >= config.optimizer.max_skipped_steps
 
         # ORDER MATTERS: dispatch step n, only then read step n - 1, so that the devices never wait for us.
-        is_terminal = is_main and sys.stdout.isatty()
-        for step in track(range(start + 1, total + 1), "training", total, start, disable=not is_terminal):
-            with speed.waiting():
-                batch = sharding.global_batch(next(batches), mesh)
-            state, values = train_step(state, batch, vocab)
-            if jax.default_backend() == "cpu":
-                jax.block_until_ready(values)  # simulated devices deadlock when steps queue up
-            if previous is not None:
-                bad_in_a_row = read(*previous)
-            previous = step, values
-            due = step % config.train.checkpoint_every == 0 or step == total
-            if due or stop.requested or bad_in_a_row >= config.optimizer.max_nonfinite_steps:
-                bad_in_a_row, previous = read(*previous), None
-                with speed.paused():
-                    checkpoints.save(step, state)
-            if bad_in_a_row >= config.optimizer.max_nonfinite_steps:
-                checkpoints.close()
-                print(
-                    f"stopped: {bad_in_a_row} steps in a row had a non-finite loss or gradient; their updates were "
-                    f"skipped, and step {step} is saved. Try a lower optimizer.learning_rate",
-                    file=sys.stderr,
-                )
-                return 1
-            if stop.requested:
-                checkpoints.close()
-                print(f"stopped by a signal; step {step} is saved. The same command goes on from there", flush=True)
-                return command.PREEMPTED
-            if config.train.eval_every and step % config.train.eval_every == 0 and step != total:
-                with speed.paused():
-                    evaluate(step)
+        batches, unread, rewinds = batches_from(state), None, collections.Counter[int]()
+        progress = at_exit.enter_context(Progress(disable=not (is_main and sys.stdout.isatty())))
+        bar = progress.add_task("training", total=total)
+        stop.hold()
+        try:
+            while step < total:
+                if is_multiple(step, config.train.eval_every):
+                    with speed.paused():
+                        evaluate(Trained(config, mesh, steps, state.params, tokenizer, vocab))
+                roster.progress("waiting for a batch", step)
+                with speed.waiting():
+                    batch = sharding.global_batch(next(batches), mesh, stop.requested)
+                roster.progress("training", step)
+                state, values = train_step(state, batch, vocab)
+                if jax.default_backend() == "cpu":
+                    jax.block_until_ready(values)  # simulated devices deadlock when steps queue up
+                seen = read(*unread) if unread else dict.fromkeys(values, 0.0)
+                step += 1
+                unread = step, values
+                progress.update(bar, completed=step)
 
+                is_due = is_multiple(step, config.train.checkpoint_every) or step == total
+                is_pause = is_due or is_multiple(step, config.train.eval_every)
+                if not must_rewind(seen) and (is_pause or seen["stop"] or must_end(seen)):
+                    seen, unread = read(*unread), None
+                if must_rewind(seen):
+                    state = rewind(int(seen["step"]), int(seen["data_step"]))
+                    batches.close()
+                    step, unread, batches = int(state.step), None, batches_from(state)
+                elif must_end(seen):
+                    save(is_last=True)
+                    raise Failure(
+                        f"{seen['skipped_in_a_row']:.0f} steps in a row had a non-finite loss or gradient, or a spike; "
+                        f"their updates were skipped, and step {step} is saved. {_ADVICE}"
+                    )
+                elif seen["stop"]:
+                    raise preemption.Stopped
+                elif is_due:
+                    save(is_last=step == total)
+        except preemption.Stopped:
+            save(is_last=True)
+            log(f"stopped by a signal; step {step} is saved. The same command goes on from there")
+            return command.PREEMPTED
+        stop.release()
         checkpoints.close()
-        trained = Trained(config, mesh, steps, state.params, tokenizer, vocab)
-        if start == total:
-            print(f"this run is finished: {total} steps are done")
-        result_file = workdir / "result.json"
-        result = json.loads(result_file.read_text()) if result_file.exists() else evaluate(total)
+
+        with roster.untimed("evaluating"):
+            trained = Trained(config, mesh, steps, state.params, tokenizer, vocab)
+            result = evaluate(trained)
         if is_main:
             metrics.write_json(result_file, result)
-            writers.close()
             print_summary(workdir, trained, result)
     return 0
 
 
-class StopSignal:
-    """Turns SIGTERM (a preemption) and SIGINT (Ctrl-C) into a request; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.requested = True
-        print(f"{signal.Signals(number).name}: saving after this step, then leaving", file=sys.stderr, flush=True)
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
+def is_multiple(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is due."""
+    return every > 0 and step > 0 and step % every == 0
 
 
 def claim(workdir: Path, config: Config) -> None:
@@ -186,14 +249,6 @@ def claim(workdir: Path, config: Config) -> None:
                 f"--workdir: '{workdir}' holds a run with {name} = {held.get(name)}, and this one has {value}; "
                 "use another --workdir"
             )
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def print_banner(config: Config, corpus: Any, mesh: Any, steps: Any, memory: Any) -> None:
@@ -224,11 +279,13 @@ def print_banner(config: Config, corpus: Any, mesh: Any, steps: Any, memory: Any
 
 def print_summary(workdir: Path, trained: Any, result: dict[str, float]) -> None:
     """How the run ended, and how to go on."""
+    import jax
+
     from flax_mlm import fill_mask
     from flax_mlm.tasks import mlm
 
     print("\n" + "\n".join(mlm.table(result, trained.config.objective.name)) + "\n")
-    if trained.config.objective.name == "mlm":
+    if trained.config.objective.name == "mlm" and jax.process_count() == 1:  # one process alone could not ask the model
         filler = fill_mask.Filler(trained)
         for sentence in fill_mask.EXAMPLES:
             with contextlib.suppress(UserError):  # longer than a row

@@ -1,5 +1,6 @@
 """A model with its parameters and everything needed to ask it something: what tasks and `fill_mask` work on."""
 
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -23,16 +24,28 @@ class Trained(NamedTuple):
 
 
 def restore(path: str, config: Config) -> Trained:
-    """The model of a checkpoint (see `checkpoint.find`), from the checkpoint alone.
+    """The model of the newest sound checkpoint that `path` may mean (see `checkpoint.find`), from that alone. Nothing
+    is written.
 
     Args:
       path: what the user gave as --checkpoint.
       config: the one stored in it, overrides applied.
+
+    Raises:
+      UserError: there is none, or none that is sound and fits the config.
     """
-    folder = checkpoint.find(path)
-    tokenizer = checkpoint.read_tokenizer(folder)
     mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        steps = make_steps(config, tokenizer.vocab_size, mesh)
-        params = checkpoint.restore_params(folder, steps.abstract.params)
-        return Trained(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
+    candidates = checkpoint.find(path)
+    for folder in candidates:
+        try:
+            meta = checkpoint.read_meta(folder)
+            tokenizer = checkpoint.read_tokenizer(meta)
+            with jax.set_mesh(mesh):
+                steps = make_steps(config, tokenizer.vocab_size, mesh)
+                items = checkpoint.restore(folder, meta, {"params": steps.abstract.params}, steps.fingerprint)
+                return Trained(config, mesh, steps, items["params"], tokenizer, masking.vocabulary(tokenizer))
+        except checkpoint.Damaged as e:
+            if folder == candidates[-1]:
+                raise
+            print(f"{e}; using the one before", file=sys.stderr)
+    raise AssertionError

@@ -4,12 +4,76 @@
 #   bash launch/local.sh
 #   bash launch/local.sh --config.train.steps=200 --workdir=runs/short
 #   bash launch/local.sh --config=configs/bert_base.py --workdir=runs/bert
+#   bash launch/local.sh --processes=2 --devices_per_process=4     # a rehearsal of two hosts with four chips each
 #
-# Arguments go to `python -m flax_mlm.train`. Killed or finished, the same line goes on from where it was.
+# Arguments go to `python -m flax_mlm.train`, but for these:
+#   --processes=N            train in N processes (default 1), as N hosts would
+#   --devices_per_process=M  each with M simulated CPU devices
+#   --restarts=K             start again after at most K failures (default 3)
+#
+# A run that stopped for a preemption (exit code 75) is started again, as often as it takes. Ctrl-C or SIGTERM here
+# ends it: the run saves, and the same line goes on from there.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh" requirements.txt
 
-case " $* " in
-*" --workdir"*) exec python -m flax_mlm.train "$@" ;;
-*) exec python -m flax_mlm.train --workdir=runs/quickstart "$@" ;;
+processes=1 devices='' restarts=3 arguments=()
+for argument in "$@"; do
+  case $argument in
+  --processes=* | --devices_per_process=* | --restarts=*)
+    if ! [[ ${argument#*=} =~ ^[0-9]{1,4}$ ]] || [[ $argument = *s=0 && $argument != --restarts* ]]; then
+      echo "error: $argument; it takes a whole number" >&2
+      exit 2
+    fi
+    ;;
+  esac
+  case $argument in
+  --processes=*) processes=${argument#*=} ;;
+  --devices_per_process=*) devices=${argument#*=} ;;
+  --restarts=*) restarts=${argument#*=} ;;
+  *) arguments+=("$argument") ;;
+  esac
+done
+case " ${arguments[*]-} " in
+*" --workdir"*) ;;
+*) arguments+=(--workdir=runs/quickstart) ;;
 esac
+if [ -n "$devices" ]; then
+  export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS-} --xla_force_host_platform_device_count=$devices"
+fi
+
+pids=() stopping=''
+trap 'stopping=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM
+trap 'stopping=1' INT # a terminal sends it to the processes too, and a second one would cut their saving short
+
+while :; do
+  pids=()
+  if [ "$processes" = 1 ]; then
+    python -m flax_mlm.train "${arguments[@]}" &
+    pids+=($!)
+  else
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    for ((i = 0; i < processes; i++)); do
+      python -m flax_mlm.train "${arguments[@]}" \
+        --coordinator="127.0.0.1:$port" --num_processes="$processes" --process_id="$i" &
+      pids+=($!)
+    done
+  fi
+
+  code=0
+  for pid in "${pids[@]}"; do
+    while :; do
+      status=0
+      wait "$pid" || status=$?
+      if [ "$status" -le 128 ] || ! kill -0 "$pid" 2>/dev/null; then break; fi # else a signal to us ended the wait
+    done
+    # A mistake says more than a failure, and a failure more than a preemption.
+    if [ "$status" = 2 ] || [ "$code" = 0 ] || { [ "$code" = 75 ] && [ "$status" != 0 ]; }; then code=$status; fi
+  done
+
+  if [ "$code" = 0 ] || [ "$code" = 2 ] || [ -n "$stopping" ]; then exit "$code"; fi
+  if [ "$code" != 75 ]; then
+    if [ "$restarts" = 0 ]; then exit "$code"; fi
+    restarts=$((restarts - 1))
+  fi
+  echo "the run ended with exit code $code: starting it again" >&2
+done

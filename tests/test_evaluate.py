@@ -101,7 +101,8 @@ def sums_of_each_row(model: trained.Trained, corpus: Corpus) -> np.ndarray:
         row_ids = np.stack([np.zeros(8), number], 1).astype(np.uint32)
         batch = sharding.global_batch({"tokens": tokens_RL[number], "row_ids": row_ids}, model.mesh)
         with jax.set_mesh(model.mesh):
-            found.append(np.stack(jax.device_get(model.steps.evaluate(model.params, batch, model.vocab)), 1))
+            sums, _ = jax.device_get(model.steps.evaluate(model.params, batch, model.vocab))
+            found.append(np.stack(sums, 1))
     return np.concatenate(found)[: len(tokens_RL)].astype(np.float64)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import resource
 import time
 
 import pytest
@@ -31,6 +32,41 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
     second.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(10, 10.0), (20, 20.0), (30, 3.0)]
+
+
+def steps_in(folder) -> list[tuple[int, str]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["kind"]) for line in lines]
+
+
+def test_an_evaluation_of_the_restored_step_is_done_again_its_training_is_not(tmp_path):
+    config = with_log(tensorboard=False)
+    writers = metrics.Writers(tmp_path, config, 0)
+    for step in (1, 2, 3):
+        writers.write(step, "train", {"loss": 1.0})
+        writers.write(step, "validation", {"loss": 1.0})
+    writers.go_back(2)
+    assert steps_in(tmp_path) == [(1, "train"), (1, "validation"), (2, "train")]
+    writers.write(2, "rewind", {"from_step": 3})
+    writers.close()
+    metrics.Writers(tmp_path, config, 2).close()
+    assert steps_in(tmp_path) == [(1, "train"), (1, "validation"), (2, "train")]
+
+
+def test_what_a_full_disk_refuses_is_written_later(tmp_path, capsys):
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=False), 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        for step in range(5):
+            writers.write(step, "train", {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 100
+    writers.write(5, "train", {"loss": 1.0})
+    writers.close()
+    assert steps_in(tmp_path) == [(step, "train") for step in range(6)]
+    assert "WARNING: metrics.jsonl cannot be written" in capsys.readouterr().out
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

@@ -123,12 +123,3 @@ def test_lamb_scales_each_layer_to_its_own_norm(params_and_grads):
         assert float(jnp.linalg.norm(step)) == pytest.approx(float(jnp.linalg.norm(kernel)), rel=1e-4)
     bias = params["head"]["decoder_bias"]
     assert float(jnp.linalg.norm(got["head"]["decoder_bias"])) == pytest.approx(float(jnp.linalg.norm(bias)), rel=1e-4)
-
-
-def test_the_clip_is_over_all_gradients_together(params_and_grads):
-    dims, params, grads = params_and_grads
-    tx = optimizer.make(dataclasses.replace(OPTIMIZER, max_grad_norm=0.5, weight_decay=0.0), dims)
-    with jax.numpy_dtype_promotion("standard"):
-        state = tx.update(grads, tx.init(params), params)[1]
-    moments = optax.tree.get(state, "mu")
-    assert float(optimizer.global_norm(moments)) == pytest.approx(0.5 * (1 - OPTIMIZER.beta1), rel=1e-4)

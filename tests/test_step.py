@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from flax_mlm import config as config_lib
-from flax_mlm import masking, sharding, step
+from flax_mlm import masking, optimizer, sharding, spikes, step
 
 V, B, L = 101, 16, 32
 MODERN = {
@@ -62,7 +62,7 @@ def train(mesh_shape: tuple[int, int, int], overrides: tuple = (), num_steps: in
                 state, metrics = steps.train(state, sharding.global_batch(host_batch(i), mesh), vocabulary())
             jax.block_until_ready(state)
             history.append({k: float(v) for k, v in metrics.items()})
-        sums = steps.evaluate(state.params, sharding.global_batch(host_batch(0), mesh), vocabulary())
+        sums, _ = steps.evaluate(state.params, sharding.global_batch(host_batch(0), mesh), vocabulary())
         return history, state, jax.device_get(sums)
 
 
@@ -91,6 +91,76 @@ def test_accumulation_is_the_whole_batch_whose_parts_have_unequal_counts(mesh, p
     assert len({int((host_batch(0)["tokens"][m::parts] > 4).sum()) for m in range(parts)}) > 1
     for a, b in zip(train(mesh)[0], train(mesh, (("train.microbatches", parts),))[0], strict=True):
         assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
+
+
+REPRODUCIBLE = (("train.reproducible", True), ("optimizer.spike_action", "clip"), ("optimizer.spike_threshold", 0.5))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "meshes"), [(BERT, ((8, 1, 1), (2, 4, 1))), (MUON, ((2, 4, 1),))], ids=["bert", "muon"]
+)
+def test_a_reproducible_run_has_the_same_bits_on_every_mesh(overrides, meshes):
+    expected, state, sums = train((1, 1, 1), (*overrides, *REPRODUCIBLE), 5)
+    plain, _, _ = train((1, 1, 1), overrides)
+    assert [m["loss"] for m in expected[:3]] == pytest.approx([m["loss"] for m in plain], rel=1e-5)
+    for mesh in meshes:
+        got, other, other_sums = train(mesh, (*overrides, *REPRODUCIBLE), 5)
+        assert got == expected
+        jax.tree.map(np.testing.assert_array_equal, *jax.device_get(((state, sums), (other, other_sums))))
+
+
+def test_any_process_can_stop_all():
+    config = make_config((8, 1, 1))
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        batch = sharding.global_batch(host_batch(0), mesh)
+        for wish in (False, True):
+            batch["stop"] = jax.device_put(np.arange(B) // 2 == (5 if wish else -1), batch["stop"].sharding)
+            assert steps.evaluate(steps.init().params, batch, vocabulary())[1] == wish
+            assert steps.train(steps.init(), batch, vocabulary())[1]["stop"] == wish
+
+
+@pytest.mark.parametrize("action", ["none", "clip", "skip"])
+def test_a_spike_is_left_alone_cut_or_left_out(action):
+    """Statistics are given that make every gradient a spike."""
+    config = make_config((1, 1, 1), (("optimizer.spike_action", action), ("optimizer.max_grad_norm", 0.0)))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        start = steps.init()
+        old = jax.device_get(start.params)
+        before = spikes.Running(jnp.int32(100), jnp.array([4.6, 0.01]), jnp.array([1.0, 1e-6]))
+        batch = sharding.global_batch(host_batch(0), mesh)
+        state, metrics = steps.train(start._replace(running=before), batch, vocabulary())
+        _, calm = steps.train(steps.init(), batch, vocabulary())
+    assert metrics["spike"] and not calm["spike"] and metrics["grad_norm"] == calm["grad_norm"]
+    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(jax.device_get(state.params)), strict=True)
+    changed = any((a != b).any() for a, b in pairs)
+    assert changed == (action != "skip") and int(metrics["skipped"]) == (action == "skip")
+    z = (metrics["grad_norm"] - 0.01) / 1e-3
+    expected = {"none": metrics["grad_norm"], "clip": 0.01 + 4.0**2 / z * 1e-3, "skip": 0.0}[action]
+    assert norm_of_moment(state) == pytest.approx(0.1 * float(expected), rel=1e-3)
+
+
+def norm_of_moment(state: step.TrainState) -> float:
+    """Of Adam's first moment, all parameters together; after one step (1 - beta1) times that of the gradient used."""
+    adam = [x for x in jax.tree.leaves(state.opt_state, is_leaf=has_mu) if has_mu(x)]
+    return max(float(optimizer.global_norm(x.mu)) for x in adam)
+
+
+def has_mu(x) -> bool:
+    return hasattr(x, "mu")
+
+
+def test_the_gradient_is_cut_as_a_whole():
+    config = make_config((1, 1, 1), (("optimizer.max_grad_norm", 0.05),))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        state, metrics = steps.train(steps.init(), sharding.global_batch(host_batch(0), mesh), vocabulary())
+    assert metrics["grad_norm"] > 0.1, "what is logged is not cut"
+    assert norm_of_moment(state) == pytest.approx(0.1 * 0.05, rel=1e-3)
 
 
 def specs(tree) -> dict[str, P]:

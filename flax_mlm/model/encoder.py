@@ -34,7 +34,8 @@ def dropout(x: jax.Array, keys_B: jax.Array | None, rate: float, site: int) -> j
     if keys_B is None or rate == 0.0:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1.0 - rate, x.shape[1:]))(keys_B)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+    # One factor, not a constant and a choice: XLA would move the constant elsewhere, not always to the same place.
+    return x * jnp.where(keep, 1.0 / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 class Kernel(nnx.Module):

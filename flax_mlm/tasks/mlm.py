@@ -1,19 +1,30 @@
 """Held-out loss and accuracy, with fixed masks and standard errors, beside two context-free baselines."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from flax_mlm import sharding
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.pipeline import eval_batches
+from flax_mlm.preemption import Stopped
 from flax_mlm.trained import Trained
 
 
-def run(trained: Trained, corpus: Corpus) -> dict[str, float]:
+def run(trained: Trained, corpus: Corpus, poll: Callable[[], bool] = lambda: False) -> dict[str, float]:
     """Evaluates on the held-out rows, each once. Masks follow from the seed and the row's number, so that every
     call, on any number of devices, predicts the same tokens.
+
+    Args:
+      trained: The model.
+      corpus: Its validation split is used.
+      poll: Called before every batch; says whether this process wants to stop.
+
+    Raises:
+      Stopped: one of the processes wants to.
 
     Returns:
       loss (nats per predicted token) and accuracy with their standard errors over rows, perplexity,
@@ -32,9 +43,14 @@ def run(trained: Trained, corpus: Corpus) -> dict[str, float]:
     ):
         counts_V += np.bincount(batch["tokens"].ravel(), minlength=corpus.vocab_size)
         del batch["valid"]  # rows that fill up the last batch are all padding and have nothing to predict
-        batch_sums = trained.steps.evaluate(trained.params, sharding.global_batch(batch, mesh), vocab)
-        sums.append([np.asarray(x, np.float64) for x in jax.device_get(batch_sums)])
+        global_batch = sharding.global_batch(batch, mesh, stop=poll())
+        batch_sums, stop = jax.device_get(trained.steps.evaluate(trained.params, global_batch, vocab))
+        if stop:
+            raise Stopped
+        sums.append([np.asarray(x, np.float64) for x in batch_sums])
     loss_R, correct_R, count_R = (np.concatenate(x) for x in zip(*sums, strict=True))
+    if jax.process_count() > 1:  # each has seen its own rows
+        counts_V = np.asarray(multihost_utils.process_allgather(counts_V)).sum(0)
     counts_V = counts_V[~np.asarray(vocab.is_special)]
     total, tokens = count_R.sum(), counts_V.sum()
     loss, accuracy = loss_R.sum() / total, correct_R.sum() / total

@@ -1,0 +1,198 @@
+"""An exclusive lease on a workdir: two jobs that write to one run would spoil it.
+
+`workdir/lease.json` says who holds it, and has a counter that moves every few seconds. Of a holder on this machine
+the system is asked; one elsewhere is watched for a while, since the clocks of two machines cannot be compared.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flax_mlm.errors import UserError
+
+_FILE = "lease.json"
+_BEAT = 5.0  # seconds
+_STALE = 20.0  # seconds without a beat after which a holder elsewhere counts as gone
+_LIMIT = 1 << 16  # bytes that are looked at; a lease has some 300
+
+Log = Callable[[str], None]
+
+
+class Lease:
+    """The lease on a folder, held by this process; its counter moves in a thread."""
+
+    def __init__(self, workdir: Path, run_id: str):
+        since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self._about = {**_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+        self._about |= {"run_id": run_id, "since": since}
+        self._workdir, self._run_id, self._beats, self._released = workdir, run_id, 0, threading.Event()
+
+    @classmethod
+    def take(cls, workdir: Path, run_id: str, log: Log, stale: float = _STALE) -> "Lease":
+        """Takes the lease on a folder, which is made when it is not there.
+
+        Args:
+          workdir: the folder of the run.
+          run_id: what tells this holder from all others.
+          log: is told of a holder that is watched or replaced.
+          stale: seconds without a beat after which a holder elsewhere counts as gone.
+
+        Raises:
+          UserError: another job holds it, or the folder cannot be written.
+        """
+        lease = cls(workdir, run_id)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            while True:
+                content = _read(workdir)
+                if content is not None:
+                    _wait_for_end(workdir, content, log, stale)
+                if lease._put(instead_of=content):
+                    break
+        except OSError as e:
+            raise UserError(f"--workdir: '{workdir}' cannot be used: {e}") from e
+        threading.Thread(target=lease._beat, name="lease", daemon=True).start()
+        return lease
+
+    def check(self) -> None:
+        """Raises UserError when another job has taken the lease, because this one seemed gone."""
+        if (content := _read(self._workdir)) is None or _parse(content).get("run_id") != self._run_id:
+            who = f"now belongs to {_name(_parse(content))}" if content else "has lost its lease.json"
+            raise UserError(f"--workdir: '{self._workdir}' {who}; this job must not write to it any more")
+
+    def release(self) -> None:
+        """Gives the lease back, if it is still ours."""
+        self._released.set()
+        with contextlib.suppress(OSError), _locked(self._workdir):
+            if self._is_ours():
+                (self._workdir / _FILE).unlink()
+
+    def _put(self, instead_of: bytes | None) -> bool:
+        """Writes our lease, unless the one there has changed meanwhile."""
+        with _locked(self._workdir):
+            if _read(self._workdir) != instead_of:
+                return False
+            temporary = self._workdir / f"{_FILE}.{self._run_id}"
+            temporary.write_text(json.dumps({**self._about, "beats": self._beats}) + "\n")
+            temporary.replace(self._workdir / _FILE)
+        return True
+
+    def _is_ours(self) -> bool:
+        content = _read(self._workdir)
+        return content is not None and _parse(content).get("run_id") == self._run_id
+
+    def _beat(self) -> None:
+        while not self._released.wait(_BEAT):
+            with contextlib.suppress(OSError):  # a full disk, say: the next one may be written
+                content = _read(self._workdir)
+                if content is None or not self._is_ours():
+                    return
+                self._beats += 1
+                self._put(instead_of=content)
+
+
+def holder(workdir: Path) -> str:
+    """The run_id of whoever holds the lease on a folder; empty when nobody does."""
+    try:
+        return str(_parse(_read(workdir) or b"").get("run_id", ""))
+    except OSError:
+        return ""
+
+
+def _wait_for_end(workdir: Path, content: bytes, log: Log, stale: float) -> None:
+    """Returns once the holder is known to be gone. Raises UserError when it is not."""
+    about = _parse(content)
+    who = _name(about)
+    in_use = UserError(f"--workdir: '{workdir}' is in use by {who}; stop it, or use another --workdir")
+    if about and _machine().items() <= about.items():
+        if _is_alive(about.get("pid"), about.get("started")):
+            raise in_use
+    else:
+        log(f"'{workdir}' was in use by {who}; waiting {stale:.0f} s to see whether it still is")
+        end = time.monotonic() + stale
+        while time.monotonic() < end:
+            time.sleep(min(0.2, stale))
+            if (now := _read(workdir)) is None:
+                return
+            if now != content:
+                raise in_use
+    log(f"taking over '{workdir}' from {who}, which is gone")
+
+
+def _read(workdir: Path) -> bytes | None:
+    try:  # neither follow a link nor wait for a pipe
+        descriptor = os.open(workdir / _FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.read(descriptor, _LIMIT)
+    finally:
+        os.close(descriptor)
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    try:
+        about = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _name(about: dict[str, Any]) -> str:
+    def field(name: str) -> str:
+        return "".join(c for c in str(about.get(name, "?")) if c.isprintable())[:80]
+
+    return f"process {field('pid')} on {field('host')} since {field('since')}" if about else "an unknown holder"
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """No other process compares and replaces the lease meanwhile (where the file system has locks)."""
+    descriptor = os.open(workdir, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _machine() -> dict[str, str]:
+    """Where a process number means something: host, boot and, in containers, the namespace of processes."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
+    return {
+        "host": socket.gethostname(),
+        "boot": boot.read_text().strip() if boot.exists() else "",
+        "processes": os.readlink(namespace) if os.path.islink(namespace) else "",
+    }
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, so that it is not taken for a later one of the same number; None: it is gone, or has
+    ended and waits for its parent; empty where the system does not say."""
+    if not os.path.exists("/proc/self/stat"):
+        return ""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _is_alive(pid: Any, started: Any) -> bool:
+    if type(pid) is not int or pid <= 0 or (now := _started(pid)) != started or now is None:
+        return False
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+    return True

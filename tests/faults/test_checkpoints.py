@@ -1,0 +1,554 @@
+"""Damage to a checkpoint folder, full disks, and kills while saving: named or survived, never silent."""
+
+import json
+import os
+import queue
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import base
+from flax_mlm import checkpoint, fingerprint, sharding
+from flax_mlm import config as config_lib
+from flax_mlm.config import MeshConfig
+from flax_mlm.errors import Failure, UserError
+
+from .saver import State
+
+# Coroutines that orbax drops when a checkpoint cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+ROOT = Path(__file__).parent.parent.parent
+META = {"format": 2, "config": {}, "tokenizer": {"filename": "tokenizer.model", "base64": ""}, "corpus": "a" * 64}
+of = jax.jit(fingerprint.of)
+
+
+def state_at(step: int, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> State:
+    """What a step holds follows from its number; it is split over the mesh."""
+    mesh = sharding.make_mesh(MeshConfig(*mesh_shape), jax.devices()[: int(np.prod(mesh_shape))])
+    w = np.random.default_rng(step).normal(size=(8, 24)).astype(np.float32)
+    split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("fsdp", None), PartitionSpec()))
+    tree = {"w": w, "b": w[0]}
+    put = {"w": jax.device_put(w, split), "b": jax.device_put(tree["b"], whole)}
+    moments = {"mu": jax.device_put(-w, split), "count": jax.device_put(np.int32(step), whole)}
+    return State(jax.device_put(np.int32(step), whole), put, moments)
+
+
+def abstract(state: State) -> State:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def opened(workdir: Path, meta: dict = META, **changes) -> checkpoint.Checkpoints:
+    c = base.get_config()
+    c.train.update({"checkpoint_every": 10, **changes})
+    return checkpoint.Checkpoints(workdir, config_lib.build(c), meta, of)
+
+
+def restored(workdir: Path, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> tuple[int | None, list[str]]:
+    """The step that a restart goes on from, its content compared with what was saved, and what was logged."""
+    log: list[str] = []
+    checkpoints = opened(workdir)
+    try:
+        state = checkpoints.restore_latest(abstract(state_at(0, mesh_shape)), log.append)
+    finally:
+        checkpoints.close()
+    if state is None:
+        return None, log
+    same_bits(state, state_at(int(state.step), mesh_shape))
+    return int(state.step), log
+
+
+def same_bits(a: State, b: State) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), *jax.device_get((a, b)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A workdir with steps 10, 20 and 30."""
+    workdir = tmp_path_factory.mktemp("saved")
+    checkpoints = opened(workdir, keep_last=3)
+    for step in (10, 20, 30):
+        assert checkpoints.save(step, state_at(step))
+    checkpoints.close()
+    assert checkpoint.steps_in(workdir) == [10, 20, 30]
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path) -> Path:
+    return shutil.copytree(saved, tmp_path / "run", symlinks=True)
+
+
+def files_of(workdir: Path, step: int = 30) -> list[Path]:
+    return sorted(p for p in (workdir / "checkpoints" / str(step)).rglob("*") if p.is_file())
+
+
+def verdict(workdir: Path) -> str:
+    """After damage to step 30: "harmless" when it is restored with the right content, "detected" when it is named,
+    put away, and step 20 restored with the right content."""
+    step, log = restored(workdir)
+    if step == 30:
+        return "harmless"
+    assert step == 20, log
+    assert not (workdir / "checkpoints" / "30").exists(), "it would be in the way of saving that step again"
+    if (put_away := list((workdir / "checkpoints").glob(".quarantine/30-*/30"))) == []:
+        return "detected"  # a save without its marker never was a checkpoint
+    assert any("checkpoint 30 skipped" in line and str(put_away[0].parent) in line for line in log), log
+    return "detected"
+
+
+FLIPS = 10
+
+
+@pytest.mark.fault(21)
+@pytest.mark.parametrize("seed", [pytest.param(i, marks=[pytest.mark.full] if i else []) for i in range(12)])
+def test_flipped_bytes(saved, tmp_path, outcome, seed):
+    rng = random.Random(seed)
+    for i in range(FLIPS):
+        workdir = shutil.copytree(saved, tmp_path / str(i))
+        files = [f for f in files_of(workdir) if f.stat().st_size]
+        file = rng.choice(files)
+        content = bytearray(file.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+        outcome(verdict(workdir), damages=1)
+
+
+@pytest.mark.fault(21)
+def test_every_kind_of_file_may_be_flipped_in_the_middle(saved, tmp_path, outcome):
+    for i, name in enumerate(p.relative_to(saved) for p in files_of(saved) if p.stat().st_size):
+        workdir = shutil.copytree(saved, tmp_path / str(i))
+        content = bytearray((workdir / name).read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        (workdir / name).write_bytes(content)
+        what = verdict(workdir)
+        matters = name.parts[2:4] in (("params", "d"), ("rest", "d"), ("meta", "metadata"))
+        assert what == "detected" or not matters, f"{name} holds what matters"
+        outcome(what, damages=1)
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize("keep", [0.0, 0.5, -1], ids=["emptied", "half", "all but a byte"])
+def test_truncated_files(saved, tmp_path, outcome, keep):
+    for i, name in enumerate(p.relative_to(saved) for p in files_of(saved) if p.stat().st_size):
+        workdir = shutil.copytree(saved, tmp_path / str(i))
+        size = (workdir / name).stat().st_size
+        os.truncate(workdir / name, size - 1 if keep == -1 else int(size * keep))
+        outcome(verdict(workdir), damages=1)
+
+
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("what", ["params/d", "rest/d", "params", "rest", "*"])
+def test_missing_arrays(workdir, outcome, what):
+    found = list((workdir / "checkpoints" / "30").glob(what))
+    assert found
+    for path in found:
+        if path.name not in ("commit_success.txt", "_CHECKPOINT_METADATA", "meta"):
+            shutil.rmtree(path)
+    assert verdict(workdir) == "detected"
+    outcome("detected", damages=1)
+
+
+@pytest.mark.fault(23)
+def test_every_file_may_be_missing(saved, tmp_path, outcome):
+    for i, name in enumerate(p.relative_to(saved) for p in files_of(saved)):
+        workdir = shutil.copytree(saved, tmp_path / str(i))
+        (workdir / name).unlink()
+        outcome(verdict(workdir), damages=1)
+
+
+@pytest.mark.fault(24)
+@pytest.mark.parametrize(
+    "damage", ["meta gone", "meta empty", "meta of another step", "not JSON", "a list", "no arrays"]
+)
+def test_missing_or_foreign_metadata(workdir, outcome, damage):
+    file = workdir / "checkpoints" / "30" / "meta" / "metadata"
+    if damage == "meta gone":
+        shutil.rmtree(file.parent)
+    elif damage == "meta of another step":
+        shutil.copy(workdir / "checkpoints" / "20" / "meta" / "metadata", file)
+    else:
+        content = json.loads(file.read_text())
+        del content["arrays"]
+        file.write_text({"meta empty": "", "not JSON": "{", "a list": "[]", "no arrays": json.dumps(content)}[damage])
+    assert verdict(workdir) == "detected"
+    outcome("detected", damages=1)
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("kind", ["empty folder", "junk", "link", "dangling link", "file", "leading zero", "not ASCII"])
+def test_what_only_looks_like_a_checkpoint(workdir, outcome, kind):
+    folder = workdir / "checkpoints"
+    if kind == "empty folder":
+        (folder / "999").mkdir()
+    elif kind == "junk":
+        (folder / "notes.txt").write_text("keep me")
+        (folder / "latest").mkdir()
+    elif kind == "link":
+        (folder / "999").symlink_to(folder / "20")
+    elif kind == "dangling link":
+        (folder / "999").symlink_to(folder / "nowhere")
+    elif kind == "file":
+        (folder / "999").write_text("")
+    elif kind == "leading zero":
+        shutil.copytree(folder / "20", folder / "0999")
+    else:
+        shutil.copytree(folder / "20", folder / "٩٩٩")
+    assert checkpoint.steps_in(workdir) == [10, 20, 30]
+    assert restored(workdir)[0] == 30
+    assert not os.path.lexists(folder / "999"), "it would be in the way of saving that step"
+    assert checkpoint.steps_in(workdir) == [10, 20, 30]
+    assert kind != "junk" or ((folder / "notes.txt").read_text() == "keep me" and (folder / "latest").is_dir())
+    outcome("recovered")
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize("steps", [(30,), (20, 30)], ids=str)
+def test_without_its_marker_a_step_does_not_count(workdir, outcome, steps):
+    for step in steps:
+        (workdir / "checkpoints" / str(step) / "commit_success.txt").unlink()
+    assert restored(workdir)[0] == 30 - 10 * len(steps)
+    outcome("recovered", len(steps), damages=len(steps))
+
+
+@pytest.mark.fault(27)
+def test_when_all_are_damaged_nothing_begins_anew(workdir, outcome):
+    for step in (10, 20, 30):
+        os.truncate(workdir / "checkpoints" / str(step) / "meta" / "metadata", 100)
+    for _ in range(3):  # also when they were put away by an earlier start
+        with pytest.raises(UserError, match=r"none of the checkpoints in .* is sound"):
+            restored(workdir)
+    outcome("detected", 3, damages=3)
+
+
+@pytest.mark.fault(28)
+def test_leftovers_are_swept(workdir, outcome):
+    folder = workdir / "checkpoints"
+    shutil.copytree(folder / "30", folder / ".trash" / "10-abc" / "10")
+    shutil.copytree(folder / "30", folder / "40")
+    (folder / "40" / "commit_success.txt").unlink()
+    assert restored(workdir)[0] == 30
+    assert sorted(p.name for p in folder.iterdir()) == ["10", "20", "30"]
+    outcome("recovered", 2)
+
+
+@pytest.mark.fault(31)
+def test_a_copied_checkpoint_is_enough(workdir, tmp_path, outcome):
+    copy = shutil.copytree(workdir / "checkpoints" / "20", tmp_path / "elsewhere" / "best model $(touch x)")
+    (found,) = checkpoint.find(str(copy))
+    items = checkpoint.restore(found, checkpoint.read_meta(found), {"params": abstract(state_at(0)).params}, of)
+    np.testing.assert_array_equal(items["params"]["w"], state_at(20).params["w"])
+    assert not (tmp_path / "x").exists()
+    outcome("recovered")
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (4, 1, 1), (2, 1, 1), (1, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_restored_on_another_mesh(saved, tmp_path, outcome, mesh):
+    workdir = tmp_path / "run"
+    checkpoints = opened(workdir)
+    checkpoints.save(10, state_at(10, (2, 4, 1)))
+    checkpoints.close()
+    assert restored(workdir, mesh)[0] == 10
+    outcome("recovered")
+
+
+@pytest.mark.fault(35)
+@pytest.mark.parametrize("mesh", [(3, 1, 1), (16, 1, 1), (-1, 3, 1)], ids=str)
+def test_a_mesh_that_does_not_fit_the_devices(outcome, mesh):
+    with pytest.raises(UserError, match=r"mesh.data × mesh.fsdp × mesh.tensor is .* but there are 8 devices"):
+        sharding.make_mesh(MeshConfig(*mesh))
+    outcome("detected")
+
+
+def changed(**leaves) -> State:
+    state = abstract(state_at(0))
+    return state._replace(params={k: v for k, v in {**state.params, **leaves}.items() if v is not None})
+
+
+def leaf(shape: tuple[int, ...], dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=abstract(state_at(0)).params["b"].sharding)
+
+
+def case(kind: int, state: State, said: str):
+    return pytest.param(state, said, marks=pytest.mark.fault(kind), id=said)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        case(36, changed(w=leaf((8, 25))), r"params/w as float32 \(8, 24\).* as float32 \(8, 25\)"),
+        case(36, changed(b=leaf((23,))), r"params/b as float32 \(24,\)"),
+        case(36, changed(w=leaf((24, 8))), r"params/w as float32 \(8, 24\)"),
+        case(37, changed(w=leaf((8, 24), "bfloat16")), "params/w .* as bfloat16"),
+        case(37, changed(b=leaf((24,), "int32")), "params/b .* as int32"),
+        case(38, changed(b=None), "params/b .* not at all"),
+        case(38, changed(new=leaf((3,))), "params/new not at all"),
+        case(39, abstract(state_at(0))._replace(opt_state={"nu": leaf((8, 24))}), "rest/opt_state/"),
+    ],
+)
+def test_other_arrays_are_refused_before_they_are_read(workdir, outcome, state, said):
+    shutil.rmtree(workdir / "checkpoints" / "30" / "params" / "d")  # what cannot be read is never tried
+    checkpoints = opened(workdir)
+    with pytest.raises(UserError, match=said):
+        checkpoints.restore_latest(state, print)
+    checkpoints.close()
+    assert checkpoint.steps_in(workdir) == [10, 20, 30], "nothing is wrong with them"
+    outcome("detected")
+
+
+@pytest.mark.fault(41)
+def test_another_corpus_is_refused(workdir, outcome):
+    checkpoints = opened(workdir, {**META, "corpus": "b" * 64})
+    with pytest.raises(UserError, match="was trained on corpus aaaaaaaaaaaa, and this is bbbbbbbbbbbb"):
+        checkpoints.restore_latest(abstract(state_at(0)), print)
+    checkpoints.close()
+    assert checkpoint.steps_in(workdir) == [10, 20, 30]
+    outcome("detected")
+
+
+def full_disk(is_full: bool) -> None:
+    """Files cannot grow, as on a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if is_full else hard, hard))
+
+
+def large_state_at(step: int) -> State:
+    state = state_at(step)
+    w = np.random.default_rng(step).normal(size=(200, 200)).astype(np.float32)
+    return state._replace(opt_state={"mu": jax.device_put(w, state.params["b"].sharding)})
+
+
+@pytest.mark.fault(18)
+def test_a_disk_that_is_full_once(workdir, outcome, capsys):
+    checkpoints = opened(workdir, keep_last=3)
+    full_disk(True)
+    try:
+        assert not (checkpoints.save(40, large_state_at(40)) and checkpoints.wait())
+    finally:
+        full_disk(False)
+    assert checkpoints.save(50, state_at(50)) and checkpoints.wait() and checkpoints.failed_in_a_row == 0
+    checkpoints.close()
+    assert "WARNING: step 40 could not be saved" in (out := capsys.readouterr().out) and "step 30 is the last" in out
+    assert checkpoint.steps_in(workdir) == [20, 30, 50] and not (workdir / "checkpoints" / "40").exists()
+    assert restored(workdir)[0] == 50
+    outcome("recovered")
+
+
+@pytest.mark.fault(19)
+def test_a_disk_that_stays_full(workdir, outcome):
+    checkpoints = opened(workdir, max_failed_saves=3)
+    full_disk(True)
+    try:
+        with pytest.raises(Failure, match="3 saves in a row have failed; step 30 is the last one saved"):
+            for step in (40, 50, 60, 70):
+                checkpoints.save(step, large_state_at(step))
+                checkpoints.wait()
+    finally:
+        full_disk(False)
+    assert restored(workdir)[0] == 30
+    outcome("detected", 3)
+
+
+@pytest.mark.fault(20)
+def test_a_folder_that_vanishes(workdir, outcome):
+    checkpoints = opened(workdir, max_failed_saves=2)
+    (workdir / "checkpoints").rename(workdir / "gone")
+    with pytest.raises(Failure, match="2 saves in a row have failed; nothing is saved yet"):
+        for step in (50, 60):
+            checkpoints.save(step, state_at(step))
+            checkpoints.wait()
+    outcome("detected")
+
+
+@pytest.mark.fault(20)
+def test_a_folder_that_vanishes_while_saving(workdir, outcome, capsys):
+    checkpoints = opened(workdir)
+    checkpoints.save(40, large_state_at(40))
+    (workdir / "checkpoints").rename(workdir / "gone")
+    assert not checkpoints.wait() or checkpoint.steps_in(workdir) == [40], "what is said to be saved is there"
+    assert "WARNING" in capsys.readouterr().out or checkpoint.steps_in(workdir) == [40]
+    outcome("detected")
+
+
+@pytest.mark.fault(30)
+def test_after_a_failed_save_the_folder_is_trusted(workdir, outcome):
+    checkpoints = opened(workdir, keep_last=3)
+    full_disk(True)
+    try:
+        checkpoints.save(40, large_state_at(40))
+        checkpoints.wait()
+    finally:
+        full_disk(False)
+    state = checkpoints.restore_latest(abstract(state_at(0)), print)
+    same_bits(state, state_at(30))
+    assert checkpoints.save(40, state_at(40)) and checkpoints.wait(), "the same step can be saved again"
+    same_bits(checkpoints.restore_latest(abstract(state_at(0)), print), state_at(40))
+    checkpoints.close()
+    outcome("recovered", 2)
+
+
+@pytest.mark.fault(47)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_never_saved(workdir, outcome, value):
+    checkpoints = opened(workdir)
+    state = state_at(40)
+    bad = np.array(state.params["w"])
+    bad[3, 3] = value
+    with pytest.raises(Failure, match="step 40 is not saved: 1 values of params/w are not finite"):
+        checkpoints.save(
+            40, state._replace(params={**state.params, "w": jax.device_put(bad, state.params["w"].sharding)})
+        )
+    checkpoints.close()
+    assert restored(workdir)[0] == 30
+    outcome("detected")
+
+
+@pytest.mark.fault(49)
+@pytest.mark.parametrize("attack", ["huge", "deep", "path", "absolute path", "types", "pickle", "base64"])
+def test_hostile_metadata_is_refused(workdir, tmp_path, outcome, attack):
+    file, canary = workdir / "checkpoints" / "30" / "meta" / "metadata", tmp_path / "canary"
+    meta = json.loads(file.read_text())
+    if attack == "huge":
+        os.truncate(file, 1 << 30)
+    elif attack == "deep":
+        file.write_text("[" * 1_000_000)
+    elif attack == "pickle":
+        file.write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % str(canary).encode())
+    else:
+        if attack == "types":
+            meta["arrays"] = {"params/w": [["float32"], 3, None]}
+        elif attack == "base64":
+            meta["tokenizer"]["base64"] = "$(touch x)"
+        else:
+            name = "../" * 12 + str(canary)[1:] if attack == "path" else str(canary)
+            meta["tokenizer"] = {"filename": name, "base64": "AAAA"}
+        meta["sha256"] = checkpoint._digest(meta)  # the attacker can do this too
+        file.write_text(json.dumps(meta))
+    folder = checkpoint.find(f"{workdir}@30")[0]
+    with pytest.raises(checkpoint.Damaged, match=r"its meta is damaged \("):
+        checkpoint.read_meta(folder)
+    assert verdict(workdir) == "detected" and not canary.exists()
+    outcome("detected")
+
+
+@pytest.mark.fault(49)
+def test_pickles_in_the_place_of_arrays_are_not_loaded(workdir, tmp_path, outcome):
+    canary = tmp_path / "canary"
+    for file in files_of(workdir):
+        if file.parent.name == "d":
+            file.write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % str(canary).encode())
+    assert verdict(workdir) == "detected" and not canary.exists()
+    outcome("detected")
+
+
+@pytest.mark.fault(49)
+@pytest.mark.parametrize("name", ["run; touch x", "$(touch x)", "`touch x`", "run\nname", "-rf", "%s%n", "été ✓"])
+def test_names_are_only_names(saved, tmp_path, monkeypatch, outcome, name):
+    monkeypatch.chdir(tmp_path)
+    workdir = shutil.copytree(saved, tmp_path / name)
+    assert restored(workdir)[0] == 30 and checkpoint.find(f"{workdir}@20")[0].name == "20"
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    outcome("harmless")
+
+
+def test_an_asked_step_is_never_replaced_by_another(workdir):
+    os.truncate(workdir / "checkpoints" / "30" / "meta" / "metadata", 100)
+    with pytest.raises(checkpoint.Damaged, match="its meta is damaged"):
+        checkpoint.newest(f"{workdir}@30")
+    assert checkpoint.newest(str(workdir))[0].name == "20"
+    with pytest.raises(UserError, match="has no step 25; it has 10, 20, 30"):
+        checkpoint.find(f"{workdir}@25")
+    assert checkpoint.steps_in(workdir) == [10, 20, 30], "asking changes nothing"
+
+
+def test_retention_in_two_tiers(tmp_path):
+    checkpoints = opened(tmp_path, keep_last=2, keep_every=30)
+    seen = []
+    for step in (10, 20, 23, 30, 40, 50, 57, 60, 70, 77):  # 23, 57 and 77 were saved for a preemption
+        checkpoints.save(step, state_at(step))
+        checkpoints.wait()
+        checkpoints._tidy.submit(lambda: None).result()
+        seen.append(checkpoint.steps_in(tmp_path))
+    checkpoints.close()
+    assert seen == [
+        [10], [10, 20], [10, 20, 23], [20, 30], [30, 40], [30, 40, 50], [30, 40, 50, 57], [30, 50, 60], [30, 60, 70],
+        [30, 60, 70, 77],
+    ]  # fmt: skip
+    assert list((tmp_path / "checkpoints" / ".trash").iterdir()) == []
+
+
+def test_going_back_before_a_step_drops_what_follows(workdir):
+    checkpoints = opened(workdir, keep_last=9)
+    checkpoints.save(37, state_at(37))
+    checkpoints.wait()
+    state = checkpoints.restore_latest(abstract(state_at(0)), print, before=38)
+    same_bits(state, state_at(30))  # not 37, which a preemption left
+    assert checkpoint.steps_in(workdir) == [10, 20, 30]
+    assert int(checkpoints.restore_latest(abstract(state_at(0)), print, before=30).step) == 20
+    assert checkpoints.restore_latest(abstract(state_at(0)), print, before=10) is None
+    checkpoints.close()
+
+
+class Saver:
+    """The process of saver.py, and what it has said."""
+
+    def __init__(self, workdir: Path, steps: int, keep_last: int):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+        line = [sys.executable, "-m", "tests.faults.saver", str(workdir), str(steps), str(keep_last)]
+        self.process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+        self.committed, self._lines = 0, queue.Queue[str]()
+        threading.Thread(target=lambda: [self._lines.put(line) for line in self.process.stdout], daemon=True).start()
+
+    def kill_at(self, line: str, spin: int) -> None:
+        """SIGKILL, some while after a line was seen."""
+        while (said := self._lines.get(timeout=60).strip()) != line:
+            self._note(said)
+        self._note(said)
+        for _ in range(spin):
+            os.stat("/")
+        self.process.kill()
+        self.process.wait()
+        while not self._lines.empty():
+            self._note(self._lines.get().strip())
+
+    def _note(self, said: str) -> None:
+        if said.startswith("committed"):
+            self.committed = int(said.split()[1])
+
+
+@pytest.mark.parametrize(
+    ("kill", "keep_last", "kills"),
+    [
+        pytest.param("saving", 2, 3, marks=pytest.mark.fault(1)),
+        pytest.param("saving", 2, 9, marks=[pytest.mark.fault(1), pytest.mark.full]),
+        pytest.param("committed", 1, 3, marks=pytest.mark.fault(2)),
+        pytest.param("committed", 1, 9, marks=[pytest.mark.fault(2), pytest.mark.full]),
+    ],
+)
+def test_killed_while_it_saves_or_deletes(tmp_path, outcome, kill, keep_last, kills):
+    rng, safe = random.Random(kills), 0
+    for _ in range(kills):
+        saver = Saver(tmp_path, 1000, keep_last)
+        saver.kill_at(f"{kill} {safe + rng.randint(2, 6)}", rng.randrange(20_000))
+        safe = max(safe, saver.committed)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.faults.saver", str(tmp_path), "0", str(keep_last)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}, cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr  # it compares every value
+        found = int(done.stdout.split()[-1])
+        assert found >= safe, f"step {safe} was committed, and {found} is what is left"
+        safe = found
+        assert not list((tmp_path / "checkpoints").glob(".quarantine/*")), "a kill leaves nothing damaged"
+        assert not list((tmp_path / "checkpoints").glob(".trash/*"))
+        outcome("recovered", kills=1)
