@@ -21,6 +21,7 @@ from flax_mlm.errors import UserError
 _FILE = "lease.json"
 _BEAT = 5.0  # seconds
 _STALE = 20.0  # seconds without a beat after which a holder elsewhere counts as gone
+_SETTLE = 0.5  # seconds
 _LIMIT = 1 << 16  # bytes that are looked at; a lease has some 300
 
 Log = Callable[[str], None]
@@ -57,6 +58,7 @@ class Lease:
                     _wait_for_end(workdir, content, log, stale)
                 if lease._put(instead_of=content):
                     break
+            lease.check()
         except OSError as e:
             raise UserError(f"--workdir: '{workdir}' cannot be used: {e}") from e
         threading.Thread(target=lease._beat, name="lease", daemon=True).start()
@@ -76,13 +78,42 @@ class Lease:
                 (self._workdir / _FILE).unlink()
 
     def _put(self, instead_of: bytes | None) -> bool:
-        """Writes our lease, unless the one there has changed meanwhile."""
-        with _locked(self._workdir):
+        """Puts our lease there, unless what is there has changed meanwhile."""
+        lease, ours = self._workdir / _FILE, self._workdir / f"{_FILE}.{self._run_id}"
+        with _locked(self._workdir) as locked:
             if _read(self._workdir) != instead_of:
                 return False
-            temporary = self._workdir / f"{_FILE}.{self._run_id}"
-            temporary.write_text(json.dumps({**self._about, "beats": self._beats}) + "\n")
-            temporary.replace(self._workdir / _FILE)
+            try:
+                ours.write_text(json.dumps({**self._about, "beats": self._beats}) + "\n")
+                if locked or (instead_of is not None and self._is_ours()):
+                    ours.replace(lease)
+                elif not self._put_unlocked(ours, lease, instead_of):
+                    return False
+            finally:
+                ours.unlink(missing_ok=True)
+        return True
+
+    def _put_unlocked(self, ours: Path, lease: Path, instead_of: bytes | None) -> bool:
+        """The same where the file system has no locks: of several, one moves the old lease away, and one links its own.
+
+        Who finds that it moved a newer lease than it knew puts that back. Should a third have come in between, then
+        the owner of the newer one sees so after `_SETTLE`, before it starts.
+        """
+        if instead_of is not None:
+            old = ours.with_name(f"{ours.name}.old")
+            try:
+                lease.rename(old)
+            except FileNotFoundError:
+                return False
+            try:
+                if old.read_bytes() != instead_of:
+                    _link(old, lease)
+                    return False
+            finally:
+                old.unlink()
+        if not _link(ours, lease):
+            return False
+        time.sleep(_SETTLE)
         return True
 
     def _is_ours(self) -> bool:
@@ -154,15 +185,27 @@ def _name(about: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    """No other process compares and replaces the lease meanwhile (where the file system has locks)."""
+def _locked(workdir: Path) -> Iterator[bool]:
+    """No other process compares and replaces the lease meanwhile; false where the file system has no locks."""
     descriptor = os.open(workdir, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
     finally:
         os.close(descriptor)
+
+
+def _link(file: Path, name: Path) -> bool:
+    """Gives a file another name, unless that is taken."""
+    try:
+        os.link(file, name)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _machine() -> dict[str, str]:

@@ -94,8 +94,13 @@ def _prepare(config: Config, source: sources.Source, request: str, output: str |
             log(f"corpus: {output}, already prepared")
             return Corpus.open(output)
         with _lock(work, log):
-            if not _is_done(output, request):  # another process may have made it while we waited
-                _make(config, source, request, output, work, log)
+            try:
+                if not _is_done(output, request):  # another process may have made it while we waited
+                    _make(config, source, request, output, work, log)
+            except UserError:
+                if not any(work.glob("*.npz")):  # tokenised text is worth keeping; nothing else is
+                    shutil.rmtree(work, ignore_errors=True)
+                raise
             shutil.rmtree(work, ignore_errors=True)
     except OSError as e:
         impossible = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)

@@ -1,8 +1,10 @@
 """Damaged, hostile and impossible corpora: named when they are opened or read, never trained on."""
 
+import gzip
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from etils import epath
 
 from flax_mlm.data import corpus as corpus_lib
@@ -212,6 +215,46 @@ def test_ids_outside_of_the_vocabulary(copy, outcome):
     with pytest.raises(UserError, match=rf"row 5 holds token {vocab_size}, but the vocabulary has {vocab_size}"):
         rows.read(np.arange(10))
     outcome("detected")
+
+
+@pytest.mark.fault(45)
+def test_text_that_is_hardly_text(toy, tmp_path, outcome):
+    """Bytes that are no UTF-8, nothing at all, one line without end, control characters: prepared and counted."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(toy.text, texts / "good.txt")
+    (texts / "bytes.txt").write_bytes(random.Random(0).randbytes(20_000))
+    (texts / "empty.txt").write_bytes(b"")
+    (texts / "blank.txt").write_bytes(b" \n\t\n\n")
+    (texts / "zeros.txt").write_bytes(b"\0" * 10_000)
+    (texts / "line.txt").write_text("the dog barks " * 20_000)
+    (texts / "word.txt").write_text("x" * 300_000)
+    (texts / "marks.txt").write_text("[MASK] [PAD] <0x00> \u202e \ufeff a\u0301 " * 100)
+    flags = toy.flags(data__corpus="", data__source=f"text:{texts}/*.txt", tokenizer__vocab_size=800)
+    done = toy.run("prepare", *flags, f"--output={tmp_path / 'corpus'}")
+    assert done.returncode == 0, done.stderr
+    rows, validation = everything(tmp_path / "corpus")
+    assert rows.shape[1] == 32 and len(rows) + len(validation) > 2_000
+    assert rows.max() < 800 and "warning: 2 empty files" in done.stdout
+    assert re.search(r"warning: [\d,]+ bytes in 1 files were not UTF-8 and became U\+FFFD", done.stdout)
+    outcome("recovered", 7)
+
+
+@pytest.mark.fault(45)
+@pytest.mark.parametrize("name", ["cut.txt.gz", "cut.txt.zst", "empty.txt", "no_such_folder"])
+def test_text_that_cannot_be_read_leaves_nothing(toy, tmp_path, outcome, name):
+    whole = toy.text.read_bytes()
+    if name == "cut.txt.gz":
+        (tmp_path / name).write_bytes(gzip.compress(whole)[:-100])
+    elif name == "cut.txt.zst":
+        (tmp_path / name).write_bytes(zstandard.ZstdCompressor().compress(whole)[:-100])
+    elif name == "empty.txt":
+        (tmp_path / name).write_bytes(b"")
+    flags = toy.flags(data__corpus="", data__source=f"text:{tmp_path / name}")
+    done = toy.run("prepare", *flags, f"--output={tmp_path / 'corpus'}")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr, done.stderr
+    assert not [p for p in tmp_path.iterdir() if p.name != name]
+    outcome("detected", damages=int(name.startswith("cut")))
 
 
 def forge(folder: Path, manifest: dict, shard: dict, tokens: np.ndarray) -> None:
