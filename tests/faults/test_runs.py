@@ -38,12 +38,12 @@ def undisturbed(toy) -> Path:
 @FULL
 def test_killed_five_times_it_ends_with_the_same_bits(toy, undisturbed, tmp_path, outcome):
     workdir, flags = tmp_path / "run", toy.flags(**SHORT)
-    for moment in ("step 3/", "checkpoints/30", "step 40/", "checkpoints/70/*tmp*", "step 96/"):
+    for moment in ("step 3/", "checkpoints/30", "step 40/", "checkpoints/70/*tmp*", "step 87/"):
         run = Watched(toy, workdir, *flags)
         run.until_line(moment) if moment.startswith("step") else run.until_path(moment)
         run.kill()
     out = finish(toy, workdir, *flags)
-    assert "restored step 90" in out and "taking over" in out
+    assert re.search(r"restored step [6789]0", out) and "taking over" in out  # saving goes on beside the steps
     assert_same_run(workdir, undisturbed, STEPS)
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == [".trash", "100", "90"]
     outcome("recovered", 5, kills=5)
