@@ -212,8 +212,8 @@ class Roster:
             code = 2
         elif not isinstance(error, Failure | SystemExit):
             reason = f"{type(error).__name__}: {error}"
-            if self._links:
-                time.sleep(1)  # a lost process makes collectives fail: let the watch be first, and name it
+        if self._links and code == 1 and (error.__cause__ or not isinstance(error, Failure | SystemExit)):
+            time.sleep(1)  # a lost process makes collectives fail, and saves: let the watch be first, and name it
         self._tell("end", code, self._left(code, reason))
 
         def go() -> None:
