@@ -11,6 +11,8 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # parameters, data order, masks and dropout all follow from it
+    c.init_from = ""  # Hugging Face folder (BERT, RoBERTa, ALBERT, ModernBERT) to start from; sets the model's shape
+    c.init_new_head = False  # with init_from: a new vocabulary head, for a folder that has none (a sentence encoder)
 
     c.data = ConfigDict()
     c.data.source = "builtin"  # builtin | text:GLOB | jsonl:GLOB#field | tfds:NAME[/config][:split]
@@ -22,7 +24,8 @@ def get_config() -> ConfigDict:
     c.data.num_workers = 0  # processes for prepare; 0: one per core. The bytes written do not depend on it
 
     c.tokenizer = ConfigDict()
-    c.tokenizer.path = ""  # an existing SentencePiece .model or Hugging Face tokenizer.json; empty: train one
+    c.tokenizer.path = ""  # SentencePiece .model, Hugging Face tokenizer.json, vocab.txt (WordPiece); empty: train one
+    c.tokenizer.extend = ""  # a file of words, one a line, each to become a piece of the tokenizer given
     c.tokenizer.model_type = "bpe"  # bpe (converts to tokenizer.json exactly) | unigram
     c.tokenizer.vocab_size = 8192  # V, special tokens and 256 byte pieces included
     c.tokenizer.normalization = "nmt_nfkc"  # nmt_nfkc | nmt_nfkc_cf (also lower-cases) | identity
@@ -41,6 +44,8 @@ def get_config() -> ConfigDict:
     c.model.use_bias = True  # biases in projections and norms
     c.model.glu = False  # gated MLP (GeGLU)
     c.model.type_vocab_size = 2  # token-type embeddings; 0: none
+    c.model.embedding_size = 0  # E, width of the embeddings, projected to hidden_size (ALBERT); 0: hidden_size itself
+    c.model.share_layers = False  # all layers use the weights of one (ALBERT)
     c.model.global_attention_every = 1  # every n-th layer sees the whole segment, the others a window; 1: all do
     c.model.local_window = 128  # tokens a windowed layer sees, half on each side
     c.model.rope_theta_global = 10_000.0

@@ -1,7 +1,7 @@
 """Saving and restoring. The only file that imports orbax.
 
 A checkpoint is a folder `workdir/checkpoints/STEP`: `params` (the weights), `rest` (optimizer state and counters),
-`meta` (JSON: the resolved config, the tokenizer, the corpus's fingerprint, and dtype, shape and fingerprint of every
+`meta` (JSON: the resolved config, the tokenizer, which text it is, and dtype, shape and fingerprint of every
 array) and, written last, the commit marker. It is enough by itself to evaluate, and can be restored on any number of
 devices. A step counts when its marker is there, and is used when every array that is read has its fingerprint.
 
@@ -108,7 +108,7 @@ def _digest(meta: dict[str, Any]) -> str:
 
 def _check_types(meta: dict[str, Any]) -> None:
     """A checkpoint may come from anyone."""
-    kinds = {"step": int, "corpus": str, "config": dict, "tokenizer": dict, "arrays": dict}
+    kinds = {"step": int, "corpus": str, "text": dict, "config": dict, "tokenizer": dict, "arrays": dict}
     wrong = [name for name, kind in kinds.items() if type(meta[name]) is not kind]
     wrong += [name for name, entry in meta["arrays"].items() if [type(x) for x in entry] != [str, list, str]]
     if wrong:
@@ -148,8 +148,9 @@ def read_tokenizer(meta: dict[str, Any]) -> Any:
         return tokenizer.load(file)
 
 
-def make_meta(config: config_lib.Config, tokenizer: Any, corpus_fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint carries beside arrays."""
+def make_meta(config: config_lib.Config, tokenizer: Any, corpus: Any) -> dict[str, Any]:
+    """What a checkpoint carries beside arrays. `corpus` is a `data.corpus.Corpus`."""
+    train = corpus.counts["train"]
     return {
         "format": _FORMAT,
         "config": config.to_dict(),
@@ -157,7 +158,12 @@ def make_meta(config: config_lib.Config, tokenizer: Any, corpus_fingerprint: str
             "filename": tokenizer.filename,
             "base64": base64.b64encode(tokenizer.content).decode(),
         },
-        "corpus": corpus_fingerprint,
+        "corpus": corpus.fingerprint,
+        "text": {
+            "name": corpus.manifest["source"]["name"],
+            "licence": corpus.manifest["source"]["licence"],
+            **{name: train[name] for name in ("documents", "words", "tokens", "rows")},
+        },
     }
 
 

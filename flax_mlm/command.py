@@ -50,6 +50,10 @@ def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool =
             raise UserError(f"unexpected argument '{leftover[0]}'; options look like --name=value (see --help)")
         for path in to_none:
             config_dict.update_from_flattened_dict({path: None})
+        if not from_checkpoint and config_dict.get("init_from"):
+            from flax_mlm.hf import folder  # not needed otherwise
+
+            folder.adopt(config_dict, {match[2] for match in map(_OVERRIDE.fullmatch, argv) if match})
         config = config_lib.build(config_dict)
         if flags.FLAGS.print_config:
             print(json.dumps(config.to_dict(), indent=2))

@@ -29,6 +29,7 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     path: str
+    extend: str
     model_type: str
     vocab_size: int
     normalization: str
@@ -49,6 +50,8 @@ class ModelConfig:
     use_bias: bool
     glu: bool
     type_vocab_size: int
+    embedding_size: int
+    share_layers: bool
     global_attention_every: int
     local_window: int
     rope_theta_global: float
@@ -138,6 +141,8 @@ class Config:
     """A whole run. Built by `build`, so every instance has passed `_check`."""
 
     seed: int
+    init_from: str
+    init_new_head: bool
     data: DataConfig
     tokenizer: TokenizerConfig
     model: ModelConfig
@@ -237,6 +242,7 @@ _AT_LEAST = {
     "model.intermediate_size": 1,
     "model.max_positions": 1,
     "model.type_vocab_size": 0,
+    "model.embedding_size": 0,
     "model.global_attention_every": 1,
     "model.local_window": 2,
     "model.vocab_multiple_of": 1,
@@ -325,6 +331,18 @@ def _check(c: Config) -> None:
     need(
         m.positions == "learned" or (m.hidden_size // m.num_heads) % 2 == 0,
         f"model.hidden_size / model.num_heads is {m.hidden_size // m.num_heads}; rope needs it even",
+    )
+    need(
+        not (m.share_layers and m.norm_position == "pre"),
+        "model.share_layers is True; it needs model.norm_position = 'post', since pre-norm layers are not all alike",
+    )
+    need(
+        not c.init_new_head or bool(c.init_from),
+        "init_new_head is True, but init_from is empty; it names the Hugging Face folder to start from",
+    )
+    need(
+        not c.tokenizer.extend or bool(c.tokenizer.path),
+        "tokenizer.extend is set, but there is no tokenizer to extend; set tokenizer.path or init_from",
     )
     need(
         c.data.seq_len <= m.max_positions,

@@ -63,9 +63,9 @@ class Filler:
         for i, row in enumerate(rows):
             tokens_BL[i, : len(row)] = row
         predict_BL = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BL.shape)
-        batch = sharding.global_batch({"tokens": tokens_BL, "predict": predict_BL}, t.mesh)
+        tokens, predict = sharding.split_rows([tokens_BL, predict_BL], t.mesh)
         with jax.set_mesh(t.mesh):
-            scores = t.steps.score(t.params, batch["tokens"], batch["predict"], t.vocab)
+            scores = t.steps.score(t.params, tokens, predict, t.vocab)
         scores = np.array(scores[: len(rows), :, : t.tokenizer.vocab_size])
         scores[:, :, t.tokenizer.is_special] = -np.inf
         return scores

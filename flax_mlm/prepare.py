@@ -73,7 +73,8 @@ def open_corpus(config: Config, log: Log = print) -> Corpus:
     corpus = Corpus.open(config.data.corpus)
     if (
         config.tokenizer.path
-        and tokenizer_lib.load(config.tokenizer.path).fingerprint != corpus.tokenizer().fingerprint
+        and tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extend).fingerprint
+        != corpus.tokenizer().fingerprint
     ):
         raise UserError(f"data.corpus: {corpus.path} was made with another tokenizer than {config.tokenizer.path}")
     if corpus.seq_len > config.model.max_positions:
@@ -121,7 +122,7 @@ def _request(config: Config, source: sources.Source) -> str:
 def _tokenizer_options(config: Config) -> Any:
     t = config.tokenizer
     if t.path:
-        return tokenizer_lib.load(t.path).fingerprint
+        return tokenizer_lib.load(t.path, t.extend).fingerprint
     return [t.model_type, t.vocab_size, t.normalization, t.character_coverage, t.sample_bytes]
 
 
@@ -246,8 +247,11 @@ def _tokenizer(config: Config, source: sources.Source, work: Path, log: Log) -> 
     """Where the tokenizer is: the one given, one trained before a kill, or one trained now."""
     t, n = config.tokenizer, config.data.validation_every
     if t.path:
-        log(f"tokenizer: {t.path}")
-        return Path(t.path)
+        log(f"tokenizer: {t.path}{f' with the words of {t.extend}' * bool(t.extend)}")
+        folder = work / "tokenizer.given"
+        folder.mkdir(exist_ok=True)
+        tokenizer_lib.load(t.path, t.extend).save(folder)
+        return folder
     folder = work / f"tokenizer-{_hash([source.version, _tokenizer_options(config), n])[:16]}"
     if folder.exists():
         log("tokenizer: trained before, used again")

@@ -189,11 +189,15 @@ def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.S
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh, stop: bool = False) -> dict[str, jax.Array]:
-    """Each process's rows -> arrays of the global batch, split over the mesh.
+    """The pipeline's rows, each process's own, as arrays of the global batch.
 
     `stop` is this process's wish to end the run. It travels with the rows, and a step returns whether any process
     has it: so all learn of it at the same step, without a message.
     """
+    return split_rows({**batch, "stop": np.full(len(batch["tokens"]), stop)}, mesh)
+
+
+def split_rows(tree: Any, mesh: Mesh) -> Any:
+    """Arrays of each process's rows -> arrays of all rows, split over the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH))
-    batch = {**batch, "stop": np.full(len(batch["tokens"]), stop)}
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)

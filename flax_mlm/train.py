@@ -46,6 +46,7 @@ def train(config: Config, workdir: Path) -> int:
 
     from flax_mlm import checkpoint, lease, masking, metrics, sharding
     from flax_mlm.data.pipeline import train_batches
+    from flax_mlm.hf import start
     from flax_mlm.prepare import open_corpus
     from flax_mlm.step import TrainState, make_steps
     from flax_mlm.tasks import mlm
@@ -77,13 +78,17 @@ def train(config: Config, workdir: Path) -> int:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=corpus.seq_len))
         tokenizer = corpus.tokenizer()
 
-        # The model and its optimizer, new or from the newest sound checkpoint.
+        # The model and its optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.
         steps = make_steps(config, corpus.vocab_size, mesh)
+
+        def new_state() -> TrainState:
+            return start.state(config, steps, tokenizer, log) if config.init_from else steps.init()
+
         vocab = masking.vocabulary(tokenizer)
-        meta = checkpoint.make_meta(config, tokenizer, corpus.fingerprint)
+        meta = checkpoint.make_meta(config, tokenizer, corpus)
         checkpoints = checkpoint.Checkpoints(workdir, config, meta, steps.fingerprint)
         with roster.untimed("restoring"):
-            state = checkpoints.restore_latest(steps.abstract, log) or steps.init()
+            state = checkpoints.restore_latest(steps.abstract, log) or new_state()
         step, total = int(state.step), config.train.steps
         result_file = workdir / "result.json"
         if step == total and result_file.exists():
@@ -146,7 +151,7 @@ def train(config: Config, workdir: Path) -> int:
             """The last scheduled checkpoint before a spike, to go on from with the batches after it."""
             checkpoints.wait()
             with roster.untimed("restoring"):
-                state = checkpoints.restore_latest(steps.abstract, log, before=spiked) or steps.init()
+                state = checkpoints.restore_latest(steps.abstract, log, before=spiked) or new_state()
             back = int(state.step)
             rewinds[back] += 1
             if rewinds[back] > config.optimizer.max_skipped_steps:
@@ -297,7 +302,9 @@ def print_summary(workdir: Path, trained: Any, result: dict[str, float]) -> None
     print("  tensorboard/" if trained.config.log.tensorboard else "")
     print("go on with")
     print(f"    python -m flax_mlm.evaluate --checkpoint={workdir} --task=mlm")
-    print(f'    python -m flax_mlm.fill_mask --checkpoint={workdir} "The [MASK] of the United States."')
+    if trained.config.objective.name == "mlm":
+        print(f'    python -m flax_mlm.fill_mask --checkpoint={workdir} "The [MASK] of the United States."')
+    print(f"    python -m flax_mlm.export --checkpoint={workdir} --output=exported")
 
 
 def main(config: Config) -> int:

@@ -1,6 +1,8 @@
 """A model with its parameters and everything needed to ask it something: what tasks and `fill_mask` work on."""
 
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,7 @@ class Trained(NamedTuple):
     params: Any
     tokenizer: Tokenizer
     vocab: masking.Vocabulary
+    meta: Mapping[str, Any] = MappingProxyType({})  # of the checkpoint it was restored from
 
 
 def restore(path: str, config: Config) -> Trained:
@@ -43,7 +46,7 @@ def restore(path: str, config: Config) -> Trained:
             with jax.set_mesh(mesh):
                 steps = make_steps(config, tokenizer.vocab_size, mesh)
                 items = checkpoint.restore(folder, meta, {"params": steps.abstract.params}, steps.fingerprint)
-                return Trained(config, mesh, steps, items["params"], tokenizer, masking.vocabulary(tokenizer))
+                return Trained(config, mesh, steps, items["params"], tokenizer, masking.vocabulary(tokenizer), meta)
         except checkpoint.Damaged as e:
             if folder == candidates[-1]:
                 raise

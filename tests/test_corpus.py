@@ -20,7 +20,7 @@ L = 8
 
 @pytest.fixture(scope="module")
 def tok():
-    config = TokenizerConfig("", "bpe", 280, "nmt_nfkc", 1.0, 1)
+    config = TokenizerConfig("", "", "bpe", 280, "nmt_nfkc", 1.0, 1)
     return tokenizer_lib.train(["the cat sat on the mat and the dog sat on the cat " * 20], config)
 
 

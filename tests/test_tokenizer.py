@@ -27,7 +27,13 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SIZES = {"bpe": 380, "unigram": 315}
 KINDS = ["bpe", "unigram", "wordpiece", "byte_level", "metaspace"]
 CONFIG = TokenizerConfig(
-    path="", model_type="bpe", vocab_size=400, normalization="nmt_nfkc", character_coverage=0.9995, sample_bytes=1
+    path="",
+    extend="",
+    model_type="bpe",
+    vocab_size=400,
+    normalization="nmt_nfkc",
+    character_coverage=0.9995,
+    sample_bytes=1,
 )
 
 
@@ -196,7 +202,7 @@ def test_bad_files(tmp_path):
     del spec["model"]["vocab"]["[MASK]"]
     for path, message in [
         (tmp_path / "none.model", "does not exist"),
-        (tmp_path, "holds no tokenizer.model and no tokenizer.json"),
+        (tmp_path, "holds no tokenizer.model, no tokenizer.json, no vocab.txt"),
         (write("a.model", b"junk"), "not a SentencePiece model"),
         (write("empty.model", b""), "not a SentencePiece model"),
         (write("a.json", b"{}"), "not a Hugging Face tokenizer.json"),

@@ -132,7 +132,7 @@ def theirs(net, batch, parts, with_types: bool):
 def arguments(batch, mesh, with_types: bool):
     """The same batch for our model, with scores wanted at every position."""
     everywhere = np.broadcast_to(np.arange(L, dtype=np.int32), batch[0].shape)
-    *args, types, predict = sharding.global_batch(dict(enumerate([*batch, everywhere])), mesh).values()
+    *args, types, predict = sharding.split_rows([*batch, everywhere], mesh)
     return args, predict, {"token_types_BL": types} if with_types else {}
 
 

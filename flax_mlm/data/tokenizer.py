@@ -93,6 +93,10 @@ class Tokenizer(abc.ABC):
         """Text without special pieces."""
 
     @abc.abstractmethod
+    def extended(self, words: Iterable[str]) -> bytes:
+        """The content of the tokenizer with more pieces: words that are none yet."""
+
+    @abc.abstractmethod
     def _encode_continued(self, text: str) -> list[int]:
         """Ids of text that goes on right after a piece, without a space between."""
 
@@ -144,6 +148,15 @@ class _SentencePiece(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self._sp.decode([int(i) for i in ids])
 
+    def extended(self, words: Iterable[str]) -> bytes:
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto: Any = sentencepiece_model_pb2.ModelProto.FromString(self.content)  # type: ignore[attr-defined]
+        for word in words:
+            if f"▁{word}" not in self.pieces:
+                proto.pieces.add(piece=f"▁{word}", score=0.0, type=proto.SentencePiece.USER_DEFINED)
+        return proto.SerializeToString()
+
     def _encode_continued(self, text: str) -> list[int]:
         return self._sp_continued.encode(text)
 
@@ -177,6 +190,7 @@ class _HuggingFace(Tokenizer):
         else:
             mark = "ĠĊĉč" if "ByteLevel" in cutter else "▁" if "▁" in cutter else ""
         super().__init__(content, pieces, special, mark, path)
+        self.starts_word[[t["id"] for t in spec["added_tokens"]]] = True  # they carry no mark
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -184,6 +198,20 @@ class _HuggingFace(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def extended(self, words: Iterable[str]) -> bytes:
+        spec = json.loads(self.content)
+        is_wordpiece = spec["model"]["type"] == "WordPiece"
+        if is_wordpiece and (normalizer := self._tokenizer.normalizer):
+            words = [normalizer.normalize_str(word).strip() for word in words]
+        new = [word for word in dict.fromkeys(words) if word and word not in self.pieces]
+        for i, word in enumerate(new, len(self.pieces)):
+            if is_wordpiece:
+                spec["model"]["vocab"][word] = i
+            else:  # these are found before the text is cut, with the space in front
+                flags = {"single_word": True, "lstrip": True, "rstrip": False, "normalized": False, "special": False}
+                spec["added_tokens"].append({"id": i, "content": word, **flags})
+        return json.dumps(spec, ensure_ascii=False).encode()
 
     def _encode_continued(self, text: str) -> list[int]:
         return self._continued.encode(text, add_special_tokens=False).ids
@@ -203,22 +231,55 @@ def _without_prefix(spec: Any) -> Any:
     return {k: v if k == "vocab" else _without_prefix(v) for k, v in spec.items()} | changes.get(spec.get("type"), {})
 
 
-def load(path: str | Path) -> Tokenizer:
-    """Reads a SentencePiece `.model` or a Hugging Face `tokenizer.json`, or the one in a folder.
+def load(path: str | Path, extend: str | Path = "") -> Tokenizer:
+    """Reads a SentencePiece `.model`, a Hugging Face `tokenizer.json` or a WordPiece `vocab.txt`, or that of a folder.
+
+    Args:
+      extend: a file of words, one a line, each of which becomes a piece. They come last in the vocabulary.
 
     Raises:
       UserError: there is none, it cannot be read, or a special piece is missing.
     """
     file = epath.Path(path).expanduser()
     if file.is_dir():
-        found = [f for f in (file / "tokenizer.model", file / "tokenizer.json") if f.exists()]
+        names = ("tokenizer.model", "tokenizer.json", "vocab.txt")
+        found = [file / name for name in names if (file / name).exists()]
         if not found:
-            raise UserError(f"{file} holds no tokenizer.model and no tokenizer.json")
+            raise UserError(f"{file} holds no {', no '.join(names)}")
         file = found[0]
     if not file.exists():
         raise UserError(f"tokenizer file {file} does not exist; give a SentencePiece .model or a tokenizer.json")
-    kind = _HuggingFace if file.suffix == ".json" else _SentencePiece
-    return kind(file.read_bytes(), str(file))
+    content, kind = file.read_bytes(), _SentencePiece if file.suffix == ".model" else _HuggingFace
+    if file.suffix == ".txt":
+        content = _wordpiece(file)
+    tokenizer: Tokenizer = kind(content, str(file))
+    if extend:
+        try:
+            lines = epath.Path(extend).expanduser().read_text().splitlines()
+        except (OSError, ValueError) as e:
+            raise UserError(f"tokenizer.extend: {extend} cannot be read: {e}") from e
+        words = [word for word in dict.fromkeys(line.strip() for line in lines) if word]
+        tokenizer = kind(tokenizer.extended(words), f"{file} with {extend}")
+    return tokenizer
+
+
+def _wordpiece(file: epath.Path) -> bytes:
+    """The tokenizer.json of a WordPiece vocabulary, lower-casing as its folder says, or as the vocabulary does."""
+    import tokenizers
+
+    try:
+        pieces = file.read_text().splitlines()
+        settings = file.parent / "tokenizer_config.json"
+        lowers = json.loads(settings.read_text()).get("do_lower_case") if settings.exists() else None
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"{file} cannot be read, or tokenizer_config.json beside it: {e}") from e
+    if lowers is None:
+        lowers = not any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    special = {"unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]"}
+    if lacking := [piece for piece in special.values() if piece not in vocab]:
+        raise UserError(f"{file} has no {lacking[0]} piece; it is no vocabulary of a BERT")
+    return tokenizers.BertWordPieceTokenizer(vocab, lowercase=bool(lowers)).to_str().encode()
 
 
 def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:

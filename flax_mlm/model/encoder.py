@@ -3,9 +3,11 @@
 BERT (arXiv:1810.04805): post-norm, learned positions, biases, GELU, token types.
 ModernBERT (arXiv:2412.13663): pre-norm, rotary positions with a θ for global and one for local layers, GeGLU,
 no biases, a window in most layers, final norm.
+ALBERT (arXiv:1909.11942): as BERT, with narrower embeddings and one layer's weights used N times.
 
-Letters in array names, comments and `dims`: B batch, L length, K predicted slots, D width, H heads, d head width,
-F MLP width, V vocabulary, N layers, P positions, T token types, and 2 or 3 for fused projections.
+Letters in array names, comments and `dims`: B batch, L length, K predicted slots, D width, E width of the embeddings,
+H heads, d head width, F MLP width, V vocabulary, N layers, P positions, T token types, and 2 or 3 for fused
+projections.
 Parameters are float32; `dtype` is that of the computation.
 """
 
@@ -53,13 +55,13 @@ class Kernel(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over D, computed in float32."""
+    """Layer normalisation over the last dimension, D or `width`, computed in float32."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, width: int = 0):
         self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones(config.hidden_size), dims="D")
+        self.scale = nnx.Param(jnp.ones(width or config.hidden_size), dims="D")
         if config.use_bias:
-            self.bias = nnx.Param(jnp.zeros(config.hidden_size), dims="D")
+            self.bias = nnx.Param(jnp.zeros(width or config.hidden_size), dims="D")
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         x = x_BLD.astype(jnp.float32)
@@ -115,15 +117,17 @@ class Embeddings(nnx.Module):
     def __init__(self, config: ModelConfig, vocab_rows: int, rngs: nnx.Rngs):
         c = self.config = config
 
-        def table(dims: str, rows: int) -> nnx.Param:
-            return nnx.Param(c.init_stddev * jax.random.normal(rngs.params(), (rows, c.hidden_size)), dims=dims)
+        width, letter = (c.embedding_size, "E") if c.embedding_size else (c.hidden_size, "D")
 
-        self.token = table("VD", vocab_rows)
+        def table(letters: str, rows: int) -> nnx.Param:
+            return nnx.Param(c.init_stddev * jax.random.normal(rngs.params(), (rows, width)), dims=letters + letter)
+
+        self.token = table("V", vocab_rows)
         if c.positions == "learned":
-            self.position = table("PD", c.max_positions)
+            self.position = table("P", c.max_positions)
         if c.type_vocab_size:
-            self.token_type = table("TD", c.type_vocab_size)
-        self.norm = LayerNorm(c)
+            self.token_type = table("T", c.type_vocab_size)
+        self.norm = LayerNorm(c, width)
 
     def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, token_types_BL: jax.Array | None) -> jax.Array:
         rows = sharding.batch_spec(None, None)
@@ -137,12 +141,14 @@ class Embeddings(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Embeddings and N layers, whose parameters are stacked along a leading N."""
+    """Embeddings and N layers, whose parameters are stacked along a leading N (1 when they share them)."""
 
     def __init__(self, config: ModelConfig, vocab_rows: int, rngs: nnx.Rngs):
         c = self.config = config
         self.embeddings = Embeddings(c, vocab_rows, rngs)
-        self.layers = _stack(lambda r: Layer(c, r), c.num_layers, rngs)
+        if c.embedding_size:
+            self.projection = Kernel("ED", (c.embedding_size, c.hidden_size), 1, c, rngs)
+        self.layers = _stack(lambda r: Layer(c, r), 1 if c.share_layers else c.num_layers, rngs)
         if c.norm_position == "pre":
             # Layer 0 has no attention norm: the embeddings are normalised already (arXiv:2412.13663 §2.1.1).
             if c.num_layers > 1:
@@ -171,6 +177,9 @@ class Encoder(nnx.Module):
         with jax.named_scope("embeddings"):
             x_BLD = self.embeddings(tokens_BL, positions_BL, token_types_BL)
             x_BLD = dropout(x_BLD, dropout_keys_B, c.dropout_rate, site=3)
+            if c.embedding_size:
+                projection = nnx.merge(nnx.graphdef(self.projection), sharding.gather_fsdp(nnx.state(self.projection)))
+                x_BLD = projection("BLE,ED->BLD", x_BLD, "LD")
         # Per kind of layer, stacked: [0] global, [1] local. A layer picks its own inside the scan.
         kinds: list[tuple[int | None, float]] = [(None, c.rope_theta_global)]
         if c.global_attention_every > 1:
@@ -189,6 +198,7 @@ class Encoder(nnx.Module):
 
         def layer_step(x_BLD: jax.Array, scanned: Any) -> tuple[jax.Array, None]:
             index, layer_params, norm_params = scanned
+            layer_params = jax.tree.map(lambda p: p[0], layers) if c.share_layers else layer_params
             layer_params = sharding.gather_fsdp(layer_params)
             is_local = (index % c.global_attention_every > 0).astype(jnp.int32)
             keys_B = None
@@ -212,7 +222,8 @@ class Encoder(nnx.Module):
             layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
         indices = jnp.arange(c.num_layers)
         with jax.named_scope("layers"):
-            x_BLD, _ = jax.lax.scan(layer_step, x_BLD, (indices, layers, norms), unroll=not c.scan_layers)
+            scanned = (indices, None if c.share_layers else layers, norms)
+            x_BLD, _ = jax.lax.scan(layer_step, x_BLD, scanned, unroll=not c.scan_layers)
         return self.final_norm(x_BLD) if c.norm_position == "pre" else x_BLD
 
 

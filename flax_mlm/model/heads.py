@@ -16,18 +16,18 @@ class VocabularyHead(nnx.Module):
     """BERT's prediction head: dense, GELU, norm, then the token embedding transposed, plus a bias."""
 
     def __init__(self, config: ModelConfig, vocab_rows: int, rngs: nnx.Rngs):
-        width = config.hidden_size
-        self.dense = Kernel("DE", (width, width), 1, config, rngs)
-        self.norm = LayerNorm(config)
+        width = config.embedding_size or config.hidden_size
+        self.dense = Kernel("DE", (config.hidden_size, width), 1, config, rngs)
+        self.norm = LayerNorm(config, width)
         self.decoder_bias = nnx.Param(jnp.zeros(vocab_rows), dims="V")
 
-    def __call__(self, x_BKD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
+    def __call__(self, x_BKD: jax.Array, embedding_VE: jax.Array) -> jax.Array:
         """Scores (B, K, V), float32."""
-        x_BKD = self.norm(gelu(self.dense("BKD,DE->BKE", x_BKD, "KE")))
+        x_BKE = self.norm(gelu(self.dense("BKD,DE->BKE", x_BKD, "KE")))
         scores_BKV = jnp.einsum(
-            "BKD,VD->BKV",
-            x_BKD,
-            embedding_VD.astype(x_BKD.dtype),
+            "BKE,VE->BKV",
+            x_BKE,
+            embedding_VE.astype(x_BKE.dtype),
             out_sharding=sharding.batch_spec("K", "V"),
             preferred_element_type=jnp.float32,
         )

@@ -29,7 +29,13 @@ def state_at(step: int) -> State:
 def main(workdir: Path, last: int, keep_last: int) -> None:
     c = base.get_config()
     c.train.keep_last, c.train.checkpoint_every, c.train.keep_every = keep_last, 1, 10
-    meta = {"format": 2, "config": {}, "tokenizer": {"filename": "tokenizer.model", "base64": ""}, "corpus": "none"}
+    meta = {
+        "format": 2,
+        "config": {},
+        "tokenizer": {"filename": "tokenizer.model", "base64": ""},
+        "corpus": "none",
+        "text": {},
+    }
     checkpoints = checkpoint.Checkpoints(workdir, config.build(c), meta, jax.jit(fingerprint.of))
     expected = state_at(0)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected)

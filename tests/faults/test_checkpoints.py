@@ -28,7 +28,13 @@ from .saver import State
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 ROOT = Path(__file__).parent.parent.parent
-META = {"format": 2, "config": {}, "tokenizer": {"filename": "tokenizer.model", "base64": ""}, "corpus": "a" * 64}
+META = {
+    "format": 2,
+    "config": {},
+    "tokenizer": {"filename": "tokenizer.model", "base64": ""},
+    "corpus": "a" * 64,
+    "text": {},
+}
 of = jax.jit(fingerprint.of)
 
 

@@ -1,0 +1,124 @@
+"""The README.md of an exported model: what it is, how it was trained, how good it is, how to use it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax_mlm.config import Config
+from flax_mlm.hf.architecture import Architecture
+
+_USE = {
+    "mlm": """```python
+from transformers import pipeline
+
+fill = pipeline("fill-mask", model="PATH")
+print(fill("The MASK of the people depends on good laws."))
+```
+
+As vectors of texts (mean pooling; fine-tune for search or similarity first):
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("PATH")
+print(model.encode(["one text", "another"]).shape)
+```""",
+    "clm": """```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="PATH")
+print(generate("The people of the"))
+```""",
+}
+
+
+def text(
+    name: str,
+    architecture: Architecture,
+    config: Config,
+    num_params: int,
+    tokenizer: Any,
+    meta: Mapping[str, Any],
+    result: Mapping[str, float] | None,
+    licence: str,
+    language: str,
+) -> str:
+    """The card, Markdown with Hugging Face's metadata at its head.
+
+    Args:
+      name: of the model.
+      meta: of the checkpoint.
+      result: of `tasks.mlm` on held-out text; None where none was kept.
+      licence, language: as Hugging Face spells them; empty: not stated.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    c, about, mask = config, meta["text"], tokenizer.pieces[tokenizer.mask_id]
+    m, o, t, is_mlm = c.model, c.objective, c.train, c.objective.name == "mlm"
+    task, what = ("fill-mask", "masked") if is_mlm else ("text-generation", "next")
+    common = {"task_type": task, "dataset_type": "text", "dataset_name": about["name"], "dataset_split": "held out"}
+    evaluated = [
+        EvalResult(metric_type=key, metric_value=round(result[key], 4), **common)
+        for key in (("loss", "accuracy", "bits_per_byte") if result else ())
+        if result
+    ]
+    head = ModelCardData(
+        language=language or None,
+        license=licence or None,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["flax_mlm", o.name],
+        model_name=name,
+        eval_results=evaluated or None,
+    )
+    rate = f"{o.mask_rate:.0%}" + (f" to {o.mask_rate_final:.0%}" if o.mask_rate_final else "")
+    predicts = (
+        f"masked-language modelling (mlm): {rate} of the tokens, chosen by {o.masking.replace('_', ' ')}, of those "
+        f"{o.replace_mask:.0%} shown as `{mask}`, {o.replace_random:.0%} as a random token"
+        if is_mlm
+        else "causal language modelling (clm)"
+    )
+    tokens = meta["step"] * t.global_batch_size * about["tokens"] / about["rows"]
+    start = f"\n- Started from: {c.init_from.rstrip('/').rpartition('/')[2]}." if c.init_from else ""
+    scores = "Not evaluated: this is a checkpoint of a run that had not ended."
+    if result:
+        scores = f"""On held-out documents of the same text, {result["predicted_tokens"]:,.0f} predicted tokens:
+
+| measure | value |
+|---|--:|
+| {what}-token loss (nats) | {result["loss"]:.4f} ± {result["loss_stderr"]:.4f} |
+| {what}-token accuracy | {result["accuracy"]:.4f} ± {result["accuracy_stderr"]:.4f} |
+| perplexity | {result["perplexity"]:.2f} |
+| bits per byte | {result["bits_per_byte"]:.3f} |"""
+    return f"""---
+{head.to_yaml()}
+---
+
+# {name}
+
+{"An encoder" if is_mlm else "A causal language model"} of {num_params:,} parameters (`{architecture.class_name}`),
+pretrained with flax_mlm.
+
+## Use
+
+{_USE[o.name].replace("MASK", mask)}
+
+## Training
+
+- Text: {about["name"]}; {about["documents"]:,} documents, {about["words"]:,} words, {about["tokens"]:,} tokens.
+- Licence of the text: {about["licence"]}. Licence of the model: {licence or "not stated"}.
+- Objective: {predicts}.
+- Model: {m.num_layers} layers, width {m.hidden_size}, {m.num_heads} heads, MLP {m.intermediate_size}\
+{" (GeGLU)" * m.glu}, {m.positions} positions up to {m.max_positions}, {m.norm_position}-norm; vocabulary \
+{tokenizer.vocab_size:,}; rows of {c.data.seq_len} tokens.
+- Run: {meta["step"]:,} steps of {t.global_batch_size} rows, {tokens:,.0f} tokens; {c.optimizer.name}, peak learning \
+rate {c.optimizer.learning_rate:g}, {c.optimizer.schedule}; computed in {m.dtype}; seed {c.seed}.{start}
+
+## Evaluation
+
+{scores}
+
+## Limits
+
+It knows what its text says, with that text's errors and prejudices. \
+{"It understands rather than writes." if is_mlm else "What it writes may be false."}
+"""

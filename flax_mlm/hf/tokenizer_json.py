@@ -1,0 +1,181 @@
+"""A SentencePiece model as `tokenizer.json`, for the `tokenizers` library of Hugging Face.
+
+BPE gives the same ids. Unigram does too, except where two ways to cut a word have the same score ("333": 33 3, or
+3 33), of which the two libraries may choose different ones. (Where text is not normalised, U+2581 in it, which is
+SentencePiece's own mark for a space, may be cut differently too.)
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from flax_mlm.data.tokenizer import Tokenizer
+from flax_mlm.errors import UserError
+
+TIE = "two ways to cut it have the same score"
+
+
+def content(tokenizer: Tokenizer, pair_type: int) -> bytes:
+    """The tokenizer.json of a tokenizer: its own file, or one made from its SentencePiece model.
+
+    Args:
+      pair_type: the token type of the second of two texts.
+
+    Raises:
+      UserError: it is a SentencePiece model of another kind than BPE and Unigram.
+    """
+    if tokenizer.filename == "tokenizer.json":
+        return tokenizer.content
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)  # type: ignore[attr-defined]
+    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
+    if kind not in ("BPE", "UNIGRAM") or proto.trainer_spec.treat_whitespace_as_suffix:
+        raise UserError(f"the tokenizer, a SentencePiece {kind} model, cannot be written as tokenizer.json")
+    spaces = any("▁" in p.piece[1:] and p.type == p.NORMAL for p in proto.pieces)  # within a piece
+    prefix = "first" if proto.normalizer_spec.add_dummy_prefix else "never"
+    specials = [tokenizer.pieces[i] for i in (tokenizer.cls_id, tokenizer.sep_id)]
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": p.piece,
+                "single_word": False,
+                "lstrip": i == tokenizer.mask_id,  # the space before a mask belongs to what is masked
+                "rstrip": False,
+                "normalized": p.type == p.USER_DEFINED,
+                "special": p.type != p.USER_DEFINED,
+            }
+            for i, p in enumerate(proto.pieces)
+            if p.type in (p.CONTROL, p.UNKNOWN) or (p.type == p.USER_DEFINED and not p.piece.startswith("▁"))
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(proto.normalizer_spec))},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prefix, "split": not spaces},
+        "post_processor": _template(tokenizer, specials, pair_type),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": _bpe(proto, tokenizer) if kind == "BPE" else _unigram(proto, tokenizer),
+    }
+    return json.dumps(spec, ensure_ascii=False, indent=1).encode()
+
+
+def _normalizers(spec: Any) -> Iterable[dict[str, Any]]:
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        yield {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    if spec.remove_extra_whitespaces:
+        # Not at the beginning, where a space tells a word of its own from one that goes on after a mask.
+        yield {"type": "Replace", "pattern": {"Regex": r" +\z"}, "content": ""}
+        yield {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+
+
+def _template(tokenizer: Tokenizer, specials: list[str], pair_type: int) -> dict[str, Any]:
+    cls, sep = specials
+
+    def special(piece: str, type_id: int) -> dict[str, Any]:
+        return {"SpecialToken": {"id": piece, "type_id": type_id}}
+
+    first = [special(cls, 0), {"Sequence": {"id": "A", "type_id": 0}}, special(sep, 0)]
+    ids = {cls: tokenizer.cls_id, sep: tokenizer.sep_id}
+    return {
+        "type": "TemplateProcessing",
+        "single": first,
+        "pair": [*first, {"Sequence": {"id": "B", "type_id": pair_type}}, special(sep, pair_type)],
+        "special_tokens": {piece: {"id": piece, "ids": [i], "tokens": [piece]} for piece, i in ids.items()},
+    }
+
+
+def _bpe(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    """SentencePiece keeps scores of pieces, not merges: a piece comes from any two that spell it, best score first."""
+    scores = {p.piece: p.score for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED)}
+    vocab = {piece: i for i, piece in enumerate(tokenizer.pieces)}
+    merges = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                merges.append((-score, vocab[left], vocab[right], [left, right]))
+    merges.sort(key=lambda merge: merge[:3])
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": tokenizer.pieces[tokenizer.unk_id],
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": bool(proto.trainer_spec.byte_fallback),
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": [merge[3] for merge in merges],
+    }
+
+
+def _unigram(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "type": "Unigram",
+        "unk_id": tokenizer.unk_id,
+        "vocab": [[p.piece, p.score] for p in proto.pieces],
+        "byte_fallback": bool(proto.trainer_spec.byte_fallback),
+    }
+
+
+def differences(tokenizer: Tokenizer, converted: bytes, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """The texts that `tokenizers` cuts otherwise than the tokenizer does, and `why`."""
+    import tokenizers
+
+    theirs = tokenizers.Tokenizer.from_str(converted.decode())
+    theirs.encode_special_tokens = True  # "[MASK]" in a text is text
+    found = theirs.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [
+        (text, why(tokenizer, a.tolist(), b.ids))
+        for text, a, b in zip(texts, tokenizer.encode(texts), found, strict=True)
+        if a.tolist() != b.ids
+    ]
+
+
+def why(tokenizer: Tokenizer, ours: list[int], theirs: list[int]) -> str:
+    """Why a text became other ids in `tokenizers`: `TIE`, or the first pieces that differ, ours and theirs."""
+    if tokenizer.filename == "tokenizer.model":
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto: Any = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)  # type: ignore[attr-defined]
+        scores = [sum(proto.pieces[i].score for i in ids) for ids in (ours, theirs)]
+        if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM and abs(scores[0] - scores[1]) < 1e-3:
+            return TIE
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return " | ".join(" ".join(tokenizer.pieces[i] for i in ids[at : at + 4]) for ids in (ours, theirs))
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Role -> piece, as in special_tokens_map.json."""
+    ids = {role: getattr(tokenizer, f"{role}_id") for role in ("pad", "unk", "cls", "sep", "mask")}
+    tokens: dict[str, Any] = {f"{role}_token": tokenizer.pieces[i] for role, i in ids.items()}
+    if tokenizer.filename == "tokenizer.model":  # as in its tokenizer.json
+        flags = {"lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
+        tokens["mask_token"] = {"content": tokens["mask_token"], **flags}
+    return tokens
+
+
+def settings(tokenizer: Tokenizer, max_positions: int) -> dict[str, Any]:
+    """The tokenizer_config.json."""
+    tokens = special_tokens(tokenizer)
+    if isinstance(tokens["mask_token"], dict):
+        tokens["mask_token"] = {"__type": "AddedToken", "special": True, **tokens["mask_token"]}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_positions,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **tokens,
+    }
