@@ -3,7 +3,7 @@
 import importlib.util
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -76,10 +76,20 @@ def run(folder: Path, model: Trained) -> Difference:
         if found != ids:
             other.append((text, tokenizer_json.why(tokenizer, ids, found)))
         rows.append(ids)
-    rows.sort(key=len)
-    hidden = logits = 0.0
+    return Difference(len(pairs), other, *compare(net, model, rows))
+
+
+def compare(net: Any, model: Trained, rows: list[list[int]]) -> tuple[float, float]:
+    """Largest differences of hidden states and of scores between a module of transformers and our model.
+
+    Args:
+      rows: token ids, special ones included.
+    """
+    import torch
+
+    rows, hidden, logits = sorted(rows, key=len), 0.0, 0.0
     for batch in (rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS)):
-        tokens = np.full((len(batch), len(batch[-1])), tokenizer.pad_id, np.int32)
+        tokens = np.full((len(batch), len(batch[-1])), model.tokenizer.pad_id, np.int32)
         for i, row in enumerate(batch):
             tokens[i, : len(row)] = row
         real = np.arange(tokens.shape[1]) < np.array([[len(row)] for row in batch])
@@ -88,7 +98,7 @@ def run(folder: Path, model: Trained) -> Difference:
             out = net(torch.tensor(tokens).long(), attention_mask=torch.tensor(real).long(), output_hidden_states=True)
         hidden = max(hidden, float(np.abs(ours[0] - out.hidden_states[-1].numpy())[real].max()))
         logits = max(logits, float(np.abs(ours[1] - out.logits.numpy())[real].max()))
-    return Difference(len(pairs), other, hidden, logits)
+    return hidden, logits
 
 
 def real_texts() -> list[str]:
@@ -101,8 +111,7 @@ def real_texts() -> list[str]:
 def _outputs(model: Trained, tokens_BL: np.ndarray, real_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Our hidden states (B, L, D) and scores (B, L, V), each row one segment."""
     rows, length = tokens_BL.shape
-    parts = sharding.batch_parts(model.mesh)
-    more = ((0, -rows % parts), (0, 0))
+    more = ((0, -rows % sharding.batch_parts(model.mesh)), (0, -length % 64))  # few shapes, since each is compiled
     places_BL = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BL.shape)
     arrays = (tokens_BL, real_BL.astype(np.int32), places_BL, places_BL)
     causal = model.config.objective.name == "clm"
@@ -110,4 +119,4 @@ def _outputs(model: Trained, tokens_BL: np.ndarray, real_BL: np.ndarray) -> tupl
         *batch, predict = sharding.split_rows([np.pad(x, more) for x in arrays], model.mesh)
         hidden = model.steps.model.encode(model.params, *batch, causal=causal)
         scores = model.steps.model.apply(model.params, *batch, predict_BK=predict, causal=causal)
-    return np.asarray(hidden)[:rows], np.asarray(scores)[:rows]
+    return np.asarray(hidden)[:rows, :length], np.asarray(scores)[:rows, :length]

