@@ -212,6 +212,7 @@ def breakages():
     yield "another activation", config(hidden_act="gelu_new"), "hidden_act = 'gelu_new'; it can be 'gelu'"
     yield "other positions", config(position_embedding_type="relative_key"), "it can be 'absolute'"
     yield "untied", config(tie_word_embeddings=False), "tie_word_embeddings = False; it can be True"
+    yield "no such padding", config(pad_token_id="0"), "pad_token_id = '0'; it can be the number of a piece"
     yield "no layers", config(num_hidden_layers=0), "num_hidden_layers = 0; it can be a positive number"
     yield "a text for a number", config(hidden_size="32"), "hidden_size = '32'; it can be a positive number"
     yield "a size left out", config(hidden_size="absent"), "hidden_size = None; it can be a positive number"

@@ -39,7 +39,6 @@ class Architecture:
       class_name: the class of transformers for our objective.
       objective: mlm or clm.
       base: what the names of a model without head lack in front.
-      head: what our names of the head begin with.
       fields: field of `ModelConfig` -> key of config.json, or several that must be alike, with `|` between.
       training: the same, for what a training is free to choose; not read, only written.
       ours: what else our config must have.
@@ -57,7 +56,6 @@ class Architecture:
     class_name: str
     objective: str
     base: str
-    head: str
     fields: Mapping[str, str]
     training: Mapping[str, str]
     ours: Mapping[str, Any]

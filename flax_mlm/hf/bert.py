@@ -10,7 +10,6 @@ BERT = Architecture(
     class_name="BertForMaskedLM",
     objective="mlm",
     base="bert.",
-    head="cls.predictions.",
     fields={
         "num_layers": "num_hidden_layers",
         "hidden_size": "hidden_size",
@@ -79,7 +78,6 @@ ROBERTA = dataclasses.replace(
     model_type="roberta",
     class_name="RobertaForMaskedLM",
     base="roberta.",
-    head="lm_head.",
     rows=(
         *(row._replace(theirs=row.theirs.replace("bert.", "roberta.")) for row in BERT.rows[:1]),
         Row("encoder/embeddings/position", "roberta.embeddings.position_embeddings.weight", Offset),
@@ -107,7 +105,6 @@ ALBERT = dataclasses.replace(
     model_type="albert",
     class_name="AlbertForMaskedLM",
     base="albert.",
-    head="predictions.",
     fields={**BERT.fields, "embedding_size": "embedding_size"},
     ours={**{name: value for name, value in BERT.ours.items() if name != "embedding_size"}, "share_layers": True},
     theirs={

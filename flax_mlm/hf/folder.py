@@ -48,7 +48,8 @@ class Folder(NamedTuple):
     @property
     def offset(self) -> int:
         """Rows of a RoBERTa's position embedding that are not used."""
-        return self.config.get("pad_token_id", 1) + 1
+        pad_id = self.config.get("pad_token_id")
+        return (1 if pad_id is None else pad_id) + 1
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All weights by name, under the names of today's transformers.
@@ -128,8 +129,9 @@ def open_folder(path: str) -> Folder:
                 refuse(key, f"only what {keys.split('|')[0]} is, {config[keys.split('|')[0]]!r}")
     if type(config.get("vocab_size")) is not int or not 0 < config["vocab_size"] < 2**24:
         refuse("vocab_size", "a positive number")
-    if config.get("pad_token_id") is not None and type(config["pad_token_id"]) is not int:
-        refuse("pad_token_id", "a number")
+    pad_id = config.get("pad_token_id")
+    if pad_id is not None and not (type(pad_id) is int and 0 <= pad_id < config["vocab_size"]):
+        refuse("pad_token_id", "the number of a piece")
     return Folder(folder, architecture, config)
 
 

@@ -1,5 +1,6 @@
 """The README.md of an exported model: what it is, how it was trained, how good it is, how to use it."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,6 +90,8 @@ def text(
 | {what}-token accuracy | {result["accuracy"]:.4f} ± {result["accuracy_stderr"]:.4f} |
 | perplexity | {result["perplexity"]:.2f} |
 | bits per byte | {result["bits_per_byte"]:.3f} |"""
+    sections = ("model", "objective", "optimizer", "train")  # the others may name paths of somebody's machine
+    whole = json.dumps({name: section for name, section in c.to_dict().items() if name in sections}, indent=1)
     return f"""---
 {head.to_yaml()}
 ---
@@ -112,6 +115,14 @@ pretrained with flax_mlm.
 {tokenizer.vocab_size:,}; rows of {c.data.seq_len} tokens.
 - Run: {meta["step"]:,} steps of {t.global_batch_size} rows, {tokens:,.0f} tokens; {c.optimizer.name}, peak learning \
 rate {c.optimizer.learning_rate:g}, {c.optimizer.schedule}; computed in {m.dtype}; seed {c.seed}.{start}
+
+<details><summary>All settings</summary>
+
+```json
+{whole}
+```
+
+</details>
 
 ## Evaluation
 

@@ -28,7 +28,6 @@ MODERNBERT = Architecture(
     class_name="ModernBertForMaskedLM",
     objective="mlm",
     base="model.",
-    head="head.",
     fields={
         "num_layers": "num_hidden_layers",
         "hidden_size": "hidden_size",
@@ -43,7 +42,7 @@ MODERNBERT = Architecture(
         "rope_theta_local": "local_rope_theta",
     },
     training={
-        "dropout_rate": "mlp_dropout",
+        "dropout_rate": "mlp_dropout|embedding_dropout",
         "attention_dropout_rate": "attention_dropout",
         "init_stddev": "initializer_range",
     },
@@ -104,7 +103,6 @@ DECODER = dataclasses.replace(
     model_type="modernbert-decoder",
     class_name="ModernBertDecoderForCausalLM",
     objective="clm",
-    head="lm_head.",
     more={"local_attention": 2},  # the decoder's window leaves out the farthest token on each side
     rows=tuple(row._replace(theirs=_DECODER_NAMES.get(row.ours, row.theirs)) for row in MODERNBERT.rows),
 )
