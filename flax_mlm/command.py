@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from flax_mlm import config as config_lib
 from flax_mlm import environment
 from flax_mlm.errors import Failure, UserError
+from flax_mlm.hf import folder
 
 PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
@@ -30,8 +31,8 @@ def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool =
     """Parses the command line, builds the config, calls `main` and exits with its code.
 
     The config comes from `--config=FILE.py` (default: the quickstart), or, with `from_checkpoint`, from the
-    checkpoint that `--checkpoint` names; either way `--config.section.field=value` overrides it. A
-    bare argument is the value of flag `positional`.
+    checkpoint or Hugging Face folder that `--checkpoint` names; either way `--config.section.field=value` overrides
+    it. A bare argument is the value of flag `positional`.
     """
     flags.DEFINE_bool("print_config", False, "show the resolved config as JSON and exit")
     try:
@@ -50,9 +51,7 @@ def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool =
             raise UserError(f"unexpected argument '{leftover[0]}'; options look like --name=value (see --help)")
         for path in to_none:
             config_dict.update_from_flattened_dict({path: None})
-        if not from_checkpoint and config_dict.get("init_from"):
-            from flax_mlm.hf import folder  # not needed otherwise
-
+        if config_dict.get("init_from") and (not from_checkpoint or folder.is_one(flags.FLAGS.checkpoint)):
             folder.adopt(config_dict, {match[2] for match in map(_OVERRIDE.fullmatch, argv) if match})
         config = config_lib.build(config_dict)
         if flags.FLAGS.print_config:
@@ -99,9 +98,14 @@ def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]
     if from_checkpoint:
         if not found:
             raise UserError("--checkpoint is missing; give the workdir of a run, or one of its checkpoints")
+        rest.insert(1, f"--checkpoint={found}")
+        if folder.is_one(found):
+            config = _from_file(str(DEFAULT_CONFIG.parent / "base.py"))
+            config.init_from = found
+            return config, rest
         from flax_mlm.checkpoint import read_config  # orbax is heavy, and not needed elsewhere in this file
 
-        return read_config(found), [rest[0], f"--checkpoint={found}", *rest[1:]]
+        return read_config(found), rest
     return _from_file(str(DEFAULT_CONFIG) if found is None else found), rest
 
 

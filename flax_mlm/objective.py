@@ -68,19 +68,24 @@ def targets(
     return sharding.per_row(of_rows, rows, key, vocab, jnp.asarray(mask_rate, jnp.float32))
 
 
-def row_sums(scores_BKV: jax.Array, labels_BK: jax.Array, weights_BK: jax.Array) -> Sums:
-    """Cross-entropy and accuracy of each row, as sums (B,) over its used slots.
+def log_probabilities(scores_BKV: jax.Array, labels_BK: jax.Array) -> jax.Array:
+    """Log-probabilities (B, K) of the labels.
 
     Written with reductions over V alone (no gather), so that V may be split over devices.
     """
+    shifted_BKV = scores_BKV - jax.lax.stop_gradient(scores_BKV.max(-1))[..., None]
     ids_V = jax.lax.broadcasted_iota(jnp.int32, scores_BKV.shape, 2)
-    top_BK = scores_BKV.max(-1)
-    shifted_BKV = scores_BKV - jax.lax.stop_gradient(top_BK)[..., None]
     label_BK = jnp.where(ids_V == labels_BK[..., None], shifted_BKV, 0.0).sum(-1)
-    loss_BK = jnp.log(jnp.exp(shifted_BKV).sum(-1)) - label_BK
-    best_BK = jnp.where(scores_BKV == top_BK[..., None], ids_V, scores_BKV.shape[-1]).min(-1)
+    return label_BK - jnp.log(jnp.exp(shifted_BKV).sum(-1))
+
+
+def row_sums(scores_BKV: jax.Array, labels_BK: jax.Array, weights_BK: jax.Array) -> Sums:
+    """Cross-entropy and accuracy of each row, as sums (B,) over its used slots."""
+    ids_V = jax.lax.broadcasted_iota(jnp.int32, scores_BKV.shape, 2)
+    is_best_BKV = scores_BKV == scores_BKV.max(-1, keepdims=True)
+    best_BK = jnp.where(is_best_BKV, ids_V, scores_BKV.shape[-1]).min(-1)
     return Sums(
-        loss=(loss_BK * weights_BK).sum(-1),
+        loss=-(log_probabilities(scores_BKV, labels_BK) * weights_BK).sum(-1),
         correct=jnp.where(best_BK == labels_BK, weights_BK, 0.0).sum(-1),
         predicted=weights_BK.sum(-1),
     )

@@ -39,7 +39,8 @@ class Steps(NamedTuple):
     train: jax.stages.Wrapped  # (TrainState, Batch, Vocabulary) -> (TrainState, scalars by name); the state is donated
     evaluate: Callable[[Any, Batch, masking.Vocabulary], tuple[objective.Sums, jax.Array]]  # of each row; stop?
     fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see fingerprint.of
-    score: Callable[[Any, jax.Array, jax.Array, masking.Vocabulary], jax.Array]
+    score: Callable[[Any, jax.Array, jax.Array, masking.Vocabulary], jax.Array]  # of every piece, see `_score`
+    score_labels: Callable[[Any, jax.Array, jax.Array, jax.Array, masking.Vocabulary], jax.Array]
 
 
 def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
@@ -69,6 +70,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
         evaluate=jax.jit(_eval_step(config, model)),
         fingerprint=jax.jit(fingerprint.of),
         score=jax.jit(_score(config, model)),
+        score_labels=jax.jit(_score_labels(config, model)),
     )
 
 
@@ -211,15 +213,36 @@ def _eval_step(config: Config, model: Model) -> Callable[..., tuple[objective.Su
     return eval_step
 
 
-def _score(config: Config, model: Model) -> Callable[..., jax.Array]:
+def _scores(config: Config, model: Model) -> Callable[..., jax.Array]:
     causal = config.objective.name == "clm"
 
-    def score(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: masking.Vocabulary) -> jax.Array:
-        """Log-probabilities (B, K, V) of tokens at chosen positions; nothing is masked that is not masked already."""
+    def scores(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: masking.Vocabulary) -> jax.Array:
+        """Scores (B, K, V) at chosen positions; nothing is masked that is not masked already."""
         segments_BL, positions_BL = sharding.per_row(
             lambda tokens, vocab: (s := masking.segment_ids(tokens, vocab), masking.positions(s)), tokens_BL, vocab
         )
-        scores = model.apply(params, tokens_BL, segments_BL, positions_BL, predict_BK=predict_BK, causal=causal)
-        return sharding.replicate(jax.nn.log_softmax(scores, axis=-1))
+        return model.apply(params, tokens_BL, segments_BL, positions_BL, predict_BK=predict_BK, causal=causal)
+
+    return scores
+
+
+def _score(config: Config, model: Model) -> Callable[..., jax.Array]:
+    scores = _scores(config, model)
+
+    def score(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: masking.Vocabulary) -> jax.Array:
+        """Log-probabilities (B, K, V) of every piece at chosen positions."""
+        return sharding.replicate(jax.nn.log_softmax(scores(params, tokens_BL, predict_BK, vocab), axis=-1))
 
     return score
+
+
+def _score_labels(config: Config, model: Model) -> Callable[..., jax.Array]:
+    scores = _scores(config, model)
+
+    def score_labels(
+        params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, labels_BK: jax.Array, vocab: masking.Vocabulary
+    ) -> jax.Array:
+        """Log-probabilities (B, K) of one piece each at chosen positions."""
+        return sharding.replicate(objective.log_probabilities(scores(params, tokens_BL, predict_BK, vocab), labels_BK))
+
+    return score_labels

@@ -286,13 +286,13 @@ def print_summary(workdir: Path, trained: Any, result: dict[str, float]) -> None
     """How the run ended, and how to go on."""
     import jax
 
-    from flax_mlm import fill_mask
+    from flax_mlm import filler as filler_lib
     from flax_mlm.tasks import mlm
 
     print("\n" + "\n".join(mlm.table(result, trained.config.objective.name)) + "\n")
     if trained.config.objective.name == "mlm" and jax.process_count() == 1:  # one process alone could not ask the model
-        filler = fill_mask.Filler(trained)
-        for sentence in fill_mask.EXAMPLES:
+        filler = filler_lib.Filler(trained)
+        for sentence in filler_lib.EXAMPLES:
             with contextlib.suppress(UserError):  # longer than a row
                 words = ", ".join(f"{word} {probability:.2f}" for word, probability in filler.top(sentence, 5)[0])
                 print(f"{sentence}\n    {words}")

@@ -10,7 +10,9 @@ from jax.sharding import Mesh
 
 from flax_mlm import checkpoint, masking, sharding
 from flax_mlm.config import Config
-from flax_mlm.data.tokenizer import Tokenizer
+from flax_mlm.data.tokenizer import Tokenizer, load
+from flax_mlm.hf import folder as folder_lib
+from flax_mlm.hf import start
 from flax_mlm.step import Steps, make_steps
 
 
@@ -27,8 +29,8 @@ class Trained(NamedTuple):
 
 
 def restore(path: str, config: Config) -> Trained:
-    """The model of the newest sound checkpoint that `path` may mean (see `checkpoint.find`), from that alone. Nothing
-    is written.
+    """The model of the newest sound checkpoint that `path` may mean (see `checkpoint.find`), or of a Hugging Face
+    folder, from that alone. Nothing is written.
 
     Args:
       path: what the user gave as --checkpoint.
@@ -38,6 +40,12 @@ def restore(path: str, config: Config) -> Trained:
       UserError: there is none, or none that is sound and fits the config.
     """
     mesh = sharding.make_mesh(config.mesh)
+    if folder_lib.is_one(path):
+        tokenizer = load(config.tokenizer.path, config.tokenizer.extend)
+        with jax.set_mesh(mesh):
+            steps = make_steps(config, tokenizer.vocab_size, mesh)
+            params = start.state(config, steps, tokenizer, lambda line: print(line, file=sys.stderr)).params
+            return Trained(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
     candidates = checkpoint.find(path)
     for folder in candidates:
         try:

@@ -171,7 +171,10 @@ def test_options_that_are_none(argument, said):
         ("train", "--initialization_timeout=soon"),
         ("evaluate", "--task=nothing"),
         ("evaluate", "--json"),
+        ("evaluate", "--variant=both"),
         ("fill_mask", "--top_k=0"),
+        ("export", "--dtype=int8"),
+        ("export", "--architecture=gpt2"),
         ("verify_resume", "--steps=1"),
         ("verify_resume", "--shapes=2by2"),
         ("verify_resume", "--shapes=2x0"),
@@ -181,7 +184,7 @@ def test_options_that_are_none(argument, said):
     ],
 )
 def test_options_of_each_command(toy, trained_run, name, argument):
-    checkpoint = [f"--checkpoint={trained_run}"] * (name in ("evaluate", "fill_mask"))
+    checkpoint = [f"--checkpoint={trained_run}"] * (name in ("evaluate", "fill_mask", "export"))
     corpus = [*toy.flags(data__corpus="", data__source=f"text:{toy.text}")] * (name == "prepare")
     done = toy.run(name, *checkpoint, *corpus, argument)
     assert done.returncode == 2 and re.fullmatch(r"error: [^\n]+\n", done.stderr), done

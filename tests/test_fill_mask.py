@@ -10,7 +10,7 @@ import pytest
 from flax_mlm import checkpoint, trained
 from flax_mlm import config as config_lib
 from flax_mlm.errors import UserError
-from flax_mlm.fill_mask import Filler
+from flax_mlm.filler import Filler
 
 ONE = "The [MASK] barks in the garden at night."
 TWO = "The [MASK] [MASK] in the garden at night."

@@ -17,7 +17,7 @@ from test_hf import SHAPES, opened, written
 
 from configs import base, bert_base, modernbert_base
 from flax_mlm import config as config_lib
-from flax_mlm import masking, objective, sharding
+from flax_mlm import likelihood, masking, objective, sharding
 from flax_mlm.data import sources
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.hf import architecture as architecture_lib
@@ -235,6 +235,26 @@ def test_a_packaged_sentence_encoder_gives_the_same_embeddings():
         for row, states, vector in zip(part, hidden, expected[begin:], strict=False):
             mean = states[: len(row)].mean(0)
             assert mean @ vector / np.linalg.norm(mean) / np.linalg.norm(vector) >= 0.99999
+
+
+@pytest.mark.parametrize("variant", likelihood.VARIANTS)
+def test_pseudo_log_likelihoods_are_those_of_torch(variant):
+    path = real_path("bert_tiny_splade")
+    model = model_of(path)
+    t, net = model.tokenizer, transformers.BertForMaskedLM.from_pretrained(path, attn_implementation="eager").eval()
+    texts = sentences(12)
+    found = likelihood.of_texts(model, texts, variant)
+    for ids, total in zip(t.encode(texts), found.total_N, strict=True):
+        tokens, expected = [t.cls_id, *ids.tolist(), t.sep_id], 0.0
+        for i in range(1, len(tokens) - 1):
+            hidden = [*tokens[:i], t.mask_id, *tokens[i + 1 :]]
+            for j in range(i + 1, len(tokens) - 1):
+                if variant == "original" or t.starts_word[tokens[j]]:
+                    break
+                hidden[j] = t.mask_id
+            with torch.no_grad():
+                expected += float(net(torch.tensor([hidden])).logits[0, i].log_softmax(-1)[tokens[i]])
+        assert abs(total - expected) <= LIMIT
 
 
 def test_continued_training_has_the_losses_of_torch():

@@ -89,6 +89,12 @@ class Folder(NamedTuple):
         return result
 
 
+def is_one(path: str) -> bool:
+    """Whether a folder is Hugging Face's and not ours: weights lie beside its config.json."""
+    folder = Path(path).expanduser()
+    return (folder / "config.json").is_file() and any((folder / name).exists() for name in (WEIGHTS, _INDEX))
+
+
 def open_folder(path: str) -> Folder:
     """Reads the config.json of a folder.
 

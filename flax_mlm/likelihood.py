@@ -1,0 +1,94 @@
+"""How likely a model finds texts: the log-likelihood of a causal model, the pseudo-log-likelihood of a masked one.
+
+Pseudo-log-likelihood (Salazar et al. 2020, arXiv:1910.14659): each token is hidden in turn, and the log-probabilities
+of what was there are added. Where a word has several pieces, those that are left give the hidden one away; hiding the
+pieces to its right too (Kauf & Ivanova 2023, arXiv:2305.10588) is the variant `within_word_l2r`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from flax_mlm import sharding
+from flax_mlm.errors import UserError
+from flax_mlm.trained import Trained
+
+VARIANTS = ("original", "within_word_l2r")
+_TOKENS = 8192  # at a time
+_LENGTH = 32  # rows are padded to a multiple of this, since every length is compiled
+
+
+class Row(NamedTuple):
+    """One question to the model: how likely are these labels at these places?"""
+
+    text: int  # number of the text that it is about
+    tokens: list[int]
+    places: list[int]
+    labels: list[int]
+
+
+class Likelihoods(NamedTuple):
+    """Of N texts."""
+
+    total_N: np.ndarray  # float64, nats
+    tokens_N: np.ndarray  # int64, how many the total is over
+
+
+def of_texts(trained: Trained, texts: Sequence[str], variant: str = "within_word_l2r") -> Likelihoods:
+    """Log-likelihoods of texts, special tokens not counted.
+
+    Args:
+      variant: of the pseudo-log-likelihood, one of `VARIANTS`; a causal model has one only.
+
+    Raises:
+      UserError: a text is empty, or longer than the model's rows.
+    """
+    t, limit = trained.tokenizer, trained.config.model.max_positions
+    rows: list[Row] = []
+    for number, (text, ids) in enumerate(zip(texts, t.encode(texts), strict=True)):
+        if not 0 < len(ids) <= limit - 2:
+            raise UserError(f"text {number + 1}, '{text[:60]}', has {len(ids)} tokens; it can have 1 to {limit - 2}")
+        tokens = [t.cls_id, *ids.tolist(), t.sep_id]
+        if trained.config.objective.name == "clm":
+            rows.append(Row(number, tokens, list(range(len(ids))), tokens[1:-1]))
+        else:
+            rows += _hidden_in_turn(number, tokens, t.starts_word[tokens], t.mask_id, variant)
+    totals, counts = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
+    for row, score in zip(rows, scores(trained, rows), strict=True):
+        totals[row.text] += score
+        counts[row.text] += len(row.labels)
+    return Likelihoods(totals, counts)
+
+
+def _hidden_in_turn(number: int, tokens: list[int], starts: np.ndarray, mask: int, variant: str) -> Iterator[Row]:
+    for i in range(1, len(tokens) - 1):
+        end = i + 1
+        while variant == "within_word_l2r" and end < len(tokens) - 1 and not starts[end]:
+            end += 1
+        yield Row(number, tokens[:i] + [mask] * (end - i) + tokens[end:], [i], [tokens[i]])
+
+
+def scores(trained: Trained, rows: Sequence[Row]) -> np.ndarray:
+    """The sum of each row's log-probabilities, float64 (len(rows),)."""
+    result, parts, limit = np.zeros(len(rows)), sharding.batch_parts(trained.mesh), trained.config.model.max_positions
+    kinds: dict[tuple[int, int], list[int]] = {}  # rows by padded length and number of slots
+    for i, row in enumerate(rows):
+        length = min(-(-len(row.tokens) // _LENGTH) * _LENGTH, limit)
+        kinds.setdefault((length, 1 if len(row.places) == 1 else length), []).append(i)
+    for (length, slots), numbers in sorted(kinds.items()):
+        size = -(-max(_TOKENS // length, 1) // parts) * parts
+        for batch in (numbers[begin : begin + size] for begin in range(0, len(numbers), size)):
+            tokens_BL = np.full((size, length), trained.tokenizer.pad_id, np.int32)
+            places_BK, labels_BK = np.zeros((2, size, slots), np.int32)
+            used_BK = np.zeros((size, slots))
+            for b, i in enumerate(batch):
+                row, count = rows[i], len(rows[i].places)
+                tokens_BL[b, : len(row.tokens)] = row.tokens
+                places_BK[b, :count], labels_BK[b, :count], used_BK[b, :count] = row.places, row.labels, 1.0
+            with jax.set_mesh(trained.mesh):
+                tokens, places, labels = sharding.split_rows([tokens_BL, places_BK, labels_BK], trained.mesh)
+                found_BK = trained.steps.score_labels(trained.params, tokens, places, labels, trained.vocab)
+            result[batch] = (np.asarray(found_BK, np.float64) * used_BK).sum(1)[: len(batch)]
+    return result

@@ -1,0 +1,89 @@
+"""Which of two sentences that differ in one point does the model find likelier, the good one or the bad one?
+
+Files as in BLiMP (Warstadt et al. 2020, arXiv:1912.00582): a JSON object a line, with `sentence_good` and
+`sentence_bad`, and `UID` for the paradigm (else the file's name).
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_mlm import likelihood
+from flax_mlm.errors import UserError
+from flax_mlm.trained import Trained
+
+Pair = tuple[str, str]  # good, bad
+
+
+def read(path: str) -> dict[str, list[Pair]]:
+    """Paradigm -> pairs, of a .jsonl file or of all in a folder.
+
+    Raises:
+      UserError: there is none, or a line is not one; the message names it.
+    """
+    where = Path(path).expanduser()
+    files = sorted(where.glob("*.jsonl")) if where.is_dir() else [where]
+    if not files or not files[0].is_file():
+        raise UserError(f"--data: '{path}' is no .jsonl file and no folder of such")
+    pairs: dict[str, list[Pair]] = {}
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--data: {file} cannot be read as UTF-8 text: {e}") from e
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                good, bad = record["sentence_good"], record["sentence_bad"]
+                if not (isinstance(good, str) and isinstance(bad, str) and good.strip() and bad.strip()):
+                    raise ValueError("a sentence is empty")
+                name = str(record.get("UID") or file.stem)
+            except (ValueError, KeyError, TypeError) as e:
+                raise UserError(f"--data: {file}:{number} is no pair with sentence_good and sentence_bad ({e})") from e
+            pairs.setdefault(name, []).append((good, bad))
+    if not pairs:
+        raise UserError(f"--data: '{path}' holds no pairs")
+    return pairs
+
+
+def run(trained: Trained, pairs: dict[str, list[Pair]], variant: str, poll: Callable[[], bool]) -> dict[str, Any]:
+    """Accuracy: the share of the pairs whose good sentence has the higher log-likelihood (a tie is half right).
+
+    Args:
+      variant: see `likelihood.of_texts`.
+      poll: called between paradigms.
+
+    Returns:
+      accuracy and accuracy_stderr (over pairs), pairs; and `paradigms`: name -> the same three.
+    """
+    results, correct = {}, []
+    for name, some in pairs.items():
+        poll()
+        texts = [text for pair in some for text in pair]
+        good, bad = likelihood.of_texts(trained, texts, variant).total_N.reshape(-1, 2).T
+        right = (good > bad) + 0.5 * (good == bad)
+        results[name] = _summary(right)
+        correct.append(right)
+    return {**_summary(np.concatenate(correct)), "variant": variant, "paradigms": results}
+
+
+def _summary(right: np.ndarray) -> dict[str, float]:
+    accuracy = float(right.mean())
+    return {
+        "accuracy": accuracy,
+        "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / len(right)),
+        "pairs": len(right),
+    }
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The result as lines for a person."""
+    width = max(map(len, [*result["paradigms"], "all"]))
+    rows = [*result["paradigms"].items(), ("all", result)]
+    return [f"{name:{width}}  {r['accuracy']:.3f} ± {r['accuracy_stderr']:.3f}  {r['pairs']:,}" for name, r in rows]

@@ -1,0 +1,139 @@
+"""Likelihoods of texts, minimal pairs, clozes: what a plain loop over single questions finds."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from flax_mlm import checkpoint, likelihood, sharding, trained
+from flax_mlm import config as config_lib
+from flax_mlm.errors import UserError
+from flax_mlm.filler import Filler
+from flax_mlm.tasks import cloze, minimal_pairs
+
+TEXTS = ["The dog barks in the garden today.", "Fish.", "The cat sleeps near the river. The cow eats all day."] * 3
+
+
+@pytest.fixture(scope="module")
+def model(trained_run) -> trained.Trained:
+    """On 8 devices, 4 × 2."""
+    c = checkpoint.read_config(str(trained_run))
+    c.mesh.data, c.mesh.fsdp = 4, 2
+    return trained.restore(str(trained_run), config_lib.build(c))
+
+
+@pytest.fixture(scope="module")
+def causal(toy) -> trained.Trained:
+    workdir = toy.folder / "causal"
+    done = toy.run("train", f"--workdir={workdir}", *toy.flags(objective__name="clm", train__steps=30))
+    assert done.returncode == 0, done.stderr
+    assert "flax_mlm.fill_mask" not in done.stdout, "a causal model fills no masks"
+    return trained.restore(str(workdir), config_lib.build(checkpoint.read_config(str(workdir))))
+
+
+def log_probability(model: trained.Trained, tokens: list[int], place: int, label: int) -> float:
+    """Of one piece at one place of one row, asked alone."""
+    rows = np.full((sharding.batch_parts(model.mesh), 32), model.tokenizer.pad_id, np.int32)
+    rows[0, : len(tokens)] = tokens
+    with jax.set_mesh(model.mesh):
+        places = np.full((len(rows), 1), place, np.int32)
+        rows, places = sharding.split_rows([rows, places], model.mesh)
+        return float(model.steps.score(model.params, rows, places, model.vocab)[0, 0, label])
+
+
+@pytest.mark.parametrize("variant", likelihood.VARIANTS)
+def test_pseudo_log_likelihood_is_that_of_a_plain_loop(model, variant):
+    t = model.tokenizer
+    found = likelihood.of_texts(model, TEXTS, variant)
+    for text, total, count in zip(TEXTS[:3], found.total_N, found.tokens_N, strict=False):
+        ids = t.encode([text])[0].tolist()
+        tokens, expected = [t.cls_id, *ids, t.sep_id], 0.0
+        for i in range(1, len(tokens) - 1):
+            hidden = list(tokens)
+            hidden[i] = t.mask_id
+            for j in range(i + 1, len(tokens) - 1):
+                if variant == "original" or t.starts_word[tokens[j]]:
+                    break
+                hidden[j] = t.mask_id
+            expected += log_probability(model, hidden, i, tokens[i])
+        assert count == len(ids) and abs(total - expected) < 1e-4 * count
+    np.testing.assert_allclose(found.total_N[:3], found.total_N[3:6], rtol=1e-6)
+    assert (found.total_N < 0).all()
+
+
+def test_the_likelihood_of_a_causal_model_is_the_sum_over_its_tokens(causal):
+    t = causal.tokenizer
+    found = likelihood.of_texts(causal, TEXTS[:3])
+    for text, total in zip(TEXTS[:3], found.total_N, strict=True):
+        tokens = [t.cls_id, *t.encode([text])[0].tolist(), t.sep_id]
+        expected = sum(log_probability(causal, tokens, i, tokens[i + 1]) for i in range(len(tokens) - 2))
+        assert abs(total - expected) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"), [(["a", ""], "text 2, '', has 0 tokens"), (["dog " * 600], "it can have")]
+)
+def test_texts_without_a_likelihood(model, texts, message):
+    with pytest.raises(UserError, match=message):
+        likelihood.of_texts(model, texts)
+
+
+def test_minimal_pairs(model, toy, trained_run, tmp_path):
+    """The toy text says what each animal does."""
+    good = [f"The {animal} {does} today." for animal, does in toy.animals.items()]
+    does = list(toy.animals.values())
+    bad = [f"The {animal} {does[i - 1]} today." for i, animal in enumerate(toy.animals)]
+    lines = [{"sentence_good": g, "sentence_bad": b, "UID": "does"} for g, b in zip(good, bad, strict=True)]
+    lines += [{"sentence_good": g, "sentence_bad": g, "UID": "same"} for g in good]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    pairs = minimal_pairs.read(str(tmp_path))
+    result = minimal_pairs.run(model, pairs, "original", lambda: False)
+    assert result["paradigms"]["does"]["accuracy"] >= 5 / 6 and result["paradigms"]["same"]["accuracy"] == 0.5
+    assert result["pairs"] == 12 and result["accuracy"] == pytest.approx(
+        (result["paradigms"]["does"]["accuracy"] + 0.5) / 2
+    )
+    arguments = ["--task=minimal_pairs", "--variant=original", f"--data={tmp_path}", f"--json={tmp_path / 'r.json'}"]
+    done = toy.run("evaluate", f"--checkpoint={trained_run}", *arguments)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("all "), done
+    assert json.loads((tmp_path / "r.json").read_text())["paradigms"] == result["paradigms"]
+
+
+def test_clozes(model, toy, trained_run, tmp_path):
+    (tmp_path / "clozes").write_text(
+        "The [MASK] barks in the garden.\tdog\n\nThe [MASK] sings on the hill.\tcow|bird\n"
+    )
+    clozes = cloze.read(str(tmp_path / "clozes"))
+    result = cloze.run(model, clozes)
+    assert result["top1"] == 1.0 and result["clozes"] == 2 and result["mean_reciprocal_rank"] == 1.0
+    assert [a["answer"] for a in result["answers"]] == ["dog", "bird"]
+    word, probability = Filler(model).top(clozes[0][0], 1)[0][0]
+    assert word == "dog" and probability == pytest.approx(result["answers"][0]["probability"])
+    done = toy.run("evaluate", f"--checkpoint={trained_run}", "--task=cloze", f"--data={tmp_path / 'clozes'}")
+    assert done.returncode == 0 and "dog: rank 1, probability" in done.stdout, done
+    assert cloze.read("") == list(cloze.BUILT_IN) and all(text.count("[MASK]") == 1 for text, _ in cloze.BUILT_IN)
+
+
+@pytest.mark.parametrize(
+    ("task", "content", "message"),
+    [
+        ("minimal_pairs", None, "is no .jsonl file and no folder of such"),
+        ("minimal_pairs", b"", "holds no pairs"),
+        ("minimal_pairs", b'{"sentence_good": "a"}', "data.jsonl:1 is no pair"),
+        ("minimal_pairs", b'\n{"sentence_good": "a", "sentence_bad": 3}', "data.jsonl:2 is no pair"),
+        ("minimal_pairs", b'{"sentence_good": "a", "sentence_bad": " "}', "a sentence is empty"),
+        ("minimal_pairs", b"[]", "data.jsonl:1 is no pair"),
+        ("minimal_pairs", b"\xff\xfe", "cannot be read as UTF-8"),
+        ("cloze", None, "cannot be read as UTF-8"),
+        ("cloze", b"", "holds no clozes"),
+        ("cloze", b"The dog barks.\tdog", "data.jsonl:1 is not a text with one"),
+        ("cloze", b"The [MASK] barks.", "data.jsonl:1 is not a text with one"),
+        ("cloze", b"The [MASK] [MASK] barks.\tdog", "data.jsonl:1 is not a text with one"),
+        ("cloze", b"\xff", "cannot be read as UTF-8"),
+    ],
+)
+def test_files_that_will_not_do(tmp_path, task, content, message):
+    if content is not None:
+        (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        (minimal_pairs if task == "minimal_pairs" else cloze).read(str(tmp_path / "data.jsonl"))
