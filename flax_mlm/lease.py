@@ -28,41 +28,37 @@ Log = Callable[[str], None]
 
 
 class Lease:
-    """The lease on a folder, held by this process; its counter moves in a thread."""
+    """The lease on a folder, once it is taken; its counter then moves in a thread."""
 
     def __init__(self, workdir: Path, run_id: str):
+        """`run_id` is what tells this holder from all others."""
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self._about = {**_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
         self._about |= {"run_id": run_id, "since": since}
         self._workdir, self._run_id, self._beats, self._released = workdir, run_id, 0, threading.Event()
 
-    @classmethod
-    def take(cls, workdir: Path, run_id: str, log: Log, stale: float = _STALE) -> "Lease":
-        """Takes the lease on a folder, which is made when it is not there.
+    def take(self, log: Log, stale: float = _STALE) -> None:
+        """Takes the lease. The folder is made when it is not there.
 
         Args:
-          workdir: the folder of the run.
-          run_id: what tells this holder from all others.
           log: is told of a holder that is watched or replaced.
           stale: seconds without a beat after which a holder elsewhere counts as gone.
 
         Raises:
           UserError: another job holds it, or the folder cannot be written.
         """
-        lease = cls(workdir, run_id)
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            self._workdir.mkdir(parents=True, exist_ok=True)
             while True:
-                content = _read(workdir)
+                content = _read(self._workdir)
                 if content is not None:
-                    _wait_for_end(workdir, content, log, stale)
-                if lease._put(instead_of=content):
+                    _wait_for_end(self._workdir, content, log, stale)
+                if self._put(instead_of=content):
                     break
-            lease.check()
+            self.check()
         except OSError as e:
-            raise UserError(f"--workdir: '{workdir}' cannot be used: {e}") from e
-        threading.Thread(target=lease._beat, name="lease", daemon=True).start()
-        return lease
+            raise UserError(f"--workdir: '{self._workdir}' cannot be used: {e}") from e
+        threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def check(self) -> None:
         """Raises UserError when another job has taken the lease, because this one seemed gone."""

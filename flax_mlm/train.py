@@ -64,11 +64,12 @@ def train(config: Config, workdir: Path) -> int:
 
         # The folder, to which the first process alone writes, and the text, as rows of tokens.
         is_main, log = roster.index == 0, print if roster.index == 0 else lambda *_: None
+        stop.leave = lambda reason: roster.leave(command.PREEMPTED, reason)
         if is_main:
-            held = lease.Lease.take(workdir, roster.run_id, log)
+            held = lease.Lease(workdir, roster.run_id)
             at_exit.callback(held.release)
             roster.at_leave(held.release)
-        stop.leave = lambda reason: roster.leave(command.PREEMPTED, reason)
+            held.take(log)
         with roster.untimed("opening the corpus"):
             corpus = open_corpus(config, log)
         roster.check_same("corpus", corpus.fingerprint)

@@ -24,7 +24,8 @@ if sys.argv[3:]:
         raise OSError(38, "Function not implemented")
     lease.fcntl.flock = flock
 try:
-    held = lease.Lease.take(Path(sys.argv[1]), sys.argv[2], print, stale=1.0)
+    held = lease.Lease(Path(sys.argv[1]), sys.argv[2])
+    held.take(print, stale=1.0)
 except UserError as e:
     print("refused", e, flush=True)
 else:
@@ -58,7 +59,9 @@ class Holder:
 
 def take(workdir: Path, name: str = "mine", stale: float = 0.5) -> tuple[lease.Lease, list[str]]:
     log: list[str] = []
-    return lease.Lease.take(workdir, name, log.append, stale), log
+    held = lease.Lease(workdir, name)
+    held.take(log.append, stale)
+    return held, log
 
 
 @pytest.mark.fault(29)
