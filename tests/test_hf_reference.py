@@ -1,6 +1,6 @@
 """Exported folders in torch and transformers, and real pretrained ones here: the same numbers.
 
-Needs tests/reference-requirements.txt, which nothing else does.
+Run by `bash launch/test.sh --references`.
 """
 
 import dataclasses

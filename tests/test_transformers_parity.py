@@ -1,6 +1,6 @@
 """The same numbers and gradients as Hugging Face transformers from the same weights, and the same parameter counts.
 
-Needs torch and transformers 5, which nothing else here does. Both sides compute in float32: what is left is rounding.
+Run by `bash launch/test.sh --references`. Both sides compute in float32: what is left is rounding.
 """
 
 import dataclasses
