@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 10_000
+    c.train.phases = ""  # other objectives from a step or share of the run on: `50%: objective.name=mlm, ...; 75%: ...`
     c.train.global_batch_size = 256  # B, rows per step over all devices
     c.train.microbatches = 1  # gradient accumulation: the batch is taken in this many parts
     c.train.reproducible = False  # the same parameters, bit for bit, on any number of devices; slower (README)
@@ -104,6 +105,21 @@ def get_config() -> ConfigDict:
     c.eval.batch_size = 256  # rows over all devices
     c.eval.max_rows = 0  # held-out rows used, spread evenly; 0: all
     c.eval.mask_rate = 0.15  # the same masks every time, from the seed
+
+    c.finetune = ConfigDict()  # of `evaluate --task=classification` and the like
+    c.finetune.method = "full"  # full: all weights; probe: a linear model on the pooled states, the encoder as it is
+    c.finetune.pooling = (
+        "cls"  # the state of [CLS] (cls) or of the last token (last; for clm), or the mean over the tokens (mean)
+    )
+    c.finetune.learning_rates = "2e-5,5e-5,1e-4"  # the best on the development set is used; a comma between
+    c.finetune.epochs = 3  # at most, see patience
+    c.finetune.patience = 2  # epochs without a better score that end a fine-tuning
+    c.finetune.batch_size = 32  # texts over all devices
+    c.finetune.seeds = 3  # fine-tunings with the best learning rate: their median and spread are reported
+    c.finetune.max_length = 128  # tokens; longer texts are cut, the longer of a pair first
+    c.finetune.dropout_rate = 0.1  # before the head
+    c.finetune.warmup_fraction = 0.06  # of all steps; then linearly to 0
+    c.finetune.weight_decay = 0.01  # on matrices and embeddings
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices that split the batch; -1: all that are left

@@ -131,8 +131,11 @@ def newest(path: str) -> tuple[epath.Path, dict[str, Any]]:
 
 
 def read_config(path: str) -> ConfigDict:
-    """The config stored in a checkpoint, with a mesh that fits whatever devices are here."""
-    config = config_lib.from_dict(newest(path)[1]["config"])
+    """The config of a checkpoint's last step, with a mesh that fits whatever devices are here."""
+    _, meta = newest(path)
+    config = config_lib.from_dict(meta["config"])
+    if config.train.get("phases"):
+        config = config_lib.from_dict(config_lib.build(config).at(max(meta["step"] - 1, 0)).to_dict())
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
     return config
 

@@ -105,7 +105,13 @@ def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]
             return config, rest
         from flax_mlm.checkpoint import read_config  # orbax is heavy, and not needed elsewhere in this file
 
-        return read_config(found), rest
+        stored = read_config(found).to_dict()
+        for name, default in _from_file(str(DEFAULT_CONFIG.parent / "base.py")).to_dict().items():
+            # One that was saved before a field existed has that field's default.
+            stored[name] = (
+                {**default, **stored.get(name, {})} if isinstance(default, dict) else stored.get(name, default)
+            )
+        return config_lib.from_dict(stored), rest
     return _from_file(str(DEFAULT_CONFIG) if found is None else found), rest
 
 
@@ -159,27 +165,5 @@ def _normalise(argv: list[str], fields: dict[str, tuple[type, bool]]) -> tuple[l
         if optional and text.lower() == "none":
             to_none.append(path)
         else:
-            result.append(f"--config.{path}={_checked(kind, path, text)}")
+            result.append(f"--config.{path}={config_lib.parse(kind, path, text)}")
     return result, to_none
-
-
-def _checked(kind: type, path: str, text: str) -> str:
-    """`text` as absl will accept it for a field of this type."""
-    try:
-        if kind is bool:
-            return {"true": "true", "yes": "true", "1": "true", "false": "false", "no": "false", "0": "false"}[
-                text.lower()
-            ]
-        if kind is float:
-            return repr(float(text))
-        if kind is int:
-            try:
-                return str(int(text))  # also 1_000_000
-            except ValueError:
-                if not float(text).is_integer():
-                    raise
-                return str(int(float(text)))  # 1e6
-    except (ValueError, KeyError, OverflowError):
-        wanted = {bool: "true or false", float: "a number", int: "a whole number"}[kind]
-        raise UserError(f"--config.{path} is '{text}'; it takes {wanted}") from None
-    return text

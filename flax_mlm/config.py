@@ -6,6 +6,7 @@
 
 import dataclasses
 import math
+import re
 import typing
 from typing import Any
 
@@ -103,6 +104,7 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int
+    phases: str
     global_batch_size: int
     microbatches: int
     reproducible: bool
@@ -121,6 +123,33 @@ class EvalConfig:
     batch_size: int
     max_rows: int
     mask_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    method: str
+    pooling: str
+    learning_rates: str
+    epochs: int
+    patience: int
+    batch_size: int
+    seeds: int
+    max_length: int
+    dropout_rate: float
+    warmup_fraction: float
+    weight_decay: float
+
+    def rates(self) -> list[float]:
+        """The learning rates to try. Raises UserError."""
+        try:
+            rates = [float(part) for part in self.learning_rates.split(",")]
+            if not all(0 < rate < 1 for rate in rates):
+                raise ValueError
+        except ValueError:
+            raise UserError(
+                f"finetune.learning_rates is '{self.learning_rates}'; it takes numbers such as 2e-5,5e-5"
+            ) from None
+        return rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +179,50 @@ class Config:
     optimizer: OptimizerConfig
     train: TrainConfig
     eval: EvalConfig
+    finetune: FinetuneConfig
     mesh: MeshConfig
     log: LogConfig
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, ready for JSON."""
         return dataclasses.asdict(self)
+
+    def phases(self) -> dict[int, "Config"]:
+        """First step -> config, of each part of the run (`train.phases`), ascending; from step 0 on this one.
+
+        Raises:
+          UserError: `train.phases` cannot be read, or asks for what cannot be.
+        """
+
+        def wrong(why: str) -> UserError:
+            example = "50%: objective.name=mlm, objective.mask_rate=0.3"
+            return UserError(f"train.phases: {why}; it takes FROM: field=value, ...; FROM: ... such as '{example}'")
+
+        total, types = self.train.steps, field_types()
+        now = dataclasses.replace(self, train=dataclasses.replace(self.train, phases=""))
+        found = {0: now}
+        for part in filter(str.strip, self.train.phases.split(";")):
+            match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)\s*:(.+)", part.strip())
+            if not match:
+                raise wrong(f"'{part.strip()}' is no phase")
+            start = round(float(match[1]) * (total / 100 if match[2] else 1))
+            if not max(found) < start < total:
+                raise wrong(f"'{part.strip()}' begins at step {start}, not between steps {max(found)} and {total}")
+            values: dict[str, Any] = {}
+            for change in match[3].split(","):
+                path, _, text = map(str.strip, change.partition("="))
+                if path not in types or not path.startswith("objective."):
+                    raise wrong(f"'{path}' is no field of objective")
+                kind, optional = types[path]
+                values[path.split(".")[1]] = None if optional and text == "none" else parse(kind, path, text)
+            now = dataclasses.replace(now, objective=dataclasses.replace(now.objective, **values))
+            _check(now)
+            found[start] = now
+        return found
+
+    def at(self, step: int) -> "Config":
+        """The config with which update number `step`, from 0, is made."""
+        return [config for start, config in self.phases().items() if start <= step][-1]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -189,6 +256,7 @@ def build(config_dict: ConfigDict) -> Config:
         raise UserError(f"config has an unknown section '{min(values)}'; see configs/base.py")
     config = Config(**sections)
     _check(config)
+    config.phases()
     return config
 
 
@@ -215,6 +283,30 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     return config
 
 
+def parse(kind: type, path: str, text: str) -> Any:
+    """A field's value from what the user wrote; also `1_000_000` and `1e6` for a whole number.
+
+    Raises:
+      UserError: it is none of this type.
+    """
+    try:
+        if kind is bool:
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+        if kind is float:
+            return float(text)
+        if kind is int:
+            try:
+                return int(text)
+            except ValueError:
+                if not float(text).is_integer():
+                    raise
+                return int(float(text))
+    except (ValueError, KeyError, OverflowError):
+        wanted = {bool: "true or false", float: "a number", int: "a whole number"}[kind]
+        raise UserError(f"--config.{path} is '{text}'; it takes {wanted}") from None
+    return text
+
+
 _CHOICES = {
     "data.packing": ("best_fit", "sequential"),
     "tokenizer.model_type": ("bpe", "unigram"),
@@ -225,6 +317,8 @@ _CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "objective.name": ("mlm", "clm"),
     "objective.masking": ("token", "whole_word", "span"),
+    "finetune.method": ("full", "probe"),
+    "finetune.pooling": ("cls", "mean", "last"),
     "optimizer.name": ("adamw", "lamb", "muon"),
     "optimizer.schedule": ("linear", "cosine", "wsd", "constant"),
     "optimizer.spike_action": ("none", "clip", "skip", "rewind"),
@@ -263,6 +357,12 @@ _AT_LEAST = {
     "train.stall_timeout": 0.0,
     "eval.batch_size": 1,
     "eval.max_rows": 0,
+    "finetune.epochs": 1,
+    "finetune.patience": 1,
+    "finetune.batch_size": 1,
+    "finetune.seeds": 1,
+    "finetune.max_length": 4,
+    "finetune.weight_decay": 0.0,
     "mesh.fsdp": 1,
     "mesh.tensor": 1,
 }
@@ -289,6 +389,8 @@ _BETWEEN = {
     "optimizer.eps": (0.0, 1.0, False, False),
     "optimizer.spike_threshold": (0.0, float("inf"), False, False),
     "eval.mask_rate": (0.0, 1.0, False, True),
+    "finetune.dropout_rate": (0.0, 1.0, True, False),
+    "finetune.warmup_fraction": (0.0, 1.0, True, True),
 }
 
 
@@ -323,6 +425,7 @@ def _check(c: Config) -> None:
         if not ok:
             raise UserError(message)
 
+    c.finetune.rates()
     m, t = c.model, c.train
     need(
         m.hidden_size % m.num_heads == 0,

@@ -2,8 +2,10 @@
 
 python -m flax_mlm.evaluate --checkpoint=runs/quickstart --task=mlm --json=result.json
 python -m flax_mlm.evaluate --checkpoint=runs/quickstart --task=minimal_pairs --data=blimp/
+python -m flax_mlm.evaluate --checkpoint=runs/quickstart --task=classification --train=sst2/train.tsv --dev=sst2/dev.tsv
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,31 @@ _CHECKPOINT = flags.DEFINE_string(
 _TASK = flags.DEFINE_enum(
     "task",
     "mlm",
-    ["mlm", "cloze", "minimal_pairs"],
+    ["mlm", "cloze", "minimal_pairs", "classification", "tagging"],
     "mlm: loss and accuracy on the held-out rows; cloze: ranks of the words that belong in a hole; minimal_pairs: is "
-    "the good sentence likelier than the bad one?",
+    "the good sentence likelier than the bad one? classification: fine-tuning for a label or number of a text or pair; "
+    "tagging: fine-tuning for tags of words",
 )
 _DATA = flags.DEFINE_string("data", "", "cloze: a file of lines `text with [MASK]<TAB>answer`; minimal_pairs: .jsonl")
+_MASK_RATES = flags.DEFINE_string(
+    "mask_rates", "0.05,0.15,0.3,0.5", "mlm: at these too; empty: none but eval.mask_rate"
+)
 _VARIANT = flags.DEFINE_enum(
     "variant", "within_word_l2r", ["original", "within_word_l2r"], "minimal_pairs: of the pseudo-log-likelihood"
+)
+_TRAIN = flags.DEFINE_string("train", "", "classification: a table, .jsonl or tfds:NAME:split; tagging: CoNLL format")
+_DEV = flags.DEFINE_string("dev", "", "to choose learning rate and epoch by; empty: a tenth of --train")
+_TEST = flags.DEFINE_string("test", "", "to be evaluated on; empty: --dev")
+_TEXT = flags.DEFINE_string(
+    "text", "", "classification: name of the column, or its number from 1 where none has a name"
+)
+_PAIR = flags.DEFINE_string("pair", "", "classification: column of the second text, where there is one")
+_LABEL = flags.DEFINE_string("label", "", "classification: column of the label")
+_METRIC = flags.DEFINE_enum(
+    "metric",
+    "accuracy",
+    ["accuracy", "f1", "matthews", "spearman", "pearson"],
+    "classification; the last two: regression",
 )
 _JSON = flags.DEFINE_string("json", "", "also write the result to this file")
 
@@ -38,7 +58,13 @@ def main(config: Config) -> None:
 
     from flax_mlm import metrics, trained
 
-    task = {"mlm": _mlm, "cloze": _cloze, "minimal_pairs": _minimal_pairs}[_TASK.value]
+    task = {
+        "mlm": _mlm,
+        "cloze": _cloze,
+        "minimal_pairs": _minimal_pairs,
+        "classification": _classification,
+        "tagging": _tagging,
+    }[_TASK.value]
     identity = {"--checkpoint": _CHECKPOINT.value, "--task": _TASK.value, **flatten(config.to_dict())}
     with processes.join(identity, config.train.stall_timeout) as roster:
         with roster.untimed("opening the checkpoint"):
@@ -62,16 +88,39 @@ Answer = tuple[dict[str, Any], list[str]]  # result, and as lines
 def _mlm(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm import sharding
     from flax_mlm.prepare import open_corpus
+    from flax_mlm.step import make_steps
     from flax_mlm.tasks import mlm
 
-    config = model.config
+    config, rates = model.config, _rates(_MASK_RATES.value)
     sharding.check_batch("eval.batch_size", config.eval.batch_size, model.mesh)
     with roster.untimed("opening the corpus"):
         corpus = open_corpus(config)
     if corpus.tokenizer().fingerprint != model.tokenizer.fingerprint:
         raise UserError(f"data.corpus: {corpus.path} was made with another tokenizer than {_CHECKPOINT.value}")
-    result = mlm.run(model, corpus, poll)
+    measured = mlm.measure(model, corpus, poll)
+    count_R, loss_R, *_ = measured.row_R4.T
+    result: dict[str, Any] = {
+        **mlm.summary(measured, corpus),
+        "by": mlm.breakdown(measured, model.tokenizer.starts_word),
+        "each_row": {"loss": loss_R.tolist(), "predicted_tokens": count_R.tolist()},
+    }
+    if config.objective.name == "mlm" and rates:
+        result["rates"] = {}
+        for rate in rates:
+            changed = dataclasses.replace(config, eval=dataclasses.replace(config.eval, mask_rate=rate))
+            steps = make_steps(changed, model.tokenizer.vocab_size, model.mesh)
+            result["rates"][f"{rate:g}"] = mlm.run(model._replace(config=changed, steps=steps), corpus, poll)
     return result, mlm.table(result, config.objective.name)
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",") if part.strip()]
+        if not all(0 < rate <= 1 for rate in rates):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--mask_rates is '{text}'; it takes shares such as 0.15,0.3") from None
+    return rates
 
 
 def _cloze(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
@@ -88,6 +137,34 @@ def _minimal_pairs(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
         raise UserError("--data is missing; name a .jsonl file of pairs, or a folder of such")
     result = minimal_pairs.run(model, minimal_pairs.read(_DATA.value), _VARIANT.value, poll)
     return result, minimal_pairs.table(result)
+
+
+def _classification(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
+    from flax_mlm.tasks import classification, labelled
+
+    def read(source: str) -> Any:
+        return labelled.read(source, _TEXT.value, _PAIR.value, _LABEL.value) if source else None
+
+    train, dev, test = map(read, _sources(roster))
+    result = classification.run(model, train, dev, test, _METRIC.value, print, poll)
+    return result, classification.table(result)
+
+
+def _tagging(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
+    from flax_mlm.tasks import classification, conll, tagging
+
+    train, dev, test = (conll.read(source) if source else None for source in _sources(roster))
+    assert train
+    result = tagging.run(model, train, dev, test, print, poll)
+    return result, classification.table(result)
+
+
+def _sources(roster: Any) -> tuple[str, str, str]:
+    if not _TRAIN.value:
+        raise UserError("--train is missing; name the file of labelled examples to fine-tune on")
+    if roster.count > 1:
+        raise UserError(f"--task={_TASK.value} runs in one process, on all its devices; there are {roster.count}")
+    return _TRAIN.value, _DEV.value, _TEST.value
 
 
 if __name__ == "__main__":

@@ -46,16 +46,17 @@ def peak_flops(mesh: Any) -> float | None:
 class Throughput:
     """Rates over the time since the last report."""
 
-    def __init__(self, step: int, total_steps: int, flops_per_step: float, peak: float | None):
-        self._total, self._flops, self._peak = total_steps, flops_per_step, peak
+    def __init__(self, step: int, total_steps: int, peak: float | None):
+        self._total, self._peak = total_steps, peak
         self._start(step)
 
     def _start(self, step: int) -> None:
-        self._step, self._since, self._tokens, self._waited = step, time.perf_counter(), 0.0, 0.0
+        self._step, self._since, self._tokens, self._flops, self._waited = step, time.perf_counter(), 0.0, 0.0, 0.0
 
-    def add(self, tokens: float) -> None:
-        """Counts a step's tokens, padding excluded."""
+    def add(self, tokens: float, flops: float) -> None:
+        """Counts a step: its tokens, padding excluded, and its model FLOPs."""
         self._tokens += tokens
+        self._flops += flops
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -81,7 +82,7 @@ class Throughput:
             "eta_seconds": per_step * (self._total - step),
         }
         if self._peak:
-            rates["mfu"] = self._flops / per_step / self._peak
+            rates["mfu"] = self._flops / elapsed / self._peak
         self._start(step)
         return rates
 

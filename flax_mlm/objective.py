@@ -13,12 +13,11 @@ from flax_mlm import masking, sharding
 from flax_mlm.config import ObjectiveConfig
 
 
-class Sums(NamedTuple):
-    """Sums over predicted tokens; float32 scalars, or one for each row."""
+class Scored(NamedTuple):
+    """How well each predicted token was said, float32 (B, K); 0 in slots that are not in use."""
 
-    loss: jax.Array  # nats
-    correct: jax.Array
-    predicted: jax.Array  # how many
+    loss_BK: jax.Array  # nats
+    correct_BK: jax.Array  # 1 where the likeliest piece is the right one
 
 
 def num_slots(objective: ObjectiveConfig, seq_len: int, largest_rate: float) -> int:
@@ -79,13 +78,12 @@ def log_probabilities(scores_BKV: jax.Array, labels_BK: jax.Array) -> jax.Array:
     return label_BK - jnp.log(jnp.exp(shifted_BKV).sum(-1))
 
 
-def row_sums(scores_BKV: jax.Array, labels_BK: jax.Array, weights_BK: jax.Array) -> Sums:
-    """Cross-entropy and accuracy of each row, as sums (B,) over its used slots."""
+def score(scores_BKV: jax.Array, labels_BK: jax.Array, weights_BK: jax.Array) -> Scored:
+    """Cross-entropy and accuracy of each slot in use."""
     ids_V = jax.lax.broadcasted_iota(jnp.int32, scores_BKV.shape, 2)
     is_best_BKV = scores_BKV == scores_BKV.max(-1, keepdims=True)
     best_BK = jnp.where(is_best_BKV, ids_V, scores_BKV.shape[-1]).min(-1)
-    return Sums(
-        loss=-(log_probabilities(scores_BKV, labels_BK) * weights_BK).sum(-1),
-        correct=jnp.where(best_BK == labels_BK, weights_BK, 0.0).sum(-1),
-        predicted=weights_BK.sum(-1),
+    return Scored(
+        loss_BK=-log_probabilities(scores_BKV, labels_BK) * weights_BK,
+        correct_BK=jnp.where(best_BK == labels_BK, weights_BK, 0.0),
     )

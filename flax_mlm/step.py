@@ -1,4 +1,4 @@
-"""The train state and the jitted steps. The only file that calls jax.jit."""
+"""The train state and the jitted steps. Beside finetune.py the only file that calls jax.jit."""
 
 import dataclasses
 from collections.abc import Callable
@@ -29,6 +29,15 @@ class TrainState(NamedTuple):
     running: spikes.Running
 
 
+class Answers(NamedTuple):
+    """What the model says of a batch's predicted tokens, whole on every device; K slots a row."""
+
+    scored: objective.Scored
+    weights_BK: jax.Array  # float32, 1 for a slot in use
+    labels_BK: jax.Array  # int32
+    positions_BK: jax.Array  # int32, of the predicted token in its segment
+
+
 class Steps(NamedTuple):
     """The jitted functions of one config on one mesh. Call them under `jax.set_mesh(mesh)`."""
 
@@ -37,7 +46,7 @@ class Steps(NamedTuple):
     init: Callable[[], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings of the state
     train: jax.stages.Wrapped  # (TrainState, Batch, Vocabulary) -> (TrainState, scalars by name); the state is donated
-    evaluate: Callable[[Any, Batch, masking.Vocabulary], tuple[objective.Sums, jax.Array]]  # of each row; stop?
+    evaluate: Callable[[Any, Batch, masking.Vocabulary], tuple["Answers", jax.Array]]  # and whether to stop
     fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see fingerprint.of
     score: Callable[[Any, jax.Array, jax.Array, masking.Vocabulary], jax.Array]  # of every piece, see `_score`
     score_labels: Callable[[Any, jax.Array, jax.Array, jax.Array, masking.Vocabulary], jax.Array]
@@ -79,10 +88,10 @@ def run_key(config: Config, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), ("init", "mask", "dropout", "eval").index(purpose))
 
 
-def _predict(config: Config, model: Model) -> Callable[..., objective.Sums]:
-    """(parameters, targets, dropout keys) -> sums for each row."""
+def _predict(config: Config, model: Model) -> Callable[..., objective.Scored]:
+    """(parameters, targets, dropout keys) -> how well each slot was predicted."""
 
-    def predict(params: Any, t: objective.Targets, dropout_keys_B: Any) -> objective.Sums:
+    def predict(params: Any, t: objective.Targets, dropout_keys_B: Any) -> objective.Scored:
         scores_BKV = model.apply(
             params,
             t.inputs_BL,
@@ -93,7 +102,7 @@ def _predict(config: Config, model: Model) -> Callable[..., objective.Sums]:
             dropout_keys_B=dropout_keys_B,
         )
         with jax.named_scope("loss"):
-            return objective.row_sums(scores_BKV, t.labels_BK, t.weights_BK)
+            return objective.score(scores_BKV, t.labels_BK, t.weights_BK)
 
     return predict
 
@@ -114,8 +123,8 @@ def _train_step(config: Config, model: Model, tx: optax.GradientTransformation, 
             dropout_keys_B = jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])
 
         def part_loss(params: Any, count: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
-            sums = predict(params, *part)
-            return sums.loss.sum() / count, sums.correct.sum() / count
+            scored = predict(params, *part)
+            return scored.loss_BK.sum(-1).sum() / count, scored.correct_BK.sum(-1).sum() / count
 
         gradient = jax.value_and_grad(part_loss, has_aux=True)
         parts = (targets, dropout_keys_B)
@@ -195,20 +204,25 @@ def _train_step(config: Config, model: Model, tx: optax.GradientTransformation, 
     return train_step
 
 
-def _eval_step(config: Config, model: Model) -> Callable[..., tuple[objective.Sums, jax.Array]]:
+def _eval_step(config: Config, model: Model) -> Callable[..., tuple[Answers, jax.Array]]:
     slots = objective.num_slots(config.objective, config.data.seq_len, config.eval.mask_rate)
     predict = _predict(config, model)
+    ahead = int(config.objective.name == "clm")  # a causal model stands before what it predicts
 
-    def eval_step(params: Any, batch: Batch, vocab: masking.Vocabulary) -> tuple[objective.Sums, jax.Array]:
+    def eval_step(params: Any, batch: Batch, vocab: masking.Vocabulary) -> tuple[Answers, jax.Array]:
         key, rate = run_key(config, "eval"), config.eval.mask_rate
         targets = objective.targets(config.objective, batch, key, vocab, rate, slots)
         if config.train.reproducible:
-            sums = sharding.by_groups(
+            scored = sharding.by_groups(
                 lambda params, part: predict(params, part, None), config.train.batch_groups, params, targets, add=False
             )
         else:
-            sums = predict(params, targets, None)
-        return sharding.replicate(sums), batch["stop"].any()
+            scored = predict(params, targets, None)
+        positions_BK = sharding.per_row(
+            lambda t: jnp.take_along_axis(t.positions_BL, t.predict_BK, axis=1) + ahead, targets
+        )
+        answers = Answers(scored, targets.weights_BK, targets.labels_BK, positions_BK)
+        return sharding.replicate(answers), batch["stop"].any()
 
     return eval_step
 

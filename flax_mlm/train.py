@@ -8,6 +8,7 @@ The same line starts a run, continues one that was killed, and says of a finishe
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -32,7 +33,7 @@ _FREE = (
     *("data.cache_dir", "data.num_workers", "model.scan_layers", "model.remat", "train.microbatches"),
     *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_last", "train.keep_every"),
     *("train.max_failed_saves", "train.stall_timeout"),
-    *("eval.", "mesh.", "log."),
+    *("eval.", "finetune.", "mesh.", "log."),
 )
 _ADVICE = "Try a lower optimizer.learning_rate"
 
@@ -80,7 +81,10 @@ def train(config: Config, workdir: Path) -> int:
         tokenizer = corpus.tokenizer()
 
         # The model and its optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.
-        steps = make_steps(config, corpus.vocab_size, mesh)
+        # Phases differ in their objective alone.
+        phases = config.phases()
+        steps_of = {begin: make_steps(phase, corpus.vocab_size, mesh) for begin, phase in phases.items()}
+        steps = steps_of[0]
 
         def new_state() -> TrainState:
             return start.state(config, steps, tokenizer, log) if config.init_from else steps.init()
@@ -91,22 +95,38 @@ def train(config: Config, workdir: Path) -> int:
         with roster.untimed("restoring"):
             state = checkpoints.restore_latest(steps.abstract, log) or new_state()
         step, total = int(state.step), config.train.steps
+
+        def phase_at(step: int) -> int:
+            """The first step of the phase that update number `step` belongs to."""
+            return max(begin for begin in phases if begin <= step)
+
+        def trained_at(step: int) -> Trained:
+            """The model after `step` updates, with the objective of the last of them."""
+            last = phase_at(max(step - 1, 0))
+            return Trained(phases[last], mesh, steps_of[last], state.params, tokenizer, vocab)
+
+        @functools.cache
+        def program(begin: int) -> jax.stages.Compiled:
+            """The compiled step of the phase that begins there."""
+            with roster.untimed("compiling"):
+                rows = sharding.abstract_batch(config.train.global_batch_size, corpus.seq_len, mesh)
+                return steps_of[begin].train.lower(steps.abstract, rows, vocab).compile()
+
         result_file = workdir / "result.json"
         if step == total and result_file.exists():
             if is_main:
                 print(f"this run is finished: {total} steps are done")
-                finished = Trained(config, mesh, steps, state.params, tokenizer, vocab)
-                print_summary(workdir, finished, json.loads(result_file.read_text()))
+                print_summary(workdir, trained_at(step), json.loads(result_file.read_text()))
             return 0
-        with roster.untimed("compiling"):
-            rows = sharding.abstract_batch(config.train.global_batch_size, corpus.seq_len, mesh)
-            train_step = steps.train.lower(steps.abstract, rows, vocab).compile()
+        for begin in phases:
+            if begin >= phase_at(step):
+                program(begin)  # all that are to come, so that one that does not compile or fit is known now
         if is_main:
             result_file.unlink(missing_ok=True)
-            print_banner(config, corpus, mesh, steps, train_step.memory_analysis())
+            print_banner(config, corpus, mesh, steps, program(phase_at(step)).memory_analysis())
             writers = metrics.Writers(workdir, config, step)
             at_exit.callback(writers.close)
-        speed = metrics.Throughput(step, total, steps.flops, metrics.peak_flops(mesh))
+        speed = metrics.Throughput(step, total, metrics.peak_flops(mesh))
 
         def batches_from(state: TrainState) -> Generator[dict[str, Any]]:
             """A function of (corpus, seed, step), so that there is no position to restore."""
@@ -123,7 +143,7 @@ def train(config: Config, workdir: Path) -> int:
         def read(step: int, values: dict[str, jax.Array]) -> dict[str, float]:
             """Takes a step's numbers from the devices, and logs them when it is time."""
             host = {name: float(value) for name, value in jax.device_get(values).items()}
-            speed.add(host["tokens"])
+            speed.add(host["tokens"], steps_of[phase_at(step - 1)].flops)
             if is_main and (step % config.train.log_every == 0 or step == total):
                 line = {name: value for name, value in host.items() if name != "stop"} | speed.report(step)
                 print(metrics.train_line(step, total, line), flush=True)
@@ -180,12 +200,12 @@ def train(config: Config, workdir: Path) -> int:
             while step < total:
                 if is_multiple(step, config.train.eval_every):
                     with speed.paused():
-                        evaluate(Trained(config, mesh, steps, state.params, tokenizer, vocab))
+                        evaluate(trained_at(step))
                 roster.progress("waiting for a batch", step)
                 with speed.waiting():
                     batch = sharding.global_batch(next(batches), mesh, stop.requested)
                 roster.progress("training", step)
-                state, values = train_step(state, batch, vocab)
+                state, values = program(phase_at(step))(state, batch, vocab)
                 if jax.default_backend() == "cpu":
                     jax.block_until_ready(values)  # simulated devices deadlock when steps queue up
                 seen = read(*unread) if unread else dict.fromkeys(values, 0.0)
@@ -219,11 +239,10 @@ def train(config: Config, workdir: Path) -> int:
         checkpoints.close()
 
         with roster.untimed("evaluating"):
-            trained = Trained(config, mesh, steps, state.params, tokenizer, vocab)
-            result = evaluate(trained)
+            result = evaluate(trained_at(step))
         if is_main:
             metrics.write_json(result_file, result)
-            print_summary(workdir, trained, result)
+            print_summary(workdir, trained_at(step), result)
     return 0
 
 
@@ -276,8 +295,10 @@ def print_banner(config: Config, corpus: Any, mesh: Any, steps: Any, memory: Any
     )
     print(f"corpus      {corpus.path} ({corpus.source})")
     print(f"            {rows:,} rows of {corpus.seq_len}, {tokens:,} tokens, vocabulary {corpus.vocab_size:,}")
+    first, *others = config.phases().items()
+    objectives = [first[1].objective.name, *(f"then from step {i:,} {c.objective.name}" for i, c in others)]
     print(
-        f"run         {config.objective.name}, {total:,} steps of {batch} rows = {batch * total * tokens / rows:,.0f} "
+        f"run         {', '.join(objectives)}, {total:,} steps of {batch} rows = {batch * total * tokens / rows:,.0f} "
         f"tokens ({batch * total / rows:.1f} epochs), {config.optimizer.name}",
         flush=True,
     )

@@ -94,7 +94,7 @@ class Toy:
     def run(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         """Runs `python -m flax_mlm.COMMAND` to its end."""
         process = self.start(command, *arguments, devices=devices, cwd=cwd)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

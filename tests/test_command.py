@@ -54,6 +54,14 @@ def refused(toy, tmp_path):
         (["--config.data.seq_len=4096"], "data.seq_len is 4096, longer than model.max_positions, 512"),
         (["--config.model.num_heads=3"], "must be divisible by model.num_heads, 3"),
         (["--config.train.microbatches=7"], "it must be divisible by train.microbatches, 7"),
+        (["--config.train.phases=50%"], "train.phases: '50%' is no phase; it takes FROM: field=value"),
+        (["--config.train.phases=half: objective.name=mlm"], "'half: objective.name=mlm' is no phase"),
+        (["--config.train.phases=50%: name=mlm"], "'name' is no field of objective"),
+        (["--config.train.phases=50%: optimizer.name=adamw"], "'optimizer.name' is no field of objective"),
+        (["--config.train.phases=50%: objective.name=both"], "objective.name is 'both'; it can be mlm, clm"),
+        (["--config.train.phases=50%: objective.mask_rate=much"], "objective.mask_rate is 'much'; it takes a number"),
+        (["--config.train.phases=600: objective.name=clm; 50%: objective.name=mlm"], "not between steps 600 and 1200"),
+        (["--config.train.phases=100%: objective.name=clm"], "begins at step 1200, not between steps 0"),
         (["--stpes=5"], "Unknown command line flag 'stpes'"),
         (["stray"], "unexpected argument 'stray'"),
         (["--config=nowhere.py"], "no file 'nowhere.py'"),
@@ -211,6 +219,23 @@ def test_a_checkpoint_gives_its_config(toy, trained_run):
     config = json.loads(done.stdout)
     assert config["eval"]["max_rows"] == 7
     assert config["model"] == json.loads((trained_run / "config.json").read_text())["model"]
+
+
+def test_a_checkpoint_older_than_a_field_has_its_default(toy, trained_run, tmp_path):
+    from flax_mlm import checkpoint
+
+    folder = tmp_path / "old"
+    shutil.copytree(trained_run / "checkpoints" / "300", folder)
+    file = folder / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    del meta["config"]["finetune"], meta["config"]["train"]["phases"]
+    meta["sha256"] = checkpoint._digest(meta)
+    file.write_text(json.dumps(meta))
+    done = toy.run("evaluate", f"--checkpoint={folder}", "--print_config")
+    assert done.returncode == 0, done.stderr
+    found, defaults = json.loads(done.stdout), config_lib.build(base.get_config()).to_dict()
+    assert found["finetune"] == defaults["finetune"] and found["train"]["phases"] == ""
+    assert found["model"]["hidden_size"] == 32
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

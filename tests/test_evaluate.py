@@ -1,8 +1,10 @@
 """Evaluation: the same numbers every time and everywhere, and the numbers that NumPy finds."""
 
+import collections
 import json
 import math
 import shutil
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -48,6 +50,11 @@ def held_out_tokens(corpus: Corpus, model: trained.Trained) -> np.ndarray:
     return rows.read(np.arange(rows.num_rows))
 
 
+def flat(result: dict) -> dict:
+    """What `mlm.run` returns, of what the command writes."""
+    return {name: value for name, value in result.items() if name not in ("by", "each_row", "rates")}
+
+
 def test_the_command_from_the_checkpoint_alone_twice(toy, trained_run, result, tmp_path):
     """Moved elsewhere, without the run's other files; on one device where the run's result was taken on one too."""
     moved = tmp_path / "moved" / "300"
@@ -58,7 +65,7 @@ def test_the_command_from_the_checkpoint_alone_twice(toy, trained_run, result, t
         assert (done.returncode, done.stderr) == (0, "")
         outputs.append((done.stdout, (tmp_path / name).read_text()))
     assert outputs[0] == outputs[1]
-    found = json.loads(outputs[0][1])
+    found = flat(json.loads(outputs[0][1]))
     assert found == json.loads((trained_run / "result.json").read_text())
     assert f"{found['loss']:.4f} ± {found['loss_stderr']:.4f}" in outputs[0][0]
     # 8 devices say the same as one.
@@ -69,7 +76,7 @@ def test_the_command_from_the_checkpoint_alone_twice(toy, trained_run, result, t
 def test_the_command_on_eight_devices(toy, trained_run, result, tmp_path):
     done = toy.run("evaluate", f"--checkpoint={trained_run}@300", f"--json={tmp_path / 'x'}", devices=8)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "x").read_text()) == pytest.approx(result, rel=1e-5)
+    assert flat(json.loads((tmp_path / "x").read_text())) == pytest.approx(result, rel=1e-5)
     older = toy.run("evaluate", f"--checkpoint={trained_run}@200")
     assert older.returncode == 0 and older.stdout != done.stdout
 
@@ -101,8 +108,8 @@ def sums_of_each_row(model: trained.Trained, corpus: Corpus) -> np.ndarray:
         row_ids = np.stack([np.zeros(8), number], 1).astype(np.uint32)
         batch = sharding.global_batch({"tokens": tokens_RL[number], "row_ids": row_ids}, model.mesh)
         with jax.set_mesh(model.mesh):
-            sums, _ = jax.device_get(model.steps.evaluate(model.params, batch, model.vocab))
-            found.append(np.stack(sums, 1))
+            answers, _ = jax.device_get(model.steps.evaluate(model.params, batch, model.vocab))
+            found.append(np.stack([x.sum(1) for x in (*answers.scored, answers.weights_BK)], 1))
     return np.concatenate(found)[: len(tokens_RL)].astype(np.float64)
 
 
@@ -141,6 +148,61 @@ def test_the_table_says_what_the_numbers_say(result):
         assert f"{result[name]:.4f}" in text
     assert f"over {result['predicted_tokens']:,} predicted tokens in {result['rows']:,} rows" in text
     assert "next-token" in "\n".join(mlm.table(result, "clm"))
+
+
+def test_breakdowns_add_up_to_the_whole(model, corpus, result):
+    with jax.set_mesh(model.mesh):
+        measured = mlm.measure(model, corpus, lambda: False)
+    by = mlm.breakdown(measured, model.tokenizer.starts_word)
+    assert set(by) == {"frequency", "word", "position"}
+    for groups in by.values():
+        counts = [g["predicted_tokens"] for g in groups.values()]
+        assert sum(counts) == result["predicted_tokens"]
+        for name in ("loss", "accuracy"):
+            assert np.dot(counts, [g[name] for g in groups.values()]) / sum(counts) == pytest.approx(result[name])
+    # The frequent ones are known best; and each group's numbers are those of its own tokens.
+    tokens_RL = held_out_tokens(corpus, model)
+    frequent = np.argsort(-np.bincount(tokens_RL[~model.tokenizer.is_special[tokens_RL]]))[:100]
+    of_frequent_4 = measured.token_V4[frequent].sum(0)
+    assert by["frequency"]["rank 1 to 100"]["predicted_tokens"] == of_frequent_4[0]
+    assert by["frequency"]["rank 1 to 100"]["loss"] == pytest.approx(of_frequent_4[1] / of_frequent_4[0])
+    starts = measured.token_V4[np.flatnonzero(model.tokenizer.starts_word)].sum(0)
+    assert by["word"]["starts a word"]["accuracy"] == pytest.approx(starts[3] / starts[0])
+    assert measured.position_L4[0, 0] == 0, "[CLS] is never predicted"
+
+
+def test_positions_are_those_of_what_is_predicted(model, corpus):
+    """With clm every token but [CLS] is predicted once, at its own place."""
+    c = config_lib.from_dict(model.config.to_dict())
+    c.objective.name = "clm"
+    config = config_lib.build(c)
+    with jax.set_mesh(model.mesh):
+        steps = make_steps(config, corpus.vocab_size, model.mesh)
+        causal = model._replace(config=config, steps=steps)
+        measured = mlm.measure(causal, corpus, lambda: False)
+    tokens_RL = held_out_tokens(corpus, model)
+    expected: collections.Counter[int] = collections.Counter()
+    for row in tokens_RL[tokens_RL.any(1)]:
+        starts = [*np.flatnonzero(row == model.tokenizer.cls_id), int((row != model.tokenizer.pad_id).sum())]
+        for begin, end in pairwise(starts):
+            expected.update(range(1, end - begin))
+    assert {i: n for i, n in enumerate(measured.position_L4[:, 0].astype(int)) if n} == expected
+
+
+def test_mask_rates(toy, trained_run, tmp_path):
+    line = f"--checkpoint={trained_run}", "--mask_rates=0.15,0.5", f"--json={tmp_path / 'x'}"
+    done = toy.run("evaluate", *line)
+    found = json.loads((tmp_path / "x").read_text())
+    assert found["rates"]["0.15"] == flat(found), "the same masks at the same rate"
+    assert found["rates"]["0.5"]["predicted_tokens"] > 3 * found["predicted_tokens"]
+    assert found["rates"]["0.5"]["loss"] > found["loss"]
+    assert "by mask rate:\n    15%  loss" in done.stdout and "by place in the word:" in done.stdout
+    for rates in ("0", "1.5", "much"):
+        done = toy.run("evaluate", f"--checkpoint={trained_run}", f"--mask_rates={rates}")
+        assert (done.returncode, done.stderr) == (
+            2,
+            f"error: --mask_rates is '{rates}'; it takes shares such as 0.15,0.3\n",
+        )
 
 
 def test_an_untrained_model_is_no_better_than_the_vocabulary(toy, corpus):

@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import base, bert_base, bert_large, modernbert_base, modernbert_large, quickstart, small
+from configs import base, bert_base, bert_large, modernbert_base, modernbert_large, objectives, quickstart, small
 from flax_mlm import config as config_lib
 from flax_mlm import sharding
 from flax_mlm.model import heads
 
 FOLDER = Path(__file__).parent / "golden"
-CONFIGS = [base, quickstart, small, bert_base, bert_large, modernbert_base, modernbert_large]
+CONFIGS = [base, quickstart, small, objectives, bert_base, bert_large, modernbert_base, modernbert_large]
 BY_NAME = pytest.mark.parametrize("module", CONFIGS, ids=lambda m: m.__name__.split(".")[-1])
 
 

@@ -111,9 +111,9 @@ def test_flops_of_bert_base_are_six_per_parameter_and_token_plus_attention_and_h
 
 
 def test_throughput_leaves_out_pauses():
-    speed = metrics.Throughput(0, 100, 1e9, 1e12)
+    speed = metrics.Throughput(0, 100, 1e12)
     for _ in range(10):
-        speed.add(1000)
+        speed.add(1000, 1e9)
     with speed.paused():
         time.sleep(0.2)
     with speed.waiting():

@@ -62,8 +62,8 @@ def train(mesh_shape: tuple[int, int, int], overrides: tuple = (), num_steps: in
                 state, metrics = steps.train(state, sharding.global_batch(host_batch(i), mesh), vocabulary())
             jax.block_until_ready(state)
             history.append({k: float(v) for k, v in metrics.items()})
-        sums, _ = steps.evaluate(state.params, sharding.global_batch(host_batch(0), mesh), vocabulary())
-        return history, state, jax.device_get(sums)
+        answers, _ = steps.evaluate(state.params, sharding.global_batch(host_batch(0), mesh), vocabulary())
+        return history, state, jax.device_get(answers)
 
 
 BERT = ()
@@ -77,13 +77,13 @@ LAMB = (("optimizer.name", "lamb"), ("objective.name", "clm"), ("model.scan_laye
     ids=["data-bert", "all-bert", "fsdp-muon", "all-muon", "tensor-lamb-clm"],
 )
 def test_every_mesh_trains_as_one_device(mesh, overrides):
-    expected, state, sums = train((1, 1, 1), overrides)
-    got, sharded, sharded_sums = train(mesh, overrides)
+    expected, state, answers = train((1, 1, 1), overrides)
+    got, sharded, sharded_answers = train(mesh, overrides)
     for a, b in zip(expected, got, strict=True):
         assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
     # Adam divides by the root of squares near 0 in the first steps, which enlarges rounding.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state.params, sharded.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), sums, sharded_sums)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), answers, sharded_answers)
 
 
 @pytest.mark.parametrize(("mesh", "parts"), [((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
@@ -100,13 +100,13 @@ REPRODUCIBLE = (("train.reproducible", True), ("optimizer.spike_action", "clip")
     ("overrides", "meshes"), [(BERT, ((8, 1, 1), (2, 4, 1))), (MUON, ((2, 4, 1),))], ids=["bert", "muon"]
 )
 def test_a_reproducible_run_has_the_same_bits_on_every_mesh(overrides, meshes):
-    expected, state, sums = train((1, 1, 1), (*overrides, *REPRODUCIBLE), 5)
+    expected, state, answers = train((1, 1, 1), (*overrides, *REPRODUCIBLE), 5)
     plain, _, _ = train((1, 1, 1), overrides)
     assert [m["loss"] for m in expected[:3]] == pytest.approx([m["loss"] for m in plain], rel=1e-5)
     for mesh in meshes:
-        got, other, other_sums = train(mesh, (*overrides, *REPRODUCIBLE), 5)
+        got, other, other_answers = train(mesh, (*overrides, *REPRODUCIBLE), 5)
         assert got == expected
-        jax.tree.map(np.testing.assert_array_equal, *jax.device_get(((state, sums), (other, other_sums))))
+        jax.tree.map(np.testing.assert_array_equal, *jax.device_get(((state, answers), (other, other_answers))))
 
 
 def test_any_process_can_stop_all():
@@ -187,12 +187,12 @@ def test_every_leaf_is_split_as_its_dimensions_say():
 
 
 def test_metrics_count_real_tokens_and_predictions():
-    (first, *_), _, sums = train((1, 1, 1))
+    (first, *_), _, answers = train((1, 1, 1))
     tokens = host_batch(0)["tokens"]
     maskable = (tokens > 4).sum(1)
     assert first["tokens"] == (tokens > 0).sum()
     assert first["predicted_tokens"] == np.maximum(1, np.floor(0.15 * maskable + 0.5)).sum()
-    np.testing.assert_array_equal(sums.predicted, np.maximum(1, np.floor(0.15 * maskable + 0.5)))
+    np.testing.assert_array_equal(answers.weights_BK.sum(1), np.maximum(1, np.floor(0.15 * maskable + 0.5)))
     assert first["loss"] == pytest.approx(np.log(V), abs=0.3)
     assert first["mask_rate"] == pytest.approx(0.15)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults.runs import arrays, finish, metrics_of
+from faults.runs import arrays, assert_same_run, finish, metrics_of
 
 from flax_mlm import checkpoint
 from flax_mlm import config as config_lib
@@ -72,3 +72,31 @@ def test_verify_resume_compares_whole_runs(toy, tmp_path):
     assert by_name["straight"] == by_name["killed"] and by_name["to 1x2"][0] == by_name["straight"][0]
     assert by_name["to 1x2"][1] != by_name["straight"][1], "not reproducible: the comparison would see it"
     assert "every promise is kept" in done.stdout
+
+
+PHASES = {"objective__name": "clm", "train__phases": "50%: objective.name=mlm, objective.mask_rate=0.3", **SHORT}
+
+
+def test_phases_follow_each_other_in_one_run(toy, tmp_path):
+    """Next token for half of the steps, then masks; each checkpoint knows what it was trained with."""
+    straight = tmp_path / "straight"
+    out = finish(toy, straight, *toy.flags(**PHASES, train__keep_every=10))
+    assert "run         clm, then from step 30 mlm, 60 steps" in out
+    for line in metrics_of(straight):  # about 26 of 32 tokens are ordinary
+        assert (line["predicted_tokens"] > 300) == (line["step"] <= 30), line
+    evaluated = {line["step"]: line["predicted_tokens"] for line in metrics_of(straight, "validation")}
+    assert evaluated[20] > 4 * evaluated[40], "the objective of the phase is what is evaluated"
+    names = {step: checkpoint.read_config(f"{straight}@{step}").objective.name for step in (20, 30, 40, 60)}
+    assert names == {20: "clm", 30: "clm", 40: "mlm", 60: "mlm"}
+    done = toy.run("evaluate", f"--checkpoint={straight}@30")
+    assert done.returncode == 0 and "held-out next-token loss" in done.stdout, done.stderr
+
+    # Killed before, at or after the change, it ends the same.
+    for step in (20, 30, 40):
+        workdir = shutil.copytree(straight, tmp_path / str(step))
+        for later in checkpoint.steps_in(workdir):
+            if later > step:
+                shutil.rmtree(workdir / "checkpoints" / str(later))
+        out = finish(toy, workdir, *toy.flags(**PHASES, train__keep_every=10))
+        assert f"restored step {step}" in out
+        assert_same_run(workdir, straight, STEPS)

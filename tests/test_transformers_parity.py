@@ -175,8 +175,8 @@ def test_gradients(family, with_types, layout, one_device):
     slots = jnp.asarray(labels, jnp.int32), jnp.asarray(chosen, jnp.float32)
 
     def loss(params):
-        sums = objective.row_sums(model.apply(params, *args, predict_BK=predict, **kwargs), *slots)
-        return sums.loss.sum() / sums.predicted.sum()
+        scored = objective.score(model.apply(params, *args, predict_BK=predict, **kwargs), *slots)
+        return scored.loss_BK.sum() / slots[1].sum()
 
     got = jax.jit(jax.grad(loss))(params)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +14,15 @@ from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.pipeline import eval_batches
 from flax_mlm.preemption import Stopped
 from flax_mlm.trained import Trained
+
+
+class Measured(NamedTuple):
+    """Sums over predicted tokens, float64. The four sums are: how many, loss (nats), loss squared, correct ones."""
+
+    row_R4: np.ndarray  # for each row
+    token_V4: np.ndarray  # for each piece that was to be predicted
+    position_L4: np.ndarray  # for each position in a segment
+    counts_V: np.ndarray  # int64, how often each piece is in the rows; 0 for special ones
 
 
 def run(trained: Trained, corpus: Corpus, poll: Callable[[], bool] = lambda: False) -> dict[str, float]:
@@ -31,30 +42,45 @@ def run(trained: Trained, corpus: Corpus, poll: Callable[[], bool] = lambda: Fal
       bits_per_byte (tokens of the held-out text × loss / its bytes), rows, predicted_tokens; and of the same
       rows' tokens unigram_entropy (nats) and majority_accuracy (always saying the most frequent token).
     """
+    return summary(measure(trained, corpus, poll), corpus)
+
+
+def measure(trained: Trained, corpus: Corpus, poll: Callable[[], bool]) -> Measured:
+    """As `run`, with the sums that its numbers, and those of `breakdown`, follow from."""
     config, mesh, vocab = trained.config, trained.mesh, trained.vocab
-    rows = corpus.split("validation")
-    sums, counts_V = [], np.zeros(corpus.vocab_size, np.int64)
+    is_special_V = np.asarray(vocab.is_special)
+    counts_V, token_V4 = np.zeros(len(is_special_V), np.int64), np.zeros((len(is_special_V), 4))
+    position_L4, row_R4 = np.zeros((corpus.seq_len, 4)), []
     for batch in eval_batches(
-        rows,
+        corpus.split("validation"),
         batch_size=config.eval.batch_size,
         max_rows=config.eval.max_rows,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     ):
-        counts_V += np.bincount(batch["tokens"].ravel(), minlength=corpus.vocab_size)
+        counts_V += np.bincount(batch["tokens"].ravel(), minlength=len(counts_V))
         del batch["valid"]  # rows that fill up the last batch are all padding and have nothing to predict
         global_batch = sharding.global_batch(batch, mesh, stop=poll())
-        batch_sums, stop = jax.device_get(trained.steps.evaluate(trained.params, global_batch, vocab))
+        answers, stop = jax.device_get(trained.steps.evaluate(trained.params, global_batch, vocab))
         if stop:
             raise Stopped
-        sums.append([np.asarray(x, np.float64) for x in batch_sums])
-    loss_R, correct_R, count_R = (np.concatenate(x) for x in zip(*sums, strict=True))
+        loss_BK = np.asarray(answers.scored.loss_BK, np.float64)
+        sums_BK4 = np.stack([answers.weights_BK, loss_BK, loss_BK**2, answers.scored.correct_BK], axis=-1)
+        row_R4.append(sums_BK4.sum(1))
+        used = answers.weights_BK > 0
+        np.add.at(token_V4, answers.labels_BK[used], sums_BK4[used])
+        np.add.at(position_L4, answers.positions_BK[used], sums_BK4[used])
     if jax.process_count() > 1:  # each has seen its own rows
         counts_V = np.asarray(multihost_utils.process_allgather(counts_V)).sum(0)
-    counts_V = counts_V[~np.asarray(vocab.is_special)]
-    total, tokens = count_R.sum(), counts_V.sum()
+    return Measured(np.concatenate(row_R4), token_V4, position_L4, np.where(is_special_V, 0, counts_V))
+
+
+def summary(measured: Measured, corpus: Corpus) -> dict[str, float]:
+    """What `run` returns."""
+    count_R, loss_R, _, correct_R = measured.row_R4.T
+    counts_V, total = measured.counts_V, count_R.sum()
     loss, accuracy = loss_R.sum() / total, correct_R.sum() / total
-    frequency_V = counts_V[counts_V > 0] / tokens
+    frequency_V = counts_V[counts_V > 0] / counts_V.sum()
     held_out = corpus.counts["validation"]
     return {
         "loss": loss,
@@ -70,10 +96,46 @@ def run(trained: Trained, corpus: Corpus, poll: Callable[[], bool] = lambda: Fal
     }
 
 
-def table(result: dict[str, float], objective: str = "mlm") -> list[str]:
-    """The result as lines for a person."""
+def breakdown(measured: Measured, starts_word_V: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
+    """Loss and accuracy by the frequency of the predicted piece (its rank in the held-out rows), by whether it starts
+    a word, and by its position in the segment.
+
+    Args:
+      starts_word_V: bool, for each piece.
+
+    Returns:
+      kind -> group -> predicted_tokens, loss, loss_stderr (over tokens) and accuracy; groups without tokens are left
+      out.
+    """
+    ranked, starts_V = np.argsort(-measured.counts_V, kind="stable")[: (measured.counts_V > 0).sum()], starts_word_V
+    groups: dict[str, dict[str, np.ndarray]] = {"frequency": {}, "word": {}, "position": {}}
+    for low, high in ((0, 100), (100, 1000), (1000, 10_000), (10_000, len(starts_V))):
+        groups["frequency"][f"rank {low + 1:,} to {high:,}"] = measured.token_V4[ranked[low:high]]
+    groups["word"] = {"starts a word": measured.token_V4[starts_V], "continues one": measured.token_V4[~starts_V]}
+    edges = [1, *(edge for edge in (8, 32, 128, 512, 2048) if edge < len(measured.position_L4))]
+    for low, high in pairwise([*edges, len(measured.position_L4)]):
+        groups["position"][f"token {low} to {high - 1}"] = measured.position_L4[low:high]
+    return {
+        kind: {name: _of_sums(sums.sum(0)) for name, sums in some.items() if sums[:, 0].sum()}
+        for kind, some in groups.items()
+    }
+
+
+def _of_sums(sums_4: np.ndarray) -> dict[str, float]:
+    count, loss, squared, correct = sums_4
+    variance = max(squared / count - (loss / count) ** 2, 0.0)
+    return {
+        "predicted_tokens": int(count),
+        "loss": loss / count,
+        "loss_stderr": math.sqrt(variance / count),
+        "accuracy": correct / count,
+    }
+
+
+def table(result: dict[str, Any], objective: str = "mlm") -> list[str]:
+    """The result as lines for a person; of `breakdown` and of other mask rates where they are in it."""
     what = "masked" if objective == "mlm" else "next"
-    return [
+    lines = [
         f"held-out {what}-token loss  {result['loss']:.4f} ± {result['loss_stderr']:.4f} nats"
         f"    unigram entropy    {result['unigram_entropy']:.4f}"
         f"    ({result['unigram_entropy'] - result['loss']:+.2f} nats better)",
@@ -83,4 +145,18 @@ def table(result: dict[str, float], objective: str = "mlm") -> list[str]:
         f"perplexity                 {result['perplexity']:.2f}",
         f"bits per byte              {result['bits_per_byte']:.3f}",
         f"over {result['predicted_tokens']:,} predicted tokens in {result['rows']:,} rows, each row once, fixed masks",
+    ]
+    for kind, groups in result.get("by", {}).items():
+        lines += [f"by {kind}:" if kind != "word" else "by place in the word:", *_rows(groups)]
+    if "rates" in result:
+        lines += ["by mask rate:", *_rows({f"{float(rate):.0%}": r for rate, r in result["rates"].items()})]
+    return lines
+
+
+def _rows(groups: dict[str, dict[str, float]]) -> list[str]:
+    width = max(map(len, groups))
+    return [
+        f"    {name:{width}}  loss {r['loss']:.4f} ± {r['loss_stderr']:.4f}  accuracy {r['accuracy']:.4f}  "
+        f"{r['predicted_tokens']:>9,} tokens"
+        for name, r in groups.items()
     ]

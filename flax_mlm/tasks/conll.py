@@ -1,0 +1,59 @@
+"""Tagged sentences in CoNLL format: a token a line, its tag in the last column, a blank line between sentences."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from flax_mlm.errors import UserError
+
+
+class Tagged(NamedTuple):
+    """N sentences: their words and the words' tags."""
+
+    words: list[list[str]]
+    tags: list[list[str]]
+
+
+def read(path: str) -> Tagged:
+    """Reads a file, and makes BIO of its tags.
+
+    IO, BIO (either kind) and BIOES are understood.
+
+    Raises:
+      UserError: it cannot be read, holds nothing, or a line is none; the message names it.
+    """
+    file = Path(path).expanduser()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as e:
+        raise UserError(f"{file} cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{file} is not UTF-8: {e}") from e
+    words: list[list[str]] = [[]]
+    tags: list[list[str]] = [[]]
+    for number, line in enumerate(lines, 1):
+        fields = line.split()
+        if not fields or fields[0] == "-DOCSTART-":
+            words.append([])
+            tags.append([])
+            continue
+        tag = fields[-1]
+        if len(fields) < 2 or not (tag == "O" or (tag[:2] in ("B-", "I-", "E-", "S-") and len(tag) > 2)):
+            raise UserError(f"{file}:{number} is '{line[:60]}'; it takes a token and a tag such as O, B-PER, I-PER")
+        words[-1].append(fields[0])
+        tags[-1].append(tag)
+    whole = [i for i, sentence in enumerate(words) if sentence]
+    if not whole:
+        raise UserError(f"{file} holds no tagged sentences")
+    return Tagged([words[i] for i in whole], [to_bio(tags[i]) for i in whole])
+
+
+def to_bio(tags: list[str]) -> list[str]:
+    """BIO2: every entity begins with B. An I that continues nothing of its kind begins one."""
+    result, before = [], "O"
+    for tag in tags:
+        if tag[0] in "IE" and before != "O" and before[2:] == tag[2:] and before[0] in "BI":
+            result.append(f"I-{tag[2:]}")
+        else:
+            result.append(tag if tag == "O" else f"B-{tag[2:]}")
+        before = tag if tag[0] != "E" and tag[0] != "S" else "O"
+    return result

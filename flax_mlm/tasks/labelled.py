@@ -1,0 +1,105 @@
+"""Labelled texts and pairs of texts from files: tables (tabs, or CSV), JSON lines, prepared TensorFlow Datasets."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax_mlm.errors import UserError
+
+_TEXT = ("sentence", "text", "sentence1", "premise", "question", "question1")
+_PAIR = ("sentence2", "hypothesis", "question2", "text2")
+_LABEL = ("label", "score", "labels")
+
+
+class Labelled(NamedTuple):
+    """N texts with their labels as they are written."""
+
+    texts: list[str]
+    pairs: list[str] | None  # the second text of each
+    labels: list[str]
+
+
+def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labelled:
+    """Reads a file, or `tfds:NAME[/config]:split`.
+
+    Args:
+      text, pair, label: names of the columns, or their numbers from 1 in a table without header; empty: the usual names
+        (`sentence`, `sentence1` and `sentence2`, `label` and the like).
+
+    Raises:
+      UserError: it cannot be read, holds nothing, or lacks a column; the message names the file and the line.
+    """
+    records = _tfds(source) if source.startswith("tfds:") else _file(Path(source).expanduser(), text or label)
+    if not records:
+        raise UserError(f"{source} holds no examples")
+    first = records[0][1]
+    columns = {
+        "text": text or next((name for name in _TEXT if name in first), ""),
+        "pair": pair or next((name for name in _PAIR if name in first), ""),
+        "label": label or next((name for name in _LABEL if name in first), ""),
+    }
+    for what in ("text", "label"):
+        if not columns[what]:
+            raise UserError(f"{source} has no column that is plainly the {what} ({_names(first)}); say --{what}=NAME")
+    found: dict[str, list[str]] = {what: [] for what, name in columns.items() if name}
+    for where, record in records:
+        for what, values in found.items():
+            value = record.get(columns[what])
+            if value is None or (what != "pair" and str(value).strip() == ""):
+                raise UserError(f"{where} has no {columns[what]} ({_names(record)})")
+            values.append(str(value))
+    return Labelled(found["text"], found.get("pair"), found["label"])
+
+
+def _names(record: dict[str, Any]) -> str:
+    return "it has " + ", ".join(map(str, record))
+
+
+def _file(file: Path, column: str) -> list[tuple[str, dict[str, Any]]]:
+    """(where it is, column -> value) of every line."""
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"{file} cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{file} is not UTF-8: {e}") from e
+    if file.suffix in (".jsonl", ".json"):
+        records = []
+        for number, line in enumerate(content.splitlines(), 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as e:
+                    raise UserError(f"{file}:{number} is not JSON: {e}") from e
+                if not isinstance(record, dict):
+                    raise UserError(f"{file}:{number} is not a JSON object")
+                records.append((f"{file}:{number}", record))
+        return records
+    has_tabs = "\t" in content.partition("\n")[0]
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if has_tabs else {}
+    csv.field_size_limit(1 << 24)
+    reader = csv.reader(io.StringIO(content), **dialect)
+    rows = [(f"{file}:{reader.line_num}", row) for row in reader if row]
+    if column.isdecimal():
+        header = [str(i) for i in range(1, max((len(row) for _, row in rows), default=0) + 1)]
+    else:
+        header = [name.strip() for name in rows.pop(0)[1]] if rows else []
+    return [(where, dict(zip(header, row, strict=False))) for where, row in rows]
+
+
+def _tfds(source: str) -> list[tuple[str, dict[str, Any]]]:
+    import tensorflow_datasets as tfds
+
+    name, _, split = source.removeprefix("tfds:").rpartition(":")
+    try:
+        found = tfds.load(name, split=split, download=False)
+    except Exception as e:  # of many kinds: not known, not prepared, no such split
+        said = (str(e).splitlines() or [""])[0]
+        raise UserError(f"'{source}' is not prepared here ({type(e).__name__}: {said}); write tfds:NAME:split") from e
+    records = []
+    for i, example in enumerate(tfds.as_numpy(found)):
+        plain = {k: v.decode() if isinstance(v, bytes) else v for k, v in example.items()}
+        records.append((f"{source}[{i}]", plain))
+    return records

@@ -1,0 +1,305 @@
+"""Fine-tuning for labels and tags: it learns what can be learned, its numbers are scikit-learn's and seqeval's, and bad
+files are named."""
+
+import dataclasses
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+from hypothesis import given
+from hypothesis import strategies as st
+from seqeval.metrics import f1_score
+from seqeval.scheme import IOB2, IOBES
+
+from flax_mlm import checkpoint, finetune, sharding, trained
+from flax_mlm import config as config_lib
+from flax_mlm.errors import UserError
+from flax_mlm.tasks import classification, conll, labelled, tagging
+
+SOON = {"epochs": 4, "seeds": 2, "learning_rates": "3e-3,1e-2", "batch_size": 16, "dropout_rate": 0.0, "max_length": 24}
+
+
+@pytest.fixture(scope="module")
+def model(trained_run) -> trained.Trained:
+    """On 8 devices, 4 × 2."""
+    c = checkpoint.read_config(str(trained_run))
+    c.mesh.data, c.mesh.fsdp = 4, 2
+    c.finetune.update(SOON)
+    return trained.restore(str(trained_run), config_lib.build(c))
+
+
+def sentences(toy, count: int, seed: int) -> list[tuple[str, str]]:
+    """(text, animal)"""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        animal = rng.choice(["dog", "cat", "bird"])
+        found.append((f"The {animal} {toy.animals[animal]} {rng.choice(['today', 'at night', 'all day'])}.", animal))
+    return found
+
+
+def as_labelled(rows: list[tuple[str, str]]) -> labelled.Labelled:
+    return labelled.Labelled([text for text, _ in rows], None, [label for _, label in rows])
+
+
+def quiet(*_):
+    return None
+
+
+@pytest.mark.parametrize("method", ["full", "probe"])
+def test_labels_are_learned(model, toy, method):
+    finetuned = dataclasses.replace(model.config.finetune, method=method, pooling="mean")
+    model = model._replace(config=dataclasses.replace(model.config, finetune=finetuned))
+    parts = [as_labelled(sentences(toy, n, seed)) for n, seed in ((120, 1), (40, 2), (40, 3))]
+    result = classification.run(model, *parts, "accuracy", quiet, quiet)
+    assert result["median"] == 1.0 and result["stderr"] == 0.0
+    assert result["examples"] == {"train": 120, "dev": 40, "test": 40}
+    assert result["predictions"] == result["labels"] == parts[2].labels
+    assert len(result["scores"]) == (2 if method == "full" else 1)
+    assert "median of" in classification.table(result)[0]
+    if method == "full":
+        again = classification.run(model, *parts, "accuracy", quiet, quiet)
+        assert again == result, "the same seed, the same result"
+
+
+def test_numbers_and_pairs_are_learned(model, toy):
+    """How alike are two sentences? 1 for the same animal, else 0."""
+    rng = random.Random(0)
+
+    def pairs(count: int, seed: int) -> labelled.Labelled:
+        a, b = sentences(toy, count, seed), sentences(toy, count, seed + 100)
+        b = [x if rng.random() < 0.5 else y for x, y in zip(a, b, strict=True)]
+        return labelled.Labelled(
+            [t for t, _ in a], [t for t, _ in b], [str(float(x == y)) for (_, x), (_, y) in zip(a, b, strict=True)]
+        )
+
+    result = classification.run(model, pairs(200, 1), None, None, "spearman", quiet, quiet)
+    assert result["examples"] == {"train": 180, "dev": 20, "test": 20}
+    assert set(result["dev_scores"]) == {"0.003", "0.01"} and -1 <= result["median"] <= 1
+    found, gold = np.array(result["predictions"]), np.array(result["labels"])
+    best = result["scores"].index(min(result["scores"], key=lambda s: abs(s - scipy.stats.spearmanr(gold, found)[0])))
+    assert result["scores"][best] == pytest.approx(scipy.stats.spearmanr(gold, found)[0])
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=50))
+def test_metrics_are_those_of_scikit_learn(rows):
+    gold, found = np.array(rows).T
+    assert classification.evaluate("accuracy", gold, found) == sklearn.metrics.accuracy_score(gold, found)
+    assert classification.evaluate("matthews", gold, found) == sklearn.metrics.matthews_corrcoef(gold, found)
+    expected = sklearn.metrics.f1_score(gold, found, zero_division=0.0)
+    assert classification.evaluate("f1", gold, found) == expected
+
+
+def test_batches_hold_every_example_once(model):
+    batches = list(finetune.epoch_batches([i % 7 + 1 for i in range(100)], 16, np.random.default_rng(0)))
+    assert all(len(batch) == 16 for batch in batches) and len({i for batch in batches for i in batch}) == 96
+    assert [sorted(set(b)) for b in finetune.epoch_batches([1, 1, 1], 16, np.random.default_rng(0))] == [[0, 1, 2]]
+
+
+def test_long_pairs_are_cut_at_their_longer_part(model):
+    rows = finetune.tokenised(model, ["dog " * 50, "dog", "dog " * 50], ["cat", "cat " * 50, "cat " * 49])
+    t = model.tokenizer
+    for tokens, types in zip(rows.tokens, rows.token_types, strict=True):
+        assert len(tokens) == len(types) == 24 and tokens[0] == t.cls_id and tokens.count(t.sep_id) == 2
+        assert types == [0] * (tokens.index(t.sep_id) + 1) + [1] * (23 - tokens.index(t.sep_id))
+    assert t.decode(rows.tokens[0]).endswith("cat") and t.decode(rows.tokens[1]).startswith("dog")
+    assert abs(sum(rows.token_types[2]) - 12) <= 1, "of two long ones each has a half"
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("a.tsv", 'sentence\tlabel\na "quoted\t1\nb\t0\n', {}),
+        ("a.csv", 'label,text\n1,"a ""quoted"\n0,b\n', {}),
+        ("a.csv", 'x\t1\t\ta "quoted\ny\t0\t*\tb\n', {"text": "4", "label": "2"}),
+        ("a.jsonl", '{"text": "a \\"quoted", "label": 1}\n\n{"text": "b", "label": 0}\n', {}),
+        ("a.jsonl", '{"s": "a \\"quoted", "y": 1}\n{"s": "b", "y": 0}', {"text": "s", "label": "y"}),
+    ],
+)
+def test_tables(tmp_path, name, content, columns):
+    (tmp_path / name).write_text(content)
+    assert labelled.read(str(tmp_path / name), **columns) == labelled.Labelled(['a "quoted', "b"], None, ["1", "0"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", None, "cannot be read: No such file"),
+        ("a.tsv", b"", "holds no examples"),
+        ("a.tsv", b"sentence\tlabel\n", "holds no examples"),
+        ("a.tsv", b"sentence\tscore_of\na\t1\n", "no column that is plainly the label .it has sentence, score_of"),
+        ("a.tsv", b"words\tlabel\na\t1\n", "no column that is plainly the text"),
+        ("a.tsv", b"sentence\tlabel\na\t1\nb\n", "a.tsv:3 has no label"),
+        ("a.tsv", b"sentence\tlabel\na\t1\n\t1\n", "a.tsv:3 has no sentence"),
+        ("a.tsv", b"sentence\tlabel\ncaf\xe9\t1\n", "is not UTF-8"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", b"[1]", "a.jsonl:1 is not a JSON object"),
+        ("a.jsonl", b'{"text": "a"}', "no column that is plainly the label"),
+    ],
+)
+def test_tables_that_will_not_do(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as e:
+        labelled.read(str(tmp_path / name))
+    assert "\n" not in str(e.value)
+
+
+def test_labels_that_will_not_do(model):
+    some = as_labelled([("the dog", "a"), ("the cat", "b")] * 8)
+    with pytest.raises(UserError, match="--test: label 'c' is not among those of the training set: a, b"):
+        classification.run(model, some, some, as_labelled([("x", "c")]), "accuracy", quiet, quiet)
+    with pytest.raises(UserError, match="--train: a label is no number"):
+        classification.run(model, some, some, None, "pearson", quiet, quiet)
+    with pytest.raises(UserError, match="all labels of the training set are 'a'"):
+        classification.run(model, as_labelled([("x", "a")] * 9), some, None, "accuracy", quiet, quiet)
+    for rates in ("", "fast", "0.1,2"):
+        c = config_lib.from_dict(model.config.to_dict())
+        c.finetune.learning_rates = rates
+        with pytest.raises(UserError, match=r"finetune.learning_rates is"):
+            config_lib.build(c)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_pooling(model, pooling):
+    """The state of the first or the last token, or the mean, of each text alone."""
+    config = dataclasses.replace(model.config, finetune=dataclasses.replace(model.config.finetune, pooling=pooling))
+    model = model._replace(config=config)
+    texts = finetune.tokenised(model, ["The dog barks.", "The cat sleeps near the river all day."] * 4)
+    found = finetune.predict(model, finetune.vectors(model), model.params, texts, quiet)
+    tokens, types = finetune.padded(model, texts)
+    with jax.set_mesh(model.mesh):
+        arrays = sharding.split_rows([tokens, types], model.mesh)
+        states_BLD = np.asarray(jax.jit(lambda a, b: finetune.encode(model, model.params, a, b))(*arrays))
+    for states_LD, vector, row in zip(states_BLD, found, texts.tokens, strict=True):
+        n = len(row)
+        expected = {"cls": states_LD[0], "last": states_LD[n - 1], "mean": states_LD[:n].mean(0)}[pooling]
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+
+
+def test_a_causal_model_is_not_asked_at_its_first_token(model):
+    causal = dataclasses.replace(model.config, objective=dataclasses.replace(model.config.objective, name="clm"))
+    model = model._replace(config=causal)
+    texts = finetune.tokenised(model, ["The dog barks."] * 8)
+    with pytest.raises(UserError, match=r"finetune.pooling is cls, a token that sees nothing in a causal model"):
+        finetune.predict(model, finetune.vectors(model), model.params, texts, quiet)
+
+
+# Tags
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("I-A I-A O I-B I-A", "B-A I-A O B-B B-A"),
+        ("B-A I-A B-A O", "B-A I-A B-A O"),
+        ("S-A B-B E-B S-A O B-A I-A E-A", "B-A B-B I-B B-A O B-A I-A I-A"),
+        ("O I-A B-A", "O B-A B-A"),
+    ],
+)
+def test_all_schemes_become_bio(tags, expected):
+    assert conll.to_bio(tags.split()) == expected.split()
+
+
+@given(st.lists(st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B"]), max_size=30))
+def test_bio_keeps_what_seqeval_counts(tags):
+    once = conll.to_bio(tags)
+    assert conll.to_bio(once) == once
+    if tags:
+        assert f1_score([tags], [once], zero_division=1) == 1.0
+
+
+def test_bioes_is_read_as_seqeval_reads_it():
+    tags = ["S-A", "O", "B-B", "I-B", "E-B", "B-A", "E-A", "S-B"]
+    bio = conll.to_bio(tags)
+    same = [IOBES, IOB2]
+    from seqeval.scheme import Entities
+
+    spans = [
+        {(e.start, e.end, e.tag) for e in Entities([sequence], scheme).entities[0]}
+        for sequence, scheme in zip((tags, bio), same, strict=True)
+    ]
+    assert spans[0] == spans[1] and len(spans[0]) == 4
+
+
+def write_conll(file, rows: list[tuple[list[str], list[str]]]) -> str:
+    file.write_text("\n\n".join("\n".join(f"{w} {t}" for w, t in zip(*row, strict=True)) for row in rows) + "\n")
+    return str(file)
+
+
+def tagged(toy, count: int, seed: int) -> list[tuple[list[str], list[str]]]:
+    rows = []
+    for text, animal in sentences(toy, count, seed):
+        words = text.split()
+        rows.append((words, ["B-" + animal.upper() if w == animal else "O" for w in words]))
+    return rows
+
+
+def test_tags_are_learned(model, toy, tmp_path):
+    names = ("train", "dev", "test")
+    parts = [
+        conll.read(write_conll(tmp_path / n, tagged(toy, 120 if n == "train" else 30, i))) for i, n in enumerate(names)
+    ]
+    result = tagging.run(model, *parts, quiet, quiet)
+    assert result["median"] == 1.0 and result["predictions"] == parts[2].tags
+    assert set(result["kinds"]) >= {"DOG", "CAT", "BIRD"}
+
+
+def test_long_sentences_are_split_and_joined(model):
+    words = ["dog", "cat", "The"] * 40
+    part = conll.Tagged([words, ["dog"]], [["B-A", "O", "O"] * 40, ["B-A"]])
+    rows = tagging.split(model, part, {"O": 0, "B-A": 1})
+    assert len(rows.texts) > 3 and all(len(tokens) <= 24 for tokens in rows.texts.tokens)
+    assert rows.sentences == sorted(rows.sentences)
+    firsts = [[label for label in labels if label >= 0] for labels in rows.labels]
+    assert [x for some in firsts[:-1] for x in some] == [1, 0, 0] * 40 and firsts[-1] == [1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"", "holds no tagged sentences"),
+        (b"dog\n", r"data:1 is 'dog'; it takes a token and a tag"),
+        (b"dog B-A\ncat X-A\n", "data:2 is 'cat X-A'"),
+        (b"dog B-\n", "data:1 is"),
+        (b"caf\xe9 O\n", "is not UTF-8"),
+    ],
+)
+def test_tag_files_that_will_not_do(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "data").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        conll.read(str(tmp_path / "data"))
+
+
+def test_unknown_tags(model, toy):
+    part = conll.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
+    other = conll.Tagged([["dog"]], [["B-C"]])
+    with pytest.raises(UserError, match="--test: tag B-C is not among those of the training set: B-A, O"):
+        tagging.run(model, part, part, other, quiet, quiet)
+
+
+# The command
+
+
+def test_the_commands(toy, trained_run, tmp_path):
+    rows = sentences(toy, 60, 1)
+    (tmp_path / "train.tsv").write_text("\n".join(["text\tlabel", *map("\t".join, rows)]))
+    settings = [f"--config.finetune.{k}={v}" for k, v in {**SOON, "learning_rates": "1e-2", "seeds": 1}.items()]
+    common = [f"--checkpoint={trained_run}", *settings, f"--json={tmp_path / 'r.json'}"]
+    done = toy.run("evaluate", *common, "--task=classification", f"--train={tmp_path / 'train.tsv'}")
+    assert done.returncode == 0 and done.stdout.startswith("learning rate 0.01: "), done
+    assert json.loads((tmp_path / "r.json").read_text())["metric"] == "accuracy"
+    write_conll(tmp_path / "tags", tagged(toy, 60, 1))
+    done = toy.run("evaluate", *common, "--task=tagging", f"--train={tmp_path / 'tags'}")
+    assert done.returncode == 0 and json.loads((tmp_path / "r.json").read_text())["metric"] == "f1", done
+    done = toy.run("evaluate", *common, "--task=tagging")
+    assert done.returncode == 2 and done.stderr.startswith("error: --train is missing"), done
