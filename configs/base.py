@@ -120,6 +120,9 @@ def get_config() -> ConfigDict:
     c.finetune.dropout_rate = 0.1  # before the head
     c.finetune.warmup_fraction = 0.06  # of all steps; then linearly to 0
     c.finetune.weight_decay = 0.01  # on matrices and embeddings
+    c.finetune.temperature = 0.05  # of the cosines that --task=retrieval learns from
+    c.finetune.hard_negatives = 0  # of each query in a batch, drawn from those that the file gives; it may have fewer
+    c.finetune.dimensions = ""  # `32,64`: the first so many of a vector are trained to do alone, too (Matryoshka)
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices that split the batch; -1: all that are left

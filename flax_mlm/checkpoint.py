@@ -11,6 +11,7 @@ step behind. What was damaged is kept, in `checkpoints/.quarantine`.
 
 import base64
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import logging
@@ -19,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -157,10 +158,7 @@ def make_meta(config: config_lib.Config, tokenizer: Any, corpus: Any) -> dict[st
     return {
         "format": _FORMAT,
         "config": config.to_dict(),
-        "tokenizer": {
-            "filename": tokenizer.filename,
-            "base64": base64.b64encode(tokenizer.content).decode(),
-        },
+        "tokenizer": _tokenizer_entry(tokenizer),
         "corpus": corpus.fingerprint,
         "text": {
             "name": corpus.manifest["source"]["name"],
@@ -211,6 +209,45 @@ def restore(checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, An
 
 def _shape(entry: list[Any] | None) -> str:
     return f"as {entry[0]} {tuple(entry[1])}" if entry else "not at all"
+
+
+class Encoder(NamedTuple):
+    """The weights of a model that goes on from no step, with the step of the run that they come from."""
+
+    params: Any
+    step: Any
+
+
+def save_encoder(workdir: Path, trained: Any, encoder: Any) -> None:
+    """Saves a fine-tuned encoder as a checkpoint, enough to evaluate, embed and export.
+
+    Args:
+      workdir: a new folder.
+      trained: the `trained.Trained` that it was fine-tuned from; its head is kept.
+      encoder: the new parameters.
+
+    Raises:
+      Failure: it cannot be written.
+    """
+    import jax.numpy as jnp
+
+    none = {"name": "", "licence": "", "documents": 0, "words": 0, "tokens": 0, "rows": 0}
+    meta = {
+        "format": _FORMAT,
+        "config": trained.config.to_dict(),
+        "tokenizer": _tokenizer_entry(trained.tokenizer),
+        "corpus": trained.meta.get("corpus", ""),
+        "text": trained.meta.get("text", none),
+    }
+    config = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, max_failed_saves=1))
+    step = trained.meta.get("step", 0)
+    checkpoints = Checkpoints(workdir, config, meta, trained.steps.fingerprint)
+    checkpoints.save(step, Encoder({"encoder": encoder, "head": trained.params["head"]}, jnp.int32(step)))
+    checkpoints.close()
+
+
+def _tokenizer_entry(tokenizer: Any) -> dict[str, str]:
+    return {"filename": tokenizer.filename, "base64": base64.b64encode(tokenizer.content).decode()}
 
 
 class Checkpoints:

@@ -138,6 +138,21 @@ class FinetuneConfig:
     dropout_rate: float
     warmup_fraction: float
     weight_decay: float
+    temperature: float
+    hard_negatives: int
+    dimensions: str
+
+    def sizes(self, hidden_size: int) -> list[int]:
+        """How many dimensions of a vector are trained to do alone, all of them last. Raises UserError."""
+        try:
+            sizes = [int(part) for part in self.dimensions.split(",") if part.strip()]
+            if not all(0 < size < hidden_size for size in sizes):
+                raise ValueError
+        except ValueError:
+            raise UserError(
+                f"finetune.dimensions is '{self.dimensions}'; it takes numbers below model.hidden_size, {hidden_size}"
+            ) from None
+        return [*sizes, hidden_size]
 
     def rates(self) -> list[float]:
         """The learning rates to try. Raises UserError."""
@@ -363,6 +378,7 @@ _AT_LEAST = {
     "finetune.seeds": 1,
     "finetune.max_length": 4,
     "finetune.weight_decay": 0.0,
+    "finetune.hard_negatives": 0,
     "mesh.fsdp": 1,
     "mesh.tensor": 1,
 }
@@ -391,6 +407,7 @@ _BETWEEN = {
     "eval.mask_rate": (0.0, 1.0, False, True),
     "finetune.dropout_rate": (0.0, 1.0, True, False),
     "finetune.warmup_fraction": (0.0, 1.0, True, True),
+    "finetune.temperature": (0.0, float("inf"), False, False),
 }
 
 
@@ -426,6 +443,7 @@ def _check(c: Config) -> None:
             raise UserError(message)
 
     c.finetune.rates()
+    c.finetune.sizes(c.model.hidden_size)
     m, t = c.model, c.train
     need(
         m.hidden_size % m.num_heads == 0,

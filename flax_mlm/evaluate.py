@@ -22,10 +22,10 @@ _CHECKPOINT = flags.DEFINE_string(
 _TASK = flags.DEFINE_enum(
     "task",
     "mlm",
-    ["mlm", "cloze", "minimal_pairs", "classification", "tagging"],
+    ["mlm", "cloze", "minimal_pairs", "classification", "tagging", "retrieval"],
     "mlm: loss and accuracy on the held-out rows; cloze: ranks of the words that belong in a hole; minimal_pairs: is "
     "the good sentence likelier than the bad one? classification: fine-tuning for a label or number of a text or pair; "
-    "tagging: fine-tuning for tags of words",
+    "tagging: fine-tuning for tags of words; retrieval: vectors for search, as they are or fine-tuned",
 )
 _DATA = flags.DEFINE_string("data", "", "cloze: a file of lines `text with [MASK]<TAB>answer`; minimal_pairs: .jsonl")
 _MASK_RATES = flags.DEFINE_string(
@@ -34,20 +34,26 @@ _MASK_RATES = flags.DEFINE_string(
 _VARIANT = flags.DEFINE_enum(
     "variant", "within_word_l2r", ["original", "within_word_l2r"], "minimal_pairs: of the pseudo-log-likelihood"
 )
-_TRAIN = flags.DEFINE_string("train", "", "classification: a table, .jsonl or tfds:NAME:split; tagging: CoNLL format")
-_DEV = flags.DEFINE_string("dev", "", "to choose learning rate and epoch by; empty: a tenth of --train")
-_TEST = flags.DEFINE_string("test", "", "to be evaluated on; empty: --dev")
-_TEXT = flags.DEFINE_string(
-    "text", "", "classification: name of the column, or its number from 1 where none has a name"
+_TRAIN = flags.DEFINE_string(
+    "train",
+    "",
+    "classification: a table, .jsonl or tfds:NAME:split; tagging: CoNLL format; retrieval: a file of pairs (query, "
+    "positive, negative) or of lines, or a BEIR folder; empty: no fine-tuning",
 )
-_PAIR = flags.DEFINE_string("pair", "", "classification: column of the second text, where there is one")
-_LABEL = flags.DEFINE_string("label", "", "classification: column of the label")
+_DEV = flags.DEFINE_string("dev", "", "to choose learning rate and epoch by; empty: a tenth of --train")
+_TEST = flags.DEFINE_string(
+    "test", "", "to be evaluated on; empty: --dev. retrieval: a BEIR folder, or pairs of sentences with scores"
+)
+_TEXT = flags.DEFINE_string("text", "", "name of the column of the text, or its number from 1 where none has a name")
+_PAIR = flags.DEFINE_string("pair", "", "column of the second text, where there is one")
+_LABEL = flags.DEFINE_string("label", "", "column of the label or score")
 _METRIC = flags.DEFINE_enum(
     "metric",
     "accuracy",
     ["accuracy", "f1", "matthews", "spearman", "pearson"],
     "classification; the last two: regression",
 )
+_SAVE = flags.DEFINE_string("save", "", "retrieval: keep the fine-tuned encoder in this folder, a --checkpoint again")
 _JSON = flags.DEFINE_string("json", "", "also write the result to this file")
 
 flags.adopt_module_key_flags(processes)
@@ -64,6 +70,7 @@ def main(config: Config) -> None:
         "minimal_pairs": _minimal_pairs,
         "classification": _classification,
         "tagging": _tagging,
+        "retrieval": _retrieval,
     }[_TASK.value]
     identity = {"--checkpoint": _CHECKPOINT.value, "--task": _TASK.value, **flatten(config.to_dict())}
     with processes.join(identity, config.train.stall_timeout) as roster:
@@ -79,7 +86,8 @@ def main(config: Config) -> None:
         if roster.index == 0:
             print("\n".join(table))
             if _JSON.value:
-                metrics.write_json(Path(_JSON.value), result)
+                about = {"task": _TASK.value, "objective": config.objective.name}
+                metrics.write_json(Path(_JSON.value), about | result)
 
 
 Answer = tuple[dict[str, Any], list[str]]  # result, and as lines
@@ -101,6 +109,7 @@ def _mlm(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     count_R, loss_R, *_ = measured.row_R4.T
     result: dict[str, Any] = {
         **mlm.summary(measured, corpus),
+        "corpus": corpus.fingerprint,
         "by": mlm.breakdown(measured, model.tokenizer.starts_word),
         "each_row": {"loss": loss_R.tolist(), "predicted_tokens": count_R.tolist()},
     }
@@ -140,12 +149,12 @@ def _minimal_pairs(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
 
 
 def _classification(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
-    from flax_mlm.tasks import classification, labelled
+    from flax_mlm.tasks import classification
 
-    def read(source: str) -> Any:
-        return labelled.read(source, _TEXT.value, _PAIR.value, _LABEL.value) if source else None
-
-    train, dev, test = map(read, _sources(roster))
+    _alone(roster)
+    train, dev, test = (_labelled(flag.value) if flag.value else None for flag in (_TRAIN, _DEV, _TEST))
+    if not train:
+        raise UserError("--train is missing; name the file of labelled examples to fine-tune on")
     result = classification.run(model, train, dev, test, _METRIC.value, print, poll)
     return result, classification.table(result)
 
@@ -153,18 +162,42 @@ def _classification(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer
 def _tagging(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm.tasks import classification, conll, tagging
 
-    train, dev, test = (conll.read(source) if source else None for source in _sources(roster))
-    assert train
+    _alone(roster)
+    train, dev, test = (conll.read(flag.value) if flag.value else None for flag in (_TRAIN, _DEV, _TEST))
+    if not train:
+        raise UserError("--train is missing; name the file of tagged sentences to fine-tune on")
     result = tagging.run(model, train, dev, test, print, poll)
     return result, classification.table(result)
 
 
-def _sources(roster: Any) -> tuple[str, str, str]:
-    if not _TRAIN.value:
-        raise UserError("--train is missing; name the file of labelled examples to fine-tune on")
+def _retrieval(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
+    from flax_mlm import checkpoint
+    from flax_mlm.tasks import retrieval
+
+    _alone(roster)
+    save = Path(_SAVE.value).expanduser()
+    if not _TEST.value:
+        raise UserError("--test is missing; name a BEIR folder, or a file of pairs of sentences with scores")
+    if _SAVE.value and (not _TRAIN.value or save.exists()):
+        raise UserError(f"--save: '{save}' exists" if save.exists() else "--save needs --train: there is nothing new")
+    train, dev = (retrieval.read_pairs(flag.value) if flag.value else None for flag in (_TRAIN, _DEV))
+    is_folder = Path(_TEST.value).expanduser().is_dir()
+    test = retrieval.read_benchmark(_TEST.value, "test") if is_folder else _labelled(_TEST.value)
+    result, params = retrieval.run(model, train, dev, test, print, poll)
+    if _SAVE.value:
+        checkpoint.save_encoder(save, model, params["encoder"])
+    return result, retrieval.table(result)
+
+
+def _labelled(source: str) -> Any:
+    from flax_mlm.tasks import labelled
+
+    return labelled.read(source, _TEXT.value, _PAIR.value, _LABEL.value)
+
+
+def _alone(roster: Any) -> None:
     if roster.count > 1:
         raise UserError(f"--task={_TASK.value} runs in one process, on all its devices; there are {roster.count}")
-    return _TRAIN.value, _DEV.value, _TEST.value
 
 
 if __name__ == "__main__":

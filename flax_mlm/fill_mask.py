@@ -8,6 +8,7 @@ from absl import flags
 
 from flax_mlm import command
 from flax_mlm.config import Config
+from flax_mlm.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, or a folder"
@@ -21,6 +22,8 @@ def main(config: Config) -> None:
     from flax_mlm import trained
     from flax_mlm.filler import Filler
 
+    if config.objective.name != "mlm":
+        raise UserError(f"this checkpoint was trained with objective {config.objective.name}; filling masks needs mlm")
     filler = Filler(trained.restore(_CHECKPOINT.value, config))
     text = _TEXT.value
     answers = [filler.targets(text, _TARGETS.value)] if _TARGETS.value else filler.top(text, _TOP_K.value)

@@ -13,11 +13,9 @@ EXAMPLES = (
 
 
 class Filler:
-    """Answers questions about masked texts with a trained model."""
+    """Answers questions about masked texts with a trained model. A causal one answers from what is left of a mask."""
 
     def __init__(self, trained):
-        if trained.config.objective.name != "mlm":
-            raise UserError("this checkpoint was trained with objective clm; filling masks needs mlm")
         self._trained = trained
 
     def ids(self, text: str) -> list[int]:
@@ -52,6 +50,8 @@ class Filler:
         with jax.set_mesh(t.mesh):
             scores = t.steps.score(t.params, tokens, predict, t.vocab)
         scores = np.array(scores[: len(rows), :, : t.tokenizer.vocab_size])
+        if t.config.objective.name == "clm":
+            scores = np.roll(scores, 1, axis=1)  # each place predicts the next one
         scores[:, :, t.tokenizer.is_special] = -np.inf
         return scores
 

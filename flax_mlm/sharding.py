@@ -162,6 +162,17 @@ def split_microbatches(x: jax.Array, microbatches: int) -> jax.Array:
     return jax.numpy.swapaxes(split, 0, 1)
 
 
+def merge_rows(tree: Any) -> Any:
+    """(B, G, ...) -> (B·G, ...), the groups of a device staying on it."""
+    spec = PartitionSpec(BATCH)
+    return jax.tree.map(lambda x: jax.lax.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), out_sharding=spec), tree)
+
+
+def unmerge_rows(x: jax.Array, size: int) -> jax.Array:
+    """(B·G, ...) -> (B, G, ...), the inverse of `merge_rows` for groups of `size`."""
+    return jax.lax.reshape(x, (x.shape[0] // size, size, *x.shape[1:]), out_sharding=PartitionSpec(BATCH))
+
+
 def without_axes(fn: Any, like: Any) -> Any:
     """`fn` traced with automatic sharding; its results are laid out as `like`. For code (Newton–Schulz) whose
     matmuls contract split dimensions."""

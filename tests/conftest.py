@@ -115,3 +115,13 @@ def trained_run(toy) -> Path:
     (toy.folder / "trained.log").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stderr
     return workdir
+
+
+@pytest.fixture(scope="session")
+def causal_run(toy) -> Path:
+    """The same for a causal model."""
+    workdir = toy.folder / "causal"
+    done = toy.run("train", f"--workdir={workdir}", *toy.flags(objective__name="clm", train__steps=40))
+    assert done.returncode == 0, done.stderr
+    assert "flax_mlm.fill_mask" not in done.stdout, "a causal model fills no masks"
+    return workdir

@@ -242,6 +242,12 @@ def tagged(toy, count: int, seed: int) -> list[tuple[list[str], list[str]]]:
     return rows
 
 
+@given(st.lists(st.lists(st.tuples(*[st.sampled_from(["O", "B-A", "I-A", "B-B"])] * 2), min_size=1), min_size=1))
+def test_entity_f1_from_counts_is_seqevals(rows):
+    gold, found = ([[pair[i] for pair in row] for row in rows] for i in (0, 1))
+    assert tagging.f1(tagging.counts(gold, found)) == pytest.approx(f1_score(gold, found, zero_division=0))
+
+
 def test_tags_are_learned(model, toy, tmp_path):
     names = ("train", "dev", "test")
     parts = [

@@ -5,6 +5,7 @@ Where no development set is given, a tenth of the training set becomes it. The m
 """
 
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -106,15 +107,20 @@ def _split(train: Labelled) -> tuple[Labelled, Labelled]:
 
 def _labels(part: Labelled, classes: list[str], name: str) -> np.ndarray:
     if not classes:
-        try:
-            return np.array([float(label) for label in part.labels], np.float32)
-        except ValueError as e:
-            raise UserError(f"--{name}: a label is no number ({e}); regression needs numbers") from e
+        return numbers(part, name)
     ids = {label: i for i, label in enumerate(classes)}
     if unknown := sorted(set(part.labels) - ids.keys()):
         known = ", ".join(classes[:8])
         raise UserError(f"--{name}: label '{unknown[0]}' is not among those of the training set: {known}")
     return np.array([ids[label] for label in part.labels], np.int32)
+
+
+def numbers(part: Labelled, name: str) -> np.ndarray:
+    """The labels as float32. Raises UserError, which calls the part by its name."""
+    try:
+        return np.array([float(label) for label in part.labels], np.float32)
+    except ValueError as e:
+        raise UserError(f"--{name}: a label is no number ({e}); regression needs numbers") from e
 
 
 def predictions(outputs: list[np.ndarray], is_number: bool) -> np.ndarray:
@@ -124,18 +130,20 @@ def predictions(outputs: list[np.ndarray], is_number: bool) -> np.ndarray:
 
 
 def evaluate(metric: str, labels: np.ndarray, found: np.ndarray) -> float:
-    """One of `METRICS`; F1 is that of the second of two classes, or the mean over classes when there are more."""
+    """One of `METRICS`; F1 is that of the second of two classes, or the mean over classes when there are more. Where a
+    correlation is not defined (all alike) it is 0."""
     import scipy.stats
     import sklearn.metrics
 
-    if metric in _REGRESSION:
-        correlation = scipy.stats.spearmanr if metric == "spearman" else scipy.stats.pearsonr
-        return float(np.nan_to_num(correlation(labels, found).statistic))
-    if metric == "f1":
-        average = "binary" if max(labels.max(), found.max()) < 2 else "macro"
-        return float(sklearn.metrics.f1_score(labels, found, average=average, zero_division=0.0))
-    function = {"accuracy": sklearn.metrics.accuracy_score, "matthews": sklearn.metrics.matthews_corrcoef}[metric]
-    return float(function(labels, found))
+    with warnings.catch_warnings(action="ignore"):  # of draws of the bootstrap that hold one label alone
+        if metric in _REGRESSION:
+            correlation = scipy.stats.spearmanr if metric == "spearman" else scipy.stats.pearsonr
+            return float(np.nan_to_num(correlation(labels, found).statistic))
+        if metric == "f1":
+            average = "binary" if max(labels.max(), found.max()) < 2 else "macro"
+            return float(sklearn.metrics.f1_score(labels, found, average=average, zero_division=0.0))
+        function = {"accuracy": sklearn.metrics.accuracy_score, "matthews": sklearn.metrics.matthews_corrcoef}[metric]
+        return float(function(labels, found))
 
 
 def bootstrap_stderr(metric: str, labels: np.ndarray, found: np.ndarray, draws: int = 200) -> float:

@@ -1,4 +1,5 @@
-"""Labelled texts and pairs of texts from files: tables (tabs, or CSV), JSON lines, prepared TensorFlow Datasets."""
+"""Labelled texts and pairs of texts from files: tables (tabs, or CSV), JSON lines, lines of text (.txt), prepared
+TensorFlow Datasets."""
 
 import csv
 import io
@@ -31,10 +32,8 @@ def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labell
     Raises:
       UserError: it cannot be read, holds nothing, or lacks a column; the message names the file and the line.
     """
-    records = _tfds(source) if source.startswith("tfds:") else _file(Path(source).expanduser(), text or label)
-    if not records:
-        raise UserError(f"{source} holds no examples")
-    first = records[0][1]
+    lines = records(source, numbered=(text or label).isdecimal())
+    first = lines[0][1]
     columns = {
         "text": text or next((name for name in _TEXT if name in first), ""),
         "pair": pair or next((name for name in _PAIR if name in first), ""),
@@ -44,7 +43,7 @@ def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labell
         if not columns[what]:
             raise UserError(f"{source} has no column that is plainly the {what} ({_names(first)}); say --{what}=NAME")
     found: dict[str, list[str]] = {what: [] for what, name in columns.items() if name}
-    for where, record in records:
+    for where, record in lines:
         for what, values in found.items():
             value = record.get(columns[what])
             if value is None or (what != "pair" and str(value).strip() == ""):
@@ -53,12 +52,26 @@ def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labell
     return Labelled(found["text"], found.get("pair"), found["label"])
 
 
+def records(source: str, numbered: bool = False) -> list[tuple[str, dict[str, Any]]]:
+    """(where it is, column -> value) of every line of a file, or of every example of a TensorFlow Dataset.
+
+    Args:
+      numbered: a table has no header; its columns are called 1, 2, 3 ...
+
+    Raises:
+      UserError: it cannot be read, or holds nothing.
+    """
+    found = _tfds(source) if source.startswith("tfds:") else _file(Path(source).expanduser(), numbered)
+    if not found:
+        raise UserError(f"{source} holds no examples")
+    return found
+
+
 def _names(record: dict[str, Any]) -> str:
     return "it has " + ", ".join(map(str, record))
 
 
-def _file(file: Path, column: str) -> list[tuple[str, dict[str, Any]]]:
-    """(where it is, column -> value) of every line."""
+def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
     try:
         content = file.read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -77,12 +90,14 @@ def _file(file: Path, column: str) -> list[tuple[str, dict[str, Any]]]:
                     raise UserError(f"{file}:{number} is not a JSON object")
                 records.append((f"{file}:{number}", record))
         return records
+    if file.suffix == ".txt":
+        return [(f"{file}:{i}", {"text": line}) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
     has_tabs = "\t" in content.partition("\n")[0]
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if has_tabs else {}
     csv.field_size_limit(1 << 24)
     reader = csv.reader(io.StringIO(content), **dialect)
     rows = [(f"{file}:{reader.line_num}", row) for row in reader if row]
-    if column.isdecimal():
+    if numbered:
         header = [str(i) for i in range(1, max((len(row) for _, row in rows), default=0) + 1)]
     else:
         header = [name.strip() for name in rows.pop(0)[1]] if rows else []

@@ -60,15 +60,16 @@ def run(trained: Trained, pairs: dict[str, list[Pair]], variant: str, poll: Call
       poll: called between paradigms.
 
     Returns:
-      accuracy and accuracy_stderr (over pairs), pairs; and `paradigms`: name -> the same three.
+      accuracy and accuracy_stderr (over pairs), pairs; and `paradigms`: name -> the same three, and `each` pair's.
     """
-    results, correct = {}, []
+    results: dict[str, Any] = {}
+    correct = []
     for name, some in pairs.items():
         poll()
         texts = [text for pair in some for text in pair]
         good, bad = likelihood.of_texts(trained, texts, variant).total_N.reshape(-1, 2).T
         right = (good > bad) + 0.5 * (good == bad)
-        results[name] = _summary(right)
+        results[name] = {**_summary(right), "each": right.tolist()}
         correct.append(right)
     return {**_summary(np.concatenate(correct)), "variant": variant, "paradigms": results}
 

@@ -1,0 +1,217 @@
+"""Command: checkpoints × tasks -> one table, with the differences and how sure they are.
+
+python -m flax_mlm.compare --checkpoints=masked=runs/mlm,causal=runs/clm --output=compared \\
+    --tasks='mlm; cloze; blimp=minimal_pairs --data=blimp/; cola=classification --train=cola.tsv --metric=matthews'
+
+Each pair is `python -m flax_mlm.evaluate` in a process of its own, and its result a file in --output: what is there
+already is not done again. Differences to the first checkpoint come with 95% intervals of a bootstrap over the examples
+that both have answered.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from flax_mlm import command
+from flax_mlm.config import Config
+from flax_mlm.errors import Failure, UserError
+
+_CHECKPOINTS = flags.DEFINE_list(
+    "checkpoints", [], "workdirs, checkpoints or Hugging Face folders; NAME=PATH names one"
+)
+_TASKS = flags.DEFINE_string(
+    "tasks", "mlm; cloze", "tasks of evaluate with their options, `;` between; NAME=TASK ... names one"
+)
+_OUTPUT = flags.DEFINE_string("output", "", "folder for results, table.md and plot.png")
+_DRAWS = flags.DEFINE_integer("draws", 1000, "of the bootstrap", 10)
+
+
+class Spec(NamedTuple):
+    """One task as the user wrote it."""
+
+    name: str
+    arguments: list[str]  # of evaluate
+
+
+class Difference(NamedTuple):
+    """Of a metric, to that of the first checkpoint, with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def main(config: Config) -> None:
+    from flax_mlm import metrics
+
+    checkpoints, specs = named(_CHECKPOINTS.value), parse_tasks(_TASKS.value)
+    if not _OUTPUT.value:
+        raise UserError("--output is missing; name a folder for the results")
+    output = Path(_OUTPUT.value).expanduser()
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for spec in specs:
+        for name, path in checkpoints.items():
+            print(f"{spec.name}: {name}", flush=True)
+            results.setdefault(spec.name, {})[name] = result_of(spec, name, path, output)
+    rows = [row for task, some in results.items() for row in compared(task, some, _DRAWS.value)]
+    text = table(list(checkpoints), rows)
+    (output / "table.md.tmp").write_text(text)
+    (output / "table.md.tmp").replace(output / "table.md")
+    metrics.write_json(output / "comparison.json", [row._asdict() for row in rows])
+    plot(output / "plot.png", list(checkpoints), rows)
+    print(f"\n{text}\nwritten to {output}: table.md  plot.png  comparison.json  results/")
+
+
+def named(items: list[str]) -> dict[str, str]:
+    """Name -> path, of `PATH` or `NAME=PATH`."""
+    found: dict[str, str] = {}
+    for item in items:
+        name, _, path = item.rpartition("=") if not Path(item).exists() else ("", "", item)
+        name = name or Path(path.rstrip("/")).name
+        if name in found:
+            raise UserError(f"--checkpoints: two are called '{name}'; write NAME=PATH")
+        found[name] = path
+    if not found:
+        raise UserError("--checkpoints is missing; name some, with commas between")
+    return found
+
+
+def parse_tasks(text: str) -> list[Spec]:
+    """The tasks of `--tasks`. Raises UserError."""
+    specs: list[Spec] = []
+    for part in filter(str.strip, text.split(";")):
+        try:
+            first, *arguments = shlex.split(part)
+        except ValueError as e:
+            raise UserError(f"--tasks: '{part.strip()}' cannot be read ({e})") from e
+        name, _, task = first.rpartition("=")
+        if any(re.match(r"--(checkpoint|json|task|save)\b", argument) for argument in arguments):
+            raise UserError(f"--tasks: '{part.strip()}' has an option that is set here: checkpoint, json, task or save")
+        if (name or task) in [spec.name for spec in specs]:
+            raise UserError(f"--tasks: two are called '{name or task}'; write NAME={task} ...")
+        specs.append(Spec(name or task, [f"--task={task}", *arguments]))
+    if not specs:
+        raise UserError("--tasks is empty; it takes tasks of evaluate, such as 'mlm; cloze'")
+    return specs
+
+
+def result_of(spec: Spec, name: str, path: str, output: Path) -> dict[str, Any]:
+    """What evaluate says, from the file of an earlier run where there is one.
+
+    Raises:
+      UserError: evaluate was not content with what it was given.
+      Failure: it failed.
+    """
+    from flax_mlm import checkpoint
+    from flax_mlm.hf import folder
+
+    newest = path if folder.is_one(path) else os.fspath(checkpoint.find(path)[0])
+    key = hashlib.sha256(json.dumps([newest, *spec.arguments]).encode()).hexdigest()[:12]
+    file = output / "results" / f"{spec.name}-{name}-{key}.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        line = [sys.executable, "-m", "flax_mlm.evaluate", f"--checkpoint={newest}", *spec.arguments, f"--json={file}"]
+        done = subprocess.run(line, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            what = f"{spec.name} of {name}: {said.removeprefix('error: ')}"
+            raise UserError(what) if done.returncode == 2 else Failure(what)
+    return json.loads(file.read_text())
+
+
+class Row(NamedTuple):
+    """One metric of one task."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    values: dict[str, tuple[float, float]]  # checkpoint -> value and standard error
+    differences: dict[str, Difference]  # checkpoint -> to the first; only where the examples are the same
+
+
+def compared(task: str, results: dict[str, dict[str, Any]], draws: int) -> list[Row]:
+    """The rows of a task: one for each metric that its results have (masked and next-token loss are two)."""
+    import numpy as np
+
+    from flax_mlm.tasks import scores
+
+    rows: dict[str, Row] = {}
+    for name, result in results.items():
+        score = scores.of(result)
+        row = rows.setdefault(score.metric, Row(task, score.metric, score.higher_is_better, {}, {}))
+        row.values[name] = score.value, score.stderr
+    for row in rows.values():
+        first, *others = row.values
+        reference = scores.of(results[first])
+        for name in others:
+            other = scores.of(results[name])
+            if other.examples != reference.examples:
+                continue
+            rng = np.random.default_rng(0)
+            picks = (rng.integers(0, reference.size, reference.size) for _ in range(draws))
+            drawn = [other.again(pick) - reference.again(pick) for pick in picks]
+            low, high = np.percentile(drawn, [2.5, 97.5])
+            row.differences[name] = Difference(other.value - reference.value, float(low), float(high))
+    return list(rows.values())
+
+
+def table(checkpoints: list[str], rows: list[Row]) -> str:
+    """Markdown. A difference whose interval leaves out 0 is bold."""
+
+    def cell(row: Row, name: str) -> str:
+        if name not in row.values:
+            return "–"
+        value, stderr = row.values[name]
+        text = f"{value:.4f} ± {stderr:.4f}"
+        if difference := row.differences.get(name):
+            bold = "**" if difference.low > 0 or difference.high < 0 else ""
+            text += f"<br>{bold}{difference.value:+.4f}{bold} [{difference.low:+.4f}, {difference.high:+.4f}]"
+        return text
+
+    lines = [["task", "metric", *checkpoints], ["---"] * (2 + len(checkpoints))]
+    for row in rows:
+        arrow = "↑" if row.higher_is_better else "↓"
+        lines.append([row.task, f"{row.metric} {arrow}", *(cell(row, name) for name in checkpoints)])
+    note = f"± standard error. Below it the difference to {checkpoints[0]} with its 95% interval (paired bootstrap)."
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
+
+
+def plot(file: Path, checkpoints: list[str], rows: list[Row]) -> None:
+    """A panel for each row: values with standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(len(rows), 4)
+    figure, axes = plt.subplots(
+        -(-len(rows) // columns), columns, squeeze=False, layout="constrained",
+        figsize=(3.2 * columns, 0.8 + (0.9 + 0.3 * len(checkpoints)) * -(-len(rows) // columns)),
+    )  # fmt: skip
+    for axis in axes.flat[len(rows) :]:
+        axis.axis("off")
+    for axis, row in zip(axes.flat, rows, strict=False):
+        for y, name in enumerate(checkpoints):
+            if name in row.values:
+                value, stderr = row.values[name]
+                axis.errorbar(value, y, xerr=stderr, fmt="o", capsize=3)
+        axis.set_yticks(range(len(checkpoints)), checkpoints)
+        axis.set_ylim(len(checkpoints) - 0.5, -0.5)
+        axis.set_title(f"{row.task}: {row.metric} ({'higher' if row.higher_is_better else 'lower'} is better)", size=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", alpha=0.3)
+    temporary = file.with_name(file.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    temporary.replace(file)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,120 @@
+"""Contrastive fine-tuning: texts that belong together get vectors that point the same way.
+
+InfoNCE (arXiv:1807.03748): a query must tell its own positive from all others of the batch, on all devices, and from
+hard negatives (arXiv:2004.04906). Where a text comes alone it is its own positive, and only dropout tells the two apart
+(SimCSE, arXiv:2104.08821). Matryoshka (arXiv:2205.13147): the first few dimensions alone are trained to do as well.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_mlm import finetune, sharding
+from flax_mlm.finetune import Params, Poll
+from flax_mlm.trained import Trained
+
+_NONE = -1  # in place of a hard negative where an example has none
+
+
+class Pairs(NamedTuple):
+    """N queries, a text that belongs to each, and some that do not."""
+
+    queries: list[str]
+    positives: list[str]
+    negatives: list[list[str]]  # hard ones of each query; may be empty
+
+    def take(self, numbers: Iterable[int]) -> "Pairs":
+        """Some of them."""
+        some = [(self.queries[i], self.positives[i], self.negatives[i]) for i in numbers]
+        return Pairs(*map(list, zip(*some, strict=True)))
+
+
+def fit(trained: Trained, train: Pairs, dev: Pairs, learning_rate: float, seed: int, poll: Poll) -> finetune.Fitted:
+    """Fine-tunes the encoder; the epoch is kept whose vectors rank the positives of `dev` best (mean reciprocal rank
+    among all of its positives and negatives)."""
+    config = trained.config.finetune
+    unique = {text: i for i, text in enumerate(dict.fromkeys(_texts(train)))}
+    texts = finetune.tokenised(trained, list(unique))
+
+    def epoch(rng: np.random.Generator) -> Iterator[finetune.Batch]:
+        lengths = [len(texts.tokens[unique[query]]) for query in train.queries]
+        for numbers in finetune.epoch_batches(lengths, config.batch_size, rng):
+            ids_BG = np.full((len(numbers), 2 + config.hard_negatives), _NONE, np.int32)
+            for b, i in enumerate(numbers):
+                hard = rng.permutation(train.negatives[i])[: config.hard_negatives]
+                chosen = [unique[str(text)] for text in (train.queries[i], train.positives[i], *hard)]
+                ids_BG[b, : len(chosen)] = chosen
+            tokens_RL, types_RL = finetune.padded(trained, texts.take(np.maximum(ids_BG, 0).ravel().tolist()))
+            shape = *ids_BG.shape, tokens_RL.shape[1]
+            yield tokens_RL.reshape(shape), types_RL.reshape(shape), ids_BG
+
+    function = finetune.vectors(trained)
+
+    def score(params: Params) -> float:
+        return float((1 / ranks(lambda some: vectors_of(trained, function, params, some, poll), dev)).mean())
+
+    trainer = finetune.make_trainer(trained, make_loss(trained), lambda key: {})
+    steps = finetune.batches_of(len(train.queries), config.batch_size)
+    return finetune.fit(trained, trainer, epoch, steps, score, learning_rate, seed, poll)
+
+
+def make_loss(trained: Trained) -> Callable[..., jax.Array]:
+    """(parameters, tokens and token types int32 (B, G, L), text numbers int32 (B, G), key) -> scalar.
+
+    Each group is a query, its positive and its hard negatives (number -1: none). Texts equal to the query or to its
+    positive are no wrong answers, wherever in the batch they are.
+    """
+    config = trained.config.finetune
+    sizes = config.sizes(trained.config.model.hidden_size)
+
+    def loss(params: Params, tokens_BGL: jax.Array, types_BGL: jax.Array, ids_BG: jax.Array, key: jax.Array) -> Any:
+        groups, size = ids_BG.shape
+        tokens_RL, types_RL = sharding.merge_rows((tokens_BGL, types_BGL))
+        keys_R = finetune.row_keys(key, tokens_RL[:, 0])
+        states_RLD = finetune.encode(trained, params, tokens_RL, types_RL, keys_R)
+        vectors_BGD = sharding.unmerge_rows(finetune.pooled(trained, states_RLD, tokens_RL), size)
+        queries_BD = vectors_BGD[:, 0]
+        candidates_CD = sharding.replicate(vectors_BGD[:, 1:]).reshape(groups * (size - 1), -1)
+        ids_C = sharding.replicate(ids_BG[:, 1:]).reshape(-1)
+        place_C = jnp.arange(len(ids_C), dtype=jnp.int32)
+        own_B = sharding.like(jnp.arange(groups, dtype=jnp.int32) * (size - 1), ids_BG[:, 0])
+        is_own_BC = place_C == own_B[:, None]
+        same_BC = (ids_C == ids_BG[:, :1]) | (ids_C == ids_BG[:, 1:2]) | (ids_C == _NONE)
+        total = jnp.float32(0.0)
+        for width in sizes:
+            scores_BC = normal(queries_BD[:, :width]) @ normal(candidates_CD[:, :width]).T / config.temperature
+            scores_BC = jnp.where(same_BC & ~is_own_BC, -jnp.inf, scores_BC)
+            own_score_B = jnp.where(is_own_BC, scores_BC, 0.0).sum(-1)
+            total += (jax.nn.logsumexp(scores_BC, axis=-1) - own_score_B).mean()
+        return total / len(sizes)
+
+    return loss
+
+
+def normal(x_ND: Any) -> Any:
+    """Rows of length 1 (a row of zeros stays one)."""
+    square_N1 = (x_ND * x_ND).sum(-1, keepdims=True)
+    xp: Any = jnp if isinstance(x_ND, jax.Array) else np
+    return x_ND / xp.sqrt(xp.maximum(square_N1, 1e-12))
+
+
+def vectors_of(trained: Trained, function: Callable[..., Any], params: Params, texts: list[str], poll: Poll) -> Any:
+    """Vectors of length 1, float32 (N, D), of texts. `function` is `finetune.vectors`."""
+    return normal(np.stack(finetune.predict(trained, function, params, finetune.tokenised(trained, texts), poll)))
+
+
+def ranks(embed: Callable[[list[str]], np.ndarray], pairs: Pairs) -> np.ndarray:
+    """From 1: where each query's positive stands among all positives and negatives of the set, int64 (N,)."""
+    candidates = {text: i for i, text in enumerate(dict.fromkeys(chain(pairs.positives, *pairs.negatives)))}
+    scores_NC = embed(pairs.queries) @ embed(list(candidates)).T
+    own_N1 = np.take_along_axis(scores_NC, np.array([[candidates[text]] for text in pairs.positives]), axis=1)
+    return (scores_NC > own_N1).sum(1) + 1
+
+
+def _texts(pairs: Pairs) -> Iterator[str]:
+    for query, positive, negatives in zip(*pairs, strict=True):
+        yield from (query, positive, *negatives)

@@ -1,0 +1,77 @@
+"""Command: checkpoint + texts -> vectors.
+
+python -m flax_mlm.embed --checkpoint=runs/search --input=texts.txt --output=vectors.npy
+python -m flax_mlm.embed --checkpoint=runs/search --input=corpus.jsonl --output=vectors.parquet --dimensions=64
+
+Texts are the lines of a .txt file, or column `text` (or --text) of a .tsv, .csv or .jsonl file. The vectors are those
+of `finetune.pooling`, of length 1.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from flax_mlm import command
+from flax_mlm.config import Config
+from flax_mlm.errors import UserError
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a folder, or a Hugging Face folder"
+)
+_INPUT = flags.DEFINE_string("input", "", "file of texts: .txt (one a line), .tsv, .csv, .jsonl")
+_TEXT = flags.DEFINE_string("text", "text", "column of the text")
+_OUTPUT = flags.DEFINE_string(
+    "output", "", ".npy: float32 (texts, dimensions); .parquet: the file's columns, and `vector`"
+)
+_DIMENSIONS = flags.DEFINE_integer("dimensions", 0, "only the first so many, made of length 1 again; 0: all", 0)
+
+
+def main(config: Config) -> None:
+    output = Path(_OUTPUT.value).expanduser()
+    if output.suffix not in (".npy", ".parquet"):
+        raise UserError(f"--output is '{_OUTPUT.value}'; it takes a name that ends in .npy or .parquet")
+    if not _INPUT.value:
+        raise UserError("--input is missing; name a file of texts")
+    size = config.model.hidden_size
+    if _DIMENSIONS.value > size:
+        raise UserError(f"--dimensions is {_DIMENSIONS.value}; the vectors of this encoder have {size}")
+
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from rich.progress import Progress
+
+    from flax_mlm import contrastive, finetune, trained
+    from flax_mlm.tasks import labelled
+
+    records = labelled.records(_INPUT.value)
+    for where, record in records:
+        if not isinstance(record.get(_TEXT.value), str):
+            raise UserError(f"{where} has no {_TEXT.value} (it has {', '.join(map(str, record))})")
+    model = trained.restore(_CHECKPOINT.value, config)
+    texts = finetune.tokenised(model, [record[_TEXT.value] for _, record in records])
+    with Progress(disable=not sys.stdout.isatty()) as progress:
+        bar = progress.add_task("embedding", total=-(-len(texts) // config.finetune.batch_size))
+        found = finetune.predict(model, finetune.vectors(model), model.params, texts, lambda: progress.advance(bar))
+    vectors_ND = contrastive.normal(np.stack(found)[:, : _DIMENSIONS.value or None])
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            if output.suffix == ".npy":
+                np.save(file, vectors_ND)
+            else:
+                width = vectors_ND.shape[1]
+                column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), width)
+                table = pa.Table.from_pylist([record for _, record in records])
+                pq.write_table(table.append_column("vector", column), file)
+        temporary.replace(output)
+    except (OSError, pa.ArrowException) as e:
+        raise UserError(f"--output: '{output}' cannot be written: {e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"written to {output}: {vectors_ND.shape[0]:,} vectors of {vectors_ND.shape[1]}")
+
+
+if __name__ == "__main__":
+    command.run(main, from_checkpoint=True)

@@ -1,0 +1,94 @@
+"""What two checkpoints are compared by: the main number of a task's result, and the same number over other draws of its
+examples."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flax_mlm.tasks import classification, tagging
+
+
+class Score(NamedTuple):
+    """The main number of a result."""
+
+    metric: str
+    value: float
+    stderr: float
+    higher_is_better: bool
+    size: int  # how many examples
+    examples: Any  # equal for two results exactly when they answered the same questions
+    again: Callable[[np.ndarray], float]  # numbers of examples, some repeated -> the metric over them
+
+
+def of(result: dict[str, Any]) -> Score:
+    """The score of a result of `evaluate`, as it is in its JSON."""
+    return {
+        "mlm": _mlm,
+        "cloze": _cloze,
+        "minimal_pairs": _minimal_pairs,
+        "classification": _labels,
+        "tagging": _tags,
+        "retrieval": _retrieval,
+    }[result["task"]](result)
+
+
+def _mlm(result: dict[str, Any]) -> Score:
+    loss_R, count_R = (np.array(result["each_row"][name]) for name in ("loss", "predicted_tokens"))
+    metric = "masked-token loss" if result["objective"] == "mlm" else "next-token loss"
+
+    def again(rows: np.ndarray) -> float:
+        return float(loss_R[rows].sum() / count_R[rows].sum())
+
+    examples = result["corpus"], count_R.tolist()
+    return Score(metric, result["loss"], result["loss_stderr"], False, len(loss_R), examples, again)
+
+
+def _cloze(result: dict[str, Any]) -> Score:
+    reciprocal = np.array([1 / answer["rank"] for answer in result["answers"]])
+    texts = [answer["text"] for answer in result["answers"]]
+    return _mean("mean reciprocal rank", reciprocal, texts)
+
+
+def _minimal_pairs(result: dict[str, Any]) -> Score:
+    right = [value for paradigm in result["paradigms"].values() for value in paradigm["each"]]
+    names = [(name, paradigm["pairs"]) for name, paradigm in result["paradigms"].items()]
+    return _mean("accuracy", np.array(right), names)
+
+
+def _mean(metric: str, values_N: np.ndarray, examples: Any) -> Score:
+    stderr = float(values_N.std() / len(values_N) ** 0.5)
+    return Score(
+        metric, float(values_N.mean()), stderr, True, len(values_N), examples, lambda i: float(values_N[i].mean())
+    )
+
+
+def _labels(result: dict[str, Any]) -> Score:
+    """The median run's."""
+    gold, found = np.array(result["labels"]), np.array(result["predictions"])
+    if gold.dtype.kind in "US":
+        gold, found = np.split(np.unique(np.concatenate([gold, found]), return_inverse=True)[1], 2)
+    metric = result["metric"]
+
+    def again(numbers: np.ndarray) -> float:
+        return classification.evaluate(metric, gold[numbers], found[numbers])
+
+    value = again(np.arange(len(gold)))
+    return Score(metric, value, result["stderr"], True, len(gold), result["labels"], again)
+
+
+def _tags(result: dict[str, Any]) -> Score:
+    """The median run's."""
+    counts_N3 = tagging.counts(result["labels"], result["predictions"])
+
+    def again(numbers: np.ndarray) -> float:
+        return tagging.f1(counts_N3[numbers])
+
+    value = again(np.arange(len(counts_N3)))
+    return Score("entity F1", value, result["stderr"], True, len(counts_N3), result["labels"], again)
+
+
+def _retrieval(result: dict[str, Any]) -> Score:
+    if result["metric"] == "spearman":
+        return _labels(result)
+    return _mean(result["metric"], np.array(result["each"]), result["queries"])

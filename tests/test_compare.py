@@ -1,0 +1,121 @@
+"""Comparing checkpoints: every number is evaluate's, every interval a paired bootstrap, nothing is done twice."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+from flax_mlm import compare
+from flax_mlm.tasks import scores
+
+
+def test_the_command(toy, trained_run, causal_run, tmp_path):
+    rows = [f"The {animal} {does}.\t{animal}" for animal, does in toy.animals.items()] * 4
+    (tmp_path / "t.tsv").write_text("\n".join(["text\tlabel", *rows]))
+    pairs = [{"sentence_good": f"The {a} {d}.", "sentence_bad": f"{d} {a} The."} for a, d in toy.animals.items()]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (tmp_path / "c.tsv").write_text("".join(f"The [MASK] {does}.\t{animal}\n" for animal, does in toy.animals.items()))
+    tuned = "--config.finetune.learning_rates=1e-2 --config.finetune.seeds=1 --config.finetune.pooling=mean"
+    tasks = (
+        f"mlm --mask_rates=; cloze --data={tmp_path / 'c.tsv'}; pairs=minimal_pairs --data={tmp_path / 'p.jsonl'}; "
+        f"animals=classification --train={tmp_path / 't.tsv'} --dev={tmp_path / 't.tsv'} {tuned}"
+    )
+    line = [
+        f"--checkpoints=new={trained_run}@200,old={trained_run}@300,causal={causal_run}",
+        f"--tasks={tasks}", f"--output={tmp_path / 'out'}",
+    ]  # fmt: skip
+    done = toy.run("compare", *line)
+    assert done.returncode == 0, done.stderr
+    results = {p.name.rpartition("-")[0]: json.loads(p.read_text()) for p in (tmp_path / "out/results").iterdir()}
+    assert len(results) == 12
+    found = {(r["task"], r["metric"]): r for r in json.loads((tmp_path / "out" / "comparison.json").read_text())}
+    assert set(found) == {("mlm", "masked-token loss"), ("mlm", "next-token loss"), ("cloze", "mean reciprocal rank"),
+                          ("pairs", "accuracy"), ("animals", "accuracy")}  # fmt: skip
+    loss = found["mlm", "masked-token loss"]
+    assert loss["values"]["old"][0] == results["mlm-old"]["loss"] and "causal" not in loss["values"]
+    difference, low, high = loss["differences"]["old"]
+    assert difference == pytest.approx(results["mlm-old"]["loss"] - results["mlm-new"]["loss"])
+    assert low < difference < high
+    assert set(found["pairs", "accuracy"]["differences"]) == {"old", "causal"}
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text in done.stdout and f"{results['mlm-old']['loss']:.4f} ± {results['mlm-old']['loss_stderr']:.4f}" in text
+    assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/results").iterdir()}
+    again = toy.run("compare", *line)
+    assert again.returncode == 0 and text in again.stdout
+    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out/results").iterdir()}, "nothing is done twice"
+
+
+def test_a_cloze_does_not_show_a_causal_model_what_comes_after(toy, causal_run, tmp_path):
+    found = []
+    for ending in ("barks in the garden", "sings on the hill"):
+        (tmp_path / "c.tsv").write_text(f"The [MASK] {ending}.\tdog\n")
+        line = f"--checkpoint={causal_run}", "--task=cloze", f"--data={tmp_path / 'c.tsv'}"
+        done = toy.run("evaluate", *line, f"--json={tmp_path / 'c.json'}")
+        assert done.returncode == 0, done.stderr
+        (answer,) = json.loads((tmp_path / "c.json").read_text())["answers"]
+        found.append((answer["rank"], answer["probability"], answer["own"]))
+    assert found[0][0] == found[1][0] <= 20 and found[0][2] == found[1][2]
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
+
+
+def test_the_interval_is_that_of_a_paired_bootstrap():
+    """Two that are wrong on the same examples but one: unpaired, the difference would drown."""
+    rng = np.random.default_rng(1)
+    reciprocal = rng.integers(1, 50, 400)
+    better = np.where(np.arange(400) % 4 == 0, np.maximum(reciprocal - 1, 1), reciprocal)
+    results = {
+        name: {"task": "cloze", "answers": [{"text": str(i), "rank": int(r)} for i, r in enumerate(ranks)]}
+        for name, ranks in (("a", reciprocal), ("b", better))
+    }
+    (row,) = compare.compared("c", results, 2000)
+    difference, low, high = row.differences["b"]
+    change = 1 / better - 1 / reciprocal
+    assert difference == pytest.approx(change.mean())
+    assert (high - low) == pytest.approx(2 * 1.96 * change.std() / 20, rel=0.2)
+    assert low > 0 and row.values["a"][1] > difference
+
+
+def test_other_questions_are_not_compared():
+    one, two = ({"task": "cloze", "answers": [{"text": t, "rank": 1}]} for t in "ab")
+    (row,) = compare.compared("c", {"a": one, "b": two}, 10)
+    assert set(row.values) == {"a", "b"} and not row.differences
+
+
+@pytest.mark.parametrize("labels", [["x", "y", "x", "x", "y"], ["1.5", "0.5", "2.0", "3.0", "1.0"]])
+def test_scores_of_labels(labels):
+    numbers = "." in labels[0]
+    found = [float(x) for x in labels] if numbers else labels
+    metric = "spearman" if numbers else "matthews"
+    result = {"task": "classification", "metric": metric, "labels": found, "predictions": found, "stderr": 0.0}
+    assert scores.of(result).value == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--checkpoints is missing"),
+        (["--checkpoints=a=x,a=y"], "two are called 'a'"),
+        (["--checkpoints=x"], "--output is missing"),
+        (["--checkpoints=x", "--output=o"], "no checkpoint in"),
+        (["--checkpoints=x", "--tasks= ; "], "--tasks is empty"),
+        (["--checkpoints=x", "--tasks=mlm; mlm"], "two are called 'mlm'; write NAME=mlm"),
+        (["--checkpoints=x", "--tasks=mlm --json=a"], "has an option that is set here"),
+        (["--checkpoints=x", "--tasks=mlm '"], "cannot be read (No closing quotation)"),
+    ],
+)
+def test_what_the_command_refuses(toy, tmp_path, flags, message):
+    done: subprocess.CompletedProcess = toy.run("compare", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
+    assert message in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_task_that_refuses_is_named(toy, trained_run, tmp_path):
+    line = f"--checkpoints=a={trained_run}", "--tasks=pairs=minimal_pairs", f"--output={tmp_path / 'out'}"
+    done = toy.run("compare", *line)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+    assert done.stderr.startswith("error: pairs of a: --data is missing")
+    assert not list((tmp_path / "out" / "results").iterdir())

@@ -1,0 +1,276 @@
+"""Vectors for search: the loss is InfoNCE over the whole batch, the numbers are those of their definitions, what is
+learned can be kept, embedded and searched."""
+
+import dataclasses
+import json
+import math
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import scipy.stats
+
+from flax_mlm import checkpoint, contrastive, finetune, sharding, trained
+from flax_mlm import config as config_lib
+from flax_mlm.errors import UserError
+from flax_mlm.tasks import labelled, retrieval
+
+SOON = {"epochs": 2, "seeds": 1, "learning_rates": "3e-3", "batch_size": 16, "max_length": 24, "pooling": "mean"}
+
+
+@pytest.fixture(scope="module")
+def model(trained_run) -> trained.Trained:
+    """On 8 devices, 4 × 2."""
+    return restored(trained_run, data=4, fsdp=2)
+
+
+def restored(run, data: int, fsdp: int) -> trained.Trained:
+    c = checkpoint.read_config(str(run))
+    c.mesh.data, c.mesh.fsdp = data, fsdp
+    c.finetune.update(SOON)
+    return trained.restore(str(run), config_lib.build(c))
+
+
+def with_finetune(model: trained.Trained, **changes) -> trained.Trained:
+    finetuned = dataclasses.replace(model.config.finetune, **changes)
+    return model._replace(config=dataclasses.replace(model.config, finetune=finetuned))
+
+
+def quiet(*_):
+    return None
+
+
+def pairs_of(toy, count: int, seed: int, negatives: int = 0) -> contrastive.Pairs:
+    """A question after an animal, and what it does."""
+    rng = random.Random(seed)
+    pairs = contrastive.Pairs([], [], [])
+    for _ in range(count):
+        animal, *others = rng.sample(list(toy.animals), 1 + negatives)
+        when = rng.choice(["today", "at night", "all day"])
+        pairs.queries.append(f"The {animal} {when}.")
+        pairs.positives.append(f"The {animal} {toy.animals[animal]}.")
+        pairs.negatives.append([f"The {other} {toy.animals[other]}." for other in others])
+    return pairs
+
+
+GROUPS = [["The dog.", "The dog barks.", "The cat."], ["The cat.", "The cat sleeps.", "The cow."],
+          ["The cow.", "The cow eats.", None], ["The dog.", "The dog barks.", None]] * 4  # fmt: skip
+
+
+@pytest.mark.parametrize("dimensions", ["", "8,16"])
+def test_the_loss_is_that_of_its_formula_on_any_mesh(trained_run, model, dimensions):
+    """Against NumPy on the vectors; texts that are the query's own or its positive are no wrong answers."""
+    found = []
+    for one in (with_finetune(model, dimensions=dimensions), restored(trained_run, 8, 1)):
+        one = with_finetune(one, dimensions=dimensions)
+        unique = sorted({text for group in GROUPS for text in group if text})
+        texts = finetune.tokenised(one, unique)
+        ids_BG = np.array([[unique.index(t) if t else -1 for t in g] for g in GROUPS], np.int32)
+        tokens_RL, types_RL = finetune.padded(one, texts.take(np.maximum(ids_BG, 0).ravel().tolist()))
+        shape = *ids_BG.shape, tokens_RL.shape[1]
+        with jax.set_mesh(one.mesh):
+            batch = sharding.split_rows([tokens_RL.reshape(shape), types_RL.reshape(shape), ids_BG], one.mesh)
+            loss = jax.jit(contrastive.make_loss(one))
+            found.append(float(loss(one.params, *batch, jax.random.key(0))))
+    vectors_UD = np.stack(finetune.predict(one, finetune.vectors(one), one.params, texts, quiet)).astype(np.float64)
+    expected = []
+    for width in one.config.finetune.sizes(32):
+        cut = vectors_UD[:, :width] / np.linalg.norm(vectors_UD[:, :width], axis=1, keepdims=True)
+        for query, positive, _ in ids_BG:
+            own = cut[query] @ cut[positive] / 0.05
+            wrong = [t for group in ids_BG for t in group[1:] if t not in (-1, query, positive)]
+            expected.append(math.log(math.exp(own) + sum(math.exp(cut[query] @ cut[t] / 0.05) for t in wrong)) - own)
+    assert found == pytest.approx([np.mean(expected)] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 2])
+def test_what_belongs_together_is_learned(model, toy, hard_negatives):
+    model = with_finetune(model, hard_negatives=hard_negatives)
+    train, dev = pairs_of(toy, 200, 1, negatives=hard_negatives), pairs_of(toy, 30, 2)
+    benchmark = retrieval.Benchmark(
+        {animal: f"The {animal} {does}." for animal, does in toy.animals.items()},
+        {f"q-{animal}": f"The {animal} every morning." for animal in toy.animals},
+        {f"q-{animal}": {animal: 1} for animal in toy.animals},
+    )
+    before, _ = retrieval.run(model, None, None, benchmark, quiet, quiet)
+    after, params = retrieval.run(model, train, dev, benchmark, quiet, quiet)
+    assert after["median"] == after["score"] >= before["score"] and after["score"] > 0.9
+    assert after["examples"] == {"test": 6, "train": 200, "dev": 30} and before["examples"] == {"test": 6}
+    assert after["dev_scores"]["0.003"] > 0.9 and set(params) == {"encoder"}
+    again, _ = retrieval.run(model, train, dev, benchmark, quiet, quiet)
+    assert again == after, "the same seed, the same result"
+
+
+def test_search_numbers_by_their_definitions():
+    """Against nDCG, recall and reciprocal rank computed here from the ranking, on random vectors."""
+    rng = np.random.default_rng(0)
+    vectors = {f"d{i}": rng.normal(size=8) for i in range(300)} | {f"q{i}": rng.normal(size=8) for i in range(20)}
+    relevance = {}
+    for i in range(20):
+        near = sorted(range(300), key=lambda d: -vectors[f"d{d}"] @ vectors[f"q{i}"])
+        chosen = [*rng.choice(near[:30], 4, replace=False), *rng.choice(300, 2)]
+        relevance[f"q{i}"] = {f"d{d}": int(rng.integers(0, 4)) for d in chosen} | {f"d{near[5]}": 2}
+    names = [f"d{i}" for i in range(300)]
+    benchmark = retrieval.Benchmark({n: n for n in names}, {q: q for q in relevance}, relevance)
+    found = retrieval._search(lambda texts: np.stack([vectors[t] for t in texts]), benchmark)
+    ndcg, recall, reciprocal = [], {10: [], 100: []}, []
+    for query, grades in relevance.items():
+        order = sorted(names, key=lambda d: -vectors[d] @ vectors[query])
+        dcg = sum(grades.get(d, 0) / math.log2(rank + 2) for rank, d in enumerate(order[:10]))
+        best = sum(g / math.log2(rank + 2) for rank, g in enumerate(sorted(grades.values(), reverse=True)[:10]))
+        ndcg.append(dcg / best)
+        relevant = {d for d, g in grades.items() if g > 0}
+        for k, values in recall.items():
+            values.append(len(relevant & set(order[:k])) / len(relevant))
+        reciprocal.append(max([1 / (r + 1) for r, d in enumerate(order[:10]) if d in relevant], default=0))
+    assert found["each"] == pytest.approx(ndcg) and found["score"] == pytest.approx(np.mean(ndcg))
+    assert found["recall@10"] == pytest.approx(np.mean(recall[10]))
+    assert found["recall@100"] == pytest.approx(np.mean(recall[100]))
+    assert found["mrr@10"] == pytest.approx(np.mean(reciprocal))
+
+
+def test_similarity(model):
+    texts = ["The dog barks.", "The dog barks in the garden.", "The cat sleeps near the river."]
+    part = labelled.Labelled([texts[0]] * 3, texts, ["5.0", "3.0", "1.0"])
+    result, _ = retrieval.run(model, None, None, part, quiet, quiet)
+    cosines = np.array(result["predictions"])
+    assert cosines[0] == pytest.approx(1.0, abs=1e-5) and (np.abs(cosines) <= 1.00001).all()
+    assert result["score"] == pytest.approx(scipy.stats.spearmanr(cosines, [5, 3, 1])[0])
+
+
+def test_normal_of_nothing():
+    zeros = contrastive.normal(np.zeros((1, 4), np.float32))
+    assert (zeros == 0).all() and np.isfinite(jax.grad(lambda x: contrastive.normal(x).sum())(jnp.zeros((1, 4)))).all()
+
+
+# Files
+
+
+def beir(folder, documents: dict, queries: dict, qrels: str) -> str:
+    (folder / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", documents), ("queries", queries)):
+        lines = [json.dumps({"_id": key, "title": "About", "text": text}) for key, text in texts.items()]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    for split in ("train", "test"):
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + qrels)
+    return str(folder)
+
+
+def test_a_folder_of_beir(tmp_path):
+    folder = beir(
+        tmp_path / "b", {"d1": "a dog", "d2": "a cat"}, {"q1": "dog?", "q2": "cow?"}, "q1\td1\t2\nq2\td2\t0\n"
+    )
+    found = retrieval.read_benchmark(folder, "test")
+    assert found.documents == {"d1": "About a dog", "d2": "About a cat"}
+    assert found.relevance == {"q1": {"d1": 2}}, "a query without relevant documents measures nothing"
+    assert retrieval.read_pairs(folder) == contrastive.Pairs(["About dog?"], ["About a dog"], [[]])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.tsv", "query\tpositive\tnegative\na\tb\tc\nd\te\tf\n", (["a", "d"], ["b", "e"], [["c"], ["f"]])),
+        ("a.jsonl", '{"anchor": "a", "positive": "b", "negatives": ["c", "d"]}\n{"anchor": "e", "positive": "f"}',
+         (["a", "e"], ["b", "f"], [["c", "d"], []])),
+        ("a.txt", "one\n\ntwo\n", (["one", "two"], ["one", "two"], [[], []])),
+    ],
+)  # fmt: skip
+def test_files_of_pairs(tmp_path, name, content, expected):
+    (tmp_path / name).write_text(content)
+    assert retrieval.read_pairs(str(tmp_path / name)) == contrastive.Pairs(*expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", "positive\tx\na\tb\n", "a.tsv:2 has no text for the query; it takes query and positive, and has pos"),
+        ("a.tsv", "query\tpositive\na\tb\n", "a.tsv holds 1 pairs; it takes two at least"),
+        ("a.jsonl", '{"query": "a", "negatives": [1]}\n', "a.jsonl:1 has no text"),
+        ("a.txt", "", "holds no examples"),
+    ],
+)
+def test_files_of_pairs_that_will_not_do(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        retrieval.read_pairs(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("qrels", "message"),
+    [
+        ("", "holds no examples"),
+        ("q1\td1\t0\n", "holds no relevant documents"),
+        ("q1\td9\t1\n", "test.tsv:2 is no query-id, corpus-id and score"),
+        ("q1\td1\tyes\n", "test.tsv:2 is no query-id"),
+    ],
+)
+def test_folders_that_will_not_do(tmp_path, qrels, message):
+    folder = beir(tmp_path / "b", {"d1": "a dog"}, {"q1": "dog?"}, qrels)
+    with pytest.raises(UserError, match=message):
+        retrieval.read_benchmark(folder, "test")
+
+
+# The commands
+
+
+def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
+    lines = [json.dumps({"query": q, "positive": p}) for q, p, _ in zip(*pairs_of(toy, 100, 1), strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    qrels = "".join(f"{animal}\t{animal}\t1\n" for animal in toy.animals)
+    documents = {animal: f"The {animal} {does}." for animal, does in toy.animals.items()}
+    folder = beir(tmp_path / "b", documents, {a: f"The {a} at night." for a in toy.animals}, qrels)
+    settings = [f"--config.finetune.{k}={v}" for k, v in SOON.items()]
+    line = [f"--checkpoint={trained_run}", "--task=retrieval", f"--test={folder}", f"--json={tmp_path / 'r.json'}"]
+    done = toy.run("evaluate", *line, *settings, f"--train={tmp_path / 'pairs.jsonl'}", f"--save={tmp_path / 'kept'}")
+    assert done.returncode == 0 and "ndcg@10" in done.stdout, done
+    tuned = json.loads((tmp_path / "r.json").read_text())
+
+    line[0] = f"--checkpoint={tmp_path / 'kept'}"
+    done = toy.run("evaluate", *line)
+    assert done.returncode == 0, done
+    assert json.loads((tmp_path / "r.json").read_text())["score"] == pytest.approx(tuned["score"], abs=1e-6)
+
+    (tmp_path / "texts.txt").write_text("\n".join(documents.values()))
+    line = [f"--checkpoint={tmp_path / 'kept'}", f"--input={tmp_path / 'texts.txt'}"]
+    done = toy.run("embed", *line, f"--output={tmp_path / 'v.npy'}")
+    assert done.returncode == 0 and "6 vectors of 32" in done.stdout, done
+    vectors_ND = np.load(tmp_path / "v.npy")
+    np.testing.assert_allclose(np.linalg.norm(vectors_ND, axis=1), 1.0, atol=1e-5)
+    kept = trained.restore(str(tmp_path / "kept"), config_lib.build(checkpoint.read_config(str(tmp_path / "kept"))))
+    kept = with_finetune(kept, batch_size=16)
+    expected = contrastive.vectors_of(kept, finetune.vectors(kept), kept.params, list(documents.values()), quiet)
+    np.testing.assert_allclose(vectors_ND, expected, atol=1e-5)
+
+    done = toy.run("embed", *line, f"--output={tmp_path / 'v.parquet'}", "--dimensions=8")
+    table = pq.read_table(tmp_path / "v.parquet")
+    assert done.returncode == 0 and table.column("text").to_pylist() == list(documents.values())
+    cut = contrastive.normal(vectors_ND[:, :8])
+    np.testing.assert_allclose(np.stack(table.column("vector").to_pylist()), cut, atol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("v")) == ["v.npy", "v.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("embed", [], "--output is ''; it takes a name that ends in .npy or .parquet"),
+        ("embed", ["--output=v.npy"], "--input is missing"),
+        ("embed", ["--output=v.npy", "--input=none.txt"], "none.txt cannot be read"),
+        ("embed", ["--output=v.npy", "--input=t.jsonl"], "t.jsonl:1 has no text (it has words)"),
+        ("embed", ["--output=v.npy", "--input=t.jsonl", "--dimensions=33"], "--dimensions is 33; the vectors of this"),
+        ("embed", ["--output=no/v.npy", "--input=t.txt"], "--output: 'no/v.npy' cannot be written"),
+        ("evaluate", ["--task=retrieval"], "--test is missing"),
+        ("evaluate", ["--task=retrieval", "--test=t.txt", "--save=new"], "--save needs --train"),
+        ("evaluate", ["--task=retrieval", "--test=t.txt", "--save=.", "--train=t.txt"], "--save: '.' exists"),
+        ("evaluate", ["--config.finetune.dimensions=64"], "it takes numbers below model.hidden_size, 32"),
+    ],
+)
+def test_what_the_commands_refuse(toy, trained_run, tmp_path, command, flags, message):
+    (tmp_path / "t.jsonl").write_text('{"words": "a"}')
+    (tmp_path / "t.txt").write_text("The dog.\n")
+    done = toy.run(command, f"--checkpoint={trained_run}", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
+    assert message in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"t.jsonl", "t.txt"}
