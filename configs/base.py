@@ -95,6 +95,7 @@ def get_config() -> ConfigDict:
     c.train.batch_groups = 8  # with reproducible: parts of the batch, added in order; a multiple of the devices
     c.train.log_every = 20  # steps
     c.train.eval_every = 1000  # steps; 0: only at the end
+    c.train.cloze_every = 0  # steps; the built-in clozes' ranks and the model's own words go into the logs; 0: never
     c.train.checkpoint_every = 1000  # steps; the last step is always saved
     c.train.keep_last = 2  # checkpoints
     c.train.keep_every = 0  # steps: checkpoints at its multiples stay for ever; 0: none

@@ -111,6 +111,7 @@ class TrainConfig:
     batch_groups: int
     log_every: int
     eval_every: int
+    cloze_every: int
     checkpoint_every: int
     keep_last: int
     keep_every: int
@@ -365,6 +366,7 @@ _AT_LEAST = {
     "train.batch_groups": 1,
     "train.log_every": 1,
     "train.eval_every": 0,
+    "train.cloze_every": 0,
     "train.checkpoint_every": 1,
     "train.keep_last": 1,
     "train.keep_every": 0,

@@ -33,27 +33,27 @@ class Filler:
         return [i for i, token in enumerate(ids) if token == self._trained.tokenizer.mask_id]
 
     def log_probabilities(self, rows: list[list[int]]):
-        """Of every piece at every position, float32 (len(rows), L, V); special pieces have none (-inf)."""
+        """Of every piece at every mask: for each row, place of the mask -> float32 (V,). Special pieces have none
+        (-inf)."""
         import jax
         import numpy as np
 
         from flax_mlm import sharding
 
         t = self._trained
-        length = t.config.data.seq_len
-        parts = t.mesh.size // t.mesh.shape["tensor"]
-        tokens_BL = np.full((-(-len(rows) // parts) * parts, length), t.tokenizer.pad_id, np.int32)
-        for i, row in enumerate(rows):
-            tokens_BL[i, : len(row)] = row
-        predict_BL = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BL.shape)
-        tokens, predict = sharding.split_rows([tokens_BL, predict_BL], t.mesh)
+        ahead = int(t.config.objective.name == "clm")  # a causal model stands before what it predicts
+        places = [self.masks(row) for row in rows]
+        parts = sharding.batch_parts(t.mesh)
+        tokens_BL = np.full((-(-len(rows) // parts) * parts, t.config.data.seq_len), t.tokenizer.pad_id, np.int32)
+        predict_BK = np.zeros((len(tokens_BL), max(map(len, places))), np.int32)
+        for b, row in enumerate(rows):
+            tokens_BL[b, : len(row)] = row
+            predict_BK[b, : len(places[b])] = np.array(places[b], np.int32) - ahead
+        tokens, predict = sharding.split_rows([tokens_BL, predict_BK], t.mesh)
         with jax.set_mesh(t.mesh):
-            scores = t.steps.score(t.params, tokens, predict, t.vocab)
-        scores = np.array(scores[: len(rows), :, : t.tokenizer.vocab_size])
-        if t.config.objective.name == "clm":
-            scores = np.roll(scores, 1, axis=1)  # each place predicts the next one
-        scores[:, :, t.tokenizer.is_special] = -np.inf
-        return scores
+            scores_BKV = np.array(t.steps.score(t.params, tokens, predict, t.vocab))[..., : t.tokenizer.vocab_size]
+        scores_BKV[..., t.tokenizer.is_special] = -np.inf
+        return [dict(zip(some, scores_KV, strict=False)) for some, scores_KV in zip(places, scores_BKV, strict=False)]
 
     def word(self, piece: int) -> str:
         """A piece as a person reads it; one that continues a word begins with '…'."""
@@ -65,9 +65,9 @@ class Filler:
         import numpy as np
 
         ids = self.ids(text)
-        scores_LV = self.log_probabilities([ids])[0]
-        best = {i: np.argsort(-scores_LV[i], kind="stable")[:k] for i in self.masks(ids)}
-        return [[(self.word(p), math.exp(scores_LV[i, p])) for p in pieces] for i, pieces in best.items()]
+        (scores,) = self.log_probabilities([ids])
+        best = {i: np.argsort(-scores_V, kind="stable")[:k] for i, scores_V in scores.items()}
+        return [[(self.word(p), math.exp(scores[i][p])) for p in pieces] for i, pieces in best.items()]
 
     def joint(self, text: str, k: int) -> list[tuple[str, float]]:
         """The k likeliest ways to fill all masks together, and their probabilities.
@@ -80,10 +80,10 @@ class Filler:
         beam = [(0.0, ids)]
         for _ in self.masks(ids):
             grown: dict[tuple[int, ...], float] = {}
-            for (total, row), scores_LV in zip(beam, self.log_probabilities([row for _, row in beam]), strict=True):
-                place = max(self.masks(row), key=lambda i: scores_LV[i].max())
-                for piece in np.argsort(-scores_LV[place], kind="stable")[:k]:
-                    grown[(*row[:place], int(piece), *row[place + 1 :])] = total + float(scores_LV[place, piece])
+            for (total, row), scores in zip(beam, self.log_probabilities([row for _, row in beam]), strict=True):
+                place = max(scores, key=lambda i: scores[i].max())
+                for piece in np.argsort(-scores[place], kind="stable")[:k]:
+                    grown[(*row[:place], int(piece), *row[place + 1 :])] = total + float(scores[place][piece])
             beam = [(total, list(row)) for row, total in heapq.nlargest(k, grown.items(), key=lambda item: item[1])]
         return [(self._trained.tokenizer.decode(row[1:-1]), math.exp(total)) for total, row in beam]
 
@@ -99,11 +99,14 @@ class Filler:
             if not spelled:
                 raise UserError(f"--targets: '{word}' is empty; give words separated by commas")
         rows = [ids[:place] + [ids[place]] * len(spelled) + ids[place + 1 :] for spelled in pieces.values()]
+        if (longest := max(map(len, rows))) > self._trained.config.data.seq_len:
+            limit = self._trained.config.data.seq_len
+            raise UserError(f"the text with its longest target has {longest} tokens; this model takes at most {limit}")
         totals = dict.fromkeys(pieces, 0.0)
         for depth in range(max(map(len, pieces.values()))):
-            scores_RLV = self.log_probabilities(rows)
+            scores = self.log_probabilities(rows)
             for r, (word, spelled) in enumerate(pieces.items()):
                 if depth < len(spelled):
-                    totals[word] += float(scores_RLV[r, place + depth, spelled[depth]])
+                    totals[word] += float(scores[r][place + depth][spelled[depth]])
                     rows[r][place + depth] = spelled[depth]
         return sorted(((w, math.exp(total)) for w, total in totals.items()), key=lambda item: -item[1])

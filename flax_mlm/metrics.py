@@ -144,8 +144,9 @@ class Writers:
             self._tensorboard.close()
         self._open(step)
 
-    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Records scalars under `kind`: "train", "validation", or "rewind" (see train.py)."""
+    def write(self, step: int, kind: str, values: dict[str, float], text: str = "") -> None:
+        """Records scalars under `kind`: "train", "validation", "cloze" or "rewind" (see train.py). The text, Markdown,
+        goes to TensorBoard alone."""
         self._unwritten += (json.dumps({"step": step, "kind": kind, **values}) + "\n").encode()
         try:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
@@ -154,6 +155,8 @@ class Writers:
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            if text:
+                self._tensorboard.add_text(kind, text, step)
         if self._wandb:
             try:
                 self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)

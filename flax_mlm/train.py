@@ -31,7 +31,14 @@ flags.adopt_module_key_flags(processes)
 # May differ between a run and its continuation: they change where, how often or how fast, but not what is learned.
 _FREE = (
     *("data.cache_dir", "data.num_workers", "model.scan_layers", "model.remat", "train.microbatches"),
-    *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_last", "train.keep_every"),
+    *(
+        "train.log_every",
+        "train.eval_every",
+        "train.cloze_every",
+        "train.checkpoint_every",
+        "train.keep_last",
+        "train.keep_every",
+    ),
     *("train.max_failed_saves", "train.stall_timeout"),
     *("eval.", "finetune.", "mesh.", "log."),
 )
@@ -50,7 +57,7 @@ def train(config: Config, workdir: Path) -> int:
     from flax_mlm.hf import start
     from flax_mlm.prepare import open_corpus
     from flax_mlm.step import TrainState, make_steps
-    from flax_mlm.tasks import mlm
+    from flax_mlm.tasks import cloze, mlm
     from flax_mlm.trained import Trained
 
     identity = {"jax": jax.__version__, **flatten(config.to_dict())}
@@ -161,6 +168,17 @@ def train(config: Config, workdir: Path) -> int:
                 writers.write(step, "validation", result)
             return result
 
+        def look() -> None:
+            """Puts the built-in clozes to the model, so that a person sees what it knows by now."""
+            roster.progress("filling clozes", step)
+            if not (clozes := cloze.fitting(trained_at(step), cloze.BUILT_IN)):
+                return
+            result = cloze.run(trained_at(step), clozes)
+            if is_main:
+                numbers = {name: value for name, value in result.items() if name != "answers"}
+                print(f"step {step}/{total}  clozes  top1 {result['top1']:.2f}  top5 {result['top5']:.2f}", flush=True)
+                writers.write(step, "cloze", numbers, "\n\n".join(cloze.table(result)))
+
         def save(is_last: bool = False) -> None:
             if is_main:
                 held.check()
@@ -201,6 +219,9 @@ def train(config: Config, workdir: Path) -> int:
                 if is_multiple(step, config.train.eval_every):
                     with speed.paused():
                         evaluate(trained_at(step))
+                if is_multiple(step, config.train.cloze_every):
+                    with speed.paused():
+                        look()
                 roster.progress("waiting for a batch", step)
                 with speed.waiting():
                     batch = sharding.global_batch(next(batches), mesh, stop.requested)
@@ -214,7 +235,9 @@ def train(config: Config, workdir: Path) -> int:
                 progress.update(bar, completed=step)
 
                 is_due = is_multiple(step, config.train.checkpoint_every) or step == total
-                is_pause = is_due or is_multiple(step, config.train.eval_every)
+                is_pause = is_due or any(
+                    is_multiple(step, every) for every in (config.train.eval_every, config.train.cloze_every)
+                )
                 if not must_rewind(seen) and (is_pause or seen["stop"] or must_end(seen)):
                     seen, unread = read(*unread), None
                 if must_rewind(seen):

@@ -54,9 +54,10 @@ def test_the_words_to_the_right_decide(filler, model, toy):
 def test_padding_and_other_rows_change_nothing(filler):
     one, two = filler.ids(ONE), filler.ids(TWO)
     alone, together = filler.log_probabilities([one]), filler.log_probabilities([two, one, two] * 4)
-    assert together.shape[0] == 12
-    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
-    assert np.isneginf(alone[0][:, filler._trained.tokenizer.is_special]).all()
+    (place,) = filler.masks(one)
+    assert [list(scores) for scores in together] == [filler.masks(two), [place], filler.masks(two)] * 4
+    np.testing.assert_allclose(together[1][place], alone[0][place], atol=1e-5)
+    assert np.isneginf(alone[0][place][filler._trained.tokenizer.is_special]).all()
 
 
 def test_targets_of_one_piece_are_ranked_by_the_scores_of_the_mask(filler, model, toy):
@@ -82,7 +83,7 @@ def test_a_target_of_several_pieces_is_the_product_over_its_pieces(filler, model
     row = [*ids[:place], *[model.tokenizer.mask_id] * len(pieces), *ids[place + 1 :]]
     product = 1.0
     for i, piece in enumerate(pieces):
-        product *= math.exp(filler.log_probabilities([row])[0][place + i, piece])
+        product *= math.exp(filler.log_probabilities([row])[0][place + i][piece])
         row[place + i] = piece
     assert dict(filler.targets(ONE, [word, "dog", "in"]))[word] == pytest.approx(product, rel=1e-4)
     assert filler.targets(ONE, [word, "dog"])[0][0] == "dog"
@@ -93,14 +94,18 @@ def test_targets_that_cannot_be_ranked(filler):
         filler.targets(TWO, ["dog"])
     with pytest.raises(UserError, match="is empty"):
         filler.targets(ONE, ["dog", ""])
+    with pytest.raises(
+        UserError, match=r"the text with its longest target has \d+ tokens; this model takes at most 32"
+    ):
+        filler.targets(ONE, ["dog", "hippopotamus" * 4])
 
 
 def test_joint_filling_is_the_best_path_of_the_beam(filler, model):
     """With k = 1: the surest mask first, then the next with it filled, by hand."""
     ids, total = filler.ids(TWO), 0.0
     while masks := filler.masks(ids):
-        scores_LV = filler.log_probabilities([ids])[0]
-        best, place, piece = max((scores_LV[i, p], i, p) for i in masks for p in range(scores_LV.shape[1]))
+        (scores,) = filler.log_probabilities([ids])
+        best, place, piece = max((scores[i][p], i, p) for i in masks for p in range(len(scores[i])))
         ids[place], total = int(piece), total + float(best)
     ((text, probability),) = filler.joint(TWO, 1)
     assert text == model.tokenizer.decode(ids[1:-1]) and probability == pytest.approx(math.exp(total), rel=1e-4)
@@ -110,14 +115,14 @@ def test_joint_filling_with_a_whole_beam_is_an_exhaustive_search(filler, model):
     """A beam as wide as the vocabulary drops nothing: all pairs, in the order in which the masks are filled."""
     k = model.tokenizer.vocab_size
     ids = filler.ids(TWO)
-    scores_LV = filler.log_probabilities([ids])[0]
-    first = max(filler.masks(ids), key=lambda i: scores_LV[i].max())
+    (scores,) = filler.log_probabilities([ids])
+    first = max(scores, key=lambda i: scores[i].max())
     (second,) = set(filler.masks(ids)) - {first}
     ordinary = np.flatnonzero(~model.tokenizer.is_special)
     rows = [[*ids[:first], int(p), *ids[first + 1 :]] for p in ordinary]
     after = filler.log_probabilities(rows)
     totals = {
-        (int(p), int(q)): float(scores_LV[first, p] + after[i, second, q])
+        (int(p), int(q)): float(scores[first][p] + after[i][second][q])
         for (i, p), q in itertools.product(enumerate(ordinary), ordinary)
     }
     best = sorted(totals.values(), reverse=True)[:20]

@@ -100,3 +100,19 @@ def test_phases_follow_each_other_in_one_run(toy, tmp_path):
         out = finish(toy, workdir, *toy.flags(**PHASES, train__keep_every=10))
         assert f"restored step {step}" in out
         assert_same_run(workdir, straight, STEPS)
+
+
+def test_clozes_go_into_the_logs(toy, tmp_path):
+    """Of the built-in ones those that fit into the rows; numbers in metrics.jsonl, words in TensorBoard."""
+    from flax_mlm.data.pipeline import tensorflow  # reads event files, which tensorboardX wrote
+
+    flags = toy.flags(train__steps=4, train__cloze_every=2, log__tensorboard=True)
+    out = finish(toy, tmp_path / "run", *flags)
+    assert "step 2/4  clozes  top1 " in out
+    lines = metrics_of(tmp_path / "run", "cloze")
+    assert [line["step"] for line in lines] == [2] and 0 < lines[0]["clozes"] < 8
+    assert 0 <= lines[0]["top1"] <= lines[0]["top5"] <= 1
+    (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+    events = tensorflow().compat.v1.train.summary_iterator(str(file))
+    texts = [v.tensor.string_val[0] for e in events for v in e.summary.value if v.tag.startswith("cloze/text")]
+    assert len(texts) == 1 and b"The [MASK] sat on the mat.\n    " in texts[0] and b": rank " in texts[0]

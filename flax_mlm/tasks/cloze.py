@@ -4,6 +4,7 @@ A file of lines `text with [MASK]<TAB>answer` (several answers with `|` between:
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ def read(path: str) -> list[Cloze]:
     return clozes
 
 
+def fitting(trained: Trained, clozes: Sequence[Cloze]) -> list[Cloze]:
+    """Those that are not longer than the model's rows, whichever answer is put in."""
+    t = trained.tokenizer
+
+    def length(cloze: Cloze) -> int:
+        text, answers = cloze
+        return len(t.encode_with_mask(text)) + 1 + max(len(ids) for ids in t.encode(answers))
+
+    return [cloze for cloze in clozes if length(cloze) <= trained.config.data.seq_len]
+
+
 def run(trained: Trained, clozes: list[Cloze]) -> dict[str, Any]:
     """Where the answers stand among all pieces of the vocabulary.
 
@@ -70,7 +82,7 @@ def run(trained: Trained, clozes: list[Cloze]) -> dict[str, Any]:
         best, probability = filler.targets(text, list(words))[0]
         ids = filler.ids(text)
         first = int(trained.tokenizer.encode([best])[0][0])
-        scores_V = filler.log_probabilities([ids])[0, filler.masks(ids)[0]]
+        (scores_V,) = filler.log_probabilities([ids])[0].values()
         rank = int((scores_V > scores_V[first]).sum()) + 1
         own = [word for word, _ in filler.top(text, 5)[0]]
         answers.append({"text": text, "answer": best, "probability": probability, "rank": rank, "own": own})
