@@ -1,6 +1,7 @@
 """The same small encoder trained with four objectives, to be compared: same text, same order, same number of steps.
 
-    python -m flax_mlm.train --config=configs/objectives.py:clm --workdir=runs/clm --config.data.source='text:my/*.txt'
+    bash launch/compare_objectives.sh
+    python -m flax_mlm.train --config=configs/objectives.py:clm --workdir=runs/clm
 
 After the colon comes the objective: `mlm_15` and `mlm_30` (masked, 15% and 30% of the tokens predicted), `clm` (next
 token), `clm_mlm` (biphasic, arXiv:2507.00994: next token for half of the steps, then masked at 30%).

@@ -202,7 +202,7 @@ def plot(file: Path, checkpoints: list[str], rows: list[Row]) -> None:
         for y, name in enumerate(checkpoints):
             if name in row.values:
                 value, stderr = row.values[name]
-                axis.errorbar(value, y, xerr=stderr, fmt="o", capsize=3)
+                axis.errorbar(value, y, xerr=stderr, fmt="o", capsize=3, color=f"C{y}")
         axis.set_yticks(range(len(checkpoints)), checkpoints)
         axis.set_ylim(len(checkpoints) - 0.5, -0.5)
         axis.set_title(f"{row.task}: {row.metric} ({'higher' if row.higher_is_better else 'lower'} is better)", size=8)

@@ -123,3 +123,34 @@ def test_processes_get_their_places(tmp_path):
 def test_wrong_options_of_the_script(tmp_path, option):
     done = Python(tmp_path / "venv").run("local.sh", option)
     assert done.returncode == 2 and done.stderr == f"error: {option}; it takes a whole number\n"
+
+
+@pytest.mark.parametrize("values", [[], ["--config.train.steps=5", "--config.data.source=text:$(touch canary) x/*"]])
+def test_the_comparison_of_objectives(tmp_path, values):
+    """Prepared once, trained four times, compared once; a failure ends it."""
+    python = Python(tmp_path / "venv")
+    done = python.run(
+        "compare_objectives.sh", *values, f"--workdir={tmp_path / 'w x'}", "--tasks=mlm; a=cloze --data=b c"
+    )
+    assert done.returncode == 0, done.stderr
+    prepare, *trainings, compare = python.calls()
+    assert prepare == [
+        "-m",
+        "flax_mlm.prepare",
+        "--config=configs/objectives.py",
+        *values,
+        f"--output={tmp_path}/w x/corpus",
+    ]
+    names = ["mlm_15", "mlm_30", "clm", "clm_mlm"]
+    corpus = f"--config.data.corpus={tmp_path}/w x/corpus"
+    for name, call in zip(names, trainings, strict=True):
+        config, workdir = f"--config=configs/objectives.py:{name}", f"--workdir={tmp_path}/w x/{name}"
+        assert call == ["-m", "flax_mlm.train", config, *values, corpus, workdir]
+    checkpoints = ",".join(f"{tmp_path}/w x/{name}" for name in names)
+    tasks, output = "--tasks=mlm; a=cloze --data=b c", f"--output={tmp_path}/w x/compared"
+    assert compare == ["-m", "flax_mlm.compare", f"--checkpoints={checkpoints}", tasks, output]
+    assert not list(tmp_path.rglob("canary"))
+
+    failing = Python(tmp_path / "other", "0 2")
+    assert failing.run("compare_objectives.sh", f"--workdir={tmp_path / 'w'}").returncode == 2
+    assert len(failing.calls()) == 2

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Masked against causal: the same text, order, shape and number of steps, four objectives (configs/objectives.py), then
+# one table and a plot. About two hours on two CPU cores; run again, it goes on.
+#
+#   bash launch/compare_objectives.sh
+#   bash launch/compare_objectives.sh --config.data.source='text:my/*.txt.gz' --workdir=runs/wiki \
+#       --tasks='mlm; cloze; blimp=minimal_pairs --data=blimp/; cola=classification --train=cola.tsv --metric=matthews'
+#   bash launch/compare_objectives.sh --config.train.steps=20000 --config.model.num_layers=12   # on a larger machine
+#
+# Arguments go to `python -m flax_mlm.train`, but for these:
+#   --workdir=DIR    where corpus, runs and results go (default runs/objectives)
+#   --tasks=...      of `python -m flax_mlm.compare` (default: mlm; cloze)
+set -euo pipefail
+. "$(dirname "$0")/setup.sh" requirements.txt
+
+workdir=runs/objectives tasks='mlm; cloze' arguments=() checkpoints=''
+for argument in "$@"; do
+  case $argument in
+  --workdir=*) workdir=${argument#*=} ;;
+  --tasks=*) tasks=${argument#*=} ;;
+  *) arguments+=("$argument") ;;
+  esac
+done
+
+config=configs/objectives.py
+if [ ! -e "$workdir/corpus/corpus.json" ]; then
+  python -m flax_mlm.prepare --config="$config" ${arguments[@]+"${arguments[@]}"} --output="$workdir/corpus"
+fi
+for objective in mlm_15 mlm_30 clm clm_mlm; do
+  bash launch/local.sh --config="$config:$objective" ${arguments[@]+"${arguments[@]}"} \
+    --config.data.corpus="$workdir/corpus" --workdir="$workdir/$objective"
+  checkpoints+=${checkpoints:+,}$workdir/$objective
+done
+python -m flax_mlm.compare --checkpoints="$checkpoints" --tasks="$tasks" --output="$workdir/compared"
