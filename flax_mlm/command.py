@@ -108,9 +108,8 @@ def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]
         stored = read_config(found).to_dict()
         for name, default in _from_file(str(DEFAULT_CONFIG.parent / "base.py")).to_dict().items():
             # One that was saved before a field existed has that field's default.
-            stored[name] = (
-                {**default, **stored.get(name, {})} if isinstance(default, dict) else stored.get(name, default)
-            )
+            value = stored.get(name, default)
+            stored[name] = default | value if isinstance(default, dict) else value
         return config_lib.from_dict(stored), rest
     return _from_file(str(DEFAULT_CONFIG) if found is None else found), rest
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm import command
+from flax_mlm import command, files
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure, UserError
 
@@ -50,8 +50,6 @@ class Difference(NamedTuple):
 
 
 def main(config: Config) -> None:
-    from flax_mlm import metrics
-
     checkpoints, specs = named(_CHECKPOINTS.value), parse_tasks(_TASKS.value)
     if not _OUTPUT.value:
         raise UserError("--output is missing; name a folder for the results")
@@ -63,9 +61,8 @@ def main(config: Config) -> None:
             results.setdefault(spec.name, {})[name] = result_of(spec, name, path, output)
     rows = [row for task, some in results.items() for row in compared(task, some, _DRAWS.value)]
     text = table(list(checkpoints), rows)
-    (output / "table.md.tmp").write_text(text)
-    (output / "table.md.tmp").replace(output / "table.md")
-    metrics.write_json(output / "comparison.json", [row._asdict() for row in rows])
+    files.write_text(output / "table.md", text)
+    files.write_json(output / "comparison.json", [row._asdict() for row in rows])
     plot(output / "plot.png", list(checkpoints), rows)
     print(f"\n{text}\nwritten to {output}: table.md  plot.png  comparison.json  results/")
 
@@ -143,16 +140,16 @@ def compared(task: str, results: dict[str, dict[str, Any]], draws: int) -> list[
 
     from flax_mlm.tasks import scores
 
+    scored = {name: scores.of(result) for name, result in results.items()}
     rows: dict[str, Row] = {}
-    for name, result in results.items():
-        score = scores.of(result)
+    for name, score in scored.items():
         row = rows.setdefault(score.metric, Row(task, score.metric, score.higher_is_better, {}, {}))
         row.values[name] = score.value, score.stderr
     for row in rows.values():
         first, *others = row.values
-        reference = scores.of(results[first])
+        reference = scored[first]
         for name in others:
-            other = scores.of(results[name])
+            other = scored[name]
             if other.examples != reference.examples:
                 continue
             rng = np.random.default_rng(0)
@@ -208,9 +205,8 @@ def plot(file: Path, checkpoints: list[str], rows: list[Row]) -> None:
         axis.set_title(f"{row.task}: {row.metric} ({'higher' if row.higher_is_better else 'lower'} is better)", size=8)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", alpha=0.3)
-    temporary = file.with_name(file.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(file)
+    with files.replacing(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 if __name__ == "__main__":

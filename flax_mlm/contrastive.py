@@ -33,15 +33,19 @@ class Pairs(NamedTuple):
         return Pairs(*map(list, zip(*some, strict=True)))
 
 
-def fit(trained: Trained, train: Pairs, dev: Pairs, learning_rate: float, seed: int, poll: Poll) -> finetune.Fitted:
-    """Fine-tunes the encoder; the epoch is kept whose vectors rank the positives of `dev` best (mean reciprocal rank
-    among all of its positives and negatives)."""
+def make_fit(
+    trained: Trained, train: Pairs, dev: Pairs, vectors: finetune.Vectors, poll: Poll
+) -> Callable[[float, int], finetune.Fitted]:
+    """(learning rate, seed) -> the fine-tuned encoder of the epoch whose vectors rank the positives of `dev` best (mean
+    reciprocal rank among all of its positives and negatives). `vectors` is `finetune.make_vectors`."""
     config = trained.config.finetune
     unique = {text: i for i, text in enumerate(dict.fromkeys(_texts(train)))}
     texts = finetune.tokenised(trained, list(unique))
+    lengths = [len(texts.tokens[unique[query]]) for query in train.queries]
+    trainer = finetune.make_trainer(trained, make_loss(trained), lambda key: {})
+    steps = finetune.batches_of(len(train.queries), config.batch_size)
 
     def epoch(rng: np.random.Generator) -> Iterator[finetune.Batch]:
-        lengths = [len(texts.tokens[unique[query]]) for query in train.queries]
         for numbers in finetune.epoch_batches(lengths, config.batch_size, rng):
             ids_BG = np.full((len(numbers), 2 + config.hard_negatives), _NONE, np.int32)
             for b, i in enumerate(numbers):
@@ -52,14 +56,10 @@ def fit(trained: Trained, train: Pairs, dev: Pairs, learning_rate: float, seed: 
             shape = *ids_BG.shape, tokens_RL.shape[1]
             yield tokens_RL.reshape(shape), types_RL.reshape(shape), ids_BG
 
-    function = finetune.vectors(trained)
-
     def score(params: Params) -> float:
-        return float((1 / ranks(lambda some: vectors_of(trained, function, params, some, poll), dev)).mean())
+        return float((1 / ranks(lambda some: vectors_of(trained, vectors, params, some, poll), dev)).mean())
 
-    trainer = finetune.make_trainer(trained, make_loss(trained), lambda key: {})
-    steps = finetune.batches_of(len(train.queries), config.batch_size)
-    return finetune.fit(trained, trainer, epoch, steps, score, learning_rate, seed, poll)
+    return lambda rate, seed: finetune.fit(trained, trainer, epoch, steps, score, rate, seed, poll)
 
 
 def make_loss(trained: Trained) -> Callable[..., jax.Array]:
@@ -102,9 +102,9 @@ def normal(x_ND: Any) -> Any:
     return x_ND / xp.sqrt(xp.maximum(square_N1, 1e-12))
 
 
-def vectors_of(trained: Trained, function: Callable[..., Any], params: Params, texts: list[str], poll: Poll) -> Any:
-    """Vectors of length 1, float32 (N, D), of texts. `function` is `finetune.vectors`."""
-    return normal(np.stack(finetune.predict(trained, function, params, finetune.tokenised(trained, texts), poll)))
+def vectors_of(trained: Trained, vectors: finetune.Vectors, params: Params, texts: list[str], poll: Poll) -> Any:
+    """Vectors of length 1, float32 (N, D), of texts."""
+    return normal(np.stack(finetune.predict(trained, vectors, params, finetune.tokenised(trained, texts), poll)))
 
 
 def ranks(embed: Callable[[list[str]], np.ndarray], pairs: Pairs) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from flax_mlm import command
+from flax_mlm import command, files
 from flax_mlm.config import Config
 from flax_mlm.errors import UserError
 
@@ -53,11 +53,11 @@ def main(config: Config) -> None:
     texts = finetune.tokenised(model, [record[_TEXT.value] for _, record in records])
     with Progress(disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("embedding", total=-(-len(texts) // config.finetune.batch_size))
-        found = finetune.predict(model, finetune.vectors(model), model.params, texts, lambda: progress.advance(bar))
+        vectors = finetune.make_vectors(model)
+        found = finetune.predict(model, vectors, model.params, texts, lambda: progress.advance(bar))
     vectors_ND = contrastive.normal(np.stack(found)[:, : _DIMENSIONS.value or None])
-    temporary = output.with_name(output.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with files.replacing(output) as temporary, temporary.open("wb") as file:
             if output.suffix == ".npy":
                 np.save(file, vectors_ND)
             else:
@@ -65,11 +65,8 @@ def main(config: Config) -> None:
                 column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), width)
                 table = pa.Table.from_pylist([record for _, record in records])
                 pq.write_table(table.append_column("vector", column), file)
-        temporary.replace(output)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"--output: '{output}' cannot be written: {e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"written to {output}: {vectors_ND.shape[0]:,} vectors of {vectors_ND.shape[1]}")
 
 

@@ -62,7 +62,7 @@ flags.adopt_module_key_flags(processes)
 def main(config: Config) -> None:
     import jax
 
-    from flax_mlm import metrics, trained
+    from flax_mlm import files, trained
 
     task = {
         "mlm": _mlm,
@@ -87,7 +87,7 @@ def main(config: Config) -> None:
             print("\n".join(table))
             if _JSON.value:
                 about = {"task": _TASK.value, "objective": config.objective.name}
-                metrics.write_json(Path(_JSON.value), about | result)
+                files.write_json(Path(_JSON.value), about | result)
 
 
 Answer = tuple[dict[str, Any], list[str]]  # result, and as lines
@@ -149,25 +149,25 @@ def _minimal_pairs(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
 
 
 def _classification(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
-    from flax_mlm.tasks import classification
+    from flax_mlm.tasks import classification, report
 
     _alone(roster)
     train, dev, test = (_labelled(flag.value) if flag.value else None for flag in (_TRAIN, _DEV, _TEST))
     if not train:
         raise UserError("--train is missing; name the file of labelled examples to fine-tune on")
     result = classification.run(model, train, dev, test, _METRIC.value, print, poll)
-    return result, classification.table(result)
+    return result, report.table(result)
 
 
 def _tagging(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
-    from flax_mlm.tasks import classification, conll, tagging
+    from flax_mlm.tasks import conll, report, tagging
 
     _alone(roster)
     train, dev, test = (conll.read(flag.value) if flag.value else None for flag in (_TRAIN, _DEV, _TEST))
     if not train:
         raise UserError("--train is missing; name the file of tagged sentences to fine-tune on")
     result = tagging.run(model, train, dev, test, print, poll)
-    return result, classification.table(result)
+    return result, report.table(result)
 
 
 def _retrieval(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:

@@ -20,13 +20,13 @@ from flax_mlm.config import FinetuneConfig
 from flax_mlm.errors import UserError
 from flax_mlm.trained import Trained
 
-_LENGTH = 32  # batches are padded to a multiple of this, since every length is compiled
 _POOL = 32  # batches whose examples are sorted by length together
 
 Log = Callable[[str], None]
 Poll = Callable[[], Any]
 Params = Any
 Batch = tuple[np.ndarray, ...]  # each with the examples first
+Vectors = Callable[[Params, jax.Array, jax.Array], jax.Array]  # see make_vectors
 
 
 class Texts(NamedTuple):
@@ -46,10 +46,10 @@ class Texts(NamedTuple):
 class Trainer(NamedTuple):
     """The jitted functions of one fine-tuning. Call them under `jax.set_mesh(trained.mesh)`."""
 
-    init: Callable[[Any, jax.Array], tuple[Params, Any]]  # the encoder's parameters, key -> parameters, state
-    train: Callable[
-        ..., tuple[Params, Any, jax.Array]
-    ]  # parameters, state, batch, key, learning rate; the loss is last
+    # the encoder's parameters, key -> parameters, state
+    init: Callable[[Any, jax.Array], tuple[Params, Any]]
+    # parameters, state, batch, key, learning rate -> parameters, state, loss
+    train: Callable[..., tuple[Params, Any, jax.Array]]
 
 
 class Fitted(NamedTuple):
@@ -103,7 +103,7 @@ def encode(
     return states.astype(jnp.float32)
 
 
-def vectors(trained: Trained) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+def make_vectors(trained: Trained) -> Vectors:
     """Jitted (parameters, tokens, token types) -> pooled states (B, D)."""
 
     def vectors(params: Params, tokens_BL: jax.Array, types_BL: jax.Array) -> jax.Array:
@@ -310,8 +310,7 @@ def tokenised(trained: Trained, texts: Sequence[str], pairs: Sequence[str] | Non
 
 def padded(trained: Trained, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and token types, int32 (B, L)."""
-    length = min(-(-max(map(len, texts.tokens)) // _LENGTH) * _LENGTH, trained.config.model.max_positions)
-    shape = (len(texts), length)
+    shape = len(texts), trained.padded_length(max(map(len, texts.tokens)))
     tokens_BL, types_BL = np.full(shape, trained.tokenizer.pad_id, np.int32), np.zeros(shape, np.int32)
     for b, (tokens, types) in enumerate(zip(*texts, strict=True)):
         tokens_BL[b, : len(tokens)], types_BL[b, : len(tokens)] = tokens, types

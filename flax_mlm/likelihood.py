@@ -17,7 +17,6 @@ from flax_mlm.trained import Trained
 
 VARIANTS = ("original", "within_word_l2r")
 _TOKENS = 8192  # at a time
-_LENGTH = 32  # rows are padded to a multiple of this, since every length is compiled
 
 
 class Row(NamedTuple):
@@ -72,10 +71,10 @@ def _hidden_in_turn(number: int, tokens: list[int], starts: np.ndarray, mask: in
 
 def scores(trained: Trained, rows: Sequence[Row]) -> np.ndarray:
     """The sum of each row's log-probabilities, float64 (len(rows),)."""
-    result, parts, limit = np.zeros(len(rows)), sharding.batch_parts(trained.mesh), trained.config.model.max_positions
+    result, parts = np.zeros(len(rows)), sharding.batch_parts(trained.mesh)
     kinds: dict[tuple[int, int], list[int]] = {}  # rows by padded length and number of slots
     for i, row in enumerate(rows):
-        length = min(-(-len(row.tokens) // _LENGTH) * _LENGTH, limit)
+        length = trained.padded_length(len(row.tokens))
         kinds.setdefault((length, 1 if len(row.places) == 1 else length), []).append(i)
     for (length, slots), numbers in sorted(kinds.items()):
         size = -(-max(_TOKENS // length, 1) // parts) * parts

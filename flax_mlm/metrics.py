@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flax_mlm import files
 from flax_mlm.config import Config, ModelConfig
 
 # Dense peak of one chip in bfloat16, FLOP/s, by a part of its `device_kind` (vendors' data sheets).
@@ -129,7 +130,7 @@ class Writers:
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _is_before(line, start_step)]
             if kept != lines:
-                _replace(path, "".join(kept))
+                files.write_text(path, "".join(kept))
         self._file, self._unwritten = path.open("ab", buffering=0), b""
         self._tensorboard = None
         if self._has_tensorboard:
@@ -178,14 +179,3 @@ def _is_before(line: str, start_step: int) -> bool:
         return m["step"] < start_step or (m["step"] == start_step and m["kind"] == "train")
     except (ValueError, KeyError, TypeError):  # half a line, written when the run was killed
         return False
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name, then renames it."""
-    _replace(path, json.dumps(value, indent=2) + "\n")

@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 from rich.progress import Progress
 
-from flax_mlm import command, preemption, processes
+from flax_mlm import command, files, preemption, processes
 from flax_mlm.config import Config, flatten
 from flax_mlm.errors import Failure, UserError
 
@@ -31,15 +31,8 @@ flags.adopt_module_key_flags(processes)
 # May differ between a run and its continuation: they change where, how often or how fast, but not what is learned.
 _FREE = (
     *("data.cache_dir", "data.num_workers", "model.scan_layers", "model.remat", "train.microbatches"),
-    *(
-        "train.log_every",
-        "train.eval_every",
-        "train.cloze_every",
-        "train.checkpoint_every",
-        "train.keep_last",
-        "train.keep_every",
-    ),
-    *("train.max_failed_saves", "train.stall_timeout"),
+    *("train.log_every", "train.eval_every", "train.cloze_every", "train.checkpoint_every", "train.stall_timeout"),
+    *("train.keep_last", "train.keep_every", "train.max_failed_saves"),
     *("eval.", "finetune.", "mesh.", "log."),
 )
 _ADVICE = "Try a lower optimizer.learning_rate"
@@ -130,7 +123,7 @@ def train(config: Config, workdir: Path) -> int:
                 program(begin)  # all that are to come, so that one that does not compile or fit is known now
         if is_main:
             result_file.unlink(missing_ok=True)
-            print_banner(config, corpus, mesh, steps, program(phase_at(step)).memory_analysis())
+            print_banner(config, phases, corpus, mesh, steps, program(phase_at(step)).memory_analysis())
             writers = metrics.Writers(workdir, config, step)
             at_exit.callback(writers.close)
         speed = metrics.Throughput(step, total, metrics.peak_flops(mesh))
@@ -171,9 +164,10 @@ def train(config: Config, workdir: Path) -> int:
         def look() -> None:
             """Puts the built-in clozes to the model, so that a person sees what it knows by now."""
             roster.progress("filling clozes", step)
-            if not (clozes := cloze.fitting(trained_at(step), cloze.BUILT_IN)):
+            trained = trained_at(step)
+            if not (clozes := cloze.fitting(trained, cloze.BUILT_IN)):
                 return
-            result = cloze.run(trained_at(step), clozes)
+            result = cloze.run(trained, clozes)
             if is_main:
                 numbers = {name: value for name, value in result.items() if name != "answers"}
                 print(f"step {step}/{total}  clozes  top1 {result['top1']:.2f}  top5 {result['top5']:.2f}", flush=True)
@@ -264,7 +258,7 @@ def train(config: Config, workdir: Path) -> int:
         with roster.untimed("evaluating"):
             result = evaluate(trained_at(step))
         if is_main:
-            metrics.write_json(result_file, result)
+            files.write_json(result_file, result)
             print_summary(workdir, trained_at(step), result)
     return 0
 
@@ -280,13 +274,11 @@ def claim(workdir: Path, config: Config) -> None:
     Raises:
       UserError: the workdir belongs to a run with another config, or cannot be written.
     """
-    from flax_mlm.metrics import write_json
-
     file = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            write_json(file, config.to_dict())
+            files.write_json(file, config.to_dict())
             return
         held = flatten(json.loads(file.read_text()))
     except (OSError, ValueError) as e:
@@ -299,7 +291,7 @@ def claim(workdir: Path, config: Config) -> None:
             )
 
 
-def print_banner(config: Config, corpus: Any, mesh: Any, steps: Any, memory: Any) -> None:
+def print_banner(config: Config, phases: dict[int, Config], corpus: Any, mesh: Any, steps: Any, memory: Any) -> None:
     """What is about to run, and on what."""
     import jax
 
@@ -318,7 +310,7 @@ def print_banner(config: Config, corpus: Any, mesh: Any, steps: Any, memory: Any
     )
     print(f"corpus      {corpus.path} ({corpus.source})")
     print(f"            {rows:,} rows of {corpus.seq_len}, {tokens:,} tokens, vocabulary {corpus.vocab_size:,}")
-    first, *others = config.phases().items()
+    first, *others = phases.items()
     objectives = [first[1].objective.name, *(f"then from step {i:,} {c.objective.name}" for i, c in others)]
     print(
         f"run         {', '.join(objectives)}, {total:,} steps of {batch} rows = {batch * total * tokens / rows:,.0f} "

@@ -15,6 +15,8 @@ from flax_mlm.hf import folder as folder_lib
 from flax_mlm.hf import start
 from flax_mlm.step import Steps, make_steps
 
+_LENGTH = 32
+
 
 class Trained(NamedTuple):
     """A model on a mesh. Use it under `jax.set_mesh(mesh)`."""
@@ -26,6 +28,10 @@ class Trained(NamedTuple):
     tokenizer: Tokenizer
     vocab: masking.Vocabulary
     meta: Mapping[str, Any] = MappingProxyType({})  # of the checkpoint it was restored from
+
+    def padded_length(self, length: int) -> int:
+        """To which rows of so many tokens are padded: few lengths, since each one is compiled."""
+        return min(-(-length // _LENGTH) * _LENGTH, self.config.model.max_positions)
 
 
 def restore(path: str, config: Config) -> Trained:

@@ -18,7 +18,7 @@ from seqeval.scheme import IOB2, IOBES
 from flax_mlm import checkpoint, finetune, sharding, trained
 from flax_mlm import config as config_lib
 from flax_mlm.errors import UserError
-from flax_mlm.tasks import classification, conll, labelled, tagging
+from flax_mlm.tasks import classification, conll, labelled, report, tagging
 
 SOON = {"epochs": 4, "seeds": 2, "learning_rates": "3e-3,1e-2", "batch_size": 16, "dropout_rate": 0.0, "max_length": 24}
 
@@ -60,7 +60,7 @@ def test_labels_are_learned(model, toy, method):
     assert result["examples"] == {"train": 120, "dev": 40, "test": 40}
     assert result["predictions"] == result["labels"] == parts[2].labels
     assert len(result["scores"]) == (2 if method == "full" else 1)
-    assert "median of" in classification.table(result)[0]
+    assert "median of" in report.table(result)[0]
     if method == "full":
         again = classification.run(model, *parts, "accuracy", quiet, quiet)
         assert again == result, "the same seed, the same result"
@@ -173,7 +173,7 @@ def test_pooling(model, pooling):
     config = dataclasses.replace(model.config, finetune=dataclasses.replace(model.config.finetune, pooling=pooling))
     model = model._replace(config=config)
     texts = finetune.tokenised(model, ["The dog barks.", "The cat sleeps near the river all day."] * 4)
-    found = finetune.predict(model, finetune.vectors(model), model.params, texts, quiet)
+    found = finetune.predict(model, finetune.make_vectors(model), model.params, texts, quiet)
     tokens, types = finetune.padded(model, texts)
     with jax.set_mesh(model.mesh):
         arrays = sharding.split_rows([tokens, types], model.mesh)
@@ -189,7 +189,7 @@ def test_a_causal_model_is_not_asked_at_its_first_token(model):
     model = model._replace(config=causal)
     texts = finetune.tokenised(model, ["The dog barks."] * 8)
     with pytest.raises(UserError, match=r"finetune.pooling is cls, a token that sees nothing in a causal model"):
-        finetune.predict(model, finetune.vectors(model), model.params, texts, quiet)
+        finetune.predict(model, finetune.make_vectors(model), model.params, texts, quiet)
 
 
 # Tags

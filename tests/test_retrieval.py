@@ -75,7 +75,8 @@ def test_the_loss_is_that_of_its_formula_on_any_mesh(trained_run, model, dimensi
             batch = sharding.split_rows([tokens_RL.reshape(shape), types_RL.reshape(shape), ids_BG], one.mesh)
             loss = jax.jit(contrastive.make_loss(one))
             found.append(float(loss(one.params, *batch, jax.random.key(0))))
-    vectors_UD = np.stack(finetune.predict(one, finetune.vectors(one), one.params, texts, quiet)).astype(np.float64)
+    vectors = finetune.make_vectors(one)
+    vectors_UD = np.stack(finetune.predict(one, vectors, one.params, texts, quiet)).astype(np.float64)
     expected = []
     for width in one.config.finetune.sizes(32):
         cut = vectors_UD[:, :width] / np.linalg.norm(vectors_UD[:, :width], axis=1, keepdims=True)
@@ -241,7 +242,7 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(vectors_ND, axis=1), 1.0, atol=1e-5)
     kept = trained.restore(str(tmp_path / "kept"), config_lib.build(checkpoint.read_config(str(tmp_path / "kept"))))
     kept = with_finetune(kept, batch_size=16)
-    expected = contrastive.vectors_of(kept, finetune.vectors(kept), kept.params, list(documents.values()), quiet)
+    expected = contrastive.vectors_of(kept, finetune.make_vectors(kept), kept.params, list(documents.values()), quiet)
     np.testing.assert_allclose(vectors_ND, expected, atol=1e-5)
 
     done = toy.run("embed", *line, f"--output={tmp_path / 'v.parquet'}", "--dimensions=8")

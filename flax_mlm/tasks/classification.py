@@ -4,7 +4,6 @@ Learning rates are compared on the development set with the first seed; the best
 Where no development set is given, a tenth of the training set becomes it. The metrics are scikit-learn's and SciPy's.
 """
 
-import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from flax_mlm import finetune
 from flax_mlm.errors import UserError
 from flax_mlm.finetune import Log, Poll
+from flax_mlm.tasks import report
 from flax_mlm.tasks.labelled import Labelled
 from flax_mlm.trained import Trained
 
@@ -33,13 +33,12 @@ def run(
       UserError: a label of `dev` or `test` is unknown in `train`, or no number for a regression.
 
     Returns:
-      metric, median over the seeds, spread (smallest and largest), scores of all seeds, stderr (bootstrap over the
-      examples, of the median run), best (learning rate, or penalty), dev_scores by learning rate, examples, and
-      predictions and labels.
+      `report.summary` (chosen is the learning rate, or the penalty of a probe), metric, and of the median run stderr
+      (bootstrap over the examples), predictions and labels.
     """
     config, is_number = trained.config.finetune, metric in _REGRESSION
     if dev is None:
-        train, dev = _split(train)
+        train, dev = map(train.take, report.tenth(len(train.texts)))
     classes = [] if is_number else sorted(set(train.labels))
     if not is_number and len(classes) < 2:
         raise UserError(f"all labels of the training set are '{classes[0]}'; there is nothing to learn")
@@ -51,7 +50,7 @@ def run(
         return evaluate(metric, labels["dev"], predictions(outputs, is_number))
 
     if config.method == "probe":
-        function = finetune.vectors(trained)
+        function = finetune.make_vectors(trained)
         vectors = {
             name: np.stack(finetune.predict(trained, function, trained.params, some, poll))
             for name, some in texts.items()
@@ -78,31 +77,15 @@ def run(
         found = finetune.search(config, once, log)
     answers = [predictions(outputs, is_number) for outputs in found.outcomes]
     scores = [evaluate(metric, labels["test"], answer) for answer in answers]
-    middle = answers[scores.index(statistics.median_low(scores))]
+    middle = answers[report.median_run(scores)]
     names = np.array(classes) if classes else None
     return {
         "metric": metric,
-        "median": statistics.median(scores),
-        "spread": [min(scores), max(scores)],
-        "scores": scores,
-        "stderr": bootstrap_stderr(metric, labels["test"], middle),
-        "best": found.best,
-        "dev_scores": found.dev_scores,
-        "examples": {name: len(part.texts) for name, part in parts.items()},
+        **report.summary(scores, found, {name: len(part.texts) for name, part in parts.items()}),
+        "stderr": stderr(metric, labels["test"], middle),
         "predictions": (middle if names is None else names[middle]).tolist(),
         "labels": (labels["test"] if names is None else names[labels["test"]]).tolist(),
     }
-
-
-def _split(train: Labelled) -> tuple[Labelled, Labelled]:
-    """Nine tenths and one tenth, the same ones every time."""
-    order = np.random.default_rng(0).permutation(len(train.texts))
-    cut = max(len(order) // 10, 1)
-
-    def take(numbers: np.ndarray) -> Labelled:
-        return Labelled(*(None if column is None else [column[i] for i in numbers] for column in train))  # type: ignore[arg-type]
-
-    return take(order[cut:]), take(order[:cut])
 
 
 def _labels(part: Labelled, classes: list[str], name: str) -> np.ndarray:
@@ -146,11 +129,9 @@ def evaluate(metric: str, labels: np.ndarray, found: np.ndarray) -> float:
         return float(function(labels, found))
 
 
-def bootstrap_stderr(metric: str, labels: np.ndarray, found: np.ndarray, draws: int = 200) -> float:
-    """Standard deviation of the metric over test sets drawn from this one with replacement."""
-    rng, n = np.random.default_rng(0), len(labels)
-    draw = (rng.integers(0, n, n) for _ in range(draws))
-    return float(np.std([evaluate(metric, labels[i], found[i]) for i in draw]))
+def stderr(metric: str, labels: np.ndarray, found: np.ndarray) -> float:
+    """Of `evaluate`, over the examples."""
+    return report.bootstrap_stderr(lambda i: evaluate(metric, labels[i], found[i]), len(labels))
 
 
 def _probe(
@@ -181,14 +162,3 @@ def _probe(
         dev_scores[f"{strength:g}"] = dev_score(outputs(model, vectors["dev"]))
     best = max(dev_scores, key=lambda name: dev_scores[name])
     return finetune.Searched(best, dev_scores, [outputs(models[best], vectors["test"])])
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    """The result as lines for a person."""
-    low, high = result["spread"]
-    return [
-        f"{result['metric']}  {result['median']:.4f}  median of {len(result['scores'])} runs, {low:.4f} to {high:.4f}; "
-        f"± {result['stderr']:.4f} over the {result['examples']['test']:,} examples",
-        f"best of {', '.join(f'{rate}: {score:.4f}' for rate, score in result['dev_scores'].items())} on "
-        f"{result['examples']['dev']:,} development examples; trained on {result['examples']['train']:,}",
-    ]

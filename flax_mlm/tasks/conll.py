@@ -1,8 +1,10 @@
 """Tagged sentences in CoNLL format: a token a line, its tag in the last column, a blank line between sentences."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from flax_mlm import files
 from flax_mlm.errors import UserError
 
 
@@ -11,6 +13,11 @@ class Tagged(NamedTuple):
 
     words: list[list[str]]
     tags: list[list[str]]
+
+    def take(self, numbers: Iterable[int]) -> "Tagged":
+        """Some of them."""
+        some = list(numbers)
+        return Tagged([self.words[i] for i in some], [self.tags[i] for i in some])
 
 
 def read(path: str) -> Tagged:
@@ -22,15 +29,9 @@ def read(path: str) -> Tagged:
       UserError: it cannot be read, holds nothing, or a line is none; the message names it.
     """
     file = Path(path).expanduser()
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as e:
-        raise UserError(f"{file} cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{file} is not UTF-8: {e}") from e
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(files.read_text(file).splitlines(), 1):
         fields = line.split()
         if not fields or fields[0] == "-DOCSTART-":
             words.append([])

@@ -4,9 +4,11 @@ TensorFlow Datasets."""
 import csv
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flax_mlm import files
 from flax_mlm.errors import UserError
 
 _TEXT = ("sentence", "text", "sentence1", "premise", "question", "question1")
@@ -20,6 +22,12 @@ class Labelled(NamedTuple):
     texts: list[str]
     pairs: list[str] | None  # the second text of each
     labels: list[str]
+
+    def take(self, numbers: Iterable[int]) -> "Labelled":
+        """Some of them."""
+        some = list(numbers)
+        pairs = None if self.pairs is None else [self.pairs[i] for i in some]
+        return Labelled([self.texts[i] for i in some], pairs, [self.labels[i] for i in some])
 
 
 def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labelled:
@@ -72,12 +80,7 @@ def _names(record: dict[str, Any]) -> str:
 
 
 def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        content = file.read_text(encoding="utf-8-sig")
-    except OSError as e:
-        raise UserError(f"{file} cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{file} is not UTF-8: {e}") from e
+    content = files.read_text(file)
     if file.suffix in (".jsonl", ".json"):
         records = []
         for number, line in enumerate(content.splitlines(), 1):

@@ -15,7 +15,7 @@ from flax_mlm import contrastive, finetune
 from flax_mlm.contrastive import Pairs
 from flax_mlm.errors import UserError
 from flax_mlm.finetune import Log, Params, Poll
-from flax_mlm.tasks import classification, labelled
+from flax_mlm.tasks import classification, labelled, report
 from flax_mlm.trained import Trained
 
 _QUERY = ("query", "anchor", "question", "sentence1", "premise", "sentence", "text")
@@ -109,22 +109,19 @@ def run(
       mrr@10 too, and `each`, the metric of each of `queries`; for sentences with predictions (cosines) and labels.
       And the parameters of the median run.
     """
-    config = trained.config.finetune
-    function = finetune.vectors(trained)
+    function = finetune.make_vectors(trained)
     if train is None:
         found = finetune.Searched("", {}, [trained.params])
     else:
         if dev is None:
-            order = np.random.default_rng(0).permutation(len(train.queries))
-            cut = max(len(order) // 10, 1)
-            train, dev = train.take(order[cut:]), train.take(order[:cut])
-        pairs, held_out = train, dev
+            train, dev = map(train.take, report.tenth(len(train.queries)))
+        fit = contrastive.make_fit(trained, train, dev, function, poll)
 
         def once(rate: float, seed: int) -> tuple[float, Params]:
-            best = contrastive.fit(trained, pairs, held_out, rate, seed, poll)
+            best = fit(rate, seed)
             return best.score, best.params
 
-        found = finetune.search(config, once, log)
+        found = finetune.search(trained.config.finetune, once, log)
 
     def evaluated(params: Params) -> dict[str, Any]:
         def embed(texts: list[str]) -> np.ndarray:
@@ -134,19 +131,11 @@ def run(
 
     results = [evaluated(params) for params in found.outcomes]
     scores = [result["score"] for result in results]
-    middle = scores.index(statistics.median_low(scores))
+    middle = report.median_run(scores)
     examples = {"test": len(test.texts if isinstance(test, labelled.Labelled) else test.relevance)}
     if train and dev:
         examples |= {"train": len(train.queries), "dev": len(dev.queries)}
-    summary = {
-        "median": statistics.median(scores),
-        "spread": [min(scores), max(scores)],
-        "scores": scores,
-        "best": found.best,
-        "dev_scores": found.dev_scores,
-        "examples": examples,
-    }
-    return {**results[middle], **summary}, found.outcomes[middle]
+    return {**results[middle], **report.summary(scores, found, examples)}, found.outcomes[middle]
 
 
 def _similarity(embed: Any, test: labelled.Labelled) -> dict[str, Any]:
@@ -158,7 +147,7 @@ def _similarity(embed: Any, test: labelled.Labelled) -> dict[str, Any]:
     return {
         "metric": "spearman",
         "score": score,
-        "stderr": classification.bootstrap_stderr("spearman", gold, cosines),
+        "stderr": classification.stderr("spearman", gold, cosines),
         "pearson": classification.evaluate("pearson", gold, cosines),
         "predictions": cosines.tolist(),
         "labels": gold.tolist(),
@@ -207,18 +196,5 @@ def _best(queries_MD: np.ndarray, documents_ND: np.ndarray) -> Iterator[tuple[li
 
 def table(result: dict[str, Any]) -> list[str]:
     """The result as lines for a person."""
-    low, high = result["spread"]
-    lines = [
-        f"{result['metric']}  {result['median']:.4f}  ± {result['stderr']:.4f} over the {result['examples']['test']:,} "
-        "examples"
-    ]
-    lines += [
-        f"{name}  {result[name]:.4f}" for name in ("pearson", "recall@10", "recall@100", "mrr@10") if name in result
-    ]
-    if result["dev_scores"]:
-        tried = ", ".join(f"{rate}: {score:.4f}" for rate, score in result["dev_scores"].items())
-        lines.append(
-            f"median of {len(result['scores'])} runs, {low:.4f} to {high:.4f}; best of {tried} on "
-            f"{result['examples']['dev']:,} development pairs; trained on {result['examples']['train']:,}"
-        )
-    return lines
+    others = [name for name in ("pearson", "recall@10", "recall@100", "mrr@10") if name in result]
+    return [*report.table(result), *(f"{name}  {result[name]:.4f}" for name in others)]

@@ -4,7 +4,6 @@ A word is tagged by its first piece (BERT, arXiv:1810.04805 §5.3). Sentences lo
 between words, and their tags joined again.
 """
 
-import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 from flax_mlm import finetune
 from flax_mlm.errors import UserError
 from flax_mlm.finetune import Log, Poll
+from flax_mlm.tasks import report
 from flax_mlm.tasks.conll import Tagged
 from flax_mlm.trained import Trained
 
@@ -35,11 +35,7 @@ def run(
 
     config = trained.config.finetune
     if dev is None:
-        order = np.random.default_rng(0).permutation(len(train.words))
-        cut = max(len(order) // 10, 1)
-        train, dev = (
-            Tagged(*([column[i] for i in numbers] for column in train)) for numbers in (order[cut:], order[:cut])
-        )
+        train, dev = map(train.take, report.tenth(len(train.words)))
     parts = {"train": train, "dev": dev, "test": test or dev}
     kinds = sorted({tag for tags in train.tags for tag in tags} | {"O"})
     ids = {tag: i for i, tag in enumerate(kinds)}
@@ -78,16 +74,12 @@ def run(
     found = finetune.search(config, once, log)
     gold = parts["test"].tags
     scores = [float(f1_score(gold, tags, zero_division=0)) for tags in found.outcomes]
-    middle = found.outcomes[scores.index(statistics.median_low(scores))]
+    middle = found.outcomes[report.median_run(scores)]
+    counts_N3 = counts(gold, middle)
     return {
         "metric": "f1",
-        "median": statistics.median(scores),
-        "spread": [min(scores), max(scores)],
-        "scores": scores,
-        "stderr": _bootstrap_stderr(gold, middle),
-        "best": found.best,
-        "dev_scores": found.dev_scores,
-        "examples": {name: len(part.words) for name, part in parts.items()},
+        **report.summary(scores, found, {name: len(part.words) for name, part in parts.items()}),
+        "stderr": report.bootstrap_stderr(lambda i: f1(counts_N3[i]), len(gold), draws=1000),
         "kinds": {
             kind: {key: float(value) for key, value in values.items()}
             for kind, values in classification_report(gold, middle, output_dict=True, zero_division=0).items()
@@ -139,8 +131,3 @@ def f1(counts_N3: np.ndarray) -> float:
     """Entity F1 over sentences."""
     right, found, true = counts_N3.sum(0)
     return float(2 * right / max(found + true, 1))
-
-
-def _bootstrap_stderr(gold: list[list[str]], found: list[list[str]], draws: int = 1000) -> float:
-    counts_N3, rng, n = counts(gold, found), np.random.default_rng(0), len(gold)
-    return float(np.std([f1(counts_N3[rng.integers(0, n, n)]) for _ in range(draws)]))

@@ -1,0 +1,41 @@
+"""Whole files: read as text with one clear error, written under another name and then renamed."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flax_mlm.errors import UserError
+
+
+def read_text(file: Path) -> str:
+    """The content of a UTF-8 file, without byte-order mark. Raises UserError, which names it."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"{file} cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{file} is not UTF-8: {e}") from e
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `file` at the end: that is there whole, or as it was before."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a whole file, or none."""
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, value: Any) -> None:
+    """As `write_text`, as indented JSON."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
