@@ -134,10 +134,16 @@ def newest(path: str) -> tuple[epath.Path, dict[str, Any]]:
 def read_config(path: str) -> ConfigDict:
     """The config of a checkpoint's last step, with a mesh that fits whatever devices are here."""
     _, meta = newest(path)
+    config = config_of(meta)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
+    return config
+
+
+def config_of(meta: dict[str, Any]) -> ConfigDict:
+    """The config that the last step before a checkpoint was made with: that of its phase."""
     config = config_lib.from_dict(meta["config"])
     if config.train.get("phases"):
         config = config_lib.from_dict(config_lib.build(config).at(max(meta["step"] - 1, 0)).to_dict())
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
     return config
 
 
@@ -152,19 +158,19 @@ def read_tokenizer(meta: dict[str, Any]) -> Any:
         return tokenizer.load(file)
 
 
-def make_meta(config: config_lib.Config, tokenizer: Any, corpus: Any) -> dict[str, Any]:
-    """What a checkpoint carries beside arrays. `corpus` is a `data.corpus.Corpus`."""
-    train = corpus.counts["train"]
+def make_meta(config: config_lib.Config, tokenizer: Any, corpus: str, text: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint carries beside arrays.
+
+    Args:
+      corpus: its fingerprint; empty where there is none.
+      text: `Corpus.about`; empty where there is none.
+    """
     return {
         "format": _FORMAT,
         "config": config.to_dict(),
-        "tokenizer": _tokenizer_entry(tokenizer),
-        "corpus": corpus.fingerprint,
-        "text": {
-            "name": corpus.manifest["source"]["name"],
-            "licence": corpus.manifest["source"]["licence"],
-            **{name: train[name] for name in ("documents", "words", "tokens", "rows")},
-        },
+        "tokenizer": {"filename": tokenizer.filename, "base64": base64.b64encode(tokenizer.content).decode()},
+        "corpus": corpus,
+        "text": text,
     }
 
 
@@ -218,36 +224,28 @@ class Encoder(NamedTuple):
     step: Any
 
 
-def save_encoder(workdir: Path, trained: Any, encoder: Any) -> None:
-    """Saves a fine-tuned encoder as a checkpoint, enough to evaluate, embed and export.
+def save_encoder(workdir: Path, trained: Any, encoder: Any, examples: int) -> None:
+    """Saves an encoder fine-tuned for vectors as a checkpoint, enough to evaluate, embed and export.
 
     Args:
       workdir: a new folder.
       trained: the `trained.Trained` that it was fine-tuned from; its head is kept.
       encoder: the new parameters.
+      examples: how many pairs it has learned from.
 
     Raises:
       Failure: it cannot be written.
     """
     import jax.numpy as jnp
 
-    none = {"name": "", "licence": "", "documents": 0, "words": 0, "tokens": 0, "rows": 0}
-    meta = {
-        "format": _FORMAT,
-        "config": trained.config.to_dict(),
-        "tokenizer": _tokenizer_entry(trained.tokenizer),
-        "corpus": trained.meta.get("corpus", ""),
-        "text": trained.meta.get("text", none),
-    }
+    before = trained.meta
+    meta = make_meta(trained.config, trained.tokenizer, before.get("corpus", ""), before.get("text", {}))
+    meta["fine_tuned"] = {"examples": examples}
     config = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, max_failed_saves=1))
-    step = trained.meta.get("step", 0)
+    step = before.get("step", 0)
     checkpoints = Checkpoints(workdir, config, meta, trained.steps.fingerprint)
     checkpoints.save(step, Encoder({"encoder": encoder, "head": trained.params["head"]}, jnp.int32(step)))
     checkpoints.close()
-
-
-def _tokenizer_entry(tokenizer: Any) -> dict[str, str]:
-    return {"filename": tokenizer.filename, "base64": base64.b64encode(tokenizer.content).decode()}
 
 
 class Checkpoints:

@@ -185,7 +185,7 @@ def _retrieval(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     test = retrieval.read_benchmark(_TEST.value, "test") if is_folder else _labelled(_TEST.value)
     result, params = retrieval.run(model, train, dev, test, print, poll)
     if _SAVE.value:
-        checkpoint.save_encoder(save, model, params["encoder"])
+        checkpoint.save_encoder(save, model, params["encoder"], result["examples"]["train"])
     return result, retrieval.table(result)
 
 

@@ -19,7 +19,7 @@ from flax_mlm.config import Config
 from flax_mlm.errors import Failure, UserError
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, or a folder"
+    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a folder, or a Hugging Face folder"
 )
 _OUTPUT = flags.DEFINE_string("output", "", "the folder to make")
 _ARCHITECTURE = flags.DEFINE_enum(
@@ -74,7 +74,7 @@ def write(output: Path, config: Config, model: Any) -> None:
     import ml_dtypes
 
     from flax_mlm.hf import architecture as architecture_lib
-    from flax_mlm.hf import folder, model_card, tokenizer_json
+    from flax_mlm.hf import folder, model_card, sentence_transformers, tokenizer_json
     from flax_mlm.model import heads
 
     m, tokenizer = config.model, model.tokenizer
@@ -93,7 +93,7 @@ def write(output: Path, config: Config, model: Any) -> None:
         sum(x.size for x in jax.tree.leaves(params)),
         tokenizer,
         model.meta,
-        _result(model.meta["step"]),
+        _result(model.meta["step"]) if model.meta else None,
         _LICENCE.value,
         _LANGUAGE.value,
     )
@@ -108,7 +108,9 @@ def write(output: Path, config: Config, model: Any) -> None:
             "config.json": settings,
             "tokenizer_config.json": tokenizer_json.settings(tokenizer, m.max_positions),
             "special_tokens_map.json": tokenizer_json.special_tokens(tokenizer),
+            **(sentence_transformers.files(config) if "fine_tuned" in model.meta else {}),
         }.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
         (temporary / "README.md").write_text(card, encoding="utf8")
         folder.write_tensors(temporary / folder.WEIGHTS, tensors)

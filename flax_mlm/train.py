@@ -90,7 +90,7 @@ def train(config: Config, workdir: Path) -> int:
             return start.state(config, steps, tokenizer, log) if config.init_from else steps.init()
 
         vocab = masking.vocabulary(tokenizer)
-        meta = checkpoint.make_meta(config, tokenizer, corpus)
+        meta = checkpoint.make_meta(config, tokenizer, corpus.fingerprint, corpus.about)
         checkpoints = checkpoint.Checkpoints(workdir, config, meta, steps.fingerprint)
         with roster.untimed("restoring"):
             state = checkpoints.restore_latest(steps.abstract, log) or new_state()

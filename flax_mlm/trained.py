@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from flax_mlm import checkpoint, masking, sharding
 from flax_mlm.config import Config
 from flax_mlm.data.tokenizer import Tokenizer, load
+from flax_mlm.errors import UserError
 from flax_mlm.hf import folder as folder_lib
 from flax_mlm.hf import start
 from flax_mlm.step import Steps, make_steps
@@ -52,10 +53,13 @@ def restore(path: str, config: Config) -> Trained:
             steps = make_steps(config, tokenizer.vocab_size, mesh)
             params = start.state(config, steps, tokenizer, lambda line: print(line, file=sys.stderr)).params
             return Trained(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
-    candidates = checkpoint.find(path)
+    candidates, wanted = checkpoint.find(path), None
     for folder in candidates:
         try:
             meta = checkpoint.read_meta(folder)
+            phase = checkpoint.config_of(meta).objective
+            if phase != (wanted := wanted or phase):
+                raise UserError(f"checkpoint '{folder}' is of another phase of the run; name its step to use it")
             tokenizer = checkpoint.read_tokenizer(meta)
             with jax.set_mesh(mesh):
                 steps = make_steps(config, tokenizer.vocab_size, mesh)

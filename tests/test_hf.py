@@ -388,6 +388,39 @@ def test_export_and_continue(toy, bert_run, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_an_encoder_fine_tuned_for_vectors_is_exported_with_its_pooling(toy, bert_run, tmp_path):
+    """And so is a folder of Hugging Face: what comes out is what went in."""
+    lines = [f"The {animal} {does}." for animal, does in toy.animals.items()]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    (tmp_path / "pairs.tsv").write_text("sentence1\tsentence2\tscore\n" + f"{lines[0]}\t{lines[1]}\t1\n" * 4)
+    done = toy.run(
+        *("evaluate", f"--checkpoint={bert_run}", "--task=retrieval", f"--train={tmp_path / 'lines.txt'}"),
+        *(f"--test={tmp_path / 'pairs.tsv'}", f"--save={tmp_path / 'kept'}", "--config.finetune.pooling=mean"),
+        *(
+            f"--config.finetune.{k}={v}"
+            for k, v in {"epochs": 1, "seeds": 1, "batch_size": 8, "max_length": 24}.items()
+        ),
+    )
+    assert done.returncode == 0, done.stderr
+    exported = tmp_path / "exported"
+    done = toy.run("export", f"--checkpoint={tmp_path / 'kept'}", f"--output={exported}")
+    assert done.returncode == 0, done.stderr
+    card = (exported / "README.md").read_text()
+    assert "pipeline_tag: sentence-similarity" in card and "InfoNCE), 5 pairs, vectors by mean pooling" in card
+    assert "20 steps of 16 rows" in card and "Not evaluated." in card and "fill-mask" not in card
+    kinds = [module["type"].rpartition(".")[2] for module in json.loads((exported / "modules.json").read_text())]
+    assert kinds == ["Transformer", "Pooling", "Normalize"]
+    pooling = json.loads((exported / "1_Pooling" / "config.json").read_text())
+    assert pooling.pop("word_embedding_dimension") == 32
+    assert [name for name, value in pooling.items() if value] == ["pooling_mode_mean_tokens"]
+
+    done = toy.run("export", f"--checkpoint={exported}", f"--output={tmp_path / 'again'}")
+    assert done.returncode == 0, done.stderr
+    assert (exported / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "- Started from: exported." in card and "written with flax_mlm" in card and "steps of" not in card
+
+
 def test_what_export_refuses(toy, trained_run, bert_run, tmp_path):
     output = tmp_path / "exported"
     for arguments, message in (

@@ -17,11 +17,12 @@ from test_hf import SHAPES, opened, written
 
 from configs import base, bert_base, modernbert_base
 from flax_mlm import config as config_lib
-from flax_mlm import likelihood, masking, objective, sharding
+from flax_mlm import contrastive, finetune, likelihood, masking, objective, sharding
 from flax_mlm.data import sources
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.hf import architecture as architecture_lib
 from flax_mlm.hf import bert, check, folder, modernbert, start, tokenizer_json
+from flax_mlm.hf import sentence_transformers as sentence_transformers_files
 from flax_mlm.model import heads
 from flax_mlm.step import make_steps, run_key
 from flax_mlm.trained import Trained
@@ -308,3 +309,27 @@ def test_continued_training_has_the_losses_of_torch():
             differences.append(abs(float(metrics["loss"]) - float(loss)))
     print(f"losses differ by {max(differences):.1e} at most, the last one is {float(loss):.3f}")
     assert max(differences) <= 1e-3
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_sentence_transformers_pools_alike(pooling, vocabulary, tmp_path):
+    """A folder with the files that say how; texts of several lengths, one of them longer than the limit."""
+    from sentence_transformers import SentenceTransformer
+
+    path = written(tmp_path / "first", "bert", vocabulary)
+    model = model_of(path)
+    finetuned = dataclasses.replace(model.config.finetune, pooling=pooling, max_length=48)
+    model = model._replace(config=dataclasses.replace(model.config, finetune=finetuned))
+    for name, content in {
+        "tokenizer_config.json": tokenizer_json.settings(vocabulary, 64),
+        "special_tokens_map.json": tokenizer_json.special_tokens(vocabulary),
+        **sentence_transformers_files.files(model.config),
+    }.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(json.dumps(content))
+    texts = sentences(12)
+    lengths = [len(row) for row in finetune.tokenised(model, texts).tokens]
+    assert max(lengths) == 48 and min(lengths) < 40
+    ours = contrastive.vectors_of(model, finetune.make_vectors(model), model.params, texts, lambda: None)
+    theirs = SentenceTransformer(str(path)).encode(texts)
+    assert np.abs(ours - theirs).max() <= LIMIT

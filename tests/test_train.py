@@ -90,6 +90,11 @@ def test_phases_follow_each_other_in_one_run(toy, tmp_path):
     assert names == {20: "clm", 30: "clm", 40: "mlm", 60: "mlm"}
     done = toy.run("evaluate", f"--checkpoint={straight}@30")
     assert done.returncode == 0 and "held-out next-token loss" in done.stdout, done.stderr
+    damaged = shutil.copytree(straight, tmp_path / "damaged")
+    for step in (40, 50, 60):
+        shutil.rmtree(damaged / "checkpoints" / str(step) / "params" / "d", ignore_errors=True)
+    done = toy.run("evaluate", f"--checkpoint={damaged}")
+    assert done.returncode == 2 and "checkpoints/30' is of another phase of the run" in done.stderr, done
 
     # Killed before, at or after the change, it ends the same.
     for step in (20, 30, 40):

@@ -235,6 +235,15 @@ class Corpus:
             )
         return tokenizer
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What text it is, and how much of it is there to train on."""
+        source, train = self.manifest["source"], self.counts["train"]
+        return {
+            **{key: source[key] for key in ("name", "licence")},
+            **{key: train[key] for key in ("documents", "words", "tokens", "rows")},
+        }
+
     def split(self, name: str) -> Rows:
         """The rows of "train" or "validation"."""
         return self._splits[name]

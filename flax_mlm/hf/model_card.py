@@ -17,12 +17,7 @@ print(fill("The MASK of the people depends on good laws."))
 
 As vectors of texts (mean pooling; fine-tune for search or similarity first):
 
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("PATH")
-print(model.encode(["one text", "another"]).shape)
-```""",
+VECTORS""",
     "clm": """```python
 from transformers import pipeline
 
@@ -30,6 +25,12 @@ generate = pipeline("text-generation", model="PATH")
 print(generate("The people of the"))
 ```""",
 }
+_VECTORS = """```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("PATH")
+print(model.encode(["one text", "another"]).shape)
+```"""
 
 
 def text(
@@ -47,40 +48,35 @@ def text(
 
     Args:
       name: of the model.
-      meta: of the checkpoint.
+      meta: of the checkpoint; empty: there is none, but a Hugging Face folder.
       result: of `tasks.mlm` on held-out text; None where none was kept.
       licence, language: as Hugging Face spells them; empty: not stated.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    c, about, mask = config, meta["text"], tokenizer.pieces[tokenizer.mask_id]
-    m, o, t, is_mlm = c.model, c.objective, c.train, c.objective.name == "mlm"
+    c, about, mask = config, meta.get("text"), tokenizer.pieces[tokenizer.mask_id]
+    m, o, is_mlm, tuned = c.model, c.objective, c.objective.name == "mlm", meta.get("fine_tuned")
     task, what = ("fill-mask", "masked") if is_mlm else ("text-generation", "next")
-    common = {"task_type": task, "dataset_type": "text", "dataset_name": about["name"], "dataset_split": "held out"}
-    evaluated = [
-        EvalResult(metric_type=key, metric_value=round(result[key], 4), **common)
-        for key in (("loss", "accuracy", "bits_per_byte") if result else ())
-        if result
-    ]
+    task = "sentence-similarity" if tuned else task
+    evaluated = []
+    if about and result:
+        common = {"task_type": task, "dataset_type": "text", "dataset_name": about["name"], "dataset_split": "held out"}
+        evaluated = [
+            EvalResult(metric_type=key, metric_value=round(result[key], 4), **common)
+            for key in ("loss", "accuracy", "bits_per_byte")
+        ]
     head = ModelCardData(
         language=language or None,
         license=licence or None,
-        library_name="transformers",
+        library_name="sentence-transformers" if tuned else "transformers",
         pipeline_tag=task,
         tags=["flax_mlm", o.name],
         model_name=name,
         eval_results=evaluated or None,
     )
-    rate = f"{o.mask_rate:.0%}" + (f" to {o.mask_rate_final:.0%}" if o.mask_rate_final else "")
-    predicts = (
-        f"masked-language modelling (mlm): {rate} of the tokens, chosen by {o.masking.replace('_', ' ')}, of those "
-        f"{o.replace_mask:.0%} shown as `{mask}`, {o.replace_random:.0%} as a random token"
-        if is_mlm
-        else "causal language modelling (clm)"
-    )
-    tokens = meta["step"] * t.global_batch_size * about["tokens"] / about["rows"]
-    start = f"\n- Started from: {c.init_from.rstrip('/').rpartition('/')[2]}." if c.init_from else ""
-    scores = "Not evaluated: this is a checkpoint of a run that had not ended."
+    use = _VECTORS if tuned else _USE[o.name].replace("MASK", mask).replace("VECTORS", _VECTORS)
+    training = _training(config, mask, meta)
+    scores = "Not evaluated."
     if result:
         scores = f"""On held-out documents of the same text, {result["predicted_tokens"]:,.0f} predicted tokens:
 
@@ -90,31 +86,32 @@ def text(
 | {what}-token accuracy | {result["accuracy"]:.4f} ± {result["accuracy_stderr"]:.4f} |
 | perplexity | {result["perplexity"]:.2f} |
 | bits per byte | {result["bits_per_byte"]:.3f} |"""
-    sections = ("model", "objective", "optimizer", "train")  # the others may name paths of somebody's machine
+    elif about and not tuned:
+        scores = "Not evaluated: this is a checkpoint of a run that had not ended."
+    # The others may name paths of somebody's machine.
+    sections = ("model", *(("objective", "optimizer", "train") if about else ()), *(("finetune",) if tuned else ()))
     whole = json.dumps({name: section for name, section in c.to_dict().items() if name in sections}, indent=1)
+    kind = "A causal language model" if not is_mlm else "An encoder of texts" if tuned else "An encoder"
     return f"""---
 {head.to_yaml()}
 ---
 
 # {name}
 
-{"An encoder" if is_mlm else "A causal language model"} of {num_params:,} parameters (`{architecture.class_name}`),
-pretrained with flax_mlm.
+{kind} of {num_params:,} parameters (`{architecture.class_name}`),
+{"pretrained" if about else "written"} with flax_mlm.
 
 ## Use
 
-{_USE[o.name].replace("MASK", mask)}
+{use}
 
 ## Training
 
-- Text: {about["name"]}; {about["documents"]:,} documents, {about["words"]:,} words, {about["tokens"]:,} tokens.
-- Licence of the text: {about["licence"]}. Licence of the model: {licence or "not stated"}.
-- Objective: {predicts}.
+{training}
+- Licence of the model: {licence or "not stated"}.
 - Model: {m.num_layers} layers, width {m.hidden_size}, {m.num_heads} heads, MLP {m.intermediate_size}\
 {" (GeGLU)" * m.glu}, {m.positions} positions up to {m.max_positions}, {m.norm_position}-norm; vocabulary \
-{tokenizer.vocab_size:,}; rows of {c.data.seq_len} tokens.
-- Run: {meta["step"]:,} steps of {t.global_batch_size} rows, {tokens:,.0f} tokens; {c.optimizer.name}, peak learning \
-rate {c.optimizer.learning_rate:g}, {c.optimizer.schedule}; computed in {m.dtype}; seed {c.seed}.{start}
+{tokenizer.vocab_size:,}.
 
 <details><summary>All settings</summary>
 
@@ -133,3 +130,34 @@ rate {c.optimizer.learning_rate:g}, {c.optimizer.schedule}; computed in {m.dtype
 It knows what its text says, with that text's errors and prejudices. \
 {"It understands rather than writes." if is_mlm else "What it writes may be false."}
 """
+
+
+def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
+    """What the weights come from, as a list."""
+    o, t, about, tuned = config.objective, config.train, meta.get("text"), meta.get("fine_tuned")
+    rate = f"{o.mask_rate:.0%}" + (f" to {o.mask_rate_final:.0%}" if o.mask_rate_final else "")
+    predicts = (
+        f"masked-language modelling (mlm): {rate} of the tokens, chosen by {o.masking.replace('_', ' ')}, of those "
+        f"{o.replace_mask:.0%} shown as `{mask}`, {o.replace_random:.0%} as a random token"
+        if o.name == "mlm"
+        else "causal language modelling (clm)"
+    )
+    lines = []
+    if config.init_from:
+        lines.append(f"- Started from: {config.init_from.rstrip('/').rpartition('/')[2]}.")
+    if about:
+        tokens = meta["step"] * t.global_batch_size * about["tokens"] / about["rows"]
+        lines += [
+            f"- Text: {about['name']}; {about['documents']:,} documents, {about['words']:,} words, "
+            f"{about['tokens']:,} tokens. Its licence: {about['licence']}.",
+            f"- Objective: {predicts}.",
+            f"- Run: {meta['step']:,} steps of {t.global_batch_size} rows of {config.data.seq_len}, "
+            f"{tokens:,.0f} tokens; {config.optimizer.name}, peak learning rate {config.optimizer.learning_rate:g}, "
+            f"{config.optimizer.schedule}; computed in {config.model.dtype}; seed {config.seed}.",
+        ]
+    if tuned:
+        lines.append(
+            f"- Fine-tuned for search: contrastive (InfoNCE), {tuned['examples']:,} pairs, vectors by "
+            f"{config.finetune.pooling} pooling."
+        )
+    return "\n".join(lines)
