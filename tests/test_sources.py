@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from flax_mlm.data import sources
 from flax_mlm.data.pipeline import tensorflow
 from flax_mlm.errors import UserError
+from flax_mlm.tasks import labelled, minimal_pairs
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -206,6 +207,11 @@ def test_tfds_builder_of_our_own(tfds, tmp_path, monkeypatch):
     assert len(read("tfds:verses:1.0.0:held")[0]) == 3 and len(read("tfds:verses:train[:5]")[0]) == 5
     with pytest.raises(UserError, match="its splits are"):
         sources.documents("tfds:verses:test")
+    found = labelled.read("tfds:verses", text="verse", label="number")
+    named = dict(zip(found.labels, found.texts, strict=True))
+    assert named == {"0": "bad \ufffd"} | {str(n): f"verse {n}" for n in range(1, 40)}
+    with pytest.raises(UserError, match="'tfds:verses:test' cannot be read; its splits are train, held"):
+        labelled.read("tfds:verses:test")
 
 
 def test_tfds_tiny_shakespeare(tfds, tmp_path, monkeypatch):
@@ -219,3 +225,17 @@ def test_tfds_tiny_shakespeare(tfds, tmp_path, monkeypatch):
     texts, _ = read("tfds:tiny_shakespeare")
     assert len(texts) == 1 and texts[0].startswith("First Citizen:\nBefore we proceed")
     assert texts[0] == (manual / "input.txt").read_text()[: len(texts[0])] and len(texts[0]) > 1_000_000
+
+
+def test_tfds_blimp(tfds, tmp_path, monkeypatch):
+    """The same pairs as from the file that it is made of."""
+    folder = SHARED / "minimal_pairs" / "blimp"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not here")
+    name = sorted(folder.glob("*.jsonl"))[0].stem
+    config = tfds.download.DownloadConfig(manual_dir=folder, try_download_gcs=False)
+    tfds.builder(f"blimp/{name}", data_dir=tmp_path).download_and_prepare(download_config=config)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    ((paradigm, pairs),) = minimal_pairs.read(f"tfds:blimp/{name}").items()
+    assert paradigm == name and len(pairs) == 1000
+    assert sorted(pairs) == sorted(minimal_pairs.read(str(folder / f"{name}.jsonl"))[name])

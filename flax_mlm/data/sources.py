@@ -294,14 +294,23 @@ def _docstrings(paths: list[Path], counts: Counter[str]) -> Iterator[str]:
             yield text
 
 
-def _tfds(source: str, spec: str) -> Source:
+def prepared_tfds(called: str, spec: str) -> tuple[Any, str]:
+    """The builder of a TensorFlow Dataset that is prepared in TFDS_DATA_DIR, and a split of it.
+
+    Args:
+      called: what begins an error.
+      spec: NAME, NAME/config or NAME/config:split (default train).
+
+    Raises:
+      UserError: it is not there, or has no such split.
+    """
     match = re.fullmatch(r"(?P<name>[^:\[\]]+(?::\d+\.\d+\.\d+)?)(?::(?P<split>[^:].*))?", spec)
     if not match:
-        raise UserError(f"data.source is '{source}'; write tfds:NAME, tfds:NAME/config or tfds:NAME/config:split")
+        raise UserError(f"{called}; write tfds:NAME, tfds:NAME/config or tfds:NAME/config:split")
     name, split = match["name"], match["split"] or "train"
     data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     missing = UserError(
-        f"data.source is '{source}'; '{name}' is not prepared in {data_dir} (TFDS_DATA_DIR); "
+        f"{called}; '{name}' is not prepared in {data_dir} (TFDS_DATA_DIR); "
         f"`tfds build {name} --data_dir={data_dir}` on a machine with a network prepares it"
     )
     if not (epath.Path(data_dir) / name.split(":")[0]).is_dir():  # the answer in no time, before slow imports
@@ -313,29 +322,34 @@ def _tfds(source: str, spec: str) -> Source:
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import read_only_builder
     except ImportError as e:
-        raise UserError(
-            f"data.source is '{source}'; `pip install tensorflow-datasets importlib_resources` ({e})"
-        ) from e
+        raise UserError(f"{called}; `pip install tensorflow-datasets importlib_resources` ({e})") from e
     try:
         # Looks at files only. `tfds.load` asks the network for minutes about data that is not there.
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as e:
         raise missing from e
+    try:
+        _ = builder.info.splits[split].num_examples
+    except (KeyError, ValueError) as e:
+        raise UserError(f"{called}; its splits are {', '.join(builder.info.splits)}") from e
+    return builder, split
+
+
+def _tfds(source: str, spec: str) -> Source:
+    builder, split = prepared_tfds(f"data.source is '{source}'", spec)
+    import tensorflow_datasets as tfds
+
     info = builder.info
     texts = [k for k, f in info.features.items() if isinstance(f, tfds.features.Text)]
     field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if not field:
         raise UserError(f"data.source is '{source}'; of its features {', '.join(info.features)}, none is the text")
-    try:
-        size = info.splits[split].num_examples
-    except (KeyError, ValueError) as e:
-        raise UserError(f"data.source is '{source}'; its splits are {', '.join(info.splits)}") from e
+    size = info.splits[split].num_examples
 
     def parts(counts: Counter[str]) -> Iterator[Part]:
         document = -1
         decoders = tfds.decode.PartialDecoding({field: True})
-        dataset = tfds.load(name, split=split, data_dir=data_dir, download=False, decoders=decoders)
-        for example in dataset.as_numpy_iterator():
+        for example in builder.as_dataset(split=split, decoders=decoders).as_numpy_iterator():
             counts["read"] += 1
             text = example[field]
             for starts, part in _document(_decode(text, counts), counts):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_mlm import files
 from flax_mlm.errors import UserError
 from flax_mlm.filler import Filler
 from flax_mlm.trained import Trained
@@ -38,12 +39,8 @@ def read(path: str) -> list[Cloze]:
     if not path:
         return list(BUILT_IN)
     file = Path(path).expanduser()
-    try:
-        lines = file.read_text(encoding="utf8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--data: {file} cannot be read as UTF-8 text: {e}") from e
     clozes = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(files.read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         text, _, answers = line.partition("\t")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_mlm import files
+from flax_mlm.data import sources
 from flax_mlm.errors import UserError
 
 _TEXT = ("sentence", "text", "sentence1", "premise", "question", "question1")
@@ -108,16 +109,9 @@ def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _tfds(source: str) -> list[tuple[str, dict[str, Any]]]:
-    import tensorflow_datasets as tfds
-
-    name, _, split = source.removeprefix("tfds:").rpartition(":")
-    try:
-        found = tfds.load(name, split=split, download=False)
-    except Exception as e:  # of many kinds: not known, not prepared, no such split
-        said = (str(e).splitlines() or [""])[0]
-        raise UserError(f"'{source}' is not prepared here ({type(e).__name__}: {said}); write tfds:NAME:split") from e
+    builder, split = sources.prepared_tfds(f"'{source}' cannot be read", source.removeprefix("tfds:"))
     records = []
-    for i, example in enumerate(tfds.as_numpy(found)):
-        plain = {k: v.decode() if isinstance(v, bytes) else v for k, v in example.items()}
+    for i, example in enumerate(builder.as_dataset(split=split).as_numpy_iterator()):
+        plain = {k: v.decode(errors="replace") if isinstance(v, bytes) else v for k, v in example.items()}
         records.append((f"{source}[{i}]", plain))
     return records

@@ -4,7 +4,6 @@ Files as in BLiMP (Warstadt et al. 2020, arXiv:1912.00582): a JSON object a line
 `sentence_bad`, and `UID` for the paradigm (else the file's name).
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,41 +13,29 @@ import numpy as np
 
 from flax_mlm import likelihood
 from flax_mlm.errors import UserError
+from flax_mlm.tasks import labelled
 from flax_mlm.trained import Trained
 
 Pair = tuple[str, str]  # good, bad
 
 
 def read(path: str) -> dict[str, list[Pair]]:
-    """Paradigm -> pairs, of a .jsonl file or of all in a folder.
+    """Paradigm -> pairs, of a .jsonl file, of all in a folder, or of `tfds:blimp/NAME`.
 
     Raises:
       UserError: there is none, or a line is not one; the message names it.
     """
     where = Path(path).expanduser()
-    files = sorted(where.glob("*.jsonl")) if where.is_dir() else [where]
-    if not files or not files[0].is_file():
+    found = sorted(map(str, where.glob("*.jsonl"))) if where.is_dir() else [path]
+    if not found or not (where.is_dir() or where.is_file() or path.startswith("tfds:")):
         raise UserError(f"--data: '{path}' is no .jsonl file and no folder of such")
     pairs: dict[str, list[Pair]] = {}
-    for file in files:
-        try:
-            lines = file.read_text(encoding="utf8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--data: {file} cannot be read as UTF-8 text: {e}") from e
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                good, bad = record["sentence_good"], record["sentence_bad"]
-                if not (isinstance(good, str) and isinstance(bad, str) and good.strip() and bad.strip()):
-                    raise ValueError("a sentence is empty")
-                name = str(record.get("UID") or file.stem)
-            except (ValueError, KeyError, TypeError) as e:
-                raise UserError(f"--data: {file}:{number} is no pair with sentence_good and sentence_bad ({e})") from e
-            pairs.setdefault(name, []).append((good, bad))
-    if not pairs:
-        raise UserError(f"--data: '{path}' holds no pairs")
+    for source in found:
+        for line, record in labelled.records(source):
+            good, bad = record.get("sentence_good"), record.get("sentence_bad")
+            if not (isinstance(good, str) and isinstance(bad, str) and good.strip() and bad.strip()):
+                raise UserError(f"--data: {line} is no pair: it takes texts sentence_good and sentence_bad")
+            pairs.setdefault(str(record.get("UID") or Path(source).stem), []).append((good, bad))
     return pairs
 
 
