@@ -418,6 +418,8 @@ def test_an_encoder_fine_tuned_for_vectors_is_exported_with_its_pooling(toy, ber
     assert done.returncode == 0, done.stderr
     assert (exported / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
     card = (tmp_path / "again" / "README.md").read_text()
+    resolved = toy.run("evaluate", f"--checkpoint={exported}", "--print_config").stdout
+    assert json.loads(resolved)["finetune"]["pooling"] == "mean", "the folder says how"
     assert "- Started from: exported." in card and "written with flax_mlm" in card and "steps of" not in card
 
 

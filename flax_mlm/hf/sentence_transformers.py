@@ -1,9 +1,12 @@
 """What makes a Hugging Face folder one of sentence-transformers too: how states become a vector."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from flax_mlm.config import Config
 
+_FILE = "1_Pooling/config.json"
 _MODES = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
 
 
@@ -22,6 +25,18 @@ def files(config: Config) -> dict[str, Any]:
     return {
         "modules.json": modules,
         "sentence_bert_config.json": {"max_seq_length": length, "do_lower_case": False},
-        "1_Pooling/config.json": {"word_embedding_dimension": config.model.hidden_size, **mode},
+        _FILE: {"word_embedding_dimension": config.model.hidden_size, **mode},
         "2_Normalize/config.json": {},
     }
+
+
+def pooling(folder: Path) -> str | None:
+    """`finetune.pooling` of the model in a folder; None where it does not say, or says what is none of ours."""
+    try:
+        stored = json.loads((folder / _FILE).read_text(encoding="utf8"))
+        named = [key for key, on in stored.items() if key.startswith("pooling_mode_") and on is True]
+    except (OSError, ValueError, AttributeError):
+        return None
+    if "pooling_mode" in stored:  # newer files
+        return {"cls": "cls", "mean": "mean", "lasttoken": "last"}.get(str(stored["pooling_mode"]))
+    return next((mode for mode, name in _MODES.items() if named == [f"pooling_mode_{name}"]), None)

@@ -29,17 +29,13 @@ def summary(scores: list[float], found: Searched, examples: dict[str, int]) -> d
 
 def table(result: dict[str, Any]) -> list[str]:
     """The result as lines for a person."""
-    low, high = result["spread"]
-    lines = [
-        f"{result['metric']}  {result['median']:.4f}  ± {result['stderr']:.4f} over the {result['examples']['test']:,} "
-        f"examples; median of {len(result['scores'])} runs, {low:.4f} to {high:.4f}"
-    ]
+    examples, (low, high) = result["examples"], result["spread"]
+    stderr = f"± {result['stderr']:.4f} over the {examples['test']:,} examples"
+    lines = [f"{result['metric']}  {result['median']:.4f}  {stderr}"]
     if result["dev_scores"]:
+        lines[0] += f"; median of {len(result['scores'])} runs, {low:.4f} to {high:.4f}"
         tried = ", ".join(f"{choice}: {score:.4f}" for choice, score in result["dev_scores"].items())
-        lines.append(
-            f"best of {tried} on {result['examples']['dev']:,} development examples; "
-            f"trained on {result['examples']['train']:,}"
-        )
+        lines.append(f"best of {tried} on {examples['dev']:,} development examples; trained on {examples['train']:,}")
     return lines
 
 
