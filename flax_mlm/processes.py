@@ -51,7 +51,8 @@ class Lost(Failure):
 
 @contextlib.contextmanager
 def join(identity: dict[str, str], stall_timeout: float) -> Iterator["Roster"]:
-    """Meets the other processes, and starts `jax.distributed`; call before anything asks JAX for devices.
+    """Meets the other processes, and starts `jax.distributed` where there are any; call before anything asks JAX for
+    devices.
 
     Where they are comes from --coordinator, --num_processes and --process_id, else from JAX_COORDINATOR_ADDRESS,
     JAX_NUM_PROCESSES and JAX_PROCESS_ID, else from what JAX detects (TPU slice, Slurm, Open MPI, Kubernetes: we
@@ -72,15 +73,15 @@ def join(identity: dict[str, str], stall_timeout: float) -> Iterator["Roster"]:
     identity = {name: str(value) for name, value in identity.items()} | {"--heartbeat": str(_HEARTBEAT.value)}
     address, count, index = _place()
     if count == 1:
-        hosts, service = [socket.gethostname()], _free_address("127.0.0.1")
-        roster = Roster(0, hosts, secrets.token_hex(8), service, [], queue.SimpleQueue())
+        roster = Roster(0, [socket.gethostname()], secrets.token_hex(8), "", [], queue.SimpleQueue())
     elif index == 0:
         roster = _gather(address, count, identity)
     else:
         roster = _attend(address, count, index, identity)
     threading.Thread(target=roster._watch, args=(stall_timeout,), name="processes", daemon=True).start()
     try:
-        _start_jax(roster)
+        if count > 1:  # alone it would be of no use, and JAX's service abort a computer that wakes up from sleep
+            _start_jax(roster)
         roster.progress("starting")
         yield roster
     except BaseException as e:
@@ -138,7 +139,7 @@ class Roster:
     """
 
     def __init__(self, index: int, hosts: list[str], run_id: str, service: str, links: list[_Link], inbox: _Inbox):
-        """`service` is the address of JAX's own coordination service."""
+        """`service` is the address of JAX's own coordination service; "" where there is no other process."""
         self.index, self.count, self.run_id, self.hosts = index, len(hosts), run_id, hosts
         self.service, self._links, self._inbox = service, links, inbox
         self._name, self._done = f"process {index} ({hosts[index]})", False
@@ -198,7 +199,8 @@ class Roster:
         for link in self._links:
             link.send("end", code=0, reason="")
         _wait(self._all_done)
-        jax.distributed.shutdown()
+        if self.count > 1:
+            jax.distributed.shutdown()
 
     def _all_done(self) -> bool:
         return self._done and all(link.done for link in self._links)
@@ -238,23 +240,25 @@ class Roster:
 
     def _watch(self, stall_timeout: float) -> None:
         """The thread that listens to the others, and tells them how far we are."""
-        heartbeat, due, last = _HEARTBEAT.value, time.monotonic(), float("-inf")
+        heartbeat, due = _HEARTBEAT.value, time.monotonic()
+        last = awake = float("-inf")
         while True:
             with contextlib.suppress(queue.Empty):
                 self._hear(*self._inbox.get(timeout=max(0.0, due - time.monotonic())))
             now = time.monotonic()
             if now < due:
                 continue
+            if now - last > heartbeat / 2:  # we begin, or it is we who were frozen
+                awake = now
             doing, step, since = self._progress
             for link in self._links:
                 link.send("beat", doing=doing, step=step, still=None if since is None else now - since)
-                if now - last > heartbeat / 2:  # we begin, or it is we who were frozen
-                    link.heard = now
+                link.heard = max(link.heard, awake)
                 if now - link.heard > heartbeat and not self._all_done():
                     link.open = False
                     self._lose(f"{link.name} said nothing for {heartbeat} s (frozen, or cut off)", step)
             if stall_timeout and self.index == 0:
-                self._judge(now, stall_timeout)
+                self._judge(now, awake, stall_timeout)
             due, last = now + heartbeat / 5, now
 
     def _hear(self, link: _Link, message: dict[str, Any]) -> None:
@@ -276,11 +280,11 @@ class Roster:
         elif kind == "closed" and not self._all_done():
             self._lose(f"{link.name} is gone (killed, or its machine is lost)", self._progress[1])
 
-    def _judge(self, now: float, stall_timeout: float) -> None:
+    def _judge(self, now: float, awake: float, stall_timeout: float) -> None:
         """Ends the run if no process moves. All wait for the one that is stuck: so it is among the hindmost."""
         everyone = [(self._done, self._name, self._progress), *((x.done, x.name, x.progress) for x in self._links)]
         timed = sorted((step, since or now, name, doing) for done, name, (doing, step, since) in everyone if not done)
-        still = now - max((since for _, since, *_ in timed), default=now)
+        still = now - max([awake, *(since for _, since, *_ in timed)]) if timed else 0.0
         if still > stall_timeout:
             stuck = [f"{name} is stuck while {doing}" for step, _, name, doing in timed if step == timed[0][0]]
             more = f", {len(stuck) - 3} more" if len(stuck) > 3 else ""
@@ -468,8 +472,7 @@ def _start_jax(roster: Roster) -> None:
     direct = "no_grpc_proxy"
     before = os.environ.get(direct) or os.environ.get("no_proxy")
     os.environ[direct] = f"{before},{ip}" if before else ip
-    if roster.count > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         coordinator_address=roster.service,
         num_processes=roster.count,
@@ -478,7 +481,6 @@ def _start_jax(roster: Roster) -> None:
         initialization_timeout=_TIMEOUT.value,
         heartbeat_timeout_seconds=2 * _HEARTBEAT.value,  # it aborts without naming anyone: ours comes first
         shutdown_timeout_seconds=2 * _HEARTBEAT.value,  # all have finished by then
-        cluster_detection_method="deactivate" if roster.count == 1 else None,  # Slurm's would take one GPU of many
     )
 
 

@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,21 @@ def test_a_second_sigterm_leaves_at_once(toy, undisturbed, tmp_path, outcome):
     assert codes[0] in (128 + signal.SIGINT, 128 + signal.SIGTERM), run.err
     assert checkpoint.steps_in(workdir)[-1] in (40, 50)
     finish(toy, workdir, *flags)
+    assert_same_run(workdir, undisturbed, STEPS)
+    outcome("recovered")
+
+
+@pytest.mark.fault(12)
+def test_a_computer_that_sleeps(toy, undisturbed, tmp_path, outcome):
+    """Stopped for longer than it may be without progress, or without a word to JAX's own service: it goes on."""
+    workdir, flags = tmp_path / "run", toy.flags(**SHORT, train__stall_timeout=4.0)
+    run = Watched(toy, workdir, *flags, "--heartbeat=2")
+    run.until_line("step 20/")
+    run.process.send_signal(signal.SIGSTOP)
+    time.sleep(8)
+    run.process.send_signal(signal.SIGCONT)
+    codes, _ = run.finish()
+    assert codes == [0], run.err
     assert_same_run(workdir, undisturbed, STEPS)
     outcome("recovered")
 
