@@ -219,7 +219,8 @@ def fit(
                 params, state, loss = trainer.train(
                     params, state, arrays, jax.random.fold_in(key, step), jnp.float32(rate)
                 )
-                jax.block_until_ready(loss)  # simulated devices deadlock when steps queue up
+                if jax.default_backend() == "cpu":
+                    jax.block_until_ready(loss)  # simulated devices deadlock when steps queue up
                 step += 1
             if (found := score(params)) > best.score:
                 best = Fitted(params, found, number)
