@@ -142,7 +142,7 @@ def read_config(path: str) -> ConfigDict:
 def config_of(meta: dict[str, Any]) -> ConfigDict:
     """The config that the last step before a checkpoint was made with: that of its phase."""
     config = config_lib.from_dict(meta["config"])
-    if config.train.get("phases"):
+    if config.train.phases:
         config = config_lib.from_dict(config_lib.build(config).at(max(meta["step"] - 1, 0)).to_dict())
     return config
 

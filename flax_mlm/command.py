@@ -100,17 +100,12 @@ def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]
             raise UserError("--checkpoint is missing; give the workdir of a run, or one of its checkpoints")
         rest.insert(1, f"--checkpoint={found}")
         if folder.is_one(found):
-            config = _from_file(str(DEFAULT_CONFIG.parent / "base.py"))
+            config = _from_file(str(config_lib.BASE))
             config.init_from = found
             return config, rest
         from flax_mlm.checkpoint import read_config  # orbax is heavy, and not needed elsewhere in this file
 
-        stored = read_config(found).to_dict()
-        for name, default in _from_file(str(DEFAULT_CONFIG.parent / "base.py")).to_dict().items():
-            # One that was saved before a field existed has that field's default.
-            value = stored.get(name, default)
-            stored[name] = default | value if isinstance(default, dict) else value
-        return config_lib.from_dict(stored), rest
+        return read_config(found), rest
     return _from_file(str(DEFAULT_CONFIG) if found is None else found), rest
 
 

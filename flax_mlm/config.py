@@ -7,13 +7,17 @@
 import dataclasses
 import math
 import re
+import runpy
 import typing
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from flax_mlm.errors import UserError
+
+BASE = Path(__file__).parent.parent / "configs" / "base.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,8 +294,13 @@ def field_types() -> dict[str, tuple[type, bool]]:
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """The ConfigDict of a config that was stored as JSON (the inverse of `Config.to_dict`)."""
-    config = ConfigDict(values)
+    """The ConfigDict of a config that was stored as JSON (the inverse of `Config.to_dict`). One that was stored before
+    a field existed has that field's default."""
+    stored = dict(values)
+    for name, default in runpy.run_path(str(BASE))["get_config"]().to_dict().items():
+        value = stored.get(name, default)
+        stored[name] = default | value if isinstance(default, dict) else value
+    config = ConfigDict(stored)
     for path, (kind, optional) in field_types().items():
         section, _, name = path.rpartition(".")
         if optional and section in config and config[section].get(name) is None:

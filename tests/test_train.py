@@ -90,6 +90,9 @@ def test_phases_follow_each_other_in_one_run(toy, tmp_path):
     assert names == {20: "clm", 30: "clm", 40: "mlm", 60: "mlm"}
     done = toy.run("evaluate", f"--checkpoint={straight}@30")
     assert done.returncode == 0 and "held-out next-token loss" in done.stdout, done.stderr
+    meta = checkpoint.newest(f"{straight}@30")[1]
+    del meta["config"]["train"]["cloze_every"]  # as one that was saved before there was such a field
+    assert checkpoint.config_of(meta).objective.name == "clm"
     damaged = shutil.copytree(straight, tmp_path / "damaged")
     for step in (40, 50, 60):
         shutil.rmtree(damaged / "checkpoints" / str(step) / "params" / "d", ignore_errors=True)
