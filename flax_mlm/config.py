@@ -59,6 +59,7 @@ class ModelConfig:
     share_layers: bool
     global_attention_every: int
     local_window: int
+    attention: str
     rope_theta_global: float
     rope_theta_local: float
     dropout_rate: float
@@ -338,6 +339,7 @@ _CHOICES = {
     "tokenizer.normalization": ("nmt_nfkc", "nmt_nfkc_cf", "identity"),
     "model.positions": ("learned", "rope"),
     "model.norm_position": ("post", "pre"),
+    "model.attention": ("auto", "plain", "splash", "interpreted"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "objective.name": ("mlm", "clm"),
@@ -456,6 +458,13 @@ def _check(c: Config) -> None:
     c.finetune.rates()
     c.finetune.sizes(c.model.hidden_size)
     m, t = c.model, c.train
+    if m.attention in ("splash", "interpreted"):
+        for name, value, ok, what in (
+            ("data.seq_len", c.data.seq_len, c.data.seq_len % 128 == 0, "a multiple of 128"),
+            ("model.attention_dropout_rate", m.attention_dropout_rate, m.attention_dropout_rate == 0.0, "0"),
+            ("train.reproducible", t.reproducible, not t.reproducible, "False"),
+        ):
+            need(ok, f"{name} is {value}; with model.attention = '{m.attention}' it must be {what}")
     need(
         m.hidden_size % m.num_heads == 0,
         f"model.hidden_size is {m.hidden_size}; it must be divisible by model.num_heads, {m.num_heads}",

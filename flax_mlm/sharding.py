@@ -93,6 +93,14 @@ def per_row(fn: Any, batch: Any, *replicated: Any) -> Any:
     return jax.shard_map(fn, in_specs=specs, out_specs=PartitionSpec(BATCH))(batch, *replicated)
 
 
+def per_row_and_head(fn: Any, states_BLHd: Any, batch: Any, *replicated: Any) -> Any:
+    """`fn(*states, batch, *replicated)` run by each device on its own rows and heads, for kernels that the compiler
+    cannot split. The result is one of the states."""
+    spec = batch_spec(None, "H", None)
+    specs = (*(spec for _ in states_BLHd), PartitionSpec(BATCH), *(PartitionSpec() for _ in replicated))
+    return jax.shard_map(fn, in_specs=specs, out_specs=spec, check_vma=False)(*states_BLHd, batch, *replicated)
+
+
 def by_groups(fn: Any, groups: int, shared: Any, batch: Any, add: bool) -> Any:
     """`fn(shared, part)` for each of `groups` equal parts of the batch: the same computation, of the same shape,
     however many devices split the batch. A device takes its own parts one after another.

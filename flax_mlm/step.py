@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from flax_mlm import fingerprint, masking, objective, optimizer, sharding, spikes
 from flax_mlm.config import Config
 from flax_mlm.metrics import flops_per_row
+from flax_mlm.model import attention
 from flax_mlm.model.heads import Model, language_model, vocab_rows
 
 Batch = dict[str, jax.Array]  # tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,)
@@ -57,7 +58,8 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
     if config.train.reproducible:
         # Unrolled or recomputed, XLA simplifies the layers otherwise on one device than on several, and rounds so.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True, remat="none"))
-    model = language_model(config.model, vocab_size)
+    chosen = attention.choose(config, mesh.devices.flat[0].platform)
+    model = language_model(dataclasses.replace(config.model, attention=chosen), vocab_size)
     tx = optimizer.make(config.optimizer, model.dims)
     slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.largest_mask_rate)
 

@@ -30,7 +30,8 @@ flags.adopt_module_key_flags(processes)
 
 # May differ between a run and its continuation: they change where, how often or how fast, but not what is learned.
 _FREE = (
-    *("data.cache_dir", "data.num_workers", "model.scan_layers", "model.remat", "train.microbatches"),
+    *("data.cache_dir", "data.num_workers", "train.microbatches"),
+    *("model.attention", "model.scan_layers", "model.remat"),
     *("train.log_every", "train.eval_every", "train.cloze_every", "train.checkpoint_every", "train.stall_timeout"),
     *("train.keep_last", "train.keep_every", "train.max_failed_saves"),
     *("eval.", "finetune.", "mesh.", "log."),

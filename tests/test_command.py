@@ -58,6 +58,11 @@ def refused(toy, tmp_path):
         (["--config.train.phases=half: objective.name=mlm"], "'half: objective.name=mlm' is no phase"),
         (["--config.train.phases=50%: name=mlm"], "'name' is no field of objective"),
         (["--config.train.phases=50%: optimizer.name=adamw"], "'optimizer.name' is no field of objective"),
+        (["--config.model.attention=flash"], "model.attention is 'flash'; it can be auto, plain, splash, interpreted"),
+        (
+            ["--config.model.attention=splash"],
+            "data.seq_len is 64; with model.attention = 'splash' it must be",
+        ),
         (["--config.train.phases=50%: objective.name=both"], "objective.name is 'both'; it can be mlm, clm"),
         (["--config.train.phases=50%: objective.mask_rate=much"], "objective.mask_rate is 'much'; it takes a number"),
         (["--config.train.phases=600: objective.name=clm; 50%: objective.name=mlm"], "not between steps 600 and 1200"),

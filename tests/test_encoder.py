@@ -11,6 +11,7 @@ import pytest
 from configs import base, bert_base, bert_large, modernbert_base, modernbert_large
 from flax_mlm import config as config_lib
 from flax_mlm import sharding
+from flax_mlm.errors import UserError
 from flax_mlm.model import attention, heads
 
 V, L = 50, 24
@@ -131,6 +132,55 @@ def test_a_segment_gives_the_same_alone_and_packed(shape):
 def test_every_way_of_computing_gives_the_same_gradients(shape, change):
     expected, got = gradients(shape)[0], gradients(dataclasses.replace(shape, **change))[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, got)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("parts", [(1, 1, 1), (2, 2, 2)], ids=str)
+@SHAPES
+def test_the_kernel_computes_what_plain_attention_does(shape, parts, causal):
+    """Splash, interpreted: packed rows, windows, padding; rows and heads split over devices; in the scan, recomputed.
+    Hidden states of real tokens and gradients."""
+    shape = dataclasses.replace(shape, max_positions=256, local_window=40, remat="dots")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, V, (4, 256)).astype(np.int32)
+    segments = np.sort(rng.integers(1, 6, (4, 256)), axis=1).astype(np.int32)
+    segments[1, 200:] = 0
+    positions = (np.arange(256) - np.argmax(segments[:, :, None] == segments[:, None, :], axis=2)).astype(np.int32)
+    mesh, found = sharding.make_mesh(config_lib.MeshConfig(*parts), jax.devices()[: np.prod(parts)]), {}
+    with jax.set_mesh(mesh):
+        batch = sharding.split_rows([tokens, segments, positions], mesh)
+        for name in ("plain", "interpreted"):
+            m = heads.language_model(dataclasses.replace(shape, attention=name, vocab_multiple_of=2), V)
+            params = jax.jit(
+                lambda m=m: jax.tree.map(
+                    lambda x, dims: jax.reshard(x, sharding.param_spec(dims, x.ndim)), m.init(jax.random.key(0)), m.dims
+                )
+            )()
+
+            def loss(params, m=m):
+                hidden = m.encode(params, *batch, causal=causal) * (batch[1] > 0).astype(jnp.float32)[..., None]
+                return jnp.square(hidden - 0.1).sum(), hidden
+
+            found[name] = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
+    gradients, hidden = zip(*(found[name] for name in ("plain", "interpreted")), strict=True)
+    np.testing.assert_allclose(*hidden, atol=2e-5)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(gradients[0]))  # some are 0 but for rounding
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), *gradients)
+
+
+def test_which_attention_is_taken():
+    c = base.get_config()
+    c.data.seq_len = c.model.max_positions = 512
+    config = config_lib.build(c)
+    short = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=128))
+    chosen = [attention.choose(c, platform) for c in (config, short) for platform in ("tpu", "gpu", "cpu")]
+    assert chosen == ["splash", "plain", "plain", "plain", "plain", "plain"]
+    splash = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="splash"))
+    with pytest.raises(UserError, match="splash, which runs on TPUs; the devices here are of kind cpu"):
+        attention.choose(splash, "cpu")
+    assert attention.implementation("splash", 512, drops=True) is attention.plain
+    assert attention.implementation("splash", 520, drops=False) is attention.plain
+    assert attention.implementation("splash", 512, drops=False) is not attention.plain
 
 
 def test_remat_keeps_less():

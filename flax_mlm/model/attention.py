@@ -1,7 +1,45 @@
-"""Self-attention that stays inside segments: masks, rotary positions, and the plain implementation."""
+"""Self-attention that stays inside segments: masks, rotary positions, the plain implementation, and which to take."""
+
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+
+from flax_mlm.config import Config
+from flax_mlm.errors import UserError
+
+_LONG = 512  # tokens from which on the (L, L) scores cost more than the kernel
+SAVED = "attention"  # what a kernel keeps for the backward pass has this name, for policies of recomputation
+
+Drop = Callable[[jax.Array], jax.Array]  # applied to the probabilities
+# kind of layer (index into the windows), q, k, v (B, L, H, d), drop -> (B, L, H, d)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Drop], jax.Array]
+
+
+def choose(config: Config, platform: str) -> str:
+    """What `model.attention` comes to on devices of a platform: plain, splash or interpreted.
+
+    Raises:
+      UserError: splash was asked for, and these are no TPUs.
+    """
+    name = config.model.attention
+    if name == "splash" and platform != "tpu":
+        raise UserError(f"model.attention is splash, which runs on TPUs; the devices here are of kind {platform}")
+    if name == "auto":
+        long = config.data.seq_len >= _LONG and not config.train.reproducible
+        return "splash" if platform == "tpu" and long else "plain"
+    return name
+
+
+def implementation(name: str, length: int, drops: bool) -> Callable[[jax.Array, bool, Sequence[int | None]], Attend]:
+    """What `model.attention` stands for: (segment ids, causal, windows) -> Attend. Splash where it can be: rows of a
+    multiple of 128 tokens, probabilities without dropout."""
+    if name in ("plain", "auto") or drops or length % 128:
+        return plain
+    from flax_mlm.model.splash import splash  # Pallas takes a second to import
+
+    return functools.partial(splash, interpret=name == "interpreted")
 
 
 def attention_mask(segment_ids_BL: jax.Array, causal: bool, window: int | None = None) -> jax.Array:
@@ -41,10 +79,19 @@ def rotate(x_BLHd: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHd.dtype)
 
 
-def attend(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, mask: jax.Array, drop) -> jax.Array:
-    """softmax(q·k / sqrt(d)) · v under `mask` (B, 1, L, L); softmax in float32. `drop` is applied to the
-    probabilities. Returns (B, L, H, d)."""
-    scores = jnp.einsum("BLHd,BMHd->BHLM", q_BLHd, k_BLHd) * jnp.asarray(q_BLHd.shape[-1] ** -0.5, q_BLHd.dtype)
-    scores = jnp.where(mask, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-    probabilities = drop(jax.nn.softmax(scores, axis=-1).astype(v_BLHd.dtype))
-    return jnp.einsum("BHLM,BMHd->BLHd", probabilities, v_BLHd)
+def plain(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None]) -> Attend:
+    """softmax(q·k / sqrt(d)) · v, softmax in float32.
+
+    Args:
+      segment_ids_BL: int32; see `attention_mask`.
+      windows: of each kind of layer; None: all keys of the segment.
+    """
+    masks = jnp.stack([attention_mask(segment_ids_BL, causal, window) for window in windows])
+
+    def attend(kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop) -> jax.Array:
+        scores = jnp.einsum("BLHd,BMHd->BHLM", q_BLHd, k_BLHd) * jnp.asarray(q_BLHd.shape[-1] ** -0.5, q_BLHd.dtype)
+        scores = jnp.where(masks[kind], scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+        probabilities = drop(jax.nn.softmax(scores, axis=-1).astype(v_BLHd.dtype))
+        return jnp.einsum("BHLM,BMHd->BLHd", probabilities, v_BLHd)
+
+    return attend

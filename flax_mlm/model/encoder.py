@@ -85,21 +85,20 @@ class Layer(nnx.Module):
         self.mlp_out = Kernel("FD", (inner, width), 1, c, rngs)
         self.mlp_norm = LayerNorm(c)
 
-    def __call__(self, x_BLD: jax.Array, attention_norm: Any, mask: jax.Array, rotary: Any, drop: Drop) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, attention_norm: Any, attend: Any, rotary: Any, drop: Drop) -> jax.Array:
         if self.config.norm_position == "post":
-            x_BLD = self.attention_norm(x_BLD + drop(self._attention(x_BLD, mask, rotary, drop), 0))
+            x_BLD = self.attention_norm(x_BLD + drop(self._attention(x_BLD, attend, rotary), 0))
             return self.mlp_norm(x_BLD + drop(self._mlp(x_BLD), 1))
-        x_BLD = x_BLD + drop(self._attention(attention_norm(x_BLD), mask, rotary, drop), 0)
+        x_BLD = x_BLD + drop(self._attention(attention_norm(x_BLD), attend, rotary), 0)
         return x_BLD + drop(self._mlp(self.mlp_norm(x_BLD)), 1)
 
     @jax.named_scope("attention")
-    def _attention(self, x_BLD: jax.Array, mask: jax.Array, rotary: Any, drop: Drop) -> jax.Array:
+    def _attention(self, x_BLD: jax.Array, attend: Any, rotary: Any) -> jax.Array:
         qkv = self.qkv("BLD,DtHd->BLtHd", x_BLD, "LtHd")
         q, k, v = (qkv[:, :, i] for i in range(3))
         if rotary is not None:
             q, k = attention.rotate(q, rotary), attention.rotate(k, rotary)
-        y_BLHd = attention.attend(q, k, v, mask, lambda p: drop(p, 2))
-        return self.attention_out("BLHd,HdD->BLD", y_BLHd, "LD")
+        return self.attention_out("BLHd,HdD->BLD", attend(q, k, v), "LD")
 
     @jax.named_scope("mlp")
     def _mlp(self, x_BLD: jax.Array) -> jax.Array:
@@ -184,7 +183,9 @@ class Encoder(nnx.Module):
         kinds: list[tuple[int | None, float]] = [(None, c.rope_theta_global)]
         if c.global_attention_every > 1:
             kinds.append((c.local_window, c.rope_theta_local))
-        masks = jnp.stack([attention.attention_mask(segment_ids_BL, causal, window) for window, _ in kinds])
+        drops = dropout_keys_B is not None and c.attention_dropout_rate > 0.0
+        implementation = attention.implementation(c.attention, tokens_BL.shape[1], drops)
+        attention_of_kind = implementation(segment_ids_BL, causal, [window for window, _ in kinds])
         rotary = None
         if c.positions == "rope":
             tables = [attention.rotary_table(positions_BL, c.hidden_size // c.num_heads, theta) for _, theta in kinds]
@@ -215,10 +216,18 @@ class Encoder(nnx.Module):
 
             layer = nnx.merge(graphdef, layer_params)
             tables = jax.tree.map(lambda t: t[is_local], rotary)
-            return layer(x_BLD, attention_norm, masks[is_local], tables, drop), None
+
+            def attend(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array) -> jax.Array:
+                return attention_of_kind(is_local, q_BLHd, k_BLHd, v_BLHd, lambda p: drop(p, 2))
+
+            return layer(x_BLD, attention_norm, attend, tables, drop), None
 
         if c.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
+            dots = jax.checkpoint_policies.save_from_both_policies(
+                jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+                jax.checkpoint_policies.save_only_these_names(attention.SAVED),
+            )
+            policy = dots if c.remat == "dots" else None
             layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
         indices = jnp.arange(c.num_layers)
         with jax.named_scope("layers"):
