@@ -8,6 +8,7 @@ propagates it, and what is ambiguous is an error rather than a silent copy.
   tensor  splits heads, MLP width and vocabulary
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,14 +77,38 @@ def batch_spec(*inner: str | None) -> PartitionSpec:
     return PartitionSpec(BATCH, *[_AXIS_OF_DIM.get(d) if d in ("H", "F", "V") else None for d in inner])
 
 
-def gather_fsdp(tree: Any) -> Any:
-    """The same parameters, whole along `fsdp` (an all-gather; its transpose is a reduce-scatter)."""
+def gather_fsdp(tree: Any, dtype: Any = None) -> Any:
+    """The same parameters, whole along `fsdp`: an all-gather, whose gradient is a reduce-scatter along `fsdp` and only
+    then, for the slice that is left, an all-reduce along `data`.
+
+    Args:
+      dtype: what is gathered is cast to it before, so that less has to travel, both ways; None: as it is.
+    """
 
     def gather(x: jax.Array) -> jax.Array:
-        spec = PartitionSpec(*[None if axis == "fsdp" else axis for axis in jax.typeof(x).sharding.spec])
-        return jax.reshard(x, spec)
+        spec = jax.typeof(x).sharding.spec
+        return _gather(x.astype(dtype or x.dtype), spec) if "fsdp" in spec else x
 
     return jax.tree.map(gather, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    whole = (None if axis == "fsdp" else axis for axis in spec)
+    return jax.reshard(x, PartitionSpec(*whole, reduced=set(BATCH)))
+
+
+def _gather_backward(spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    def add(parts: jax.Array) -> jax.Array:
+        own = jax.lax.psum_scatter(parts, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
+        return jax.lax.psum(own, "data")
+
+    whole = (None if axis == "fsdp" else axis for axis in spec)
+    parts = PartitionSpec(*whole, unreduced=set(BATCH))
+    return (jax.shard_map(add, in_specs=parts, out_specs=spec)(gradient),)
+
+
+_gather.defvjp(lambda x, spec: (_gather(x, spec), None), _gather_backward)
 
 
 def per_row(fn: Any, batch: Any, *replicated: Any) -> Any:

@@ -134,7 +134,7 @@ class Embeddings(nnx.Module):
         if self.config.positions == "learned":
             x_BLD += sharding.gather_fsdp(self.position[...]).at[positions_BL].get(out_sharding=rows)
         if self.config.type_vocab_size:
-            table_TD = sharding.gather_fsdp(self.token_type[...])
+            table_TD = sharding.replicate(self.token_type[...])
             x_BLD += table_TD[0] if token_types_BL is None else table_TD.at[token_types_BL].get(out_sharding=rows)
         return self.norm(x_BLD).astype(self.config.dtype)
 
@@ -200,7 +200,7 @@ class Encoder(nnx.Module):
         def layer_step(x_BLD: jax.Array, scanned: Any) -> tuple[jax.Array, None]:
             index, layer_params, norm_params = scanned
             layer_params = jax.tree.map(lambda p: p[0], layers) if c.share_layers else layer_params
-            layer_params = sharding.gather_fsdp(layer_params)
+            layer_params = sharding.gather_fsdp(layer_params, c.dtype)
             is_local = (index % c.global_attention_every > 0).astype(jnp.int32)
             keys_B = None
             if dropout_keys_B is not None:

@@ -49,9 +49,9 @@ class LanguageModel(nnx.Module):
         x_BLD = self.encoder(tokens_BL, *args, **kwargs)
         with jax.named_scope("head"):
             x_BKD = jnp.take_along_axis(x_BLD, predict_BK[..., None], axis=1)
-            head = sharding.gather_fsdp(nnx.state(self.head))
+            head = sharding.gather_fsdp(nnx.state(self.head), x_BKD.dtype)
             head = nnx.merge(nnx.graphdef(self.head), head)
-            return head(x_BKD, sharding.gather_fsdp(self.encoder.embeddings.token[...]))
+            return head(x_BKD, sharding.gather_fsdp(self.encoder.embeddings.token[...], x_BKD.dtype))
 
 
 class Model(NamedTuple):
