@@ -9,11 +9,13 @@ propagates it, and what is ambiguous is an error rather than a silent copy.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -28,10 +30,10 @@ _AXIS_OF_DIM = {"V": "tensor", "D": "fsdp", "H": "tensor", "F": "tensor"}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of shape (data, fsdp, tensor) over all devices.
+    """A mesh of shape (data, fsdp, tensor) over all devices; of several TPU slices, `data` is what crosses them.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or `data` is not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     inner = config.fsdp * config.tensor
@@ -41,7 +43,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh.data × mesh.fsdp × mesh.tensor is {data} × {config.fsdp} × {config.tensor} = {data * inner}, "
             f"but there are {len(devices)} devices; the product must equal that"
         )
-    return jax.make_mesh((data, config.fsdp, config.tensor), AXES, (AxisType.Explicit,) * 3, devices=devices)
+    axis_types = (AxisType.Explicit,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types, devices=devices)
+    if data % slices:
+        raise UserError(
+            f"mesh.data is {data}, with {slices} TPU slices; it must be a multiple of that, "
+            "for the network between slices carries the gradients of whole copies of the model and nothing else"
+        )
+    within, between = (data // slices, config.fsdp, config.tensor), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types)
 
 
 def batch_parts(mesh: Any) -> int:
@@ -99,9 +112,17 @@ def _gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def _gather_backward(spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    axis = spec.index("fsdp")
+
     def add(parts: jax.Array) -> jax.Array:
-        own = jax.lax.psum_scatter(parts, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True)
-        return jax.lax.psum(own, "data")
+        # The TPU compiler scatters where a device's share is contiguous in memory, tiles and all; else it would add
+        # everything everywhere and then cut.
+        front = jax.numpy.moveaxis(parts, axis, 0)
+        devices = jax.lax.axis_size("fsdp")
+        share = (front.shape[0] // devices, *front.shape[1:])
+        lanes = math.gcd(math.prod(share), 128)
+        own = jax.lax.psum_scatter(front.reshape(devices, -1, lanes), "fsdp", scatter_dimension=0)
+        return jax.numpy.moveaxis(jax.lax.psum(own.reshape(share), "data"), 0, axis)
 
     whole = (None if axis == "fsdp" else axis for axis in spec)
     parts = PartitionSpec(*whole, unreduced=set(BATCH))
@@ -109,6 +130,18 @@ def _gather_backward(spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple
 
 
 _gather.defvjp(lambda x, spec: (_gather(x, spec), None), _gather_backward)
+
+
+def splits_parameters() -> bool:
+    """Whether layers have to gather their parameters."""
+    return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+
+
+def save_all_but_gathered(*_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: the backward pass gathers a layer's parameters again, for kept from the forward
+    pass they would be the whole model on every device."""
+    inner = params.get("call_jaxpr")  # of `_gather`, a function with a derivative of its own
+    return inner is None or all(equation.primitive.name != "reshard" for equation in inner.eqns)
 
 
 def per_row(fn: Any, batch: Any, *replicated: Any) -> Any:

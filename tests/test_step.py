@@ -186,6 +186,23 @@ def test_every_leaf_is_split_as_its_dimensions_say():
         assert held == params
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_gathered_layers_are_not_kept_for_the_backward_pass(remat):
+    config = make_config((2, 4, 1), (("model.remat", remat),))
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        rows = sharding.abstract_batch(B, L, mesh)["tokens"]
+
+        def loss(params, tokens):
+            return steps.model.apply(params, tokens, tokens, tokens, predict_BK=tokens).sum()
+
+        both = jax.make_jaxpr(lambda params, tokens: jax.vjp(lambda p: loss(p, tokens), params))
+        kept = [x.aval for x in both(steps.abstract.params, rows).jaxpr.outvars if hasattr(x, "aval")]
+    gathered = [x.shape for x in kept if x.sharding.spec.reduced]
+    assert gathered == [(32, 32), (104, 32)]  # of the head, which has one of each; nothing of the 3 layers
+
+
 def test_metrics_count_real_tokens_and_predictions():
     (first, *_), _, answers = train((1, 1, 1))
     tokens = host_batch(0)["tokens"]

@@ -222,13 +222,14 @@ class Encoder(nnx.Module):
 
             return layer(x_BLD, attention_norm, attend, tables, drop), None
 
-        if c.remat != "none":
-            dots = jax.checkpoint_policies.save_from_both_policies(
-                jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-                jax.checkpoint_policies.save_only_these_names(attention.SAVED),
-            )
-            policy = dots if c.remat == "dots" else None
-            layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
+        dots = jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(attention.SAVED),
+        )
+        policy = {"none": sharding.save_all_but_gathered, "dots": dots, "full": None}[c.remat]
+        if c.remat != "none" or sharding.splits_parameters():
+            # Unrolled, the compiler would see twice the same computation and do it once.
+            layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=not c.scan_layers)
         indices = jnp.arange(c.num_layers)
         with jax.named_scope("layers"):
             scanned = (indices, None if c.share_layers else layers, norms)
