@@ -6,23 +6,9 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from flax_mlm import files
 from flax_mlm.config import Config, ModelConfig
-
-# Dense peak of one chip in bfloat16, FLOP/s, by a part of its `device_kind` (vendors' data sheets).
-_PEAK_FLOPS = {
-    "v4": 275e12,
-    "v5 lite": 197e12,
-    "v5e": 197e12,
-    "v5p": 459e12,
-    "v6 lite": 918e12,
-    "v6e": 918e12,
-    "a100": 312e12,
-    "h100": 989e12,
-    "h200": 989e12,
-}
 
 
 def flops_per_row(model: ModelConfig, seq_len: int, slots: int, vocab_rows: int) -> float:
@@ -36,12 +22,6 @@ def flops_per_row(model: ModelConfig, seq_len: int, slots: int, vocab_rows: int)
     embed = d * e if model.embedding_size else 0
     forward = 2 * seq_len * (embed + model.num_layers * matmuls + 2 * d * seen) + 2 * slots * (d * e + e * vocab_rows)
     return 3.0 * forward
-
-
-def peak_flops(mesh: Any) -> float | None:
-    """bfloat16 peak of all the mesh's chips, FLOP/s; None where it is not known, and then no MFU is reported."""
-    kind = mesh.devices.flat[0].device_kind.lower()
-    return next((peak * mesh.size for name, peak in _PEAK_FLOPS.items() if name in kind), None)
 
 
 class Throughput:

@@ -46,7 +46,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     axis_types = (AxisType.Explicit,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types, devices=devices)
+        shape = (data, config.fsdp, config.tensor)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types)
     if data % slices:
         raise UserError(
             f"mesh.data is {data}, with {slices} TPU slices; it must be a multiple of that, "

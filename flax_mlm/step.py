@@ -46,6 +46,7 @@ class Steps(NamedTuple):
     flops: float  # model FLOPs of one training step
     init: Callable[[], TrainState]
     abstract: TrainState  # shapes, dtypes and shardings of the state
+    predict: Callable[..., objective.Scored]  # not jitted: (params, Targets, dropout keys or None) -> per slot
     train: jax.stages.Wrapped  # (TrainState, Batch, Vocabulary) -> (TrainState, scalars by name); the state is donated
     evaluate: Callable[[Any, Batch, masking.Vocabulary], tuple["Answers", jax.Array]]  # and whether to stop
     fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see fingerprint.of
@@ -69,6 +70,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, tx.init(params), zero, zero, zero, spikes.start())
 
+    predict = _predict(config, model)
     with jax.set_mesh(mesh):
         abstract = sharding.concrete(jax.eval_shape(init), mesh)
     return Steps(
@@ -77,8 +79,9 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
         * flops_per_row(config.model, config.data.seq_len, slots, vocab_rows(config.model, vocab_size)),
         init=jax.jit(init),
         abstract=abstract,
-        train=jax.jit(_train_step(config, model, tx, slots), donate_argnums=0),
-        evaluate=jax.jit(_eval_step(config, model)),
+        predict=predict,
+        train=jax.jit(_train_step(config, predict, tx, slots), donate_argnums=0),
+        evaluate=jax.jit(_eval_step(config, predict)),
         fingerprint=jax.jit(fingerprint.of),
         score=jax.jit(_score(config, model)),
         score_labels=jax.jit(_score_labels(config, model)),
@@ -109,11 +112,12 @@ def _predict(config: Config, model: Model) -> Callable[..., objective.Scored]:
     return predict
 
 
-def _train_step(config: Config, model: Model, tx: optax.GradientTransformation, slots: int) -> Callable[..., Any]:
+def _train_step(
+    config: Config, predict: Callable[..., objective.Scored], tx: optax.GradientTransformation, slots: int
+) -> Callable[..., Any]:
     total, accumulate = config.train.steps, config.train.microbatches
     schedule = optimizer.learning_rate(config.optimizer, total)
     action, spike_threshold = config.optimizer.spike_action, config.optimizer.spike_threshold
-    predict = _predict(config, model)
     has_dropout = config.model.dropout_rate > 0.0 or config.model.attention_dropout_rate > 0.0
 
     def train_step(state: TrainState, batch: Batch, vocab: masking.Vocabulary) -> tuple[TrainState, dict[str, Any]]:
@@ -206,9 +210,8 @@ def _train_step(config: Config, model: Model, tx: optax.GradientTransformation, 
     return train_step
 
 
-def _eval_step(config: Config, model: Model) -> Callable[..., tuple[Answers, jax.Array]]:
+def _eval_step(config: Config, predict: Callable[..., objective.Scored]) -> Callable[..., tuple[Answers, jax.Array]]:
     slots = objective.num_slots(config.objective, config.data.seq_len, config.eval.mask_rate)
-    predict = _predict(config, model)
     ahead = int(config.objective.name == "clm")  # a causal model stands before what it predicts
 
     def eval_step(params: Any, batch: Batch, vocab: masking.Vocabulary) -> tuple[Answers, jax.Array]:

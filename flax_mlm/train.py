@@ -46,7 +46,7 @@ def train(config: Config, workdir: Path) -> int:
     import jax  # heavy imports wait until flags and config are known to be right
     import numpy as np
 
-    from flax_mlm import checkpoint, lease, masking, metrics, sharding
+    from flax_mlm import checkpoint, chips, lease, masking, metrics, sharding
     from flax_mlm.data.pipeline import train_batches
     from flax_mlm.hf import start
     from flax_mlm.prepare import open_corpus
@@ -127,7 +127,7 @@ def train(config: Config, workdir: Path) -> int:
             print_banner(config, phases, corpus, mesh, steps, program(phase_at(step)).memory_analysis())
             writers = metrics.Writers(workdir, config, step)
             at_exit.callback(writers.close)
-        speed = metrics.Throughput(step, total, metrics.peak_flops(mesh))
+        speed = metrics.Throughput(step, total, chips.peak_flops(mesh.devices.flat[:]))
 
         def batches_from(state: TrainState) -> Generator[dict[str, Any]]:
             """A function of (corpus, seed, step), so that there is no position to restore."""

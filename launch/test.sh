@@ -4,13 +4,14 @@
 #   bash launch/test.sh
 #   bash launch/test.sh tests/test_masking.py -k whole_word
 #   bash launch/test.sh --faults     # every fault of tests/faults, under 20 minutes on two cores
-#   bash launch/test.sh --references # the comparisons with torch and transformers, which are installed for it
+#   bash launch/test.sh --references # what needs torch, transformers or the TPU compiler, which are installed for it
 set -euo pipefail
+# shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh" requirements.txt tests/requirements.txt
 case " $* " in
 *" --references "*)
-  . launch/setup.sh tests/reference-requirements.txt
-  exec python -m pytest tests/test_hf_reference.py tests/test_transformers_parity.py "$@"
+  . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt
+  exec python -m pytest tests/test_hf_reference.py tests/test_transformers_parity.py tests/test_plan_tpu.py "$@"
   ;;
 " --faults "*) exec python -m pytest tests/faults "$@" ;;
 *) exec python -m pytest "$@" ;;

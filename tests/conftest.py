@@ -27,13 +27,13 @@ jax.config.update("jax_compilation_cache_dir", None)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update_golden", action="store_true", help="rewrite tests/golden/ with what is found now")
     parser.addoption("--faults", action="store_true", help="run the whole fault suite, not only its quick part")
-    parser.addoption("--references", action="store_true", help="run what compares with torch and transformers")
+    parser.addoption("--references", action="store_true", help="run what needs torch, transformers or the TPU compiler")
     parser.addoption("--fault_report", help="write the fault suite's table, Markdown, to this file")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     # In a process of their own: torch and TensorFlow do not always bear each other.
-    is_reference = collection_path.name in ("test_hf_reference.py", "test_transformers_parity.py")
+    is_reference = collection_path.name in ("test_hf_reference.py", "test_transformers_parity.py", "test_plan_tpu.py")
     return True if is_reference and not config.getoption("--references") else None
 
 

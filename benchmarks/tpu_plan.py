@@ -1,0 +1,136 @@
+"""What compiles and fits on which TPUs, and how many bytes move from 8 chips to 256: the tables of RESULTS.md.
+
+    python benchmarks/tpu_plan.py fits OUTPUT.jsonl        # about an hour on two cores
+    python benchmarks/tpu_plan.py scaling OUTPUT.jsonl
+    python benchmarks/tpu_plan.py table OUTPUT.jsonl
+
+Run from the repository, with launch/tpu-requirements.txt installed. What is in the file already is not done again.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from flax_mlm import chips, config, rehearsal, roofline
+
+MODELS = {
+    "BERT-base, 128": ("bert_base", {}),
+    "BERT-base, 512": ("bert_base", {"data.seq_len": 512}),
+    "BERT-large, 128": ("bert_large", {}),
+    "BERT-large, 512": ("bert_large", {"data.seq_len": 512}),
+    "ModernBERT-base, 1,024": ("modernbert_base", {}),
+    "ModernBERT-base, 8,192": ("modernbert_base", {"data.seq_len": 8192, "train.global_batch_size": 512}),
+    "ModernBERT-large, 1,024": ("modernbert_large", {"train.global_batch_size": 4608}),
+}
+TARGETS = [("v5e:1x1", 1), ("v5e:16x16", 1), ("v5e:4x4", 2), ("v6e:16x16", 1), ("v5p:4x4x4", 1), ("tpu7x:2x2x2", 1)]
+SCALES = [*((f"v5e:{shape}", 1) for shape in ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16")), ("v5e:4x4", 2)]
+SCALES += [("v5e:4x4", 16)]
+
+
+def of(name: str, changes: dict[str, Any]) -> config.Config:
+    values = importlib.import_module(f"configs.{name}").get_config()
+    values.update_from_flattened_dict(changes)
+    return config.build(values)
+
+
+def record(file: Path, key: list[Any], found: rehearsal.Rehearsal, planned: config.Config) -> None:
+    chip = chips.of_kind(found.device_kind)
+    assert chip
+    roof = roofline.estimate(found, planned, chip)
+    used = found.total_bytes / (chip.memory * found.chips / found.devices)
+    sums = {"links": 0.0, "network": 0.0}
+    for one in found.collectives:
+        sums["network" if one["axes"] == ["slices"] else "links"] += one["sent"]
+    line = {
+        "key": key, "mesh": list(found.mesh.values()), "remat": planned.model.remat, "attention": found.attention,
+        "rows": planned.train.global_batch_size // (found.mesh["data"] * found.mesh["fsdp"]),
+        "microbatches": planned.train.microbatches, "bytes": found.total_bytes, "used": used, "sent": sums,
+        "best": roof.best, "worst": roof.worst, "roof": roof._asdict(),
+        "mfu": [roofline.mfu(found, chip, s) for s in (roof.worst, roof.best)], "seconds": found.compile_seconds,
+    }  # fmt: skip
+    with file.open("a") as f:
+        f.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
+
+
+def fits(file: Path, done: list[Any]) -> None:
+    """Every model on every target, in the fewest microbatches that fit, layers recomputed as its config says."""
+    for model, (name, changes) in MODELS.items():
+        for topology, slices in TARGETS:
+            if [model, topology, slices] in done:
+                continue
+            target = rehearsal.parse(topology, slices)
+            fsdp = 4 if "large" in name and topology != "v5e:1x1" else 1
+            micro = 1
+            while True:
+                planned = of(name, changes | {"mesh.fsdp": fsdp, "train.microbatches": micro})
+                traced = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False)
+                chip = chips.of_kind(traced.device_kind)
+                assert chip
+                if traced.least_bytes < 1.1 * chip.memory * traced.chips / traced.devices:
+                    found = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target)
+                    if not found.error:
+                        break
+                    print(model, topology, micro, found.error[:200], flush=True)
+                rows = planned.train.global_batch_size // (traced.mesh["data"] * traced.mesh["fsdp"])
+                micro = next(
+                    m for m in range(micro + 1, rows + 1) if rows % m == 0
+                )  # StopIteration: one row is too much
+            record(file, [model, topology, slices], found, planned)
+
+
+def scaling(file: Path, done: list[Any]) -> None:
+    """BERT-base with 64 rows of 128 a chip, whatever the number of chips."""
+    for fsdp in (1, 4):
+        for topology, slices in SCALES:
+            key = ["scaling", fsdp, topology, slices]
+            if key in done:
+                continue
+            target = rehearsal.parse(topology, slices)
+            number = slices
+            for side in target.shape.split("x"):
+                number *= int(side)
+            planned = of("bert_base", {"train.global_batch_size": 64 * number, "mesh.fsdp": fsdp})
+            found = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target)
+            record(file, key, found, planned)
+
+
+def table(lines: list[dict[str, Any]]) -> None:
+    print("| model | target | data × fsdp | rows a device, in parts | attention, remat | GiB | best to worst | MFU |")
+    print("|---|---|---|---|---|--:|--:|--:|")
+    for m in lines:
+        if m["key"][0] == "scaling":
+            continue
+        model, topology, slices = m["key"]
+        where = topology + (f" × {slices}" if slices > 1 else "")
+        print(
+            f"| {model} | {where} | {m['mesh'][0]} × {m['mesh'][1]} | {m['rows']:,} in {m['microbatches']} "
+            f"| {m['attention']}, {m['remat']} | {m['bytes'] / 2**30:.1f} ({m['used']:.0%}) "
+            f"| {1e3 * m['best']:,.0f} to {1e3 * m['worst']:,.0f} ms | {m['mfu'][0]:.0%} to {m['mfu'][1]:.0%} |"
+        )
+    print("\n| fsdp | chips | MB on links | MB between slices | ms on links | ms between slices | best to worst |")
+    print("|--:|---|--:|--:|--:|--:|--:|")
+    for m in lines:
+        if m["key"][0] != "scaling":
+            continue
+        _, fsdp, topology, slices = m["key"]
+        where = topology + (f" × {slices}" if slices > 1 else "")
+        print(
+            f"| {fsdp} | {where} | {m['sent']['links'] / 1e6:,.0f} | {m['sent']['network'] / 1e6:,.0f} "
+            f"| {1e3 * m['roof']['links']:.1f} | {1e3 * m['roof']['network']:.1f} "
+            f"| {1e3 * m['best']:,.0f} to {1e3 * m['worst']:,.0f} ms |"
+        )
+
+
+if __name__ == "__main__":
+    what, path = sys.argv[1], Path(sys.argv[2])
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    keys = [line["key"] for line in lines]
+    if what == "table":
+        table(lines)
+    else:
+        {"fits": fits, "scaling": scaling}[what](path, keys)

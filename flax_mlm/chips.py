@@ -1,0 +1,59 @@
+"""What accelerators can do at most, from their makers' data sheets.
+
+TPUs: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and tpu7x. GPUs: NVIDIA's data sheets, SXM forms,
+without sparsity.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Chip(NamedTuple):
+    """One chip, which JAX may show as one device or as several."""
+
+    name: str
+    kind: str  # a part of JAX's `device_kind`, in lower case
+    flops: float  # bfloat16, dense, FLOP/s
+    memory: float  # bytes of HBM
+    bandwidth: float  # of HBM, bytes/s
+    link: float = 0.0  # of one link to a neighbour in the slice (ICI), each way, bytes/s
+    network: float = 0.0  # to other slices, bytes/s each way
+    wraps: int = 0  # a dimension of a slice is a ring if it is a multiple of this, else a line
+    together: bool = False  # and only if all of them are
+
+
+_G = 2**30
+# In the order of the search: "TPU v5 lite" is not a "TPU v5", as JAX names the v5p.
+CHIPS = (
+    Chip("v4", "tpu v4", 275e12, 32 * _G, 1.23e12, 50e9, 3.1e9, 4, True),
+    Chip("v5e", "tpu v5 lite", 197e12, 16 * _G, 0.82e12, 50e9, 3.1e9, 16),
+    Chip("v5p", "tpu v5", 459e12, 95 * _G, 2.77e12, 100e9, 6.2e9, 4, True),
+    Chip("v6e", "tpu v6 lite", 918e12, 32 * _G, 1.64e12, 100e9, 12.5e9, 16),
+    Chip("tpu7x", "tpu7x", 2307e12, 192 * _G, 7.38e12, 100e9, 12.5e9, 4, True),
+    Chip("a100", "a100", 312e12, 80e9, 2.04e12),
+    Chip("h100", "h100", 989e12, 80e9, 3.35e12),
+    Chip("h200", "h200", 989e12, 141e9, 4.8e12),
+    Chip("b200", "b200", 2250e12, 180e9, 8e12),
+    Chip("l4", "l4", 121e12, 24e9, 0.3e12),
+)
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """The chip of a device; None if it is not known."""
+    kind = device_kind.lower()
+    return next((chip for chip in CHIPS if chip.kind in kind), None)
+
+
+def count(devices: Sequence[Any] | np.ndarray) -> int:
+    """Chips that these devices are on: some TPUs show two devices a chip."""
+    if not hasattr(devices[0], "coords"):
+        return len(devices)
+    return len({(getattr(device, "slice_index", 0), *device.coords) for device in devices})
+
+
+def peak_flops(devices: Sequence[Any] | np.ndarray) -> float | None:
+    """bfloat16 peak of all the devices' chips, FLOP/s; None where it is not known."""
+    chip = of_kind(devices[0].device_kind)
+    return chip.flops * count(devices) if chip else None

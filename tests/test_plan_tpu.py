@@ -1,0 +1,130 @@
+"""Planning with the real TPU compiler, which `bash launch/test.sh --references` installs. No TPU is needed."""
+
+import json
+
+import pytest
+from test_plan import TINY, bert
+
+from flax_mlm import rehearsal
+
+pytest.importorskip("libtpu")
+
+SMALL = TINY | {
+    "data.seq_len": 128, "model.hidden_size": 256, "model.intermediate_size": 1024, "model.dtype": "bfloat16",
+    "tokenizer.vocab_size": 4096, "train.global_batch_size": 64,
+}  # fmt: skip
+LAYER = 4 * 256 * 256 + 2 * 256 * 1024  # parameters in matrices
+
+
+def rehearse(topology: str, slices: int = 1, compiles: bool = True, **changes) -> rehearsal.Rehearsal:
+    return rehearsal.rehearse(bert(**(SMALL | changes)), 4096, rehearsal.parse(topology, slices), compiles)
+
+
+def moved(result: rehearsal.Rehearsal, kind: str, scope: str | None = None) -> float:
+    return sum(c["bytes"] * c["times"] for c in result.collectives if c["kind"] == kind and scope in (None, c["scope"]))
+
+
+def test_one_chip_has_nobody_to_talk_to():
+    result = rehearse("v5e:1x1")
+    assert (result.devices, result.collectives) == (1, [])
+    assert result.compiled and result.total_bytes < 16 * 2**30
+
+
+def test_pure_data_parallelism_sums_gradients_and_gathers_nothing():
+    result = rehearse("v5e:4x4")
+    assert {c["kind"] for c in result.collectives} == {"all-reduce"}
+    assert {tuple(c["axes"]) for c in result.collectives} == {("data",)}
+    # The matrices' in bfloat16, as they come out of the matmuls, the vocabulary head's too; the embeddings' in float32.
+    expected = 2 * (5 * LAYER + 4096 * 256) + 4 * (4096 + 512) * 256
+    assert moved(result, "all-reduce") == pytest.approx(expected, rel=0.03)
+
+
+def test_fsdp_gathers_layer_by_layer_and_scatters_gradients():
+    result = rehearse("v5e:4x4", **{"mesh.fsdp": 4})
+    gathers = [c for c in result.collectives if c["kind"] == "all-gather" and c["scope"] == "layers"]
+    assert {c["times"] % 5 for c in gathers} == {0}, "in every turn of the scan"
+    assert moved(result, "all-gather", "layers") == pytest.approx(2 * 5 * LAYER * 2, rel=0.05)  # both passes, bfloat16
+    assert max(c["bytes"] for c in gathers) <= 2 * LAYER, "never more than a layer"
+    assert moved(result, "reduce-scatter", "layers") == pytest.approx(5 * LAYER * 2, rel=0.05)
+    assert {tuple(c["axes"]) for c in gathers} == {("fsdp",)}
+
+
+def test_between_slices_go_gradients_alone():
+    result = rehearse("v5e:2x4", slices=2, **{"mesh.fsdp": 8})
+    assert result.mesh == {"data": 2, "fsdp": 8, "tensor": 1}
+    between = [c for c in result.collectives if c["axes"] == ["slices"]]
+    assert {c["kind"] for c in between} == {"all-reduce"}
+    # Each device its own eighth of the matrices, in bfloat16 or float32; vectors whole.
+    assert 2 / 8 < sum(c["bytes"] * c["times"] for c in between) / result.parameters < 1.5 * 4 / 8
+    assert all("data" not in c["axes"] for c in result.collectives), "a slice has one place of data"
+
+
+def test_long_rows_are_attended_to_by_the_kernel_in_less_memory():
+    sizes = {
+        name: rehearse(
+            "v5e:1x1",
+            **{
+                "data.seq_len": 1024,
+                "model.max_positions": 1024,
+                "model.attention": name,
+                "train.global_batch_size": 8,
+            },
+            **{"model.attention_dropout_rate": 0.0, "model.dropout_rate": 0.0},
+        )
+        for name in ("auto", "plain")
+    }
+    assert (sizes["auto"].attention, sizes["plain"].attention) == ("splash", "plain")
+    assert sizes["auto"].temporary_bytes < 0.7 * sizes["plain"].temporary_bytes
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4", "tpu7x:2x2x2"])
+def test_a_mesh_may_split_a_dimension_of_the_slice(topology):
+    result = rehearse(topology, compiles=False, **{"mesh.fsdp": 4, "train.global_batch_size": 256})
+    assert result.mesh["fsdp"] == 4 and result.devices == result.mesh["data"] * 4
+
+
+def test_two_devices_on_a_chip():
+    result = rehearse("tpu7x:2x2x1", compiles=False)
+    assert (result.devices, result.chips) == (8, 4)
+
+
+BIG = ["--config=configs/bert_base.py", *(f"--config.{k}={v}" for k, v in SMALL.items())]
+
+
+def test_what_does_not_fit_is_said_with_the_smallest_change_that_does(toy, tmp_path):
+    file = tmp_path / "plan.json"
+    done = toy.run("plan", *BIG, "--config.train.global_batch_size=8192", "--topology=v5e:1x1", f"--json={file}")
+    assert done.returncode == 1, done.stderr
+    assert "RESOURCE_EXHAUSTED" in done.stdout and "15.75G" in done.stdout
+    change = json.loads(file.read_text())["smallest_change"]
+    assert change.keys() == {"train.microbatches"}
+    again = [f"--config.{name}={value}" for name, value in change.items()]
+    done = toy.run("plan", *BIG, "--config.train.global_batch_size=8192", "--topology=v5e:1x1", *again)
+    assert done.returncode == 0 and "roofline" in done.stdout
+
+
+def test_a_sweep_names_the_best(toy):
+    done = toy.run("plan", *BIG, "--topology=v5e:2x2", "--sweep", "--meshes=4x1x1,1x4x1")
+    assert done.returncode == 0, done.stderr
+    *_, row, best = done.stdout.splitlines()
+    rows = {
+        line.split()[0]: float(line.split()[6]) for line in done.stdout.splitlines() if " to " in line and "×" in line
+    }
+    fastest = min(rows, key=rows.__getitem__)
+    assert rows.keys() == {"4×1×1", "1×4×1"} and row.startswith(fastest)
+    assert best.startswith(f"--config.mesh.data={fastest[0]} --config.mesh.fsdp={fastest[2]}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v5e:5x3"], "--topology=v5e:5x3: "),
+        (["--topology=v9z:2x2"], "--topology=v9z:2x2: "),
+        (["--topology=v5e:2x2", "--sweep", "--meshes=3x1x1"], "with a product of 4"),
+        (["--topology=v5e:2x2", "--slices=2", "--config.mesh.fsdp=8"], "mesh.data is 1, with 2 TPU slices"),
+    ],
+)
+def test_mistakes_are_answered_with_a_line(toy, arguments, message):
+    done = toy.run("plan", *BIG, *arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr
