@@ -16,12 +16,13 @@ import faulthandler
 import json
 import os
 import queue
+import re
 import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
@@ -473,15 +474,41 @@ def _start_jax(roster: Roster) -> None:
     before = os.environ.get(direct) or os.environ.get("no_proxy")
     os.environ[direct] = f"{before},{ip}" if before else ip
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    is_slurm = "SLURM_STEP_TASKS_PER_NODE" in os.environ and not os.environ.get("JAX_LOCAL_DEVICE_IDS")
     jax.distributed.initialize(
         coordinator_address=roster.service,
         num_processes=roster.count,
         process_id=roster.index,
+        local_device_ids=gpus_of_task(os.environ) if is_slurm else None,
+        cluster_detection_method="deactivate" if is_slurm else None,  # see gpus_of_task
         coordinator_bind_address=roster.service,
         initialization_timeout=_TIMEOUT.value,
         heartbeat_timeout_seconds=2 * _HEARTBEAT.value,  # it aborts without naming anyone: ours comes first
         shutdown_timeout_seconds=2 * _HEARTBEAT.value,  # all have finished by then
     )
+
+
+def gpus_of_task(env: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs that a Slurm task sees are its own, as numbers among those; None: all of them.
+
+    JAX would give every task the one of its number, and so leave a single task on a node with the first.
+
+    Raises:
+      UserError: the tasks of a node cannot share its GPUs evenly.
+    """
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))  # 8(x2),4
+    on_nodes = [int(tasks) for tasks, nodes in counts for _ in range(int(nodes or 1))]
+    tasks = on_nodes[int(env.get("SLURM_NODEID", "0"))] if on_nodes else 1
+    seen = len([gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu])
+    on_node = int(env.get("SLURM_GPUS_ON_NODE") or seen)
+    if tasks == 1 or on_node == 0 or 0 < seen < on_node:  # in the last case Slurm has shared them out (--gpus-per-task)
+        return None
+    if on_node % tasks:
+        raise UserError(
+            f"--ntasks-per-node is {tasks}, with {on_node} GPUs on a node; it must be 1, or divide that number"
+        )
+    share, place = on_node // tasks, int(env.get("SLURM_LOCALID", "0"))
+    return list(range(place * share, (place + 1) * share))
 
 
 def _free_address(ip: str) -> str:

@@ -11,6 +11,7 @@
 #   --workdir=DIR    where corpus, runs and results go (default runs/objectives)
 #   --tasks=...      of `python -m flax_mlm.compare` (default: mlm; cloze)
 set -euo pipefail
+# shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh" requirements.txt
 
 workdir=runs/objectives tasks='mlm; cloze' arguments=() checkpoints=''

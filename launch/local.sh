@@ -14,6 +14,7 @@
 # A run that stopped for a preemption (exit code 75) is started again, as often as it takes. Ctrl-C or SIGTERM here
 # ends it: the run saves, and the same line goes on from there.
 set -euo pipefail
+# shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh" requirements.txt
 
 processes=1 devices='' restarts=3 arguments=()

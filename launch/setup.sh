@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: goes to the repository, makes a virtual environment and installs into it what the
 # named requirements files say. Does nothing when that is done already.
 #
