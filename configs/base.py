@@ -47,7 +47,9 @@ def get_config() -> ConfigDict:
     c.model.embedding_size = 0  # E, width of the embeddings, projected to hidden_size (ALBERT); 0: hidden_size itself
     c.model.share_layers = False  # all layers use the weights of one (ALBERT)
     c.model.global_attention_every = 1  # every n-th layer sees the whole segment, the others a window; 1: all do
-    c.model.attention = "auto"  # plain | splash (TPU kernel) | interpreted (it, slow) | auto: splash on TPU from L 512
+    c.model.attention = (
+        "auto"  # plain | splash (TPU) | cudnn (GPU) | interpreted (splash, slow) | auto: kernels from L 512
+    )
     c.model.local_window = 128  # tokens a windowed layer sees, half on each side
     c.model.rope_theta_global = 10_000.0
     c.model.rope_theta_local = 10_000.0

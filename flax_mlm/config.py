@@ -339,7 +339,7 @@ _CHOICES = {
     "tokenizer.normalization": ("nmt_nfkc", "nmt_nfkc_cf", "identity"),
     "model.positions": ("learned", "rope"),
     "model.norm_position": ("post", "pre"),
-    "model.attention": ("auto", "plain", "splash", "interpreted"),
+    "model.attention": ("auto", "plain", "splash", "cudnn", "interpreted"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "objective.name": ("mlm", "clm"),
@@ -458,9 +458,11 @@ def _check(c: Config) -> None:
     c.finetune.rates()
     c.finetune.sizes(c.model.hidden_size)
     m, t = c.model, c.train
-    if m.attention in ("splash", "interpreted"):
+    if m.attention in ("splash", "cudnn", "interpreted"):
+        tile = 2 if m.attention == "cudnn" else 128
         for name, value, ok, what in (
-            ("data.seq_len", c.data.seq_len, c.data.seq_len % 128 == 0, "a multiple of 128"),
+            ("data.seq_len", c.data.seq_len, c.data.seq_len % tile == 0, f"a multiple of {tile}"),
+            ("model.dtype", m.dtype, m.attention != "cudnn" or m.dtype == "bfloat16", "bfloat16"),
             ("model.attention_dropout_rate", m.attention_dropout_rate, m.attention_dropout_rate == 0.0, "0"),
             ("train.reproducible", t.reproducible, not t.reproducible, "False"),
         ):

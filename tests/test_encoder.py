@@ -136,10 +136,12 @@ def test_every_way_of_computing_gives_the_same_gradients(shape, change):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("parts", [(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("kernel", ["interpreted", "cudnn"])
 @SHAPES
-def test_the_kernel_computes_what_plain_attention_does(shape, parts, causal):
-    """Splash, interpreted: packed rows, windows, padding; rows and heads split over devices; in the scan, recomputed.
-    Hidden states of real tokens and gradients."""
+def test_kernels_compute_what_plain_attention_does(shape, kernel, parts, causal, monkeypatch):
+    """Splash, interpreted, and what cuDNN is asked for, computed by XLA: packed rows, windows, padding; rows and heads
+    split over devices; in the scan, recomputed. Hidden states of real tokens and gradients."""
+    monkeypatch.setattr(attention, "cudnn", functools.partial(attention.cudnn, implementation="xla"))
     shape = dataclasses.replace(shape, max_positions=256, local_window=40, remat="dots")
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, V, (4, 256)).astype(np.int32)
@@ -149,7 +151,7 @@ def test_the_kernel_computes_what_plain_attention_does(shape, parts, causal):
     mesh, found = sharding.make_mesh(config_lib.MeshConfig(*parts), jax.devices()[: np.prod(parts)]), {}
     with jax.set_mesh(mesh):
         batch = sharding.split_rows([tokens, segments, positions], mesh)
-        for name in ("plain", "interpreted"):
+        for name in ("plain", kernel):
             m = heads.language_model(dataclasses.replace(shape, attention=name, vocab_multiple_of=2), V)
             params = jax.jit(
                 lambda m=m: jax.tree.map(
@@ -162,19 +164,31 @@ def test_the_kernel_computes_what_plain_attention_does(shape, parts, causal):
                 return jnp.square(hidden - 0.1).sum(), hidden
 
             found[name] = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
-    gradients, hidden = zip(*(found[name] for name in ("plain", "interpreted")), strict=True)
+    gradients, hidden = zip(*(found[name] for name in ("plain", kernel)), strict=True)
     np.testing.assert_allclose(*hidden, atol=2e-5)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(gradients[0]))  # some are 0 but for rounding
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), *gradients)
 
 
-def test_which_attention_is_taken():
+def test_which_attention_is_taken(monkeypatch):
     c = base.get_config()
     c.data.seq_len = c.model.max_positions = 512
     config = config_lib.build(c)
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=128))
-    chosen = [attention.choose(c, platform) for c in (config, short) for platform in ("tpu", "gpu", "cpu")]
-    assert chosen == ["splash", "plain", "plain", "plain", "plain", "plain"]
+    exact = dataclasses.replace(config, train=dataclasses.replace(config.train, reproducible=True))
+    for one, expected in ((config, "splash"), (short, "plain"), (exact, "plain")):
+        assert [attention.choose(one, platform) for platform in ("tpu", "gpu", "cpu")] == [expected, "plain", "plain"]
+    c.model.dtype, c.model.attention_dropout_rate = "bfloat16", 0.0
+    assert attention.choose(config_lib.build(c), "gpu") == "plain", "there is no cuDNN here, which is found out"
+    monkeypatch.setattr(attention, "_cudnn_works", lambda width: width == 64)
+    assert attention.choose(config_lib.build(c), "gpu") == "cudnn"
+    c.model.attention = "cudnn"
+    with pytest.raises(UserError, match="cudnn, which runs on GPUs; the devices here are of kind cpu"):
+        attention.choose(config_lib.build(c), "cpu")
+    assert attention.implementation("cudnn", 514, drops=False) is attention.cudnn
+    c.model.dtype = "float32"
+    with pytest.raises(UserError, match=r"model.dtype is float32; with model.attention = 'cudnn' it must be bfloat16"):
+        config_lib.build(c)
     splash = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="splash"))
     with pytest.raises(UserError, match="splash, which runs on TPUs; the devices here are of kind cpu"):
         attention.choose(splash, "cpu")

@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from flax_mlm import sharding
 from flax_mlm.config import Config
 from flax_mlm.errors import UserError
 
@@ -18,24 +20,53 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Drop], jax.Array]
 
 
 def choose(config: Config, platform: str) -> str:
-    """What `model.attention` comes to on devices of a platform: plain, splash or interpreted.
+    """What `model.attention` comes to on devices of a platform: plain, splash, cudnn or interpreted.
 
     Raises:
-      UserError: splash was asked for, and these are no TPUs.
+      UserError: a kernel was asked for, and these are not the devices for it.
     """
     name = config.model.attention
-    if name == "splash" and platform != "tpu":
-        raise UserError(f"model.attention is splash, which runs on TPUs; the devices here are of kind {platform}")
-    if name == "auto":
-        long = config.data.seq_len >= _LONG and not config.train.reproducible
-        return "splash" if platform == "tpu" and long else "plain"
-    return name
+    for kernel, where in (("splash", "tpu"), ("cudnn", "gpu")):
+        if name == kernel and platform != where:
+            raise UserError(
+                f"model.attention is {kernel}, which runs on {where.upper()}s; the devices here are of kind {platform}"
+            )
+    if name != "auto" or config.data.seq_len < _LONG or config.train.reproducible:
+        return "plain" if name == "auto" else name
+    if platform == "gpu":
+        fits = config.model.dtype == "bfloat16" and config.model.attention_dropout_rate == 0.0
+        return "cudnn" if fits and _cudnn_works(config.model.hidden_size // config.model.num_heads) else "plain"
+    return "splash" if platform == "tpu" else "plain"
+
+
+@functools.cache
+def _cudnn_works(width: int) -> bool:
+    """Whether cuDNN is here, new enough for heads of this width, and computes what plain attention does: it depends on
+    the GPU, and on which cuDNN is installed."""
+    q_BLHd = jax.random.normal(jax.random.key(0), (2, 128, 2, width), jnp.bfloat16)
+    segment_ids_BL = jnp.broadcast_to(jnp.arange(128) // 48, (2, 128))
+
+    def loss(q_BLHd: jax.Array, implementation: Literal["cudnn", "xla"]) -> jax.Array:
+        mask = attention_mask(segment_ids_BL, causal=False)
+        y_BLHd = jax.nn.dot_product_attention(q_BLHd, q_BLHd, q_BLHd, mask=mask, implementation=implementation)
+        return jnp.square(y_BLHd.astype(jnp.float32)).mean()
+
+    try:
+        with jax.set_mesh(jax.make_mesh((), (), devices=jax.local_devices()[:1])):
+            plain, cudnn = jax.grad(loss)(q_BLHd, "xla"), jax.grad(loss)(q_BLHd, "cudnn")
+            return bool(jnp.abs(plain - cudnn).max() <= jnp.abs(plain).max() * jnp.bfloat16(0.05))
+    except Exception:  # of whatever kind: missing, too old, a shape that it does not know
+        return False
 
 
 def implementation(name: str, length: int, drops: bool) -> Callable[[jax.Array, bool, Sequence[int | None]], Attend]:
-    """What `model.attention` stands for: (segment ids, causal, windows) -> Attend. Splash where it can be: rows of a
-    multiple of 128 tokens, probabilities without dropout."""
-    if name in ("plain", "auto") or drops or length % 128:
+    """What `model.attention` stands for: (segment ids, causal, windows) -> Attend. A kernel where it can be:
+    probabilities without dropout, and for splash rows of a multiple of 128 tokens."""
+    if name in ("plain", "auto") or drops:
+        return plain
+    if name == "cudnn":
+        return cudnn
+    if length % 128:
         return plain
     from flax_mlm.model.splash import splash  # Pallas takes a second to import
 
@@ -93,5 +124,30 @@ def plain(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None]
         scores = jnp.where(masks[kind], scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
         probabilities = drop(jax.nn.softmax(scores, axis=-1).astype(v_BLHd.dtype))
         return jnp.einsum("BHLM,BMHd->BLHd", probabilities, v_BLHd)
+
+    return attend
+
+
+def cudnn(
+    segment_ids_BL: jax.Array,
+    causal: bool,
+    windows: Sequence[int | None],
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Attend:
+    """As `plain`, but without dropout: flash attention (arXiv:2205.14135) of cuDNN, in bfloat16.
+
+    It knows neither segments nor windows on both sides, so masks are made and handed over: (B, 1, L, L), one for all
+    heads.
+
+    Args:
+      implementation: xla computes the same on any device.
+    """
+    masks = jnp.stack([attention_mask(segment_ids_BL, causal, window) for window in windows])
+
+    def attend(kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop) -> jax.Array:
+        def local(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, mask_B1LL: jax.Array) -> jax.Array:
+            return jax.nn.dot_product_attention(q_BLHd, k_BLHd, v_BLHd, mask=mask_B1LL, implementation=implementation)
+
+        return sharding.per_row_and_head(local, (q_BLHd, k_BLHd, v_BLHd), masks[kind])
 
     return attend
