@@ -32,6 +32,9 @@ from flax_mlm.errors import Failure, UserError
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where it waits for the others")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "how many processes run together", lower_bound=0)
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "which of them this is, from 0", lower_bound=-1)
+_SERVICE_PORT = flags.DEFINE_integer(
+    "service_port", 0, "port of process 0 for JAX's own service, where a firewall lets through only some; 0: any"
+)
 _TIMEOUT = flags.DEFINE_integer("initialization_timeout", 600, "seconds to wait until all have come", lower_bound=1)
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat", 15, "seconds of silence after which a process counts as lost", lower_bound=1, upper_bound=300
@@ -353,6 +356,7 @@ def _gather(address: str, count: int, identity: dict[str, str]) -> Roster:
         listener = socket.create_server(where, family=family)
     except OSError as e:
         raise UserError(f"--coordinator={address}: process 0 cannot listen there: {e.strerror}") from e
+    service = _service_address(str(where[0]))
     inbox: _Inbox = queue.SimpleQueue()
     threading.Thread(target=_accept, args=(listener, inbox), daemon=True).start()
     hosts, expected, mistake = [socket.gethostname()] * count, count, ""
@@ -384,7 +388,7 @@ def _gather(address: str, count: int, identity: dict[str, str]) -> Roster:
         for link in come:
             link.send("refused" if mistake else "lost", reason=reason)
         raise UserError(reason) if mistake else Lost(reason)
-    roster = Roster(0, hosts, secrets.token_hex(8), _free_address(str(where[0])), come, inbox)
+    roster = Roster(0, hosts, secrets.token_hex(8), service, come, inbox)
     for link in come:
         link.send("start", run_id=roster.run_id, hosts=hosts, service=roster.service)
     return roster
@@ -511,10 +515,18 @@ def gpus_of_task(env: Mapping[str, str]) -> list[int] | None:
     return list(range(place * share, (place + 1) * share))
 
 
-def _free_address(ip: str) -> str:
-    """`ip` with a port that nobody uses."""
-    with socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET) as server:
-        port = server.getsockname()[1]
+def _service_address(ip: str) -> str:
+    """`ip` with the port for JAX's service, which nobody uses yet.
+
+    Raises:
+      UserError: somebody does.
+    """
+    port = _SERVICE_PORT.value
+    try:
+        with socket.create_server((ip, port), family=socket.AF_INET6 if ":" in ip else socket.AF_INET) as server:
+            port = server.getsockname()[1]
+    except OSError as e:
+        raise UserError(f"--service_port={port}: process 0 cannot listen there: {e.strerror}") from e
     return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
