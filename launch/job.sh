@@ -18,9 +18,30 @@ failure() {
 
 # Prints a command as it could be typed, and runs it unless this is a dry run.
 run() {
-  printf '+ ' >&2
-  show "$@" >&2
+  echo "+ $(show "$@")" >&2
   if [ -z "$dry_run" ]; then "$@"; fi
+}
+
+# What gcloud answers goes into `said`, where it fails what it complains of.
+ask_quietly() {
+  local complaints code=0
+  complaints=$(mktemp)
+  said=$("$@" 2>"$complaints") || code=$?
+  if [ "$code" != 0 ]; then said=$(cat "$complaints"); fi
+  rm -f "$complaints"
+  return "$code"
+}
+
+# The same for what a person may want to see.
+ask() {
+  echo "+ $(show "$@")" >&2
+  said=''
+  if [ -z "$dry_run" ]; then ask_quietly "$@"; fi
+}
+
+# The line of a complaint that says most.
+reason() {
+  printf '%s\n' "$said" | grep -m 1 ERROR: || printf '%s\n' "$said" | tail -n 1
 }
 
 # A command line, quoted so that a shell reads it back as it is.
@@ -158,5 +179,6 @@ upload_bundle() {
   printf '%s\0' "${arguments[@]}" >"$folder/job/arguments"
   COPYFILE_DISABLE=1 tar -czf "$folder/bundle.tgz" --exclude=__pycache__ flax_mlm configs launch requirements.txt \
     -C "$folder" job
-  run gcloud storage cp --quiet "$folder/bundle.tgz" "$job_url/bundle.tgz"
+  ask gcloud storage cp "$folder/bundle.tgz" "$job_url/bundle.tgz" --quiet ||
+    failure "the code cannot be copied into the bucket: $(reason)"
 }
