@@ -122,25 +122,25 @@ def test_a_manifest_with_an_unknown_or_wrong_field_is_not_valid(gke):
     """The check itself: it must see a misspelt field at every depth."""
     sound = gke.manifest()
     validate(sound)
-    job = "replicatedJobs", 0, "template", "spec"
+    job = "spec", "replicatedJobs", 0, "template", "spec"
     pod = *job, "template", "spec"
-    places: list[tuple[Any, ...]] = [(), ("failurePolicy",), ("failurePolicy", "rules", 0), ("replicatedJobs", 0), job]
+    places: list[tuple[Any, ...]] = [(), ("metadata",), ("spec",), ("spec", "failurePolicy", "rules", 0), job[:3], job]
     places += [pod, (*job, "podFailurePolicy", "rules", 0, "onExitCodes"), (*pod, "containers", 0)]
     places += [(*pod, "tolerations", 0), (*pod, "containers", 0, "resources"), (*pod, "volumes", 0, "emptyDir")]
     for place in places:
         broken = copy.deepcopy(sound)
-        at(broken["spec"], place)["maxRestart"] = 3
+        at(broken, place)["maxRestart"] = 3
         with pytest.raises(jsonschema.ValidationError, match="'maxRestart' was unexpected"):
             validate(broken)
     for place, name, value in [
-        ((), "replicatedJobs", {}),
-        (("failurePolicy", "rules", 0), "action", "FailJob"),
+        (("spec",), "replicatedJobs", {}),
+        (("spec", "failurePolicy", "rules", 0), "action", "FailJob"),
         (job, "backoffLimit", "0"),
         ((*pod, "nodeSelector"), "cloud.google.com/gke-spot", True),
         ((*pod, "containers", 0, "env", 0), "value", 0),
     ]:
         broken = copy.deepcopy(sound)
-        at(broken["spec"], place)[name] = value
+        at(broken, place)[name] = value
         with pytest.raises(jsonschema.ValidationError):
             validate(broken)
 
@@ -220,6 +220,7 @@ def test_every_topology_gets_its_nodes(gke, tpu, accelerator, hosts, chips):
         ({"TPU": "v5p:4x4"}, "v5p comes as 2x2x1"),
         ({"TPU": "v5p:1x1x1"}, "v5p comes as"),
         ({"TPU": "v5p:8x4x4"}, "multiples of 4 that do not decrease"),
+        ({"TPU": "v5p:4x8x4"}, "multiples of 4 that do not decrease"),
         ({"TPU": "v4:4x4x6"}, "v4 comes as"),
         ({"TPU": "v4:16x16x20"}, "4096 chips at most"),
         ({"TPU": "tpu7x:2x2x6"}, "tpu7x comes as"),
