@@ -88,7 +88,7 @@ read_job() {
     if [ -z "${!key}" ]; then mistake "$file: $key is missing"; fi
   done
   for key in SLICES MAX_RESTARTS MAX_WAIT_HOURS; do
-    if ! [[ ${!key} =~ ^[0-9]{1,4}$ ]]; then mistake "$file: $key is '${!key}'; it takes a whole number"; fi
+    if ! [[ ${!key} =~ ^(0|[1-9][0-9]{0,3})$ ]]; then mistake "$file: $key is '${!key}'; it takes a whole number"; fi
   done
   if [ "$SLICES" = 0 ]; then mistake "$file: SLICES is 0; it takes 1 or more"; fi
   for key in PRICE MAX_COST; do
@@ -104,7 +104,7 @@ read_job() {
       mistake "$file: SECRETS has '$value'; it takes VARIABLE=NAME of secrets in Secret Manager, not the secrets"
     fi
   done
-  if ! [[ $TPU =~ ^(v4|v5e|v5p|v6e|tpu7x):([0-9]{1,3}(x[0-9]{1,3}){1,2})$ ]]; then
+  if ! [[ $TPU =~ ^(v4|v5e|v5p|v6e|tpu7x):([1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){1,2})$ ]]; then
     mistake "$file: TPU is '$TPU'; it takes what \`plan --topology\` does: v4, v5e, v5p, v6e or tpu7x, and a shape (v5e:4x4)"
   fi
   # shellcheck disable=SC2034  # for those who source this
