@@ -8,12 +8,15 @@ folder, from which the peers start. Imports no TensorFlow.
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import turns
 from configs import base
 from flax_mlm import config as config_lib
 from flax_mlm.errors import UserError
@@ -138,12 +141,28 @@ class Case:
 
         return self.rows * flops_per_row(self.config("bert").model, self.length, self.slots, self.vocab)
 
-    def describe(self, folder: Path, family: str, ids: Ids, tokens_NL: np.ndarray) -> None:
-        """Puts into a new folder what `write` needs. `tokens_NL`: BATCHES × rows."""
+    def describe(self, folder: Path, family: str, ids: Ids, tokens: np.ndarray) -> None:
+        """Puts case.json and tokens.npy into a new folder. `tokens`: BATCHES × rows."""
         folder.mkdir(parents=True)
-        np.save(folder / "tokens.npy", tokens_NL.reshape(BATCHES, self.rows, self.length))
+        np.save(folder / "tokens.npy", tokens.reshape(BATCHES, self.rows, self.length))
         about = {"config": self.config(family).to_dict(), "ids": ids._asdict()}
         (folder / "case.json").write_text(json.dumps(about))
+
+    def make(self, folder: Path, family: str, ids: Ids, tokens: np.ndarray) -> None:
+        """Makes the whole folder, in a process of its own, whose memory is free again afterwards."""
+        self.describe(folder, family, ids, tokens)
+        line = [sys.executable, "-m", "benchmarks.case", str(folder)]
+        subprocess.run(line, cwd=turns.ROOT, check=True, env={**os.environ, **turns.CPU})
+
+
+def real_rows(case: Case, config: config_lib.Config) -> tuple[Any, np.ndarray]:
+    """A tokenizer of real text and rows for a case, of the source that the config names."""
+    from flax_mlm.prepare import prepare_cached
+
+    data = dataclasses.replace(config.data, seq_len=case.length)
+    tokenizer = dataclasses.replace(config.tokenizer, vocab_size=case.vocab)
+    corpus = prepare_cached(dataclasses.replace(config, data=data, tokenizer=tokenizer), turns.say)
+    return corpus.tokenizer(), full_rows(corpus.split("train"), BATCHES * case.rows, Ids.of(corpus.tokenizer()))
 
 
 def full_rows(rows: Any, count: int, ids: Ids) -> np.ndarray:

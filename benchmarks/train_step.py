@@ -12,10 +12,7 @@ not measured again.
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,17 +42,16 @@ class Program(NamedTuple):
 
 # glibc gives freed memory back to the system and takes it again in every step; these keep it (as we do for ourselves).
 _TUNED = {"GLIBC_TUNABLES": f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**64 - 1}:glibc.malloc.arena_max=1"}
-_CPU = {"JAX_PLATFORMS": "cpu"}  # else JAX looks for other devices first, for seconds where libtpu is installed
 _TORCH = {"compile": False, "device": "cpu", "autocast": False, "more": {}}
 _SPARSE = {**_TORCH, "more": {"sparse_prediction": True}}
 
 PROGRAMS = {
-    "ours": Program("ours", "bert", {"scan_layers": False}, "", _CPU, "BERT, layers unrolled"),
-    "ours_scan": Program("ours", "bert", {"scan_layers": True}, "", _CPU, "BERT, layers scanned"),
+    "ours": Program("ours", "bert", {"scan_layers": False}, "", turns.CPU, "BERT, layers unrolled"),
+    "ours_scan": Program("ours", "bert", {"scan_layers": True}, "", turns.CPU, "BERT, layers scanned"),
     "bert_eager": Program("torch_step", "bert", _TORCH, "torch", about="BertForMaskedLM, torch"),
     "bert_compiled": Program("torch_step", "bert", {**_TORCH, "compile": True}, "torch", about="it, torch.compile"),
-    "flax_bert": Program("flax_step", "bert", {}, "flax", _CPU, "FlaxBertForMaskedLM, transformers 4"),
-    "ours_modernbert": Program("ours", "modernbert", {"scan_layers": False}, "", _CPU, "ModernBERT"),
+    "flax_bert": Program("flax_step", "bert", {}, "flax", turns.CPU, "FlaxBertForMaskedLM, transformers 4"),
+    "ours_modernbert": Program("ours", "modernbert", {"scan_layers": False}, "", turns.CPU, "ModernBERT"),
     "modernbert_sparse": Program(
         "torch_step", "modernbert", _SPARSE, "torch", about="ModernBertForMaskedLM, torch, sparse_prediction"
     ),
@@ -90,19 +86,6 @@ def cases() -> list[case_lib.Case]:
         raise UserError(f"--sizes, --tokens, --lengths or --vocabs: {e}; see --help") from e
 
 
-def python_of(environment: str) -> str:
-    """The interpreter of a peer's environment (benchmarks/setup.sh)."""
-    folder = Path(os.environ.get("BENCH_VENVS", turns.ROOT / ".venv-bench"))
-    return str(folder.absolute() / environment / "bin" / "python") if environment else sys.executable
-
-
-def write_case(case: case_lib.Case, family: str, folder: Path, ids: case_lib.Ids, rows: Any) -> None:
-    """Makes a case's folder, in a process of its own, so that its memory is free again."""
-    case.describe(folder, family, ids, rows)
-    line = [sys.executable, "-m", "benchmarks.case", str(folder)]
-    subprocess.run(line, cwd=turns.ROOT, check=True, env={**os.environ, **_CPU})
-
-
 def compare_losses(workers: list[turns.Worker], reference: turns.Worker) -> dict[str, str]:
     """Why a program is not reported, by name: its losses are not those of the reference."""
     wrong = {}
@@ -130,55 +113,30 @@ def ceiling(case: case_lib.Case, worker: turns.Worker) -> dict[str, Any]:
     return {"best": max(best), "mixed": mixed, "shapes": shapes}
 
 
-def measure(case: case_lib.Case, family: str, names: list[str], folder: Path) -> dict[str, Any]:
+def measure(case: case_lib.Case, names: list[str], folder: Path) -> dict[str, Any]:
     """Ours and the programs of one family, in turns."""
-    workers: list[turns.Worker] = []
-    programs: dict[str, Any] = {}
     matmuls = {"matmuls": case.matmuls(), "device": "cpu", "dtype": "float32", "seconds": 0.1}
-    started = [("matmul", Program("matmul", "", matmuls, "torch")), *((name, PROGRAMS[name]) for name in names)]
-    try:
-        for name, program in started:
-            optimizer = case.config("bert").to_dict()["optimizer"]
+    optimizer = case.config("bert").to_dict()["optimizer"]
+    with turns.Workers() as workers:
+        workers.start("matmul", "matmul", matmuls, "torch")
+        for name in names:
+            program = PROGRAMS[name]
             spec = {**program.spec, "folder": str(folder / program.family), "optimizer": optimizer}
-            try:
-                workers.append(
-                    turns.Worker(name, program.module, spec, python_of(program.environment), **program.variables)
-                )
-                workers[-1].wait()
-                turns.say(f"  {name} is ready")
-            except turns.Unavailable as e:
-                turns.say(f"  left out: {e}")
-                programs[name] = {"refused": str(e)}
-                if workers and workers[-1].name == name:
-                    workers.pop().close()
-        turns.take_turns(workers, _ROUNDS.value, _SECONDS.value)
-        by_name = {worker.name: worker for worker in workers}
-        ours = by_name["ours"]
-        for family_name, reference in _REFERENCE.items():
-            alike = [by_name[name] for name in names if name in by_name and PROGRAMS[name].family == family_name]
+            workers.start(name, program.module, spec, program.environment, **program.variables)
+        workers.take_turns(_ROUNDS.value, _SECONDS.value)
+        refused, ready = dict(workers.refused), workers.ready
+        for family, reference in _REFERENCE.items():
+            alike = [worker for name, worker in ready.items() if name in names and PROGRAMS[name].family == family]
+            if alike and reference not in ready:
+                raise Failure(f"{case.name}: {refused[reference]}, so there is nothing to compare with")
             if alike:
-                programs |= {name: {"refused": why} for name, why in compare_losses(alike, by_name[reference]).items()}
-        for name, worker in by_name.items():
-            if name != "matmul" and name not in programs:
-                programs[name] = worker.summary() | {"ratio": worker.median() / ours.median()}
-        top = ceiling(case, by_name["matmul"]) if "matmul" in by_name else None
-        return {"programs": programs, "ceiling": top, "discarded": turns.discarded(workers)}
-    finally:
-        for worker in workers:
-            worker.close()
-
-
-def rows_of(case: case_lib.Case, config: Config) -> tuple[case_lib.Ids, Any]:
-    """Real text for a case: special ids, and rows without padding."""
-    import dataclasses
-
-    from flax_mlm.prepare import prepare_cached
-
-    data = dataclasses.replace(config.data, seq_len=case.length)
-    tokenizer = dataclasses.replace(config.tokenizer, vocab_size=case.vocab)
-    corpus = prepare_cached(dataclasses.replace(config, data=data, tokenizer=tokenizer), turns.say)
-    ids = case_lib.Ids.of(corpus.tokenizer())
-    return ids, case_lib.full_rows(corpus.split("train"), case_lib.BATCHES * case.rows, ids)
+                refused |= compare_losses(alike, ready[reference])
+        programs: dict[str, Any] = {name: {"refused": why} for name, why in refused.items() if name != "matmul"}
+        for name, worker in ready.items():
+            if name != "matmul" and name not in refused:
+                programs[name] = worker.summary() | {"ratio": worker.median() / ready["ours"].median()}
+        top = ceiling(case, ready["matmul"]) if "matmul" in ready else None
+        return {"programs": programs, "ceiling": top, "discarded": workers.discarded}
 
 
 def groups() -> Iterator[tuple[str, list[str]]]:
@@ -231,7 +189,7 @@ def markdown(measured: list[dict[str, Any]]) -> str:
             if top := group["ceiling"]:
                 lines.append(
                     f"Ceiling ({family}'s turns): {top['best'] / 1e9:.0f} GFLOP/s, by the best of the step's matmuls; "
-                    f"{top['mixed'] / 1e9:.0f} by all of them. {group['discarded'][0].upper()}{group['discarded'][1:]}."
+                    f"{top['mixed'] / 1e9:.0f} by all of them. {group['discarded']}."
                 )
         lines.append("")
     lines += [f"- `{name}`: {text}" for name, text in about.items() if text]
@@ -248,12 +206,13 @@ def main(config: Config) -> None:
         turns.say(case.name)
         one: dict[str, Any] = {"case": vars(case), "source": config.data.source, "groups": {}}
         with tempfile.TemporaryDirectory() as folder:
-            ids, rows = rows_of(case, config)
+            tokenizer, rows = case_lib.real_rows(case, config)
+            ids = case_lib.Ids.of(tokenizer)
             for family, names in wanted:
                 for needed in {PROGRAMS[name].family for name in names}:
                     if not (Path(folder) / needed).exists():
-                        write_case(case, needed, Path(folder) / needed, ids, rows)
-                one["groups"][family] = measure(case, family, names, Path(folder))
+                        case.make(Path(folder) / needed, needed, ids, rows)
+                one["groups"][family] = measure(case, names, Path(folder))
         record["cases"].append(one)
         if file:
             files.write_json(file, record)

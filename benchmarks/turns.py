@@ -4,18 +4,21 @@ The machine's speed drifts, and others use it. So all take turns (A B C, C B A, 
 more than `NOISE` of the processors is left out, and what is compared are medians over the turns of one run.
 """
 
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 NOISE = 0.08  # share of all processors
 ROOT = Path(__file__).parent.parent
+
+CPU = {"JAX_PLATFORMS": "cpu"}  # for a worker: else JAX looks for other devices first, where libtpu is for seconds
 
 # As it was when the benchmark started: a peer must not run with settings that `flax_mlm.environment` makes for us.
 _ENVIRONMENT = dict(os.environ)
@@ -52,24 +55,26 @@ class Worker:
       peak_bytes: most memory that it ever held.
     """
 
-    def __init__(self, name: str, module: str, spec: dict[str, Any], python: str = sys.executable, **env: str):
+    def __init__(self, name: str, module: str, spec: dict[str, Any], environment: str = "", **variables: str):
         """Starts it; see `wait`.
 
         Args:
           module: in benchmarks/workers.
           spec: JSON-able, what it is told.
-          python: of the environment that it runs in.
-          env: variables beside those that we were started with.
+          environment: the peer's in whose virtual environment it runs (benchmarks/setup.sh); empty: ours.
+          variables: beside those of the environment that we were started with.
 
         Raises:
-          Unavailable: there is no such python.
+          Unavailable: that environment is not there.
         """
         self.name, self.started, self.peak_bytes = name, {}, 0
         self.turns: list[Turn] = []
+        folder = Path(os.environ.get("BENCH_VENVS", ROOT / ".venv-bench")).absolute()
+        python = str(folder / environment / "bin" / "python") if environment else sys.executable
         line = [python, "-m", f"benchmarks.workers.{module}", json.dumps(spec)]
-        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        pipe: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         try:
-            self._process = subprocess.Popen(line, cwd=ROOT, env={**_ENVIRONMENT, **env}, **pipe)  # type: ignore[call-overload]
+            self._process = subprocess.Popen(line, cwd=ROOT, env={**_ENVIRONMENT, **variables}, **pipe)
         except FileNotFoundError:
             raise Unavailable(f"{name}: {python} is missing; run `bash benchmarks/setup.sh`") from None
 
@@ -135,23 +140,67 @@ class Worker:
         return answer
 
 
-def take_turns(workers: Sequence[Worker], rounds: int, seconds: float) -> None:
-    """So many turns of about so many seconds for each, in both orders alternately."""
-    steps = {w.name: 1 for w in workers}
-    for worker in workers:  # the first turn is for warming up, and says how many steps make a turn
-        turn = worker.run(3)
-        steps[worker.name] = max(1, round(seconds / min(turn.seconds)))
-        worker.started["first_results"] = [worker.started.pop("result"), *turn.results]
-        worker.turns.clear()
-    for number in range(rounds):
-        for worker in workers if number % 2 == 0 else list(reversed(workers)):
-            worker.run(steps[worker.name])
+class Workers:
+    """Those of one comparison. Leaving the context ends them.
 
+    Attributes:
+      ready: those that can be measured, by name.
+      refused: the others, and why.
+    """
 
-def discarded(workers: Sequence[Worker]) -> str:
-    """How many turns were left out, as a sentence."""
-    noisy, total = (sum(f(t) for w in workers for t in w.turns) for f in (lambda t: not t.quiet, lambda t: True))
-    return f"{noisy} of {total} turns were left out: others used more than {NOISE:.0%} of the processors meanwhile"
+    def __init__(self) -> None:
+        self.ready: dict[str, Worker] = {}
+        self.refused: dict[str, str] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.ready.values():
+            worker.close()
+
+    def start(self, name: str, module: str, spec: dict[str, Any], environment: str = "", **variables: str) -> None:
+        """Starts one, as `Worker` does, and waits for it."""
+        with self._refusing(name):
+            self.ready[name] = Worker(name, module, spec, environment, **variables)
+            self.ready[name].wait()
+            say(f"  {name} is ready")
+
+    def take_turns(self, rounds: int, seconds: float) -> None:
+        """So many turns of about so many seconds for each, in both orders alternately; up to twice as many, while one
+        has not had a quiet turn in half of the rounds. One that fails is refused."""
+        steps = {}
+        for name, worker in list(self.ready.items()):
+            with self._refusing(name):
+                turn = worker.run(3)  # warms up, and says how many steps make a turn
+                steps[name] = max(1, round(seconds / min(turn.seconds)))
+                worker.started["first_results"] = [worker.started.pop("result"), *turn.results]
+                worker.turns.clear()
+        for number in range(2 * rounds):
+            quiet = [sum(turn.quiet for turn in worker.turns) for worker in self.ready.values()]
+            if number >= rounds and 2 * min(quiet, default=0) >= rounds:
+                break
+            order = list(self.ready.items())
+            for name, worker in order if number % 2 == 0 else reversed(order):
+                with self._refusing(name):
+                    worker.run(steps[name])
+
+    @property
+    def discarded(self) -> str:
+        """How many turns were left out, as a sentence."""
+        all_of_them = [turn for worker in self.ready.values() for turn in worker.turns]
+        noisy = sum(not turn.quiet for turn in all_of_them)
+        return f"{noisy} of {len(all_of_them)} turns were noisy: others used more than {NOISE:.0%} of the processors"
+
+    @contextlib.contextmanager
+    def _refusing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Unavailable as e:
+            say(f"  left out: {e}")
+            self.refused[name] = str(e)
+            if name in self.ready:
+                self.ready.pop(name).close()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
