@@ -9,6 +9,7 @@ folder, from which the peers start. Imports no TensorFlow.
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ class Matmul(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model's shape and a batch's; BERT's intermediate width is 4 times the hidden one, a head has 64 dimensions."""
+    """A model's shape and a batch's. Heads have 64 dimensions."""
 
     layers: int
     width: int
@@ -69,7 +70,8 @@ class Case:
     rows: int
     dtype: str = "float32"
     remat: str = "none"  # of ours
-    heads: int = 0  # 0: of 64 dimensions each
+    inner: int = 0  # width inside BERT's MLP; 0: 4 times the hidden one
+    vocab_multiple_of: int = 1
 
     @property
     def name(self) -> str:
@@ -78,16 +80,16 @@ class Case:
     def config(self, family: str) -> config_lib.Config:
         """Our config. A ModernBERT's gated MLP is two thirds as wide as BERT's: the same FLOPs."""
         values = base.get_config()
-        inner = 4 * self.width
         changes: dict[str, Any] = {
             "data.seq_len": self.length,
             "model.num_layers": self.layers,
             "model.hidden_size": self.width,
-            "model.num_heads": self.heads or max(1, self.width // 64),
-            "model.intermediate_size": inner,
+            "model.num_heads": max(1, self.width // 64),
+            "model.intermediate_size": self.inner or 4 * self.width,
             "model.max_positions": max(512, self.length),
             "model.dropout_rate": 0.0,
             "model.attention_dropout_rate": 0.0,
+            "model.vocab_multiple_of": self.vocab_multiple_of,
             "model.dtype": self.dtype,
             "model.remat": self.remat,
             "model.scan_layers": False,
@@ -98,7 +100,7 @@ class Case:
         }
         if family == "modernbert":
             changes |= {
-                "model.intermediate_size": max(8, round(inner * 2 / 3 / 8) * 8),
+                "model.intermediate_size": max(8, round((self.inner or 4 * self.width) * 2 / 3 / 8) * 8),
                 "model.positions": "rope",
                 "model.norm_position": "pre",
                 "model.norm_eps": 1e-5,
@@ -119,10 +121,13 @@ class Case:
 
     def matmuls(self) -> list[Matmul]:
         """All of a BERT's step: forward, and for the gradients of inputs and weights."""
+        from flax_mlm.model.heads import vocab_rows
+
         tokens, d, predicted = self.rows * self.length, self.width, self.rows * self.slots
-        heads = self.config("bert").model.num_heads
-        projections = [(tokens, d, 3 * d, self.layers), (tokens, d, d, self.layers), (tokens, d, 4 * d, self.layers)]
-        projections += [(tokens, 4 * d, d, self.layers), (predicted, d, d, 1), (predicted, d, self.vocab, 1)]
+        model = self.config("bert").model
+        inner, heads, vocab = model.intermediate_size, model.num_heads, vocab_rows(model, self.vocab)
+        projections = [(tokens, d, 3 * d, self.layers), (tokens, d, d, self.layers), (tokens, d, inner, self.layers)]
+        projections += [(tokens, inner, d, self.layers), (predicted, d, d, 1), (predicted, d, vocab, 1)]
         counts: dict[tuple[int, int, int, int, bool], int] = {}
         for m, k, n, count in projections:
             for shape in ((1, m, k, n, False), (1, m, n, k, False), (1, k, m, n, True)):
@@ -135,11 +140,13 @@ class Case:
             counts[shape] = counts.get(shape, 0) + 3 * self.layers
         return [Matmul(*shape, count) for shape, count in counts.items()]
 
-    def flops(self) -> float:
-        """Useful FLOPs of one step, the same for all programs: those of a BERT that scores the predicted tokens."""
+    def flops(self, family: str = "bert") -> float:
+        """Useful FLOPs of one step; only predicted tokens are scored, and a window is all that its layers look at."""
         from flax_mlm.metrics import flops_per_row
+        from flax_mlm.model.heads import vocab_rows
 
-        return self.rows * flops_per_row(self.config("bert").model, self.length, self.slots, self.vocab)
+        model = self.config(family).model
+        return self.rows * flops_per_row(model, self.length, self.slots, vocab_rows(model, self.vocab))
 
     def describe(self, folder: Path, family: str, ids: Ids, tokens: np.ndarray) -> None:
         """Puts case.json and tokens.npy into a new folder. `tokens`: BATCHES × rows."""
@@ -209,6 +216,7 @@ def write(folder: Path) -> None:
     from flax_mlm import objective, sharding
     from flax_mlm.hf import architecture as architecture_lib
     from flax_mlm.hf import folder as folder_lib
+    from flax_mlm.model.heads import vocab_rows
     from flax_mlm.step import make_steps, run_key
 
     config, ids = read(folder)
@@ -235,12 +243,42 @@ def write(folder: Path) -> None:
 
     theirs = folder_lib.matching(config.model, "mlm", "", "[CLS]")
     where = list(architecture_lib.places(theirs, steps.model, config.model.num_layers))
-    settings = folder_lib.config_json(theirs, config.model, ids.vocab_size, ids)
+    settings = folder_lib.config_json(theirs, config.model, vocab_rows(config.model, ids.vocab_size), ids)
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text(json.dumps(settings))
     folder_lib.write_tensors(
         folder / "hf" / folder_lib.WEIGHTS, architecture_lib.to_theirs(where, params, ids.pad_id + 1)
     )
+
+
+def compare_losses(workers: list[turns.Worker], reference: turns.Worker, limits: tuple[float, float]) -> dict[str, str]:
+    """Why a program is not reported, by name: its losses are not those of the reference.
+
+    Args:
+      limits: of the difference at the first step, and of the first four at most.
+    """
+    wrong = {}
+    ours = reference.started["first_results"]
+    for worker in workers:
+        found = worker.started["first_results"]
+        differences = [abs(a - b) for a, b in zip(found, ours, strict=True)]
+        if not (differences[0] <= limits[0] and max(differences) <= limits[1]):  # also where one is no number
+            shown = [" ".join(f"{loss:.5f}" for loss in losses) for losses in (found, ours)]
+            wrong[worker.name] = f"its losses are {shown[0]}, those of {reference.name} {shown[1]}"
+    return wrong
+
+
+def ceiling(matmuls: list[Matmul], worker: turns.Worker) -> dict[str, Any]:
+    """What matmuls of the step's shapes reach, FLOP/s: the best of any, and that of all together, each by the faster
+    library."""
+    rates = [result for turn in worker.kept for result in turn.results]
+    best = [
+        max(statistics.median(rate[library][i] for rate in rates) for library in rates[0]) for i in range(len(matmuls))
+    ]
+    total = sum(m.flops * m.count for m in matmuls)
+    mixed = total / sum(m.flops * m.count / rate for m, rate in zip(matmuls, best, strict=True))
+    shapes = [{**m._asdict(), "rate": rate} for m, rate in zip(matmuls, best, strict=True)]
+    return {"best": max(best), "mixed": mixed, "shapes": shapes}
 
 
 if __name__ == "__main__":

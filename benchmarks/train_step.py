@@ -12,7 +12,6 @@ not measured again.
 """
 
 import json
-import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from flax_mlm import command, files
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure, UserError
 
-LIMITS = (1e-4, 1e-3)  # of the difference in loss from ours: at the first step, and of the first four at most
+LIMITS = (1e-4, 1e-3)  # of a loss from ours: at the first step, and of the first four at most
 
 
 class Program(NamedTuple):
@@ -86,33 +85,6 @@ def cases() -> list[case_lib.Case]:
         raise UserError(f"--sizes, --tokens, --lengths or --vocabs: {e}; see --help") from e
 
 
-def compare_losses(workers: list[turns.Worker], reference: turns.Worker) -> dict[str, str]:
-    """Why a program is not reported, by name: its losses are not those of the reference."""
-    wrong = {}
-    ours = reference.started["first_results"]
-    for worker in workers:
-        found = worker.started["first_results"]
-        differences = [abs(a - b) for a, b in zip(found, ours, strict=True)]
-        if not (differences[0] <= LIMITS[0] and max(differences) <= LIMITS[1]):  # also where one is no number
-            shown = [" ".join(f"{loss:.5f}" for loss in losses) for losses in (found, ours)]
-            wrong[worker.name] = f"its losses are {shown[0]}, those of {reference.name} {shown[1]}"
-    return wrong
-
-
-def ceiling(case: case_lib.Case, worker: turns.Worker) -> dict[str, Any]:
-    """What matmuls of the step's shapes reach, FLOP/s: the best of any, and that of all together, each by the faster
-    library."""
-    matmuls = case.matmuls()
-    rates = [result for turn in worker.kept for result in turn.results]
-    best = [
-        max(statistics.median(rate[library][i] for rate in rates) for library in rates[0]) for i in range(len(matmuls))
-    ]
-    total = sum(m.flops * m.count for m in matmuls)
-    mixed = total / sum(m.flops * m.count / rate for m, rate in zip(matmuls, best, strict=True))
-    shapes = [{**m._asdict(), "rate": rate} for m, rate in zip(matmuls, best, strict=True)]
-    return {"best": max(best), "mixed": mixed, "shapes": shapes}
-
-
 def measure(case: case_lib.Case, names: list[str], folder: Path) -> dict[str, Any]:
     """Ours and the programs of one family, in turns."""
     matmuls = {"matmuls": case.matmuls(), "device": "cpu", "dtype": "float32", "seconds": 0.1}
@@ -130,12 +102,12 @@ def measure(case: case_lib.Case, names: list[str], folder: Path) -> dict[str, An
             if alike and reference not in ready:
                 raise Failure(f"{case.name}: {refused[reference]}, so there is nothing to compare with")
             if alike:
-                refused |= compare_losses(alike, ready[reference])
+                refused |= case_lib.compare_losses(alike, ready[reference], LIMITS)
         programs: dict[str, Any] = {name: {"refused": why} for name, why in refused.items() if name != "matmul"}
         for name, worker in ready.items():
             if name != "matmul" and name not in refused:
                 programs[name] = worker.summary() | {"ratio": worker.median() / ready["ours"].median()}
-        top = ceiling(case, ready["matmul"]) if "matmul" in ready else None
+        top = case_lib.ceiling(case.matmuls(), ready["matmul"]) if "matmul" in ready else None
         return {"programs": programs, "ceiling": top, "discarded": workers.discarded}
 
 

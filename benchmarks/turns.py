@@ -52,7 +52,7 @@ class Worker:
       name: of the program, in tables.
       started: what it said of its start: seconds to build and of the first step, its result, versions.
       turns: so far.
-      peak_bytes: most memory that it ever held.
+      peak_bytes: most memory that it ever held; device_peak_bytes: and on its accelerator.
     """
 
     def __init__(self, name: str, module: str, spec: dict[str, Any], environment: str = "", **variables: str):
@@ -67,7 +67,7 @@ class Worker:
         Raises:
           Unavailable: that environment is not there.
         """
-        self.name, self.started, self.peak_bytes = name, {}, 0
+        self.name, self.started, self.peak_bytes, self.device_peak_bytes = name, {}, 0, 0
         self.turns: list[Turn] = []
         folder = Path(os.environ.get("BENCH_VENVS", ROOT / ".venv-bench")).absolute()
         python = str(folder / environment / "bin" / "python") if environment else sys.executable
@@ -95,7 +95,7 @@ class Worker:
         busy, wall = _busy_seconds() - before, time.perf_counter() - start
         own = answer["user"] + answer["system"]
         foreign = max(0.0, busy - own) / wall / (os.cpu_count() or 1) if busy > 0.5 * own else None
-        self.peak_bytes = answer["peak_bytes"]
+        self.peak_bytes, self.device_peak_bytes = answer["peak_bytes"], answer["device_peak_bytes"]
         turn = Turn(answer["seconds"], answer["results"], answer["system"] / max(own, 1e-9), foreign)
         self.turns.append(turn)
         return turn
@@ -117,6 +117,7 @@ class Worker:
             "step_seconds": self.median(),
             "system_share": self.median(lambda turn: turn.system),
             "peak_bytes": self.peak_bytes,
+            "device_peak_bytes": self.device_peak_bytes,
             "turns": [round(s, 6) for s in seconds],
             "foreign": [turn.foreign for turn in self.turns],
             "discarded": sum(not turn.quiet for turn in self.turns),
@@ -161,10 +162,21 @@ class Workers:
 
     def start(self, name: str, module: str, spec: dict[str, Any], environment: str = "", **variables: str) -> None:
         """Starts one, as `Worker` does, and waits for it."""
+        self.launch(name, module, spec, environment, **variables)
+        self.wait()
+
+    def launch(self, name: str, module: str, spec: dict[str, Any], environment: str = "", **variables: str) -> None:
+        """Starts one, and does not wait: several may get ready at the same time, where that is not measured."""
         with self._refusing(name):
             self.ready[name] = Worker(name, module, spec, environment, **variables)
-            self.ready[name].wait()
-            say(f"  {name} is ready")
+
+    def wait(self) -> None:
+        """Until all that were started are ready."""
+        for name, worker in list(self.ready.items()):
+            if not worker.started:
+                with self._refusing(name):
+                    worker.wait()
+                    say(f"  {name} is ready")
 
     def take_turns(self, rounds: int, seconds: float) -> None:
         """So many turns of about so many seconds for each, in both orders alternately; up to twice as many, while one

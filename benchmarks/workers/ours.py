@@ -44,4 +44,8 @@ def build(spec: dict[str, Any]) -> Callable[[], float]:
 
 
 if __name__ == "__main__":
-    serve(build, ("jax", "jaxlib", "flax", "optax"))
+    serve(
+        build,
+        ("jax", "jaxlib", "flax", "optax"),
+        lambda: (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0),
+    )

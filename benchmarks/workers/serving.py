@@ -12,13 +12,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def serve(build: Callable[[dict[str, Any]], Callable[[], Any]], packages: Sequence[str]) -> None:
+def serve(
+    build: Callable[[dict[str, Any]], Callable[[], Any]],
+    packages: Sequence[str],
+    device_peak_bytes: Callable[[], int] = lambda: 0,
+) -> None:
     """Talks with `benchmarks.turns.Worker`.
 
     Args:
       build: (spec) -> a function that makes one step and returns what is to be reported of it, a loss say; it returns
         when the step is done.
       packages: whose versions are reported.
+      device_peak_bytes: most memory ever held on an accelerator.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print what they like
@@ -56,6 +61,7 @@ def serve(build: Callable[[dict[str, Any]], Callable[[], Any]], packages: Sequen
                     "user": after.ru_utime - before.ru_utime,
                     "system": after.ru_stime - before.ru_stime,
                     "peak_bytes": after.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+                    "device_peak_bytes": device_peak_bytes(),
                 }
             )
     except BrokenPipeError:
