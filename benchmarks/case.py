@@ -262,7 +262,9 @@ def compare_losses(workers: list[turns.Worker], reference: turns.Worker, limits:
     for worker in workers:
         found = worker.started["first_results"]
         differences = [abs(a - b) for a, b in zip(found, ours, strict=True)]
-        if not (differences[0] <= limits[0] and max(differences) <= limits[1]):  # also where one is no number
+        if not (
+            differences[0] <= limits[0] and all(d <= limits[1] for d in differences)
+        ):  # also where one is no number
             shown = [" ".join(f"{loss:.5f}" for loss in losses) for losses in (found, ours)]
             wrong[worker.name] = f"its losses are {shown[0]}, those of {reference.name} {shown[1]}"
     return wrong

@@ -3,10 +3,10 @@
     python -m benchmarks.startup --json=startup.json > startup.md
 
 Each is a process of its own, started in turns; medians of the time by the clock. The corpus is prepared beforehand. A
-first step is cold when nothing compiled is kept, and warm when JAX finds the programs of an earlier start in
-JAX_COMPILATION_CACHE_DIR.
+first step is cold when JAX_COMPILATION_CACHE_DIR is empty, and warm when JAX finds there the programs of a cold start.
 """
 
+import itertools
 import os
 import statistics
 import subprocess
@@ -70,25 +70,27 @@ def main(config: Config) -> None:
     corpus = open_corpus(config, turns.say)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        workdirs = iter(range(1 << 30))
+        starts = itertools.count()
+        compiled = ""  # by the last cold start
 
-        def first_step(**variables: str) -> float:
+        def first_step(cold: bool) -> float:
+            nonlocal compiled
+            number = next(starts)
+            compiled = str(folder / f"compiled-{number}") if cold else compiled
             options = {f"--config.{field}={value}" for field, value in asked(config).items()}
-            workdir = f"--workdir={folder / str(next(workdirs))}"
+            workdir = f"--workdir={folder / str(number)}"
             line = ["flax_mlm.train", workdir, f"--config.data.corpus={corpus.path}", *sorted(options)]
-            return seconds_to_first_step(line, **variables)
+            cache = {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            return seconds_to_first_step(line, **cache)
 
-        compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-        compiled["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         kinds: dict[str, Callable[[], float]] = {
             f"{name} --help": lambda name=name: seconds_to_end([f"flax_mlm.{name}", "--help"], 0)
             for name in _COMMANDS.value
         }  # fmt: skip
         wrong = ["flax_mlm.train", "--workdir=none", "--config.model.num_heads=7"]
         kinds["a config error"] = lambda: seconds_to_end(wrong, 2)
-        kinds["first step, cold"] = lambda: first_step(JAX_COMPILATION_CACHE_DIR="")
-        kinds["first step, warm"] = lambda: first_step(**compiled)
-        first_step(**compiled)
+        kinds["first step, cold"] = lambda: first_step(cold=True)
+        kinds["first step, warm"] = lambda: first_step(cold=False)
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for number in range(_ROUNDS.value):
             for kind, measure in list(kinds.items()) if number % 2 == 0 else list(kinds.items())[::-1]:
