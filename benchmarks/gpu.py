@@ -48,7 +48,7 @@ TOYS = {
 _SMOKE = flags.DEFINE_bool("smoke", False, "toy sizes on the CPU, to see that it runs")
 _CASES = flags.DEFINE_list("cases", [], f"numbers of those to measure; empty: all. {dict(enumerate(CASES))}")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each program", lower_bound=1)
-_SECONDS = flags.DEFINE_float("seconds", 2.0, "of a turn, about; at least one step")
+_SECONDS = flags.DEFINE_float("seconds", 1.0, "of a turn, about; at least one step")
 _MINUTES = flags.DEFINE_float("minutes", 9.0, "the whole may take; no case begins that would take longer")
 _ROWS = flags.DEFINE_string("rows", "", "a shard (.npy) of a prepared corpus, for real words")
 _JSON = flags.DEFINE_string("json", "", "file for all that was measured; cases in it are not measured again")

@@ -13,7 +13,6 @@ not measured again.
 
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +57,12 @@ PROGRAMS = {
         "torch_step", "modernbert", _SPARSE, "torch", _TUNED, "the same, its allocator tuned by GLIBC_TUNABLES"
     ),
 }  # fmt: skip
+# Few enough at a time for 24 GiB at 12×768; `ours` is in each, and ratios are to that one.
+GROUPS = {
+    "jax": ("ours", "ours_scan", "flax_bert"),
+    "torch": ("bert_eager", "bert_compiled"),
+    "modernbert": ("ours_modernbert", "modernbert_sparse", "modernbert_sparse_tuned"),
+}
 _REFERENCE = {"bert": "ours", "modernbert": "ours_modernbert"}  # whose losses the others of a family must have
 
 _PEERS = flags.DEFINE_list("peers", list(PROGRAMS), f"of {', '.join(PROGRAMS)}; ours always runs")
@@ -86,7 +91,7 @@ def cases() -> list[case_lib.Case]:
 
 
 def measure(case: case_lib.Case, names: list[str], folder: Path) -> dict[str, Any]:
-    """Ours and the programs of one family, in turns."""
+    """The programs of one group, in turns."""
     matmuls = {"matmuls": case.matmuls(), "device": "cpu", "dtype": "float32", "seconds": 0.1}
     optimizer = case.config("bert").to_dict()["optimizer"]
     with turns.Workers() as workers:
@@ -111,14 +116,16 @@ def measure(case: case_lib.Case, names: list[str], folder: Path) -> dict[str, An
         return {"programs": programs, "ceiling": top, "discarded": workers.discarded}
 
 
-def groups() -> Iterator[tuple[str, list[str]]]:
-    """The programs asked for, by family, ours always among them: few enough at a time for the memory."""
+def groups() -> dict[str, list[str]]:
+    """The programs asked for, and ours, by group. Raises UserError."""
     if unknown := set(_PEERS.value) - PROGRAMS.keys():
         raise UserError(f"--peers: there is no '{min(unknown)}'; there are {', '.join(PROGRAMS)}")
-    for family, reference in _REFERENCE.items():
-        asked = [name for name in _PEERS.value if PROGRAMS[name].family == family]
-        if asked or family == "bert":
-            yield family, list(dict.fromkeys(["ours", reference, *asked]))
+    found = {}
+    for group, programs in GROUPS.items():
+        if asked := [name for name in programs if name in _PEERS.value]:
+            references = [_REFERENCE[PROGRAMS[name].family] for name in asked]
+            found[group] = list(dict.fromkeys(["ours", *references, *asked]))
+    return found
 
 
 def markdown(measured: list[dict[str, Any]]) -> str:
@@ -127,10 +134,12 @@ def markdown(measured: list[dict[str, Any]]) -> str:
     for one in measured:
         case = case_lib.Case(**one["case"])
         rows = []
-        for family, group in one["groups"].items():
+        shown: set[str] = set()
+        for group in one["groups"].values():
             for name, p in group["programs"].items():
-                if name == "ours" and family != "bert":
-                    continue  # measured again, beside the others; the ratios are to that
+                if name in shown:
+                    continue  # ours, measured again beside the others; their ratios are to that
+                shown.add(name)
                 about[name] = PROGRAMS[name].about if name in PROGRAMS else ""
                 if "refused" in p:
                     rows.append([name, f"not reported: {p['refused']}", *[""] * 7])
@@ -157,10 +166,10 @@ def markdown(measured: list[dict[str, Any]]) -> str:
             turns.table((*head, "build and first step, s", "in the kernel", "quiet turns"), rows),
             "",
         ]
-        for family, group in one["groups"].items():
+        for name, group in one["groups"].items():
             if top := group["ceiling"]:
                 lines.append(
-                    f"Ceiling ({family}'s turns): {top['best'] / 1e9:.0f} GFLOP/s, by the best of the step's matmuls; "
+                    f"Ceiling (group {name}): {top['best'] / 1e9:.0f} GFLOP/s, by the best of the step's matmuls; "
                     f"{top['mixed'] / 1e9:.0f} by all of them. {group['discarded']}."
                 )
         lines.append("")
@@ -171,7 +180,7 @@ def markdown(measured: list[dict[str, Any]]) -> str:
 def main(config: Config) -> None:
     file = Path(_JSON.value) if _JSON.value else None
     record = json.loads(file.read_text()) if file and file.exists() else {"machine": turns.machine(), "cases": []}
-    wanted = list(groups())
+    wanted = groups()
     for case in cases():
         if any(case == case_lib.Case(**one["case"]) for one in record["cases"]):
             continue
@@ -180,11 +189,11 @@ def main(config: Config) -> None:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer, rows = case_lib.real_rows(case, config)
             ids = case_lib.Ids.of(tokenizer)
-            for family, names in wanted:
+            for group, names in wanted.items():
                 for needed in {PROGRAMS[name].family for name in names}:
                     if not (Path(folder) / needed).exists():
                         case.make(Path(folder) / needed, needed, ids, rows)
-                one["groups"][family] = measure(case, names, Path(folder))
+                one["groups"][group] = measure(case, names, Path(folder))
         record["cases"].append(one)
         if file:
             files.write_json(file, record)

@@ -25,7 +25,7 @@ def build(spec: dict[str, Any]) -> Callable[[], float]:
     config, ids = case.read(folder)
     config = replace(config, model=replace(config.model, scan_layers=spec["scan_layers"]))
     mesh = sharding.make_mesh(config.mesh)
-    jax.sharding.set_mesh(mesh)
+    jax.set_mesh(mesh)
     steps, vocab = make_steps(config, ids.vocab_size, mesh), case.vocabulary(ids)
     state = steps.init()
     rows = sharding.abstract_batch(config.train.global_batch_size, config.data.seq_len, mesh)

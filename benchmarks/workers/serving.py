@@ -60,7 +60,7 @@ def serve(
                     "results": results,
                     "user": after.ru_utime - before.ru_utime,
                     "system": after.ru_stime - before.ru_stime,
-                    "peak_bytes": after.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+                    "peak_bytes": _peak_bytes(),
                     "device_peak_bytes": device_peak_bytes(),
                 }
             )
@@ -69,3 +69,12 @@ def serve(
     except Exception as e:
         tell({"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"})
         raise
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process ever held."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    except OSError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
