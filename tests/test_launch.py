@@ -14,7 +14,9 @@ from flax_mlm.errors import UserError
 from flax_mlm.processes import gpus_of_task
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"])
+SCRIPTS = sorted(
+    [*ROOT.glob("launch/*.sh"), *ROOT.glob("benchmarks/*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)

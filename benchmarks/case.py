@@ -1,0 +1,287 @@
+"""One step to be made by all: the same initial weights, the same rows, the same tokens hidden.
+
+    python -m benchmarks.case FOLDER        # run by the benchmarks, with what `Case.write` has put there
+
+A folder holds case.json (our config and the special ids), batches.npz, and hf/, our initial weights as a Hugging Face
+folder, from which the peers start. Imports no TensorFlow.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import turns
+from configs import base
+from flax_mlm import config as config_lib
+from flax_mlm.errors import UserError
+
+BATCHES = 4  # taken in turn
+FAMILIES = ("bert", "modernbert")
+
+
+class Ids(NamedTuple):
+    """What a step has to know of a tokenizer."""
+
+    vocab_size: int
+    special: list[int]
+    pad_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Ids":
+        special = np.flatnonzero(tokenizer.is_special).tolist()
+        return cls(len(tokenizer.pieces), special, *(int(getattr(tokenizer, name)) for name in cls._fields[2:]))
+
+
+class Matmul(NamedTuple):
+    """`batch` products of (m, k) by (k, n), `count` times in a step; `turned`: the left one lies transposed, as for the
+    gradient of weights."""
+
+    batch: int
+    m: int
+    k: int
+    n: int
+    turned: bool
+    count: int
+
+    @property
+    def flops(self) -> float:
+        """Of one of them."""
+        return 2.0 * self.batch * self.m * self.k * self.n
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model's shape and a batch's. Heads have 64 dimensions."""
+
+    layers: int
+    width: int
+    length: int
+    vocab: int
+    rows: int
+    dtype: str = "float32"
+    remat: str = "none"  # of ours
+    inner: int = 0  # width inside BERT's MLP; 0: 4 times the hidden one
+    vocab_multiple_of: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.layers}×{self.width}, {self.rows}×{self.length} tokens, {self.vocab:,} words"
+
+    def config(self, family: str) -> config_lib.Config:
+        """Our config. A ModernBERT's gated MLP is two thirds as wide as BERT's: the same FLOPs."""
+        values = base.get_config()
+        changes: dict[str, Any] = {
+            "data.seq_len": self.length,
+            "model.num_layers": self.layers,
+            "model.hidden_size": self.width,
+            "model.num_heads": max(1, self.width // 64),
+            "model.intermediate_size": self.inner or 4 * self.width,
+            "model.max_positions": max(512, self.length),
+            "model.dropout_rate": 0.0,
+            "model.attention_dropout_rate": 0.0,
+            "model.vocab_multiple_of": self.vocab_multiple_of,
+            "model.dtype": self.dtype,
+            "model.remat": self.remat,
+            "model.scan_layers": False,
+            "train.global_batch_size": self.rows,
+            "optimizer.learning_rate": 1e-4,
+            "optimizer.schedule": "constant",
+            "optimizer.warmup_fraction": 0.0,
+        }
+        if family == "modernbert":
+            changes |= {
+                "model.intermediate_size": max(8, round((self.inner or 4 * self.width) * 2 / 3 / 8) * 8),
+                "model.positions": "rope",
+                "model.norm_position": "pre",
+                "model.norm_eps": 1e-5,
+                "model.use_bias": False,
+                "model.glu": True,
+                "model.type_vocab_size": 0,
+                "model.global_attention_every": 3,
+            }
+        values.update_from_flattened_dict(changes)
+        return config_lib.build(values)
+
+    @property
+    def slots(self) -> int:
+        """Predicted tokens of a row."""
+        from flax_mlm import masking
+
+        return masking.num_slots(self.length, self.config("bert").objective.mask_rate)
+
+    def matmuls(self) -> list[Matmul]:
+        """All of a BERT's step: forward, and for the gradients of inputs and weights."""
+        from flax_mlm.model.heads import vocab_rows
+
+        tokens, d, predicted = self.rows * self.length, self.width, self.rows * self.slots
+        model = self.config("bert").model
+        inner, heads, vocab = model.intermediate_size, model.num_heads, vocab_rows(model, self.vocab)
+        projections = [(tokens, d, 3 * d, self.layers), (tokens, d, d, self.layers), (tokens, d, inner, self.layers)]
+        projections += [(tokens, inner, d, self.layers), (predicted, d, d, 1), (predicted, d, vocab, 1)]
+        counts: dict[tuple[int, int, int, int, bool], int] = {}
+        for m, k, n, count in projections:
+            for shape in ((1, m, k, n, False), (1, m, n, k, False), (1, k, m, n, True)):
+                counts[shape] = counts.get(shape, 0) + count
+        attention, head = self.rows * heads, d // heads
+        for shape in (
+            (attention, self.length, head, self.length, False),
+            (attention, *2 * (self.length,), head, False),
+        ):
+            counts[shape] = counts.get(shape, 0) + 3 * self.layers
+        return [Matmul(*shape, count) for shape, count in counts.items()]
+
+    def flops(self, family: str = "bert") -> float:
+        """Useful FLOPs of one step; only predicted tokens are scored, and a window is all that its layers look at."""
+        from flax_mlm.metrics import flops_per_row
+        from flax_mlm.model.heads import vocab_rows
+
+        model = self.config(family).model
+        return self.rows * flops_per_row(model, self.length, self.slots, vocab_rows(model, self.vocab))
+
+    def describe(self, folder: Path, family: str, ids: Ids, tokens: np.ndarray) -> None:
+        """Puts case.json and tokens.npy into a new folder. `tokens`: BATCHES × rows."""
+        folder.mkdir(parents=True)
+        np.save(folder / "tokens.npy", tokens.reshape(BATCHES, self.rows, self.length))
+        about = {"config": self.config(family).to_dict(), "ids": ids._asdict()}
+        (folder / "case.json").write_text(json.dumps(about))
+
+    def make(self, folder: Path, family: str, ids: Ids, tokens: np.ndarray) -> None:
+        """Makes the whole folder, in a process of its own, whose memory is free again afterwards."""
+        self.describe(folder, family, ids, tokens)
+        line = [sys.executable, "-m", "benchmarks.case", str(folder)]
+        subprocess.run(line, cwd=turns.ROOT, check=True, env={**os.environ, **turns.CPU})
+
+
+def real_rows(case: Case, config: config_lib.Config) -> tuple[Any, np.ndarray]:
+    """A tokenizer of real text and rows for a case, of the source that the config names."""
+    from flax_mlm.prepare import prepare_cached
+
+    data = dataclasses.replace(config.data, seq_len=case.length)
+    tokenizer = dataclasses.replace(config.tokenizer, vocab_size=case.vocab)
+    corpus = prepare_cached(dataclasses.replace(config, data=data, tokenizer=tokenizer), turns.say)
+    return corpus.tokenizer(), full_rows(corpus.split("train"), BATCHES * case.rows, Ids.of(corpus.tokenizer()))
+
+
+def full_rows(rows: Any, count: int, ids: Ids) -> np.ndarray:
+    """Rows of a packed split that one piece of a document fills from end to end.
+
+    In these no token is padding, and no peer needs to know of segments to compute the same as we do.
+
+    Raises:
+      UserError: there are too few.
+    """
+    found = np.zeros((0, rows.seq_len), np.int32)
+    for start in range(0, rows.num_rows, 4096):
+        tokens = rows.read(np.arange(start, min(start + 4096, rows.num_rows)))
+        found = np.concatenate([found, tokens[((tokens == ids.cls_id).sum(1) == 1) & (tokens[:, -1] == ids.sep_id)]])
+        if len(found) >= count:
+            return found[:count]
+    raise UserError(
+        f"data.source: of its rows of {rows.seq_len} tokens {len(found)} are filled by one document; {count} are needed"
+    )
+
+
+def read(folder: Path) -> tuple[config_lib.Config, Ids]:
+    """What case.json says."""
+    about = json.loads((folder / "case.json").read_text())
+    return config_lib.build(config_lib.from_dict(about["config"])), Ids(**about["ids"])
+
+
+def vocabulary(ids: Ids) -> Any:
+    """Lookup tables for masking; each token is a word of its own."""
+    import jax.numpy as jnp
+
+    from flax_mlm import masking
+
+    is_special = np.isin(np.arange(ids.vocab_size), ids.special)
+    ordinary = jnp.asarray(np.flatnonzero(~is_special), jnp.int32)
+    starts_word = jnp.ones(ids.vocab_size, bool)
+    return masking.Vocabulary(jnp.asarray(is_special), starts_word, ordinary, ids.pad_id, ids.cls_id, ids.mask_id)
+
+
+def write(folder: Path) -> None:
+    """Adds batches.npz, with the tokens hidden that our step will hide, and hf/ with our initial weights."""
+    import jax
+
+    from flax_mlm import objective, sharding
+    from flax_mlm.hf import architecture as architecture_lib
+    from flax_mlm.hf import folder as folder_lib
+    from flax_mlm.model.heads import vocab_rows
+    from flax_mlm.step import make_steps, run_key
+
+    config, ids = read(folder)
+    tokens_NBL = np.load(folder / "tokens.npy").astype(np.int32)
+    row_ids_NB2 = np.zeros((*tokens_NBL.shape[:2], 2), np.uint32)
+    row_ids_NB2[..., 1] = np.arange(row_ids_NB2[..., 1].size).reshape(row_ids_NB2.shape[:2])
+    slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.largest_mask_rate)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        steps, vocab = make_steps(config, ids.vocab_size, mesh), vocabulary(ids)
+        targets = jax.jit(
+            lambda rows: objective.targets(
+                config.objective, rows, run_key(config, "mask"), vocab, config.objective.mask_rate, slots
+            )
+        )
+        inputs, labels = np.empty_like(tokens_NBL), np.full_like(tokens_NBL, -100)
+        for n, (tokens, row_ids) in enumerate(zip(tokens_NBL, row_ids_NB2, strict=True)):
+            t = jax.device_get(targets(sharding.split_rows({"tokens": tokens, "row_ids": row_ids}, mesh)))
+            row, slot = np.nonzero(t.weights_BK)
+            inputs[n] = t.inputs_BL
+            labels[n][row, t.predict_BK[row, slot]] = t.labels_BK[row, slot]
+        params = jax.device_get(steps.init().params)
+    np.savez(folder / "batches.npz", tokens=tokens_NBL, row_ids=row_ids_NB2, inputs=inputs, labels=labels)
+
+    theirs = folder_lib.matching(config.model, "mlm", "", "[CLS]")
+    where = list(architecture_lib.places(theirs, steps.model, config.model.num_layers))
+    settings = folder_lib.config_json(theirs, config.model, vocab_rows(config.model, ids.vocab_size), ids)
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text(json.dumps(settings))
+    folder_lib.write_tensors(
+        folder / "hf" / folder_lib.WEIGHTS, architecture_lib.to_theirs(where, params, ids.pad_id + 1)
+    )
+
+
+def compare_losses(workers: list[turns.Worker], reference: turns.Worker, limits: tuple[float, float]) -> dict[str, str]:
+    """Why a program is not reported, by name: its losses are not those of the reference.
+
+    Args:
+      limits: of the difference at the first step, and of the first four at most.
+    """
+    wrong = {}
+    ours = reference.started["first_results"]
+    for worker in workers:
+        found = worker.started["first_results"]
+        differences = [abs(a - b) for a, b in zip(found, ours, strict=True)]
+        if not (
+            differences[0] <= limits[0] and all(d <= limits[1] for d in differences)
+        ):  # also where one is no number
+            shown = [" ".join(f"{loss:.5f}" for loss in losses) for losses in (found, ours)]
+            wrong[worker.name] = f"its losses are {shown[0]}, those of {reference.name} {shown[1]}"
+    return wrong
+
+
+def ceiling(matmuls: list[Matmul], worker: turns.Worker) -> dict[str, Any]:
+    """What matmuls of the step's shapes reach, FLOP/s: the best of any, and that of all together, each by the faster
+    library."""
+    rates = [result for turn in worker.kept for result in turn.results]
+    best = [
+        max(statistics.median(rate[library][i] for rate in rates) for library in rates[0]) for i in range(len(matmuls))
+    ]
+    total = sum(m.flops * m.count for m in matmuls)
+    mixed = total / sum(m.flops * m.count / rate for m, rate in zip(matmuls, best, strict=True))
+    shapes = [{**m._asdict(), "rate": rate} for m, rate in zip(matmuls, best, strict=True)]
+    return {"best": max(best), "mixed": mixed, "shapes": shapes}
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

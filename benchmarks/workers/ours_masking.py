@@ -1,0 +1,52 @@
+"""Our masking alone, jitted: tokens hidden in batches of several shapes."""
+
+from flax_mlm import environment
+
+environment.prepare()  # as every command does before anything imports jax
+
+import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from benchmarks import case  # noqa: E402
+from benchmarks.workers.serving import serve  # noqa: E402
+from flax_mlm import masking  # noqa: E402
+
+
+def build(spec: dict[str, Any]) -> Callable[[], dict[str, float]]:
+    """spec: `folder` with case.json and tokens; `shapes`, (rows, length) of batches; `calls` of each in a step."""
+    folder = Path(spec["folder"])
+    config, ids = case.read(folder)
+    vocab, key, rate = case.vocabulary(ids), jax.random.key(0), config.objective.mask_rate
+    stream = np.load(folder / "tokens.npy").reshape(-1).astype(np.int32)
+
+    def of_shape(rows: int, length: int) -> Callable[[], Any]:
+        slots = masking.num_slots(length, rate)
+        mask = jax.jit(
+            lambda tokens, row_ids: masking.mask_tokens(tokens, row_ids, key, vocab, config.objective, rate, slots)
+        )
+        tokens = jax.numpy.asarray(stream[: rows * length].reshape(rows, length))
+        row_ids = jax.numpy.asarray(np.stack([np.zeros(rows), np.arange(rows)], axis=1).astype(np.uint32))
+        return lambda: jax.block_until_ready(mask(tokens, row_ids))
+
+    masks = {f"{rows}x{length}": of_shape(rows, length) for rows, length in spec["shapes"]}
+
+    def step() -> dict[str, float]:
+        seconds = {}
+        for name, mask in masks.items():
+            mask()
+            start = time.perf_counter()
+            for _ in range(spec["calls"]):
+                mask()
+            seconds[name] = (time.perf_counter() - start) / spec["calls"]
+        return seconds
+
+    return step
+
+
+if __name__ == "__main__":
+    serve(build, ("jax", "jaxlib"))

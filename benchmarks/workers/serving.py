@@ -1,0 +1,80 @@
+"""The side of a worker: builds what is measured, then makes steps when told. Standard library only, for it runs in
+the environments of all peers.
+"""
+
+import importlib.metadata
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def serve(
+    build: Callable[[dict[str, Any]], Callable[[], Any]],
+    packages: Sequence[str],
+    device_peak_bytes: Callable[[], int] = lambda: 0,
+) -> None:
+    """Talks with `benchmarks.turns.Worker`.
+
+    Args:
+      build: (spec) -> a function that makes one step and returns what is to be reported of it, a loss say; it returns
+        when the step is done.
+      packages: whose versions are reported.
+      device_peak_bytes: most memory ever held on an accelerator.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print what they like
+
+    def tell(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    try:
+        start = time.perf_counter()
+        step = build(json.loads(sys.argv[1]))
+        built = time.perf_counter()
+        result = step()
+        tell(
+            {
+                "build_seconds": built - start,
+                "first_step_seconds": time.perf_counter() - built,
+                "result": result,
+                "python": sys.version.split()[0],
+                "versions": {name: importlib.metadata.version(name) for name in packages},
+            }
+        )
+        for line in sys.stdin:
+            before = resource.getrusage(resource.RUSAGE_SELF)
+            seconds, results = [], []
+            for _ in range(int(line)):
+                start = time.perf_counter()
+                results.append(step())
+                seconds.append(time.perf_counter() - start)
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            tell(
+                {
+                    "seconds": seconds,
+                    "results": results,
+                    "user": after.ru_utime - before.ru_utime,
+                    "system": after.ru_stime - before.ru_stime,
+                    "peak_bytes": _peak_bytes(),
+                    "device_peak_bytes": device_peak_bytes(),
+                }
+            )
+    except BrokenPipeError:
+        pass  # the benchmark has ended
+    except Exception as e:
+        tell({"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"})
+        raise
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process ever held."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    except OSError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
