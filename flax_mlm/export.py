@@ -128,7 +128,7 @@ def _result(step: int) -> dict[str, float] | None:
     from flax_mlm import checkpoint
 
     for folder in checkpoint.find(_CHECKPOINT.value):
-        file = Path(os.fspath(folder)).parent.parent / "result.json"
+        file = folder.parent.parent / "result.json"
         if folder.name == str(step) and file.exists():
             config = json.loads((file.parent / "config.json").read_text())
             if config["train"]["steps"] == step:
