@@ -70,12 +70,7 @@ def is_one(path: AnyPath) -> bool:
 
 @functools.cache
 def client() -> Any:
-    """gcsfs, and from now on epath with it, set so that others' writes are seen and that it gives up in the end."""
-    # epath would go through TensorFlow, whose import takes seconds; it asks once, at its first path in a bucket.
-    os.environ["EPATH_USE_TF"] = "0"
-    # Else gcsfs asks another service, in another protocol, of what kind each bucket is. Zonal ones need that; the
-    # others, hierarchical ones too, are served by the one that tensorstore uses.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    """gcsfs, and from now on that of epath too (see environment.prepare_paths), set so that others' writes are seen and that it gives up in the end."""
     import aiohttp
     import fsspec
 

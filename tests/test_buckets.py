@@ -1,13 +1,20 @@
 """Runs whose workdir, checkpoints and corpus lie in a bucket, with fake_gcs.py for Cloud Storage."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from fake_gcs import FakeGcs
-from faults.runs import assert_same_run, finish
+from faults.runs import Watched, assert_same_run, finish, metrics_of
 
+from flax_mlm import checkpoint
+
+ROOT = Path(__file__).parent.parent
 STEPS = 30
 SHORT = {"train__steps": STEPS, "train__checkpoint_every": 10, "train__eval_every": 20, "train__keep_last": 2}
+SHORT |= {"model__glu": True, "model__type_vocab_size": 0}  # for which transformers has a class
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,143 @@ def local(gcs: FakeGcs, prefix: str, folder: Path) -> Path:
 
 def test_a_run_in_a_bucket_is_that_in_a_folder(toy, straight, gcs, tmp_path):
     out = finish(toy, "gs://bucket/runs/first", *toy.flags(**SHORT, log__tensorboard=True))
-    print(out)
-    print(gcs.names("bucket"))
     assert_same_run(local(gcs, "runs/first", tmp_path), straight, STEPS)
+    assert checkpoint.steps_in("gs://bucket/runs/first") == [20, 30], "the last two are kept"
+    names = {name.split("/")[2] for name in gcs.names("bucket", "runs/first/")}
+    assert names == {"checkpoints", "config.json", "metrics.jsonl", "result.json", "tensorboard"}
+    assert "written to gs://bucket/runs/first:" in out
+    before = dict(gcs.buckets["bucket"])
+    out = finish(toy, "gs://bucket/runs/first", *toy.flags(**SHORT))
+    assert "this run is finished: 30 steps are done" in out
+    assert gcs.buckets["bucket"] == before, "a finished run stays as it is"
+
+
+def test_it_is_killed_and_goes_on(toy, straight, gcs, tmp_path):
+    workdir = "gs://bucket/runs/killed"
+    for line in ("step 13/", "step 20/30  validation", "step 27/"):
+        run = Watched(toy, workdir, *toy.flags(**SHORT))
+        run.until_line(line)
+        run.kill()
+    out = finish(toy, workdir, *toy.flags(**SHORT))
+    assert "taking over" in out and "restored step 20" in out
+    assert_same_run(local(gcs, "runs/killed", tmp_path), straight, STEPS)
+
+
+def test_sigterm_saves(toy, straight, gcs, tmp_path):
+    workdir = "gs://bucket/runs/preempted"
+    run = Watched(toy, workdir, *toy.flags(**SHORT))
+    run.until_line("step 13/")
+    run.process.terminate()
+    (code,), out = run.finish()
+    assert code == 75, run.err
+    (step,) = {s for s in checkpoint.steps_in(workdir) if s % 10} or {20}
+    assert f"step {step} is saved" in out
+    assert "runs/preempted/lease.json" not in gcs.buckets["bucket"]
+    assert f"restored step {step}" in finish(toy, workdir, *toy.flags(**SHORT))
+    assert_same_run(local(gcs, "runs/preempted", tmp_path), straight, STEPS)
+
+
+def test_a_second_job_is_refused(toy, gcs):
+    workdir = "gs://bucket/runs/taken"
+    run = Watched(toy, workdir, *toy.flags(**{**SHORT, "train__steps": 100_000}))
+    run.until_line("step 1/")
+    done = toy.run("train", f"--workdir={workdir}", *toy.flags(**SHORT))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"'{workdir}' is in use by process {run.process.pid} on " in done.stderr
+    run.kill()
+
+
+def test_damage_is_passed_over_and_put_aside(toy, straight, gcs, tmp_path):
+    put(gcs, straight, "runs/damaged")
+    damage(gcs, "runs/damaged/checkpoints/30/rest/d/")
+    gcs.remove("bucket", "runs/damaged/result.json")
+    out = finish(toy, "gs://bucket/runs/damaged", *toy.flags(**SHORT))
+    assert "checkpoint 30 skipped, and moved to gs://bucket/runs/damaged/checkpoints/.quarantine/30-" in out
+    assert "restored step 20" in out
+    aside = gcs.names("bucket", "runs/damaged/checkpoints/.quarantine/")
+    assert len(aside) == len([f for f in (straight / "checkpoints" / "30").rglob("*") if f.is_file()])
+    assert_same_run(local(gcs, "runs/damaged", tmp_path), straight, STEPS)
+
+
+def test_two_processes(toy, straight, gcs, tmp_path):
+    put(gcs, toy.corpus, "corpus")
+    flags = toy.flags(**SHORT, data__corpus="gs://bucket/corpus")
+    out = finish(toy, "gs://bucket/runs/two", *flags, processes=2)
+    assert "corpus      gs://bucket/corpus" in out
+    folder = local(gcs, "runs/two", tmp_path)
+    fingerprints = [[line["batch_fingerprint"] for line in metrics_of(run)] for run in (folder, straight)]
+    assert fingerprints[0] == fingerprints[1] and len(fingerprints[0]) == STEPS
+    assert checkpoint.steps_in("gs://bucket/runs/two") == [20, 30]
+
+
+def test_other_commands(toy, straight, gcs, tmp_path):
+    put(gcs, straight, "runs/done")
+    where = "--checkpoint=gs://bucket/runs/done"
+    outputs = []
+    for checkpoint_flag in (where, f"--checkpoint={straight}"):
+        asked = toy.run("fill_mask", checkpoint_flag, "The dog [MASK] in the garden today.")
+        evaluated = toy.run("evaluate", checkpoint_flag, f"--config.data.corpus={toy.corpus}", "--mask_rates=")
+        assert asked.returncode == evaluated.returncode == 0, asked.stderr + evaluated.stderr
+        outputs.append((asked.stdout, evaluated.stdout))
+    assert outputs[0] == outputs[1]
+    done = toy.run("evaluate", f"{where}@20", f"--config.data.corpus={toy.corpus}", "--mask_rates=")
+    assert done.returncode == 0, done.stderr
+    for name, checkpoint_flag in (("there", where), ("here", f"--checkpoint={straight}")):
+        done = toy.run("export", checkpoint_flag, f"--output={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+    for file in (tmp_path / "here").iterdir():
+        there = (tmp_path / "there" / file.name).read_bytes()
+        assert file.read_bytes() == there.replace(b"there", b"here") or file.name == "README.md", file.name
+    done = toy.run("compare", "--checkpoints=a=gs://bucket/runs/done", "--tasks=cloze", f"--output={tmp_path / 'c'}")
+    assert done.returncode == 0 and "a" in (tmp_path / "c" / "table.md").read_text(), done.stderr
+
+
+def put(gcs: FakeGcs, folder: Path, prefix: str) -> None:
+    """Copies a folder to the bucket."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            gcs.put("bucket", f"{prefix}/{file.relative_to(folder)}", file.read_bytes())
+
+
+def damage(gcs: FakeGcs, prefix: str) -> None:
+    """Changes a byte in the middle of each object."""
+    for name in gcs.names("bucket", prefix):
+        content = bytearray(gcs.buckets["bucket"][name].content)
+        content[len(content) // 2] ^= 0xFF
+        gcs.put("bucket", name, bytes(content))
+
+
+WRONG = {
+    "no bucket": ("gs://no-such-bucket/run", None, 2, "--workdir: there is no bucket 'no-such-bucket'"),
+    "forbidden": ("gs://bucket/secret", 403, 2, "'gs://bucket/secret' cannot be used: these credentials do not allow"),
+    "unknown": ("gs://bucket/secret", 401, 2, "'gs://bucket/secret' cannot be used: there are no valid credentials"),
+    "another scheme": ("s3://bucket/run", None, 2, "it can be a folder, or gs://BUCKET/FOLDER"),
+    "no name": ("gs://", None, 2, "it looks like gs://BUCKET/FOLDER"),
+    "dots": ("gs://bucket/runs/../x", None, 2, "it looks like gs://BUCKET/FOLDER"),
+    "pattern": ("gs://bucket/runs[1]", None, 2, "has '[' in it"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("command", ["train", "fill_mask"])
+def test_mistakes_are_one_line(toy, gcs, case, command):
+    path, status, code, said = WRONG[case]
+    gcs.fault = lambda *_: status
+    if command == "train":
+        done = toy.run("train", f"--workdir={path}", *toy.flags(**SHORT))
+    else:
+        done = toy.run("fill_mask", f"--checkpoint={path}", "[MASK]")
+        said = said.replace("--workdir", "--checkpoint")
+    assert done.returncode == code and said in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
+
+
+def test_without_gcsfs_it_is_named(toy, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'gcsfs' else f(n, *a)"
+    )
+    line = [sys.executable, "-m", "flax_mlm.train", "--workdir=gs://bucket/run", *toy.flags(**SHORT)]
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "needs gcsfs; pip install -r launch/gcs-requirements.txt" in done.stderr
