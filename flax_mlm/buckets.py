@@ -70,12 +70,12 @@ def is_one(path: AnyPath) -> bool:
 
 @functools.cache
 def client() -> Any:
-    """gcsfs, and from now on that of epath too (see environment.prepare_paths), set so that others' writes are seen and that it gives up in the end."""
+    """gcsfs, set so that what others write is seen, and that it gives up in the end; epath has the same settings."""
     import aiohttp
     import fsspec
 
-    # It logs tracebacks of what it also raises; and aiohttp has its say about connections when we leave at once.
-    for name in ("gcsfs", "asyncio"):
+    # They log tracebacks of what they also raise; and aiohttp has its say about connections when we leave at once.
+    for name in ("gcsfs", "fsspec", "google.auth", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT, sock_read=_SILENCE)
     settings = {"use_listings_cache": False, "requests_timeout": timeout}

@@ -30,6 +30,7 @@ from flax_mlm.errors import Failure, UserError
 _FORMAT = 2
 _MARKER = "commit_success.txt"  # orbax's AtomicityMode.COMMIT_FILE
 _META_LIMIT = 1 << 26  # bytes; a tokenizer of 250,000 pieces takes 20 MiB
+_RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}  # half a minute; else it takes fifteen
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 Log = Callable[[str], None]
@@ -223,12 +224,10 @@ def _shape(entry: list[Any] | None) -> str:
 
 
 def _bound_retries() -> None:
-    """Has tensorstore ask a bucket that does not answer for about half a minute, as gcsfs does, and not for fifteen
-    minutes each time. Orbax has no option for it."""
+    """Sets how long tensorstore asks a bucket that does not answer. Orbax has no option for it."""
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
-    retries = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}
-    tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT["gcs_request_retries"] = retries
+    tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT["gcs_request_retries"] = _RETRIES
 
 
 class Encoder(NamedTuple):

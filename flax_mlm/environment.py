@@ -49,6 +49,10 @@ def prepare_paths() -> None:
     # Else gcsfs asks another service, in another protocol, of what kind each bucket is. Zonal ones need that; the
     # others, hierarchical ones too, are served by the one that tensorstore uses.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # tensorstore would wait for ever for a server that accepts a connection and then is silent.
+    patience = {"CONNECT_TIMEOUT_SECONDS": "10", "LOW_SPEED_TIME_SECONDS": "60", "LOW_SPEED_LIMIT_BYTES": "1"}
+    for name, value in patience.items():
+        os.environ.setdefault(f"TENSORSTORE_CURL_{name}", value)
 
 
 def _jaxlib_knows(flag: str) -> bool:
