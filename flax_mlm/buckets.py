@@ -28,7 +28,7 @@ _R = TypeVar("_R")
 
 _CONNECT, _SILENCE = 5, 60  # seconds until a server that does not answer is asked again, six times in all
 _AT_ONCE = 32  # requests
-# What gcsfs and tensorstore, which has ValueError for everything, say of what may be over in a while.
+# What the clients say: of what may be over in a while, and of credentials.
 _PASSING = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b")
 _FORBIDDEN = re.compile(r"^Forbidden|\bPERMISSION_DENIED\b")
 _UNKNOWN = re.compile(r"\bUNAUTHENTICATED\b|Invalid Credentials|Anonymous caller")
@@ -61,6 +61,12 @@ def parse(what: str, text: str) -> epath.Path | None:
         raise UserError(f"{what}: '{text}' needs gcsfs; pip install -r launch/gcs-requirements.txt")
     client()
     return epath.Path(text)
+
+
+def refuse(what: str, text: str) -> None:
+    """Raises UserError where `text` names no folder or file of this machine, for what is written to those alone."""
+    if "://" in text:
+        raise UserError(f"{what}: '{text}' cannot be written; name a folder or file here, and copy it there")
 
 
 def is_one(path: AnyPath) -> bool:
@@ -108,16 +114,19 @@ def explain(path: AnyPath, e: Exception) -> UserError | Unreachable | None:
     import google.auth.exceptions
     import requests
 
+    theirs = (gcsfs.retry.HttpError, aiohttp.ClientError, requests.RequestException, fsspec.FSTimeoutError)
+    is_auth = isinstance(e, google.auth.exceptions.GoogleAuthError)
+    if not isinstance(e, (*theirs, OSError, ValueError)) and not is_auth:  # tensorstore has ValueError for everything
+        return None
     said, code = " ".join(str(e).split())[:300], str(getattr(e, "code", ""))
-    if code == "403" or _FORBIDDEN.search(said):
+    if _FORBIDDEN.search(said):
         return UserError(f"'{path}' cannot be used: these credentials do not allow it ({said})")
-    if code == "401" or _UNKNOWN.search(said) or isinstance(e, google.auth.exceptions.GoogleAuthError):
+    if code == "401" or is_auth or _UNKNOWN.search(said):
         return UserError(
             f"'{path}' cannot be used: there are no valid credentials ({said}); on a machine of Google's it needs a "
             "service account, elsewhere `gcloud auth application-default login`"
         )
-    theirs = (gcsfs.retry.HttpError, aiohttp.ClientError, requests.RequestException, fsspec.FSTimeoutError)
-    if isinstance(e, (*theirs, TimeoutError, ConnectionError)) or _PASSING.search(said):
+    if isinstance(e, theirs) or _PASSING.search(said):
         return Unreachable(f"'{path}' cannot be reached ({type(e).__name__}: {said})")
     return None
 

@@ -305,9 +305,15 @@ class Checkpoints:
             else:
                 self._shelf.quarantine(name)
 
-    def save(self, step: int, state: Any) -> bool:
+    def save(self, step: int, state: Any, before: Callable[[], None] = lambda: None) -> bool:
         """Starts saving a TrainState (a NamedTuple with `params`), once the last save is done; returns when it is
         copied from the devices. A failure is reported, counted and cleaned up; the next save tries again.
+
+        Args:
+          step: the number of updates that were made.
+          state: what they have made of it.
+          before: is called by process 0 before anything is written; its UserError or Failure is raised, except that a
+            bucket that does not answer is a failure to save as any other.
 
         Returns:
           Whether it was started.
@@ -323,9 +329,12 @@ class Checkpoints:
 
         self.wait()
         try:
-            if step in steps_in(self._workdir):
-                return True
-        except Exception as e:  # a bucket that does not answer, say
+            with buckets.errors(self._workdir):
+                if self._is_main:
+                    before()
+                if step in steps_in(self._workdir):
+                    return True
+        except (OSError, buckets.Unreachable) as e:
             self._saving = step
             self._failed(e)
             return False

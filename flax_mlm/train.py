@@ -179,12 +179,16 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
                 print(f"step {step}/{total}  clozes  top1 {result['top1']:.2f}  top5 {result['top5']:.2f}", flush=True)
                 writers.write(step, "cloze", numbers, "\n\n".join(cloze.table(result)))
 
+        def before_save() -> None:
+            held.check()
+            writers.flush()
+
         def save(is_last: bool = False) -> None:
-            if is_main:
-                held.check()
-                writers.flush()
+            def is_done() -> bool:
+                return checkpoints.save(step, state, before_save) and (not is_last or checkpoints.wait())
+
             with speed.paused(), roster.untimed("saving"):
-                while not (checkpoints.save(step, state) and (not is_last or checkpoints.wait())) and is_last:
+                while not is_done() and is_last:
                     time.sleep(1)  # and again, for this is the last occasion; it gives up by itself
 
         def rewind(spiked: int, data_step: int) -> TrainState:

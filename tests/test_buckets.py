@@ -201,6 +201,21 @@ def test_without_gcsfs_it_is_named(toy, tmp_path):
     assert "needs gcsfs; pip install -r launch/gcs-requirements.txt" in done.stderr
 
 
+@pytest.mark.parametrize("command, flag", [("export", "--output"), ("evaluate", "--json"), ("evaluate", "--save")])
+def test_what_is_written_to_folders_alone(toy, straight, command, flag):
+    done = toy.run(command, f"--checkpoint={straight}", f"{flag}=gs://bucket/out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"{flag}: 'gs://bucket/out' cannot be written; name a folder or file here" in done.stderr
+
+
+def test_a_bucket_that_fails_now_and_then(toy, straight, gcs, tmp_path):
+    asked = itertools.count(1)
+    gcs.fault = lambda *_: 503 if next(asked) % 40 == 0 else None
+    finish(toy, "gs://bucket/runs/flaky", *toy.flags(**SHORT))
+    assert next(asked) > 200
+    assert_same_run(local(gcs, "runs/flaky", tmp_path), straight, STEPS)
+
+
 @pytest.fixture
 def saved(gcs, request):
     """A workdir with steps 10, 20 and 30 of a state that is quickly saved."""
