@@ -5,8 +5,8 @@ A checkpoint is a folder `workdir/checkpoints/STEP`: `params` (the weights), `re
 array) and, written last, the commit marker. It is enough by itself to evaluate, and can be restored on any number of
 devices. A step counts when its marker is there, and is used when every array that is read has its fingerprint.
 
-Nothing is deleted in place: a folder is first renamed into `checkpoints/.trash`, so that a kill leaves no half of a
-step behind. What was damaged is kept, in `checkpoints/.quarantine`.
+A kill leaves no half of a step behind (see shelf.py): what is to be deleted is first renamed into
+`checkpoints/.trash`, or in a bucket loses its marker. What was damaged is kept, in `checkpoints/.quarantine`.
 """
 
 import base64
@@ -16,21 +16,21 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from flax_mlm import buckets, shelf
 from flax_mlm import config as config_lib
 from flax_mlm.errors import Failure, UserError
 
 _FORMAT = 2
 _MARKER = "commit_success.txt"  # orbax's AtomicityMode.COMMIT_FILE
 _META_LIMIT = 1 << 26  # bytes; a tokenizer of 250,000 pieces takes 20 MiB
+_RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}  # half a minute; else it takes fifteen
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 Log = Callable[[str], None]
@@ -44,9 +44,9 @@ class Damaged(UserError):
 def steps_in(workdir: epath.PathLike) -> list[int]:
     """Steps of the committed checkpoints of a run, ascending. Links and half-written folders do not count."""
     folder = epath.Path(workdir) / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(int(p.name) for p in folder.iterdir() if _is_step(p) and (p / _MARKER).exists())
+    found = [path for name in shelf.of(folder, _MARKER).names() if _is_step(path := folder / name)]
+    is_committed = buckets.together(lambda path: (path / _MARKER).exists(), found, folder)
+    return sorted(int(path.name) for path, there in zip(found, is_committed, strict=True) if there)
 
 
 def _is_step(path: epath.Path) -> bool:
@@ -67,12 +67,14 @@ def find(path: str) -> list[epath.Path]:
     name, _, wanted = path.rpartition("@")
     if not (name and wanted.isdigit()):
         name, wanted = path, ""
-    folder = epath.Path(name).expanduser().resolve()  # orbax takes no relative path
-    if (folder / _MARKER).exists():
-        return [folder]
-    if folder.name == "checkpoints":
-        folder = folder.parent
-    steps = steps_in(folder)
+    folder = buckets.parse("--checkpoint", name) or epath.Path(name).expanduser().resolve()  # orbax: nothing relative
+    buckets.check("--checkpoint", folder)
+    with buckets.errors(folder):
+        if (folder / _MARKER).exists():
+            return [folder]
+        if folder.name == "checkpoints":
+            folder = folder.parent
+        steps = steps_in(folder)
     if not steps:
         raise UserError(f"--checkpoint: no checkpoint in '{folder}'; give the workdir of a run that has saved one")
     if wanted and int(wanted) not in steps:
@@ -89,9 +91,10 @@ def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
     """
     file = checkpoint / "meta" / "metadata"
     try:
-        if not 0 < (size := file.stat().length) <= _META_LIMIT:
-            raise ValueError(f"it has {size} bytes")
-        meta = json.loads(file.read_text())
+        with buckets.errors(checkpoint):
+            if not 0 < (size := file.stat().length) <= _META_LIMIT:
+                raise ValueError(f"it has {size} bytes")
+            meta = json.loads(file.read_text())
         if isinstance(meta["format"], int) and meta["format"] != _FORMAT:
             raise UserError(f"checkpoint '{checkpoint}' has format {meta['format']}; this version reads {_FORMAT}")
         if meta["sha256"] != _digest(meta):
@@ -198,11 +201,14 @@ def restore(checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, An
         here, there = wanted.get(name), stored.get(name, [None])[:2] if name in stored else None
         if here != there:
             raise UserError(f"checkpoint '{checkpoint}' has {name} {_shape(there)}; this config has {_shape(here)}")
+    _bound_retries()
     args = {item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()}
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(checkpoint, args=ocp.args.Composite(**args))
     except Exception as e:  # whatever a damaged folder makes orbax raise
+        if buckets.is_one(checkpoint) and (explained := buckets.explain(checkpoint, e)):
+            raise explained from e  # the bucket, and not the checkpoint
         said = str(e).splitlines()[0] if str(e) else repr(e)
         raise Damaged(f"checkpoint '{checkpoint}' cannot be read ({said})") from e
     items = {item: restored[item] for item in abstract}
@@ -217,6 +223,13 @@ def _shape(entry: list[Any] | None) -> str:
     return f"as {entry[0]} {tuple(entry[1])}" if entry else "not at all"
 
 
+def _bound_retries() -> None:
+    """Sets how long tensorstore asks a bucket that does not answer. Orbax has no option for it."""
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT["gcs_request_retries"] = _RETRIES
+
+
 class Encoder(NamedTuple):
     """The weights of a model that goes on from no step, with the step of the run that they come from."""
 
@@ -224,7 +237,7 @@ class Encoder(NamedTuple):
     step: Any
 
 
-def save_encoder(workdir: Path, trained: Any, encoder: Any, examples: int) -> None:
+def save_encoder(workdir: buckets.AnyPath, trained: Any, encoder: Any, examples: int) -> None:
     """Saves an encoder fine-tuned for vectors as a checkpoint, enough to evaluate, embed and export.
 
     Args:
@@ -254,7 +267,9 @@ class Checkpoints:
     With several processes every process makes one and calls the same methods; process 0 tends the folder.
     """
 
-    def __init__(self, workdir: Path, config: config_lib.Config, meta: dict[str, Any], fingerprint: Fingerprint):
+    def __init__(
+        self, workdir: buckets.AnyPath, config: config_lib.Config, meta: dict[str, Any], fingerprint: Fingerprint
+    ):
         """`meta` is stored with every checkpoint; see `make_meta`. Sweeps what a killed run left."""
         import jax
         import orbax.checkpoint as ocp
@@ -263,6 +278,7 @@ class Checkpoints:
         self._train, self._meta, self._fingerprint = config.train, meta, fingerprint
         self._workdir, self._folder = workdir, workdir / "checkpoints"
         self._is_main, self._is_alone = jax.process_index() == 0, jax.process_count() == 1
+        _bound_retries()
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(), atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
         )
@@ -271,25 +287,33 @@ class Checkpoints:
         self._tidy = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         # What it has to say it also raises, and we report that.
         logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+        self._shelf = shelf.of(self._folder, _MARKER)
         if self._is_main:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._shelf.make()
             self._sweep()
-            shutil.rmtree(self._folder / ".trash", ignore_errors=True)
+            self._shelf.empty()
 
     def _sweep(self) -> None:
         """Clears away what is named like a step and is none: it would be in the way of saving that step."""
         committed = steps_in(self._workdir)
-        for path in sorted(epath.Path(self._folder).iterdir()):
-            if not path.name.isdigit() or (_is_step(path) and int(path.name) in committed):
+        for name in self._shelf.names():
+            path = epath.Path(self._folder / name)
+            if not name.isdigit() or (_is_step(path) and int(name) in committed):
                 continue
             if _is_step(path) and path.is_dir():
-                self._discard(path.name)  # a save that was killed or failed
+                self._shelf.discard(name)  # a save that was killed or failed
             else:
-                self._quarantine(path.name)
+                self._shelf.quarantine(name)
 
-    def save(self, step: int, state: Any) -> bool:
+    def save(self, step: int, state: Any, before: Callable[[], None] = lambda: None) -> bool:
         """Starts saving a TrainState (a NamedTuple with `params`), once the last save is done; returns when it is
         copied from the devices. A failure is reported, counted and cleaned up; the next save tries again.
+
+        Args:
+          step: the number of updates that were made.
+          state: what they have made of it.
+          before: is called by process 0 before anything is written; its UserError or Failure is raised, except that a
+            bucket that does not answer is a failure to save as any other.
 
         Returns:
           Whether it was started.
@@ -304,8 +328,16 @@ class Checkpoints:
         from flax_mlm.fingerprint import table
 
         self.wait()
-        if step in steps_in(self._workdir):
-            return True
+        try:
+            with buckets.errors(self._workdir):
+                if self._is_main:
+                    before()
+                if step in steps_in(self._workdir):
+                    return True
+        except (OSError, buckets.Unreachable) as e:
+            self._saving = step
+            self._failed(e)
+            return False
         items = {"params": state.params, "rest": state._replace(params=None)._asdict()}
         fingerprints = jax.device_get(self._fingerprint(items))
         for name, (_, _, not_finite) in fingerprints.items():
@@ -350,10 +382,14 @@ class Checkpoints:
         step, self._saving = self._saving, None
         self.failed_in_a_row += 1
         said = f"step {step} could not be saved ({type(e).__name__}: {' '.join(str(e).split())[:300]})"
-        if self._is_main and self._folder.is_dir():
-            self._sweep()
-        kept = steps_in(self._workdir)
-        rest = f"step {kept[-1]} is the last one saved" if kept else "nothing is saved yet"
+        try:
+            with buckets.errors(self._workdir):
+                if self._is_main:
+                    self._sweep()
+                kept = steps_in(self._workdir)
+            rest = f"step {kept[-1]} is the last one saved" if kept else "nothing is saved yet"
+        except buckets.Unreachable:
+            rest = "which one is the last one saved cannot be seen"
         if not self._is_alone or self.failed_in_a_row >= self._train.max_failed_saves:
             raise Failure(f"{said}; {self.failed_in_a_row} saves in a row have failed; {rest}") from e
         print(f"WARNING: {said}; {rest}; the next save will try again", flush=True)
@@ -382,7 +418,7 @@ class Checkpoints:
                     )
                 state = restore(checkpoint, meta, items, self._fingerprint)
             except Damaged as e:
-                where = self._quarantine(str(step))
+                where = self._shelf.quarantine(str(step))
                 log(f"checkpoint {step} skipped, and moved to {where}: {e}")
                 if not self._is_alone:  # the others may have read it, and wait
                     raise Failure(f"{e}; it is moved to {where}; start again from the step before") from e
@@ -390,11 +426,11 @@ class Checkpoints:
             if before is not None and self._is_main:
                 for later in steps_in(self._workdir):
                     if later > step:
-                        self._discard(str(later))
+                        self._shelf.discard(str(later))
             log(f"restored step {step} from {checkpoint}")
             return type(abstract)(**{**state["rest"], "params": state["params"]})
         # Also when they were put away by an earlier start: a run never begins anew unasked.
-        if before is None and (self._folder / ".quarantine").exists():
+        if before is None and self._shelf.has_quarantine():
             raise UserError(
                 f"none of the checkpoints in '{self._workdir}' is sound (they are in checkpoints/.quarantine); "
                 "use another --workdir"
@@ -423,33 +459,13 @@ class Checkpoints:
         keep = {s for s in steps if train.keep_every and s % train.keep_every == 0} | {newest}
         keep |= set([s for s in steps if s % train.checkpoint_every == 0][-train.keep_last :])
         try:
-            for folder, _, files in os.walk(self._folder / str(newest)):
-                for path in (*(os.path.join(folder, f) for f in files), folder):
-                    descriptor = os.open(path, os.O_RDONLY)
-                    os.fsync(descriptor)
-                    os.close(descriptor)
-            for step in steps:
-                if step not in keep:
-                    self._discard(str(step))
-        except OSError as e:
+            with buckets.errors(self._folder):
+                self._shelf.settle(str(newest))
+                for step in steps:
+                    if step not in keep:
+                        self._shelf.discard(str(step))
+        except (OSError, UserError, Failure) as e:
             print(f"WARNING: old checkpoints could not be deleted ({e}); the next save will try again", flush=True)
-
-    def _discard(self, name: str) -> None:
-        trash = self._folder / ".trash"
-        trash.mkdir(exist_ok=True)
-        gone = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=trash))
-        (self._folder / name).rename(gone / name)
-        shutil.rmtree(gone, ignore_errors=True)
-
-    def _quarantine(self, name: str) -> Path:
-        folder = self._folder / ".quarantine"
-        folder.mkdir(exist_ok=True)
-        target = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder)) / name
-        try:
-            (self._folder / name).rename(target)
-        except FileNotFoundError:  # another process of this run was first
-            target.parent.rmdir()
-        return target.parent
 
     def close(self) -> None:
         """Waits for the last save and the tidying up; raises as `save` does."""

@@ -34,6 +34,7 @@ def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool =
     checkpoint or Hugging Face folder that `--checkpoint` names; either way `--config.section.field=value` overrides
     it. A bare argument is the value of flag `positional`.
     """
+    environment.prepare_paths()
     flags.DEFINE_bool("print_config", False, "show the resolved config as JSON and exit")
     try:
         if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(sys.argv):

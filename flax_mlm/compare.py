@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm import command, files
+from flax_mlm import buckets, command, files
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure, UserError
 
@@ -53,6 +53,7 @@ def main(config: Config) -> None:
     checkpoints, specs = named(_CHECKPOINTS.value), parse_tasks(_TASKS.value)
     if not _OUTPUT.value:
         raise UserError("--output is missing; name a folder for the results")
+    buckets.refuse("--output", _OUTPUT.value)
     output = Path(_OUTPUT.value).expanduser()
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for spec in specs:

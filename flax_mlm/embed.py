@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from flax_mlm import command, files
+from flax_mlm import buckets, command, files
 from flax_mlm.config import Config
 from flax_mlm.errors import UserError
 
@@ -28,6 +28,7 @@ _DIMENSIONS = flags.DEFINE_integer("dimensions", 0, "only the first so many, mad
 
 
 def main(config: Config) -> None:
+    buckets.refuse("--output", _OUTPUT.value)
     output = Path(_OUTPUT.value).expanduser()
     if output.suffix not in (".npy", ".parquet"):
         raise UserError(f"--output is '{_OUTPUT.value}'; it takes a name that ends in .npy or .parquet")

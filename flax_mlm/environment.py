@@ -25,6 +25,7 @@ def prepare(reproducible: int = 0) -> None:
     Args:
       reproducible: when positive, results are the same on up to so many devices of a kind.
     """
+    prepare_paths()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     wanted = [_YNN_FLAG] if platform.machine() in ("x86_64", "AMD64") else []
     if reproducible:
@@ -36,6 +37,22 @@ def prepare(reproducible: int = 0) -> None:
         if flag.split("=")[0] not in flags and _jaxlib_knows(flag):
             os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
     _keep_freed_memory()
+
+
+def prepare_paths() -> None:
+    """Has etils.epath reach buckets through gcsfs. Call before anything uses a path of its: it decides once.
+
+    Else it goes through TensorFlow where that is installed: an import of seconds, with its own credentials, caches and
+    retries, and without a way to be pointed at a stand-in.
+    """
+    os.environ["EPATH_USE_TF"] = "0"
+    # Else gcsfs asks another service, in another protocol, of what kind each bucket is. Zonal ones need that; the
+    # others, hierarchical ones too, are served by the one that tensorstore uses.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # tensorstore would wait for ever for a server that accepts a connection and then is silent.
+    patience = {"CONNECT_TIMEOUT_SECONDS": "10", "LOW_SPEED_TIME_SECONDS": "60", "LOW_SPEED_LIMIT_BYTES": "1"}
+    for name, value in patience.items():
+        os.environ.setdefault(f"TENSORSTORE_CURL_{name}", value)
 
 
 def _jaxlib_knows(flag: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from flax_mlm import command, processes
+from flax_mlm import buckets, command, processes
 from flax_mlm.config import Config, flatten
 from flax_mlm.errors import UserError
 
@@ -64,6 +64,8 @@ def main(config: Config) -> None:
 
     from flax_mlm import files, trained
 
+    buckets.refuse("--save", _SAVE.value)
+    buckets.refuse("--json", _JSON.value)
     task = {
         "mlm": _mlm,
         "cloze": _cloze,

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from flax_mlm import command
+from flax_mlm import buckets, command
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure, UserError
 
@@ -38,6 +38,7 @@ LIMIT = 1e-4  # largest difference of a hidden state or a logit that --check all
 def main(config: Config) -> None:
     if not _OUTPUT.value:
         raise UserError("--output is missing; name the folder to make, such as --output=exported")
+    buckets.refuse("--output", _OUTPUT.value)
     output = Path(_OUTPUT.value).expanduser().absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output: '{output}' exists; name another folder, or delete that one")
@@ -128,11 +129,12 @@ def _result(step: int) -> dict[str, float] | None:
     from flax_mlm import checkpoint
 
     for folder in checkpoint.find(_CHECKPOINT.value):
-        file = Path(os.fspath(folder)).parent.parent / "result.json"
-        if folder.name == str(step) and file.exists():
-            config = json.loads((file.parent / "config.json").read_text())
-            if config["train"]["steps"] == step:
-                return json.loads(file.read_text())
+        file = folder.parent.parent / "result.json"
+        with buckets.errors(folder):
+            if folder.name == str(step) and file.exists():
+                config = json.loads((file.parent / "config.json").read_text())
+                if config["train"]["steps"] == step:
+                    return json.loads(file.read_text())
     return None
 
 

@@ -1,4 +1,5 @@
-"""Whole files: read as text with one clear error, written under another name and then renamed."""
+"""Whole files: read as text with one clear error, written under another name and then renamed. In a bucket what is
+written appears whole anyway."""
 
 import contextlib
 import json
@@ -6,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flax_mlm import buckets
 from flax_mlm.errors import UserError
 
 
@@ -30,12 +32,15 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(file: Path, text: str) -> None:
+def write_text(file: buckets.AnyPath, text: str) -> None:
     """Writes a whole file, or none."""
+    if not isinstance(file, Path):
+        file.write_text(text, encoding="utf-8")
+        return
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(file: Path, value: Any) -> None:
+def write_json(file: buckets.AnyPath, value: Any) -> None:
     """As `write_text`, as indented JSON."""
     write_text(file, json.dumps(value, indent=2) + "\n")

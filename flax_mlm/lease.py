@@ -2,6 +2,9 @@
 
 `workdir/lease.json` says who holds it, and has a counter that moves every few seconds. Of a holder on this machine
 the system is asked; one elsewhere is watched for a while, since the clocks of two machines cannot be compared.
+
+To replace a lease only as long as it is the one that was read takes a lock in a folder; in a bucket it is what Cloud
+Storage does when it is told a generation.
 """
 
 import contextlib
@@ -16,7 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flax_mlm.errors import UserError
+from flax_mlm import buckets
+from flax_mlm.buckets import AnyPath
+from flax_mlm.errors import Failure, UserError
 
 _FILE = "lease.json"
 _BEAT = 5.0  # seconds
@@ -30,12 +35,13 @@ Log = Callable[[str], None]
 class Lease:
     """The lease on a folder, once it is taken; its counter then moves in a thread."""
 
-    def __init__(self, workdir: Path, run_id: str):
+    def __init__(self, workdir: AnyPath, run_id: str):
         """`run_id` is what tells this holder from all others."""
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self._about = {**_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
         self._about |= {"run_id": run_id, "since": since}
         self._workdir, self._run_id, self._beats, self._released = workdir, run_id, 0, threading.Event()
+        self._place = _place(workdir)
 
     def take(self, log: Log, stale: float = _STALE) -> None:
         """Takes the lease. The folder is made when it is not there.
@@ -48,11 +54,11 @@ class Lease:
           UserError: another job holds it, or the folder cannot be written.
         """
         try:
-            self._workdir.mkdir(parents=True, exist_ok=True)
+            self._place.make()
             while True:
-                content = _read(self._workdir)
+                content = self._place.read()
                 if content is not None:
-                    _wait_for_end(self._workdir, content, log, stale)
+                    _wait_for_end(self._place, self._workdir, content, log, stale)
                 if self._put(instead_of=content):
                     break
             self.check()
@@ -62,26 +68,65 @@ class Lease:
 
     def check(self) -> None:
         """Raises UserError when another job has taken the lease, because this one seemed gone."""
-        if (content := _read(self._workdir)) is None or _parse(content).get("run_id") != self._run_id:
+        if (content := self._place.read()) is None or not _is_of(content, self._run_id):
             who = f"now belongs to {_name(_parse(content))}" if content else "has lost its lease.json"
             raise UserError(f"--workdir: '{self._workdir}' {who}; this job must not write to it any more")
 
     def release(self) -> None:
         """Gives the lease back, if it is still ours."""
         self._released.set()
-        with contextlib.suppress(OSError), _locked(self._workdir):
-            if self._is_ours():
-                (self._workdir / _FILE).unlink()
+        with contextlib.suppress(OSError, UserError, Failure):
+            self._place.remove(self._run_id)
 
     def _put(self, instead_of: bytes | None) -> bool:
-        """Puts our lease there, unless what is there has changed meanwhile."""
-        lease, ours = self._workdir / _FILE, self._workdir / f"{_FILE}.{self._run_id}"
+        return self._place.put(json.dumps({**self._about, "beats": self._beats}) + "\n", self._run_id, instead_of)
+
+    def _beat(self) -> None:
+        while not self._released.wait(_BEAT):
+            with contextlib.suppress(OSError, UserError, Failure):  # a full disk, say: the next one may be written
+                content = self._place.read()
+                if content is None or not _is_of(content, self._run_id):
+                    return
+                self._beats += 1
+                self._put(instead_of=content)
+
+
+def holder(workdir: AnyPath) -> str:
+    """The run_id of whoever holds the lease on a folder; empty when nobody does."""
+    try:
+        return str(_parse(_place(workdir).read() or b"").get("run_id", ""))
+    except OSError:
+        return ""
+
+
+class _Folder:
+    """Where a lease lies: a folder."""
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+
+    def make(self) -> None:
+        self._workdir.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> bytes | None:
+        try:  # neither follow a link nor wait for a pipe
+            descriptor = os.open(self._workdir / _FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        try:
+            return os.read(descriptor, _LIMIT)
+        finally:
+            os.close(descriptor)
+
+    def put(self, content: str, run_id: str, instead_of: bytes | None) -> bool:
+        """Puts the lease of `run_id` there, unless what is there has changed meanwhile."""
+        lease, ours = self._workdir / _FILE, self._workdir / f"{_FILE}.{run_id}"
         with _locked(self._workdir) as locked:
-            if _read(self._workdir) != instead_of:
+            if self.read() != instead_of:
                 return False
             try:
-                ours.write_text(json.dumps({**self._about, "beats": self._beats}) + "\n")
-                if locked or (instead_of is not None and self._is_ours()):
+                ours.write_text(content)
+                if locked or (instead_of is not None and _is_of(instead_of, run_id)):
                     ours.replace(lease)
                 elif not self._put_unlocked(ours, lease, instead_of):
                     return False
@@ -112,29 +157,41 @@ class Lease:
         time.sleep(_SETTLE)
         return True
 
-    def _is_ours(self) -> bool:
-        content = _read(self._workdir)
-        return content is not None and _parse(content).get("run_id") == self._run_id
-
-    def _beat(self) -> None:
-        while not self._released.wait(_BEAT):
-            with contextlib.suppress(OSError):  # a full disk, say: the next one may be written
-                content = _read(self._workdir)
-                if content is None or not self._is_ours():
-                    return
-                self._beats += 1
-                self._put(instead_of=content)
+    def remove(self, run_id: str) -> None:
+        """Removes the lease, if it is that of `run_id`."""
+        with _locked(self._workdir):
+            if _is_of(self.read() or b"", run_id):
+                (self._workdir / _FILE).unlink()
 
 
-def holder(workdir: Path) -> str:
-    """The run_id of whoever holds the lease on a folder; empty when nobody does."""
-    try:
-        return str(_parse(_read(workdir) or b"").get("run_id", ""))
-    except OSError:
-        return ""
+class _Bucket:
+    """The same in a bucket."""
+
+    def __init__(self, workdir: AnyPath):
+        self._lease = workdir / _FILE
+
+    def make(self) -> None:
+        pass
+
+    def read(self) -> bytes | None:
+        found = buckets.read(self._lease)
+        return found and found[0]
+
+    def put(self, content: str, run_id: str, instead_of: bytes | None) -> bool:
+        held, generation = buckets.read(self._lease) or (None, 0)
+        return held == instead_of and buckets.write(self._lease, content.encode(), generation)
+
+    def remove(self, run_id: str) -> None:
+        found = buckets.read(self._lease)
+        if found and _is_of(found[0], run_id):
+            buckets.delete(self._lease, found[1])
 
 
-def _wait_for_end(workdir: Path, content: bytes, log: Log, stale: float) -> None:
+def _place(workdir: AnyPath) -> _Folder | _Bucket:
+    return _Folder(workdir) if isinstance(workdir, Path) else _Bucket(workdir)
+
+
+def _wait_for_end(place: _Folder | _Bucket, workdir: AnyPath, content: bytes, log: Log, stale: float) -> None:
     """Returns once the holder is known to be gone. Raises UserError when it is not."""
     about = _parse(content)
     who = _name(about)
@@ -147,22 +204,11 @@ def _wait_for_end(workdir: Path, content: bytes, log: Log, stale: float) -> None
         end = time.monotonic() + stale
         while time.monotonic() < end:
             time.sleep(min(0.2, stale))
-            if (now := _read(workdir)) is None:
+            if (now := place.read()) is None:
                 return
             if now != content:
                 raise in_use
     log(f"taking over '{workdir}' from {who}, which is gone")
-
-
-def _read(workdir: Path) -> bytes | None:
-    try:  # neither follow a link nor wait for a pipe
-        descriptor = os.open(workdir / _FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return None
-    try:
-        return os.read(descriptor, _LIMIT)
-    finally:
-        os.close(descriptor)
 
 
 def _parse(content: bytes) -> dict[str, Any]:
@@ -171,6 +217,10 @@ def _parse(content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}
+
+
+def _is_of(content: bytes, run_id: str) -> bool:
+    return _parse(content).get("run_id") == run_id
 
 
 def _name(about: dict[str, Any]) -> str:

@@ -7,8 +7,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from flax_mlm import files
+from flax_mlm import buckets, files
 from flax_mlm.config import Config, ModelConfig
+from flax_mlm.mirror import Mirror
+
+_METRICS = "metrics.jsonl"
 
 
 def flops_per_row(model: ModelConfig, seq_len: int, slots: int, vocab_rows: int) -> float:
@@ -85,12 +88,19 @@ def train_line(step: int, total: int, m: dict[str, float]) -> str:
 
 
 class Writers:
-    """metrics.jsonl always, TensorBoard and Weights & Biases when asked for. Make it on process 0 only."""
+    """metrics.jsonl always, TensorBoard and Weights & Biases when asked for. Make it on process 0 only.
 
-    def __init__(self, workdir: Path, config: Config, start_step: int):
+    For a workdir in a bucket the files are written to a folder here, and copied there.
+    """
+
+    def __init__(self, workdir: buckets.AnyPath, config: Config, start_step: int):
         """Lines of what comes after the training of `start_step`, written by a run that was killed later, are
         dropped: those steps are done again."""
-        self._workdir, self._has_tensorboard = workdir, config.log.tensorboard
+        self._mirror = None if isinstance(workdir, Path) else Mirror(workdir)
+        if self._mirror:
+            self._mirror.fetch(_METRICS)
+        self._folder = self._mirror.folder if self._mirror else Path(workdir)
+        self._has_tensorboard = config.log.tensorboard
         self._wandb = None
         self._open(start_step)
         if config.log.wandb_project:
@@ -105,7 +115,7 @@ class Writers:
                 print(f"Weights & Biases is off: {type(e).__name__}: {e}")
 
     def _open(self, start_step: int) -> None:
-        path = self._workdir / "metrics.jsonl"
+        path = self._folder / _METRICS
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _is_before(line, start_step)]
@@ -116,7 +126,7 @@ class Writers:
         if self._has_tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=start_step + 1)
+            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
 
     def go_back(self, step: int) -> None:
         """Drops what was written after the training of `step`, as a restart there would."""
@@ -124,6 +134,15 @@ class Writers:
         if self._tensorboard:
             self._tensorboard.close()
         self._open(step)
+
+    def flush(self) -> None:
+        """Has all that was written so far copied to the bucket, if the workdir is in one; metrics.jsonl before it
+        returns. Before a checkpoint, that is: the lines up to it are not written again."""
+        if self._mirror:
+            if self._tensorboard:
+                self._tensorboard.flush()
+            self._mirror.copy(_METRICS)
+            self._mirror.soon()
 
     def write(self, step: int, kind: str, values: dict[str, float], text: str = "") -> None:
         """Records scalars under `kind`: "train", "validation", "cloze" or "rewind" (see train.py). The text, Markdown,
@@ -149,6 +168,8 @@ class Writers:
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
+        if self._mirror:
+            self._mirror.close()
         if self._wandb:
             self._wandb.finish()
 

@@ -20,11 +20,13 @@ from typing import Any
 from absl import flags
 from rich.progress import Progress
 
-from flax_mlm import command, files, preemption, processes
+from flax_mlm import buckets, command, files, preemption, processes
 from flax_mlm.config import Config, flatten
 from flax_mlm.errors import Failure, UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run: checkpoints, metrics.jsonl, config.json")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "folder of the run, or gs://BUCKET/FOLDER: checkpoints, metrics.jsonl, config.json"
+)
 
 flags.adopt_module_key_flags(processes)
 
@@ -39,7 +41,7 @@ _FREE = (
 _ADVICE = "Try a lower optimizer.learning_rate"
 
 
-def train(config: Config, workdir: Path) -> int:
+def train(config: Config, workdir: buckets.AnyPath) -> int:
     """Trains, saves, evaluates. Returns the exit code."""
     stop = preemption.Stop()
 
@@ -63,6 +65,8 @@ def train(config: Config, workdir: Path) -> int:
         if config.train.reproducible:
             sharding.check_batch("train.batch_groups", config.train.batch_groups, mesh)
         at_exit.enter_context(jax.set_mesh(mesh))
+        at_exit.enter_context(buckets.errors(workdir))
+        buckets.check("--workdir", workdir)
 
         # The folder, to which the first process alone writes, and the text, as rows of tokens.
         is_main, log = roster.index == 0, print if roster.index == 0 else lambda *_: None
@@ -160,6 +164,7 @@ def train(config: Config, workdir: Path) -> int:
             if is_main:
                 print(f"step {step}/{total}  validation loss {result['loss']:.4f}  accuracy {result['accuracy']:.4f}")
                 writers.write(step, "validation", result)
+                writers.flush()
             return result
 
         def look() -> None:
@@ -174,11 +179,16 @@ def train(config: Config, workdir: Path) -> int:
                 print(f"step {step}/{total}  clozes  top1 {result['top1']:.2f}  top5 {result['top5']:.2f}", flush=True)
                 writers.write(step, "cloze", numbers, "\n\n".join(cloze.table(result)))
 
+        def before_save() -> None:
+            held.check()
+            writers.flush()
+
         def save(is_last: bool = False) -> None:
-            if is_main:
-                held.check()
+            def is_done() -> bool:
+                return checkpoints.save(step, state, before_save) and (not is_last or checkpoints.wait())
+
             with speed.paused(), roster.untimed("saving"):
-                while not (checkpoints.save(step, state) and (not is_last or checkpoints.wait())) and is_last:
+                while not is_done() and is_last:
                     time.sleep(1)  # and again, for this is the last occasion; it gives up by itself
 
         def rewind(spiked: int, data_step: int) -> TrainState:
@@ -269,7 +279,7 @@ def is_multiple(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def claim(workdir: Path, config: Config) -> None:
+def claim(workdir: buckets.AnyPath, config: Config) -> None:
     """Writes `config.json` into a new workdir, or checks that the run in it is this one.
 
     Raises:
@@ -277,11 +287,11 @@ def claim(workdir: Path, config: Config) -> None:
     """
     file = workdir / "config.json"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            files.write_json(file, config.to_dict())
-            return
-        held = flatten(json.loads(file.read_text()))
+        with buckets.errors(workdir):
+            if not file.exists():  # the folder is there, with our lease in it
+                files.write_json(file, config.to_dict())
+                return
+            held = flatten(json.loads(file.read_text()))
     except (OSError, ValueError) as e:
         raise UserError(f"--workdir: '{workdir}' cannot be used: {e}") from e
     for name, value in flatten(config.to_dict()).items():
@@ -320,7 +330,7 @@ def print_banner(config: Config, phases: dict[int, Config], corpus: Any, mesh: A
     )
 
 
-def print_summary(workdir: Path, trained: Any, result: dict[str, float]) -> None:
+def print_summary(workdir: buckets.AnyPath, trained: Any, result: dict[str, float]) -> None:
     """How the run ended, and how to go on."""
     import jax
 
@@ -348,7 +358,8 @@ def print_summary(workdir: Path, trained: Any, result: dict[str, float]) -> None
 def main(config: Config) -> int:
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name a folder for the run, such as --workdir=runs/first")
-    return train(config, Path(_WORKDIR.value).expanduser().absolute())
+    bucket = buckets.parse("--workdir", _WORKDIR.value)
+    return train(config, bucket or Path(_WORKDIR.value).expanduser().absolute())
 
 
 if __name__ == "__main__":

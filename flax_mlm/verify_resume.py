@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm import command
+from flax_mlm import buckets, command
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure, UserError
 
@@ -143,6 +143,7 @@ def folder_of_runs() -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="verify_resume-") as name:
             yield Path(name)
         return
+    buckets.refuse("--workdir", _WORKDIR.value)
     folder = Path(_WORKDIR.value).expanduser().absolute()
     try:
         folder.mkdir(parents=True)

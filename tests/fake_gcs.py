@@ -89,7 +89,6 @@ class FakeGcs:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.env = {
             "STORAGE_EMULATOR_HOST": self.url,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs asks another service, by gRPC, what a bucket is
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
             "NO_GCE_CHECK": "true",

@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from flax_mlm import buckets
 from flax_mlm.data import packing as packing_lib
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.data.tokenizer import Tokenizer
-from flax_mlm.errors import UserError
+from flax_mlm.errors import Failure, UserError
 
 FORMAT = 2  # raised whenever older readers would misread
 MANIFEST = "corpus.json"
@@ -67,9 +68,13 @@ class Rows:
         out = np.empty((len(indices), self.seq_len), np.int32)
         starts = np.cumsum([0] + [s.rows for s in self._shards])
         shard = np.searchsorted(starts, indices, side="right") - 1
-        for s in np.unique(shard):
+
+        def fill(s: int) -> None:
             here = np.flatnonzero(shard == s)
             out[here] = self._shards[s].read(indices[here] - starts[s])
+
+        if indices.size:
+            buckets.together(fill, np.unique(shard).tolist(), self._shards[0].file.path)
         return out
 
 
@@ -116,11 +121,9 @@ class _Shard:
         header = self.file.size - self.rows * width
         ends = np.append(np.flatnonzero(np.diff(wanted) > 1) + 1, len(wanted))  # rows in a row are read at once
         lengths = np.diff(ends, prepend=0)
-        parts = []
-        with _reading(self.file.path), self.file.path.open("rb") as file:
-            for first, length in zip(wanted[ends - lengths].tolist(), lengths.tolist(), strict=True):
-                file.seek(header + first * width)
-                parts.append(file.read(length * width))
+        places = header + wanted[ends - lengths] * width
+        with _reading(self.file.path):
+            parts = _read_ranges(self.file.path, places.tolist(), (lengths * width).tolist())
         data = memoryview(b"".join(parts))
         for i, (row, crc32) in enumerate(zip(wanted.tolist(), self._crc32[wanted].tolist(), strict=True)):
             if zlib.crc32(data[i * width : (i + 1) * width]) != crc32:  # also where the file ends early
@@ -169,7 +172,8 @@ class Corpus:
           UserError: it is not a corpus, of another format, damaged or incomplete, names files outside of the folder,
             or its tokenizer is another one.
         """
-        folder = epath.Path(path).expanduser()
+        folder = buckets.parse("data.corpus", os.fspath(path)) or epath.Path(path).expanduser()
+        buckets.check("data.corpus", folder)
         file = folder / MANIFEST
         with _reading(file):
             if not file.exists():
@@ -192,8 +196,8 @@ class Corpus:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{file} is damaged ({type(e).__name__}: {e}); {_REMEDY}") from e
         corpus._tokenizer.check_size()
-        for part in (part for rows in corpus._splits.values() for s in rows._shards for part in (s.file, s.checksums)):
-            part.check_size()
+        shards = [shard for rows in corpus._splits.values() for shard in rows._shards]
+        buckets.together(_File.check_size, [part for s in shards for part in (s.file, s.checksums)], folder)
         corpus._tokenizer.content()
         return corpus
 
@@ -369,12 +373,26 @@ def _file(folder: epath.Path, entry: dict[str, Any], least: int) -> _File:
     return _File(path, _whole(entry, "size", least), str(entry["sha256"]))
 
 
+def _read_ranges(path: epath.Path, starts: list[int], lengths: list[int]) -> list[bytes]:
+    """Parts of a file. In a bucket each is a request of its own: an open file would read megabytes ahead of each."""
+    if buckets.is_one(path):
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        return buckets.client().cat_ranges([os.fspath(path)] * len(starts), starts, ends, on_error="raise")
+    parts = []
+    with path.open("rb") as file:
+        for start, length in zip(starts, lengths, strict=True):
+            file.seek(start)
+            parts.append(file.read(length))
+    return parts
+
+
 @contextlib.contextmanager
 def _reading(path: epath.Path) -> Iterator[None]:
     """Names the file when it cannot be read."""
     try:
-        yield
-    except UserError:
+        with buckets.errors(path):
+            yield
+    except (UserError, Failure):
         raise
     except Exception as e:  # object stores have exceptions of their own
         said = " ".join(str(e).split())

@@ -4,6 +4,7 @@ import abc
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from flax_mlm import buckets
 from flax_mlm.config import TokenizerConfig
 from flax_mlm.data.sources import cut
 from flax_mlm.errors import UserError
@@ -240,7 +242,7 @@ def load(path: str | Path, extend: str | Path = "") -> Tokenizer:
     Raises:
       UserError: there is none, it cannot be read, or a special piece is missing.
     """
-    file = epath.Path(path).expanduser()
+    file = buckets.parse("tokenizer.path", os.fspath(path)) or epath.Path(path).expanduser()
     if file.is_dir():
         names = ("tokenizer.model", "tokenizer.json", "vocab.txt")
         found = [file / name for name in names if (file / name).exists()]
