@@ -24,6 +24,7 @@ for pause in 5 10 20 40 80 0; do
   sleep "$pause"
 done
 tar -xzf "$code/bundle.tgz" -C "$code"
-# A service ends before the network does, so that a run that is preempted can still save; and longer than ssh lasts.
-systemd-run --collect --property=After=network-online.target --property=TimeoutStopSec=120 \
+# A service outlives ssh, and ends before the network does: a run that is preempted can still save. Its end is told to
+# worker.sh alone, which tells training.
+systemd-run --collect --property=After=network-online.target --property=KillMode=mixed --property=TimeoutStopSec=120 \
   --setenv=WORKER_HOME="$home" bash "$code/launch/worker.sh" "$name"

@@ -407,7 +407,7 @@ babysit() {
       before=$state
     fi
     if has DONE; then leave 0 "$RUN is done${PRICE:+, for $(cost)}: gs://$BUCKET/runs/$RUN"; fi
-    if has FAILED; then
+    if [ "$state" = ACTIVE ] && has FAILED; then # else it was taken away, and the rest follows from that
       why=$(gcloud storage cat "$job_url/FAILED" 2>/dev/null || true)
       case $why in
       '2 '*) leave 2 "$RUN: a mistake; ${why#2 }" ;;

@@ -23,7 +23,7 @@ if ! flock -n 9; then
   exit 0
 fi
 log="$home/worker.log"
-exec > >(exec 9>&- && tee -a "$log") 2>&1
+exec > >(trap '' TERM && exec tee -a "$log" 9>&-) 2>&1
 echo "worker $name of $RUN on $(hostname), $(date -u)"
 
 # Puts a line into an object of the bucket: NAME LINE, and options.

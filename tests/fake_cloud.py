@@ -55,8 +55,9 @@ for word in [w for w in words if w.startswith("--setenv=")]:
 command = [w for w in words if not w.startswith("--")] if "--" not in words else words[words.index("--") + 1:]
 output = open(os.environ["MACHINE"] + "/service.log", "ab")
 service = subprocess.Popen(command, start_new_session=True, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+kill = "one" if "--property=KillMode=mixed" in words else "all"
 with open(os.environ["MACHINE"] + "/services", "a") as f:
-    f.write(str(service.pid) + "\\n")
+    f.write(f"{{service.pid}} {{kill}}\\n")
 """
 AGENT = """#!/bin/bash
 curl -s "http://$GCE_METADATA_HOST/computeMetadata/v1/instance/attributes/startup-script" >"$MACHINE/startup.sh"
@@ -107,20 +108,26 @@ class Machine:
             ["google_metadata_script_runner", "startup"], env=self.env, cwd=self.folder, start_new_session=True
         )
 
-    def _groups(self) -> list[int]:
-        services = self.folder / "services"
-        pids = [int(pid) for pid in services.read_text().split()] if services.exists() else []
-        return pids + ([self._boot.pid] if self._boot else [])
+    def _services(self) -> dict[int, str]:
+        """What runs here: sessions, and who of each is told to end, one process or all."""
+        file = self.folder / "services"
+        lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+        found = {int(pid): whom for pid, whom in lines}
+        return found | ({self._boot.pid: "all"} if self._boot else {})
 
     def end(self, grace: float = 0.0) -> None:
         """Power off: SIGTERM to what runs, and after `grace` seconds SIGKILL."""
-        for sent in (signal.SIGTERM, signal.SIGKILL) if grace else (signal.SIGKILL,):
-            for pid in self._groups():
+        services = self._services()
+        if grace:
+            for pid, whom in services.items():
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, sent)
+                    (os.kill if whom == "one" else os.killpg)(pid, signal.SIGTERM)
             end = time.monotonic() + grace
-            while time.monotonic() < end and any(map(_lives, self._groups())):
+            while time.monotonic() < end and any(map(_lives, services)):
                 time.sleep(0.1)
+        for pid in services:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
         self._server.shutdown()
         self._server.server_close()
         (self.folder / "machine.json").unlink(missing_ok=True)
