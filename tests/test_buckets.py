@@ -161,7 +161,13 @@ def test_other_commands(toy, straight, gcs, tmp_path):
     for file in (tmp_path / "here").iterdir():
         there = (tmp_path / "there" / file.name).read_bytes()
         assert file.read_bytes() == there.replace(b"there", b"here") or file.name == "README.md", file.name
-    done = toy.run("compare", "--checkpoints=a=gs://bucket/runs/done", "--tasks=cloze", f"--output={tmp_path / 'c'}")
+    (tmp_path / "c.tsv").write_text("The dog [MASK] in the garden.\tbarks\n")
+    done = toy.run(
+        "compare",
+        "--checkpoints=a=gs://bucket/runs/done",
+        f"--tasks=cloze --data={tmp_path}/c.tsv",
+        f"--output={tmp_path / 'c'}",
+    )
     assert done.returncode == 0 and "a" in (tmp_path / "c" / "table.md").read_text(), done.stderr
 
 
