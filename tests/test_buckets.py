@@ -21,6 +21,9 @@ from flax_mlm import buckets, checkpoint, lease, metrics, shelf
 from flax_mlm import config as config_lib
 from flax_mlm.errors import Failure, UserError
 
+# Coroutines that orbax drops when a checkpoint cannot be read or written.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 ROOT = Path(__file__).parent.parent
 STEPS = 30
 SHORT = {"train__steps": STEPS, "train__checkpoint_every": 10, "train__eval_every": 20, "train__keep_last": 2}
