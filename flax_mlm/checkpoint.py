@@ -11,6 +11,7 @@ A kill leaves no half of a step behind (see shelf.py): what is to be deleted is 
 
 import base64
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -44,6 +45,8 @@ class Damaged(UserError):
 def steps_in(workdir: epath.PathLike) -> list[int]:
     """Steps of the committed checkpoints of a run, ascending. Links and half-written folders do not count."""
     folder = epath.Path(workdir) / "checkpoints"
+    if not (buckets.is_one(folder) or folder.is_dir()):
+        return []
     found = [path for name in shelf.of(folder, _MARKER).names() if _is_step(path := folder / name)]
     is_committed = buckets.together(lambda path: (path / _MARKER).exists(), found, folder)
     return sorted(int(path.name) for path, there in zip(found, is_committed, strict=True) if there)
@@ -385,7 +388,8 @@ class Checkpoints:
         try:
             with buckets.errors(self._workdir):
                 if self._is_main:
-                    self._sweep()
+                    with contextlib.suppress(FileNotFoundError):
+                        self._sweep()
                 kept = steps_in(self._workdir)
             rest = f"step {kept[-1]} is the last one saved" if kept else "nothing is saved yet"
         except buckets.Unreachable:

@@ -32,8 +32,8 @@ class Folder:
         shutil.rmtree(self.path / ".trash", ignore_errors=True)
 
     def names(self) -> list[str]:
-        """What is in it; nothing where it is not there."""
-        return sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        """What is in it. Raises OSError where it is not there."""
+        return sorted(path.name for path in self.path.iterdir())
 
     def has_quarantine(self) -> bool:
         """Whether anything was ever put aside."""
@@ -81,7 +81,7 @@ class Bucket:
         """Nothing to do: what was being deleted has no marker, and is found by the next sweep."""
 
     def names(self) -> list[str]:
-        """What is in it; nothing where it is not there."""
+        """What is in it; it is always there, if only empty."""
         with contextlib.suppress(FileNotFoundError):
             return sorted(path.name for path in self.path.iterdir())
         return []
