@@ -15,26 +15,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from benchmarks import turns
+from benchmarks import case, turns
 from flax_mlm import command, files
 from flax_mlm.config import Config
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "turns of each", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 3, "of a turn", lower_bound=1)
 _JSON = flags.DEFINE_string("json", "", "file for all that was measured")
-
-
-def unpacked(tokens_BL: np.ndarray, cls_id: int, pad_id: int) -> np.ndarray:
-    """Each segment of packed rows as a row of its own."""
-    pieces = []
-    for row in tokens_BL:
-        starts = np.flatnonzero(row == cls_id)
-        ends = [*starts[1:], int((row != pad_id).nonzero()[0][-1]) + 1]
-        pieces += [row[start:end] for start, end in zip(starts, ends, strict=True)]
-    rows = np.full((len(pieces), tokens_BL.shape[1]), pad_id, tokens_BL.dtype)
-    for row, piece in zip(rows, pieces, strict=True):
-        row[: len(piece)] = piece
-    return rows
 
 
 def main(config: Config) -> None:
@@ -49,7 +36,7 @@ def main(config: Config) -> None:
     rng, train = np.random.default_rng(0), corpus.split("train")
     count = min(train.num_rows, (_ROUNDS.value + 1) * _STEPS.value * size)
     packed = train.read(np.sort(rng.choice(train.num_rows, count, replace=False)))
-    padded = unpacked(packed, int(tokenizer.cls_id), int(tokenizer.pad_id))
+    padded = case.unpacked(packed, int(tokenizer.cls_id), int(tokenizer.pad_id))
     kinds = {"packed": rng.permutation(packed), "padded": rng.permutation(padded)}
 
     mesh = sharding.make_mesh(config.mesh)

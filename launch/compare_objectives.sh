@@ -10,26 +10,32 @@
 # Arguments go to `python -m flax_mlm.train`, but for these:
 #   --workdir=DIR    where corpus, runs and results go (default runs/objectives)
 #   --tasks=...      of `python -m flax_mlm.compare` (default: mlm; cloze)
+#   --dry_run        print what would be run, and run nothing
 set -euo pipefail
-# shellcheck source=launch/setup.sh
-. "$(dirname "$0")/setup.sh" requirements.txt
+cd "$(dirname "$0")/.."
+. launch/job.sh
 
 workdir=runs/objectives tasks='mlm; cloze' arguments=() checkpoints=''
 for argument in "$@"; do
   case $argument in
   --workdir=*) workdir=${argument#*=} ;;
   --tasks=*) tasks=${argument#*=} ;;
+  --dry_run) dry_run=1 ;;
   *) arguments+=("$argument") ;;
   esac
 done
 
+if [ -z "$dry_run" ]; then
+  # shellcheck source=launch/setup.sh
+  . launch/setup.sh requirements.txt
+fi
 config=configs/objectives.py
 if [ ! -e "$workdir/corpus/corpus.json" ]; then
-  python -m flax_mlm.prepare --config="$config" ${arguments[@]+"${arguments[@]}"} --output="$workdir/corpus"
+  run python -m flax_mlm.prepare --config="$config" ${arguments[@]+"${arguments[@]}"} --output="$workdir/corpus"
 fi
 for objective in mlm_15 mlm_30 clm clm_mlm; do
-  bash launch/local.sh --config="$config:$objective" ${arguments[@]+"${arguments[@]}"} \
+  run bash launch/local.sh --config="$config:$objective" ${arguments[@]+"${arguments[@]}"} \
     --config.data.corpus="$workdir/corpus" --workdir="$workdir/$objective"
   checkpoints+=${checkpoints:+,}$workdir/$objective
 done
-python -m flax_mlm.compare --checkpoints="$checkpoints" --tasks="$tasks" --output="$workdir/compared"
+run python -m flax_mlm.compare --checkpoints="$checkpoints" --tasks="$tasks" --output="$workdir/compared"

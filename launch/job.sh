@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by tpu.sh, gke.sh and worker.sh: what a job file may say, the commands that are printed or run, and the bundle
-# of code that the workers get. For bash 3.2 and later, which is what a Mac has.
+# Sourced by other scripts: commands that are printed or run, what a job file may say, and the bundle of code that the
+# workers get. For bash 3.2 and later, which is what a Mac has.
 
 _KEYS='RUN PROJECT ZONE TPU SLICES BUCKET PROVISIONING RUNTIME_VERSION SERVICE_ACCOUNT NETWORK SUBNETWORK SECRETS
   MAX_RESTARTS MAX_WAIT_HOURS PRICE MAX_COST IMAGE NAMESPACE'

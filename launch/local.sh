@@ -10,14 +10,13 @@
 #   --processes=N            train in N processes (default 1), as N hosts would
 #   --devices_per_process=M  each with M simulated CPU devices
 #   --restarts=K             start again after at most K failures (default 3)
+#   --dry_run                print what would be run, and run nothing
 #
 # A run that stopped for a preemption (exit code 75) is started again, as often as it takes. Ctrl-C or SIGTERM here
 # ends it: the run saves, and the same line goes on from there.
 set -euo pipefail
-# shellcheck source=launch/setup.sh
-. "$(dirname "$0")/setup.sh" requirements.txt
 
-processes=1 devices='' restarts=3 arguments=()
+processes=1 devices='' restarts=3 arguments=() dry_run=''
 for argument in "$@"; do
   case $argument in
   --processes=* | --devices_per_process=* | --restarts=*)
@@ -31,6 +30,7 @@ for argument in "$@"; do
   --processes=*) processes=${argument#*=} ;;
   --devices_per_process=*) devices=${argument#*=} ;;
   --restarts=*) restarts=${argument#*=} ;;
+  --dry_run) dry_run=1 ;;
   *) arguments+=("$argument") ;;
   esac
 done
@@ -38,6 +38,19 @@ case " ${arguments[*]-} " in
 *" --workdir"*) ;;
 *) arguments+=(--workdir=runs/quickstart) ;;
 esac
+if [ -n "$dry_run" ]; then
+  # shellcheck source=launch/job.sh
+  . "$(dirname "$0")/job.sh"
+  for ((i = 0; i < processes; i++)); do
+    more=()
+    if [ "$processes" -gt 1 ]; then more=(--coordinator=127.0.0.1:PORT "--num_processes=$processes" "--process_id=$i"); fi
+    show ${devices:+env JAX_PLATFORMS=cpu "XLA_FLAGS=--xla_force_host_platform_device_count=$devices"} \
+      python -m flax_mlm.train "${arguments[@]}" ${more[@]+"${more[@]}"}
+  done
+  exit
+fi
+# shellcheck source=launch/setup.sh
+. "$(dirname "$0")/setup.sh" requirements.txt
 if [ -n "$devices" ]; then
   export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS-} --xla_force_host_platform_device_count=$devices"
 fi

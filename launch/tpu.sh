@@ -13,8 +13,8 @@
 #   ssh       to a machine: [--worker=N, default 0, or all] [--node=N] [-- COMMAND]
 #   stop      training saves and ends; the TPUs stay, and are paid for
 #   delete    TPUs: nothing is left that costs, but for the bucket
-#   babysit   until the run is done: TPUs that were taken away, or failed, are made anew; then deletes them. Ends before
-#             MAX_RESTARTS, MAX_WAIT_HOURS and MAX_COST are exceeded, deleting as well. Of several, one works
+#   babysit   until the run is done: TPUs that were taken away, or failed, are made anew; then deletes them. So it does
+#             when MAX_RESTARTS, MAX_WAIT_HOURS or MAX_COST is reached. Of several babysitters, one works
 #
 # All take --dry_run: what would be run is printed, and nothing is. POLL (30) is how many seconds lie between two looks.
 set -euo pipefail
@@ -23,7 +23,7 @@ cd "$(dirname "$0")/.."
 
 poll=${POLL:-30}
 gone_after=${GONE_AFTER:-600}      # seconds that deleting may take
-silent_after=${SILENT_AFTER:-1800} # seconds from the TPU's start to the first word of its machines, installing included
+silent_after=${SILENT_AFTER:-1800} # seconds without a word of any machine, which speaks every minute
 failures=3                         # of the run itself, not preemptions, that babysit bears
 
 tpus() {
@@ -47,12 +47,14 @@ look() {
   fi
 }
 
-# Names of what is in the bucket for this run, in `objects`: DONE, workers/slice0-worker0 and so on.
+# What is in the bucket for this run: its names in `objects` (DONE, workers/slice0-worker0, ...), and in `heard` when a
+# machine last said something.
 list_objects() {
-  if ask_quietly gcloud storage ls "$job_url/**"; then
-    objects=${said//"$job_url/"/}
+  if ask_quietly gcloud storage ls --long "$job_url/**"; then
+    objects=$(printf '%s\n' "$said" | sed -n "s|^.* $job_url/||p")
+    heard=$(printf '%s\n' "$said" | awk '$3 ~ "/workers/" { print $2 }' | sort | tail -n 1)
   elif [[ $said = *'matched no objects'* ]]; then
-    objects=''
+    objects='' heard=''
   else
     return 1
   fi
@@ -73,6 +75,7 @@ check() {
     mistake "gcloud is not there; see https://cloud.google.com/sdk/docs/install"
   fi
   ask gcloud auth list '--filter=status:ACTIVE' '--format=value(account)' || mistake "gcloud: $(reason)"
+  # With that property, gcloud asks without a login.
   if [ -z "$dry_run$said$(printenv CLOUDSDK_AUTH_DISABLE_CREDENTIALS || true)" ]; then
     mistake "nobody is logged in; gcloud auth login"
   fi
@@ -112,7 +115,10 @@ holds_region() {
 # What the project may use of these TPUs in this zone. Where that is not told, it is only said so: creating will tell.
 check_quota() {
   local name limit wanted=$((chips * SLICES)) preemptible='' quota
-  if [ "$PROVISIONING" = spot ]; then preemptible=Preemptible; fi
+  case $PROVISIONING in
+  spot) preemptible=Preemptible ;;
+  reserved) return 0 ;; # what is reserved may be used
+  esac
   case $generation in # of v4 and v5p, cores are counted
   v4) name=TPUV4s${preemptible}Pod wanted=$((2 * wanted)) ;;
   v5e) name=TPUV5s${preemptible}Litepod ;;
@@ -362,15 +368,15 @@ recreate() {
     *) echo "$RUN could not be made anew, and will be tried again: $(reason)" >&2 ;;
     esac
   fi
-  waiting_since=$SECONDS active_since=''
+  waiting_since=$SECONDS silent_since=$SECONDS
 }
 
 babysit() {
-  local unreachable=0 last=$SECONDS before='' why
-  waiting_since=$SECONDS active_since=''
+  local unreachable=0 last=$SECONDS before='' heard_before='' why
+  waiting_since=$SECONDS silent_since=$SECONDS
   if [ -n "$dry_run" ]; then
     look
-    ask gcloud storage ls "$job_url/**"
+    ask gcloud storage ls --long "$job_url/**"
     delete
     create
     return 0
@@ -423,12 +429,13 @@ babysit() {
       stop || true
       leave 1 "$RUN has cost $(cost) (MAX_COST is $MAX_COST); it is saved, and goes on from there when submitted again"
     fi
+    if [ "$state" != ACTIVE ] || [ "$heard" != "$heard_before" ]; then silent_since=$SECONDS heard_before=$heard; fi
     case $state in
     SUSPENDED) recreate "$RUN was taken away" ;;
     FAILED | NONE) recreate "$RUN is ${state/NONE/gone}" ;;
     ACTIVE)
-      active_since=${active_since:-$SECONDS} waiting_since=$SECONDS
-      if ! printf '%s\n' "$objects" | grep -q '^workers/' && [ $((SECONDS - active_since)) -gt "$silent_after" ]; then
+      waiting_since=$SECONDS
+      if [ $((SECONDS - silent_since)) -gt "$silent_after" ]; then
         failed=$((failed + 1))
         why="none of its machines has said a word for $silent_after s (may its service account write to the bucket?)"
         if [ "$failed" -ge "$failures" ]; then leave 1 "$RUN: $why"; fi

@@ -23,6 +23,10 @@ if ! flock -n 9; then
   exit 0
 fi
 log="$home/worker.log"
+# Of machines before this one: its own log goes on from there.
+[ -e "$log" ] || gcloud storage cp "$job_url/logs/$name.log" "$log" --quiet >/dev/null 2>&1 || true
+touch "$log"
+begin=$(wc -c <"$log")
 exec > >(trap '' TERM && exec tee -a "$log" 9>&-) 2>&1
 echo "worker $name of $RUN on $(hostname), $(date -u)"
 
@@ -75,7 +79,7 @@ finish() {
   if [ "$code" != 0 ] && [ "$code" != 75 ]; then
     sleep 1 # for tee
     # The first to fail says why; what the others say follows from it.
-    tell FAILED "$code $name: ${2:-$(grep -E '^(error|stopped): ' "$log" | tail -n 1)}" --if-generation-match=0
+    tell FAILED "$code $name: ${2:-$(tail -c "+$((begin + 1))" "$log" | grep -E '^(error|stopped): ' | tail -n 1)}" --if-generation-match=0
   fi
   copy_log
   if [ "$code" = 0 ]; then tell DONE "$name"; fi

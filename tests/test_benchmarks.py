@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import case, packing, results, turns
+from benchmarks import case, results, turns
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,7 +94,7 @@ def test_matmuls_of_a_step_are_its_flops():
 
 def test_unpacking_keeps_every_piece():
     packed = np.array([[2, 7, 8, 3, 2, 9, 3, 0], [2, 5, 5, 5, 5, 5, 5, 3]])
-    rows = packing.unpacked(packed, cls_id=2, pad_id=0)
+    rows = case.unpacked(packed, cls_id=2, pad_id=0)
     assert rows.tolist() == [[2, 7, 8, 3, 0, 0, 0, 0], [2, 9, 3, 0, 0, 0, 0, 0], [2, 5, 5, 5, 5, 5, 5, 3]]
 
 

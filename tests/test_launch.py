@@ -197,3 +197,34 @@ def test_gpus_that_cannot_be_shared_evenly_are_refused():
     env = {"SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": EIGHT}
     with pytest.raises(UserError, match="--ntasks-per-node is 3, with 8 GPUs"):
         gpus_of_task(env)
+
+
+# Dry runs of what runs here; those of tpu.sh and gke.sh have files of their own
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            ["local.sh", "--config.train.steps=3"],
+            "python -m flax_mlm.train --config.train.steps=3 --workdir=runs/quickstart",
+        ),
+        (
+            ["local.sh", "--processes=2", "--devices_per_process=4", "--workdir=a b"],
+            "env JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m flax_mlm.train "
+            "'--workdir=a b' --coordinator=127.0.0.1:PORT --num_processes=2 --process_id=1",
+        ),
+        (
+            ["compare_objectives.sh", "--workdir=a b", "--tasks=mlm; cloze"],
+            "+ python -m flax_mlm.compare '--checkpoints=a b/mlm_15,a b/mlm_30,a b/clm,a b/clm_mlm' '--tasks=mlm; cloze' "
+            "'--output=a b/compared'",
+        ),
+    ],
+)
+def test_dry_runs_run_nothing(tmp_path, line, expected):
+    env = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv")}  # not even a Python of ours
+    done = subprocess.run(
+        ["bash", f"launch/{line[0]}", "--dry_run", *line[1:]], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not (tmp_path / "venv").exists()
+    assert (done.stdout + done.stderr).splitlines()[-1] == expected

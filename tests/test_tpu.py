@@ -400,8 +400,9 @@ def test_tpus_that_are_refused_when_made_anew_end_the_run(watched):
 
 
 @needs_gcloud
-def test_machines_that_stay_silent_are_given_up(watched):
-    watched.cloud.on_active = lambda: None
+@pytest.mark.parametrize("word", ["", "1 starting\n"], ids=["from_the_start", "later"])
+def test_machines_that_stay_silent_are_given_up(watched, word):
+    watched.cloud.on_active = lambda: word and watched.cloud.say("workers/slice0-worker0", word)
     watched.cloud.queue()
     answer = watched.run("babysit", code=1, SILENT_AFTER="1")
     assert "none of its machines has said a word for 1 s" in last_line(answer)
