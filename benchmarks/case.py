@@ -270,6 +270,19 @@ def compare_losses(workers: list[turns.Worker], reference: turns.Worker, limits:
     return wrong
 
 
+def unpacked(tokens_BL: np.ndarray, cls_id: int, pad_id: int) -> np.ndarray:
+    """Each segment of packed rows as a row of its own."""
+    pieces = []
+    for row in tokens_BL:
+        starts = np.flatnonzero(row == cls_id)
+        ends = [*starts[1:], int((row != pad_id).nonzero()[0][-1]) + 1]
+        pieces += [row[start:end] for start, end in zip(starts, ends, strict=True)]
+    rows = np.full((len(pieces), tokens_BL.shape[1]), pad_id, tokens_BL.dtype)
+    for row, piece in zip(rows, pieces, strict=True):
+        row[: len(piece)] = piece
+    return rows
+
+
 def ceiling(matmuls: list[Matmul], worker: turns.Worker) -> dict[str, Any]:
     """What matmuls of the step's shapes reach, FLOP/s: the best of any, and that of all together, each by the faster
     library."""
@@ -285,16 +298,3 @@ def ceiling(matmuls: list[Matmul], worker: turns.Worker) -> dict[str, Any]:
 
 if __name__ == "__main__":
     write(Path(sys.argv[1]))
-
-
-def unpacked(tokens_BL: np.ndarray, cls_id: int, pad_id: int) -> np.ndarray:
-    """Each segment of packed rows as a row of its own."""
-    pieces = []
-    for row in tokens_BL:
-        starts = np.flatnonzero(row == cls_id)
-        ends = [*starts[1:], int((row != pad_id).nonzero()[0][-1]) + 1]
-        pieces += [row[start:end] for start, end in zip(starts, ends, strict=True)]
-    rows = np.full((len(pieces), tokens_BL.shape[1]), pad_id, tokens_BL.dtype)
-    for row, piece in zip(rows, pieces, strict=True):
-        row[: len(piece)] = piece
-    return rows

@@ -216,8 +216,8 @@ def test_gpus_that_cannot_be_shared_evenly_are_refused():
         ),
         (
             ["compare_objectives.sh", "--workdir=a b", "--tasks=mlm; cloze"],
-            "+ python -m flax_mlm.compare '--checkpoints=a b/mlm_15,a b/mlm_30,a b/clm,a b/clm_mlm' '--tasks=mlm; cloze' "
-            "'--output=a b/compared'",
+            "+ python -m flax_mlm.compare '--checkpoints=a b/mlm_15,a b/mlm_30,a b/clm,a b/clm_mlm' "
+            "'--tasks=mlm; cloze' '--output=a b/compared'",
         ),
     ],
 )
