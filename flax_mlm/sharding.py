@@ -104,7 +104,8 @@ def gather_fsdp(tree: Any, dtype: Any = None) -> Any:
         spec = jax.typeof(x).sharding.spec
         return _gather(x.astype(dtype or x.dtype), spec) if "fsdp" in spec else x
 
-    return jax.tree.map(gather, tree)
+    # Along an axis of one device it would do nothing, but the compiler keeps it, and copies for it.
+    return jax.tree.map(gather, tree) if splits_parameters() else tree
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -8,11 +8,11 @@ dry_run=''
 
 # A mistake of the user's, or a failure: one line, and out.
 mistake() {
-  echo "error: $*" >&2
+  echo error: "$@" >&2
   exit 2
 }
 failure() {
-  echo "stopped: $*" >&2
+  echo stopped: "$@" >&2
   exit 1
 }
 

@@ -346,7 +346,7 @@ leave() {
   shift
   delete || deleted=1
   hold nobody || true
-  if [ "$code" = 0 ]; then echo "$*" >&2; else echo "stopped: $*" >&2; fi
+  if [ "$code" = 0 ]; then echo "$@" >&2; else echo stopped: "$@" >&2; fi
   if [ "$code" = 0 ]; then code=$deleted; fi
   exit "$code"
 }

@@ -246,3 +246,14 @@ def test_the_step_is_compiled_once():
             jax.block_until_ready(state)
         assert steps.train._cache_size() == 1
         assert jax.tree.map(lambda a, x: a.sharding.spec == x.sharding.spec, steps.abstract, state)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1)], ids=str)
+def test_nothing_is_gathered_or_scattered_where_parameters_are_whole(shape):
+    config = make_config(shape)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(shape))])
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        lowered = steps.train.lower(steps.abstract, sharding.abstract_batch(B, L, mesh), vocabulary())
+        text = lowered.compile().as_text()
+    assert "reduce-scatter" not in text and "all-gather" not in text

@@ -138,11 +138,11 @@ def test_a_second_sigterm_leaves_at_once(toy, undisturbed, tmp_path, outcome):
 @pytest.mark.fault(12)
 def test_a_computer_that_sleeps(toy, undisturbed, tmp_path, outcome):
     """Stopped for longer than it may be without progress, or without a word to JAX's own service: it goes on."""
-    workdir, flags = tmp_path / "run", toy.flags(**SHORT, train__stall_timeout=4.0)
+    workdir, flags = tmp_path / "run", toy.flags(**SHORT, train__stall_timeout=8.0)
     run = Watched(toy, workdir, *flags, "--heartbeat=2")
     run.until_line("step 20/")
     run.process.send_signal(signal.SIGSTOP)
-    time.sleep(8)
+    time.sleep(12)
     run.process.send_signal(signal.SIGCONT)
     codes, _ = run.finish()
     assert codes == [0], run.err
