@@ -50,7 +50,7 @@ look() {
 # What is in the bucket for this run: its names in `objects` (DONE, workers/slice0-worker0, ...), and in `heard` when a
 # machine last said something.
 list_objects() {
-  if ask_quietly gcloud storage ls --long "$job_url/**"; then
+  if ask_quietly gcloud storage ls "$job_url/**" --long; then
     objects=$(printf '%s\n' "$said" | sed -n "s|^.* $job_url/||p")
     heard=$(printf '%s\n' "$said" | awk '$3 ~ "/workers/" { print $2 }' | sort | tail -n 1)
   elif [[ $said = *'matched no objects'* ]]; then
@@ -376,7 +376,7 @@ babysit() {
   waiting_since=$SECONDS silent_since=$SECONDS
   if [ -n "$dry_run" ]; then
     look
-    ask gcloud storage ls --long "$job_url/**"
+    ask gcloud storage ls "$job_url/**" --long
     delete
     create
     return 0
