@@ -4,7 +4,6 @@ from flax_mlm import environment
 
 environment.prepare()  # as every command does before anything imports jax
 
-import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -13,7 +12,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks import case  # noqa: E402
-from benchmarks.workers.serving import serve  # noqa: E402
+from benchmarks.workers.serving import seconds_of_calls, serve  # noqa: E402
 from flax_mlm import masking  # noqa: E402
 
 
@@ -35,17 +34,7 @@ def build(spec: dict[str, Any]) -> Callable[[], dict[str, float]]:
 
     masks = {f"{rows}x{length}": of_shape(rows, length) for rows, length in spec["shapes"]}
 
-    def step() -> dict[str, float]:
-        seconds = {}
-        for name, mask in masks.items():
-            mask()
-            start = time.perf_counter()
-            for _ in range(spec["calls"]):
-                mask()
-            seconds[name] = (time.perf_counter() - start) / spec["calls"]
-        return seconds
-
-    return step
+    return lambda: seconds_of_calls(masks, spec["calls"])
 
 
 if __name__ == "__main__":

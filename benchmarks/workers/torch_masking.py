@@ -1,6 +1,5 @@
 """transformers' masking: DataCollatorForLanguageModeling from lists of ids, and its `torch_mask_tokens` alone."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.workers.serving import serve
+from benchmarks.workers.serving import seconds_of_calls, serve
 
 
 def build(spec: dict[str, Any]) -> Callable[[], dict[str, float]]:
@@ -31,17 +30,7 @@ def build(spec: dict[str, Any]) -> Callable[[], dict[str, float]]:
     for rows, length in spec["shapes"]:
         masks[f"{rows}x{length} lists"], masks[f"{rows}x{length} tensor"] = of_shape(rows, length)
 
-    def step() -> dict[str, float]:
-        seconds = {}
-        for name, mask in masks.items():
-            mask()
-            start = time.perf_counter()
-            for _ in range(spec["calls"]):
-                mask()
-            seconds[name] = (time.perf_counter() - start) / spec["calls"]
-        return seconds
-
-    return step
+    return lambda: seconds_of_calls(masks, spec["calls"])
 
 
 if __name__ == "__main__":
