@@ -7,6 +7,7 @@
 Run from the repository, with launch/tpu-requirements.txt installed. What is in the file already is not done again.
 """
 
+import bisect
 import importlib
 import json
 import sys
@@ -57,30 +58,36 @@ def record(file: Path, key: list[Any], found: rehearsal.Rehearsal, planned: conf
     print(json.dumps(line), flush=True)
 
 
-def fits(file: Path, done: list[Any]) -> None:
-    """Every model on every target, in the fewest microbatches that fit, layers recomputed as its config says."""
+def fewest_parts(name: str, changes: dict[str, Any], target: rehearsal.Target) -> tuple[rehearsal.Rehearsal, Any]:
+    """The model in the fewest microbatches that fit the target, and its config; layers recomputed as that says."""
+    tried: dict[int, tuple[rehearsal.Rehearsal, config.Config]] = {}
+
+    def fits(micro: int) -> bool:
+        planned = of(name, changes | {"train.microbatches": micro})
+        traced = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False)
+        chip = chips.of_kind(traced.device_kind)
+        assert chip
+        if traced.least_bytes > 1.1 * chip.memory * traced.chips / traced.devices:
+            return False
+        tried[micro] = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target), planned
+        print(name, target, micro, tried[micro][0].error[:200] or "fits", flush=True)
+        return not tried[micro][0].error
+
+    planned = of(name, changes)
+    mesh = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False).mesh
+    rows = planned.train.global_batch_size // (mesh["data"] * mesh["fsdp"])
+    parts = [m for m in range(1, rows + 1) if rows % m == 0]
+    return tried[parts[bisect.bisect_left(parts, True, key=fits)]]  # more parts do not need more memory
+
+
+def compile_all(file: Path, done: list[Any]) -> None:
+    """Every model on every target."""
     for model, (name, changes) in MODELS.items():
         for topology, slices in TARGETS:
-            if [model, topology, slices] in done:
-                continue
-            target = rehearsal.parse(topology, slices)
-            fsdp = 4 if "large" in name and topology != "v5e:1x1" else 1
-            micro = 1
-            while True:
-                planned = of(name, changes | {"mesh.fsdp": fsdp, "train.microbatches": micro})
-                traced = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False)
-                chip = chips.of_kind(traced.device_kind)
-                assert chip
-                if traced.least_bytes < 1.1 * chip.memory * traced.chips / traced.devices:
-                    found = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target)
-                    if not found.error:
-                        break
-                    print(model, topology, micro, found.error[:200], flush=True)
-                rows = planned.train.global_batch_size // (traced.mesh["data"] * traced.mesh["fsdp"])
-                micro = next(
-                    m for m in range(micro + 1, rows + 1) if rows % m == 0
-                )  # StopIteration: one row is too much
-            record(file, [model, topology, slices], found, planned)
+            if [model, topology, slices] not in done:
+                fsdp = 4 if "large" in name and topology != "v5e:1x1" else 1
+                target = rehearsal.parse(topology, slices)
+                record(file, [model, topology, slices], *fewest_parts(name, changes | {"mesh.fsdp": fsdp}, target))
 
 
 def scaling(file: Path, done: list[Any]) -> None:
@@ -133,4 +140,4 @@ if __name__ == "__main__":
     if what == "table":
         table(lines)
     else:
-        {"fits": fits, "scaling": scaling}[what](path, keys)
+        {"fits": compile_all, "scaling": scaling}[what](path, keys)
