@@ -58,7 +58,9 @@ def get_config() -> ConfigDict:
     c.model.init_stddev = 0.02
     c.model.vocab_multiple_of = 1  # rows of the embedding are rounded up to this; 128 suits TPUs and tensor sharding
     c.model.dtype = "float32"  # of the computation: float32 | bfloat16. Parameters are always float32
-    c.model.scan_layers = True  # one compiled layer for all; False: unrolled, faster on CPU, slower to compile
+    # one compiled layer for all (True), or unrolled (False), faster on CPU, slower to compile; none: unrolled for up to
+    # 12 layers on CPU, else scanned
+    c.model.scan_layers = placeholder(bool)
     c.model.remat = (
         "none"  # kept for the backward pass: none (everything) | dots (matmul outputs) | full (layer inputs)
     )

@@ -27,7 +27,6 @@ def get_config() -> ConfigDict:
     c.model.type_vocab_size = 0
     c.model.dropout_rate = 0.0  # a short run sees its text about once: nothing to regularise
     c.model.attention_dropout_rate = 0.0
-    c.model.scan_layers = False
 
     c.objective.mask_rate = 0.3  # more to learn from each row; brought down to the rate of evaluation
     c.objective.mask_rate_final = 0.15

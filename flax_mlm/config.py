@@ -67,7 +67,7 @@ class ModelConfig:
     init_stddev: float
     vocab_multiple_of: int
     dtype: str
-    scan_layers: bool
+    scan_layers: bool | None
     remat: str
 
 

@@ -17,7 +17,7 @@ class Scored(NamedTuple):
     """How well each predicted token was said, float32 (B, K); 0 in slots that are not in use."""
 
     loss_BK: jax.Array  # nats
-    correct_BK: jax.Array  # 1 where the likeliest piece is the right one
+    correct_BK: jax.Array  # 1 where no piece is likelier than the right one
 
 
 def num_slots(objective: ObjectiveConfig, seq_len: int, largest_rate: float) -> int:
@@ -68,22 +68,26 @@ def targets(
 
 
 def log_probabilities(scores_BKV: jax.Array, labels_BK: jax.Array) -> jax.Array:
-    """Log-probabilities (B, K) of the labels.
+    """Log-probabilities (B, K) of the labels."""
+    below_BK, spread_BK = _below_best(scores_BKV, labels_BK)
+    return below_BK - spread_BK
+
+
+def score(scores_BKV: jax.Array, labels_BK: jax.Array, weights_BK: jax.Array) -> Scored:
+    """Cross-entropy and accuracy of each slot in use; a label that shares the first place is right."""
+    below_BK, spread_BK = _below_best(scores_BKV, labels_BK)
+    return Scored(
+        loss_BK=(spread_BK - below_BK) * weights_BK,
+        correct_BK=jnp.where(below_BK == 0.0, weights_BK, 0.0),
+    )
+
+
+def _below_best(scores_BKV: jax.Array, labels_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The label's score less the best of all, at most 0, and the log of the sum of all exp(score - best), (B, K).
 
     Written with reductions over V alone (no gather), so that V may be split over devices.
     """
     shifted_BKV = scores_BKV - jax.lax.stop_gradient(scores_BKV.max(-1))[..., None]
     ids_V = jax.lax.broadcasted_iota(jnp.int32, scores_BKV.shape, 2)
     label_BK = jnp.where(ids_V == labels_BK[..., None], shifted_BKV, 0.0).sum(-1)
-    return label_BK - jnp.log(jnp.exp(shifted_BKV).sum(-1))
-
-
-def score(scores_BKV: jax.Array, labels_BK: jax.Array, weights_BK: jax.Array) -> Scored:
-    """Cross-entropy and accuracy of each slot in use."""
-    ids_V = jax.lax.broadcasted_iota(jnp.int32, scores_BKV.shape, 2)
-    is_best_BKV = scores_BKV == scores_BKV.max(-1, keepdims=True)
-    best_BK = jnp.where(is_best_BKV, ids_V, scores_BKV.shape[-1]).min(-1)
-    return Scored(
-        loss_BK=-log_probabilities(scores_BKV, labels_BK) * weights_BK,
-        correct_BK=jnp.where(best_BK == labels_BK, weights_BK, 0.0),
-    )
+    return label_BK, jnp.log(jnp.exp(shifted_BKV).sum(-1))

@@ -12,7 +12,7 @@ from configs import base, bert_base, bert_large, modernbert_base, modernbert_lar
 from flax_mlm import config as config_lib
 from flax_mlm import sharding
 from flax_mlm.errors import UserError
-from flax_mlm.model import attention, heads
+from flax_mlm.model import attention, encoder, heads
 
 V, L = 50, 24
 BERT = dataclasses.replace(
@@ -24,6 +24,7 @@ BERT = dataclasses.replace(
     dropout_rate=0.0,
     attention_dropout_rate=0.0,
     init_stddev=0.2,
+    scan_layers=True,
 )
 MODERN = dataclasses.replace(
     BERT,
@@ -132,6 +133,15 @@ def test_a_segment_gives_the_same_alone_and_packed(shape):
 def test_every_way_of_computing_gives_the_same_gradients(shape, change):
     expected, got = gradients(shape)[0], gradients(dataclasses.replace(shape, **change))[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, got)
+
+
+@pytest.mark.parametrize(
+    ("platform", "layers", "asked", "scans"),
+    [("cpu", 12, None, False), ("cpu", 24, None, True), ("tpu", 2, None, True), ("tpu", 2, False, False)],
+)
+def test_layers_are_scanned_where_that_pays(platform, layers, asked, scans):
+    shape = dataclasses.replace(BERT, num_layers=layers, scan_layers=asked)
+    assert encoder.scans_layers(shape, platform) is scans
 
 
 @pytest.mark.parametrize("causal", [False, True])

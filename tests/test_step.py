@@ -27,6 +27,7 @@ MODERN = {
 def make_config(mesh: tuple[int, int, int], overrides: tuple = ()) -> config_lib.Config:
     c = base.get_config()
     c.model.update(num_layers=3, hidden_size=32, num_heads=4, intermediate_size=64, vocab_multiple_of=8)
+    c.model.scan_layers = True
     c.data.seq_len, c.train.global_batch_size, c.train.steps = L, B, 10
     c.optimizer.learning_rate = 0.01
     c.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))

@@ -40,6 +40,33 @@ def dropout(x: jax.Array, keys_B: jax.Array | None, rate: float, site: int) -> j
     return x * jnp.where(keep, 1.0 / (1.0 - rate), 0.0).astype(x.dtype)
 
 
+@jax.custom_vjp
+def plus(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """x (B, L, ...) + vector (...)."""
+    return x + vector
+
+
+@jax.custom_vjp
+def times(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """x (B, L, ...) · vector (...)."""
+    return x * vector
+
+
+def _sum_rows(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """The gradient of a vector that stands in all of (B, L): summed over L, and only then over B.
+
+    XLA:CPU takes 13 times as long for both at once: 6% of a step of 4 layers of 256, 2% of one of 12 layers of 768.
+    """
+    total = jax.lax.optimization_barrier(x.astype(jnp.float32).sum(1)).sum(0).astype(vector.dtype)
+    return sharding.like(total, vector)
+
+
+plus.defvjp(lambda x, vector: (x + vector, vector), lambda vector, g: (g, _sum_rows(g, vector)))
+times.defvjp(
+    lambda x, vector: (x * vector, (x, vector)), lambda kept, g: (g * kept[1], _sum_rows(g * kept[0], kept[1]))
+)
+
+
 class Kernel(nnx.Module):
     """Weights (and biases) of a projection. `dims` are the letters of its dimensions, inputs first."""
 
@@ -51,7 +78,7 @@ class Kernel(nnx.Module):
     def __call__(self, equation: str, x: jax.Array, out_dims: str) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         y = jnp.einsum(equation, x, kernel, out_sharding=sharding.batch_spec(*out_dims))
-        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+        return plus(y, self.bias[...].astype(x.dtype)) if hasattr(self, "bias") else y
 
 
 class LayerNorm(nnx.Module):
@@ -66,8 +93,8 @@ class LayerNorm(nnx.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         x = x_BLD.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * self.scale[...]
-        return (x + self.bias[...] if hasattr(self, "bias") else x).astype(x_BLD.dtype)
+        x = times(x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps), self.scale[...])
+        return (plus(x, self.bias[...]) if hasattr(self, "bias") else x).astype(x_BLD.dtype)
 
 
 class Layer(nnx.Module):
@@ -137,6 +164,14 @@ class Embeddings(nnx.Module):
             table_TD = sharding.replicate(self.token_type[...])
             x_BLD += table_TD[0] if token_types_BL is None else table_TD.at[token_types_BL].get(out_sharding=rows)
         return self.norm(x_BLD).astype(self.config.dtype)
+
+
+def scans_layers(config: ModelConfig, platform: str) -> bool:
+    """What `model.scan_layers` comes to. On two CPU cores a scan costs 6 to 12% of a step's time and saves half of the
+    compilation; accelerators do not gain by unrolled layers, and FSDP gathers them one by one in a scan."""
+    if config.scan_layers is not None:
+        return config.scan_layers
+    return platform != "cpu" or config.num_layers > 12
 
 
 class Encoder(nnx.Module):

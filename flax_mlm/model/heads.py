@@ -9,7 +9,7 @@ from flax import nnx
 
 from flax_mlm import sharding
 from flax_mlm.config import ModelConfig
-from flax_mlm.model.encoder import Encoder, Kernel, LayerNorm, gelu
+from flax_mlm.model.encoder import Encoder, Kernel, LayerNorm, gelu, plus
 
 
 class VocabularyHead(nnx.Module):
@@ -31,7 +31,7 @@ class VocabularyHead(nnx.Module):
             out_sharding=sharding.batch_spec("K", "V"),
             preferred_element_type=jnp.float32,
         )
-        return scores_BKV + self.decoder_bias[...]
+        return plus(scores_BKV, self.decoder_bias[...])
 
 
 class LanguageModel(nnx.Module):
