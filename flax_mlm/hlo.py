@@ -148,6 +148,11 @@ class Program:
                     continue
                 if i.operation == "bitcast":
                     names.add(i.name)
+                elif i.operation == "fusion":  # one inside the other
+                    inner = self._parts_of(_called(i.attributes, "calls")[0])
+                    read = [inner.get(at) for at, name in enumerate(i.operands) if name in names]
+                    whole |= None in read
+                    total += sum(part or 0 for part in read)
                 elif i.operation in ("dynamic-slice", "gather") and i.operands[0] in names:
                     total += _padded(i.shape)
                 elif not (i.operation == "dynamic-update-slice" and i.operands[0] in names):
@@ -159,14 +164,17 @@ class Program:
     @functools.cache  # noqa: B019
     def _updates_of(self, fused: str) -> list[tuple[int, int]]:
         """Bytes of each array of a fusion's result of which a part alone is written, and of that part."""
-        defined = self.named(fused)
         root = self.computations[fused][-1]
-        results = root.operands if root.operation == "tuple" else [root.name]
         found = []
-        for name in results:
+        for name in root.operands if root.operation == "tuple" else [root.name]:
+            defined = self.named(fused)
             i = defined[name]
-            while i.operation == "bitcast":
-                i = defined[i.operands[0]]
+            while i.operation in ("bitcast", "fusion"):
+                if i.operation == "bitcast":
+                    i = defined[i.operands[0]]
+                else:  # one inside the other
+                    inner = _called(i.attributes, "calls")[0]
+                    defined, i = self.named(inner), self.computations[inner][-1]
             if i.operation == "dynamic-update-slice":
                 found.append((_padded(i.shape), _padded(defined[i.operands[1]].shape)))
         return found
