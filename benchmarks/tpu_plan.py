@@ -58,7 +58,9 @@ def record(file: Path, key: list[Any], found: rehearsal.Rehearsal, planned: conf
     print(json.dumps(line), flush=True)
 
 
-def fewest_parts(name: str, changes: dict[str, Any], target: rehearsal.Target) -> tuple[rehearsal.Rehearsal, Any]:
+def fewest_parts(
+    name: str, changes: dict[str, Any], target: rehearsal.Target
+) -> tuple[rehearsal.Rehearsal, config.Config]:
     """The model in the fewest microbatches that fit the target, and its config; layers recomputed as that says."""
     tried: dict[int, tuple[rehearsal.Rehearsal, config.Config]] = {}
 

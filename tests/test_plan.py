@@ -88,6 +88,46 @@ def test_a_part_of_an_array_that_is_read_or_written_counts_alone():
     assert 2 * small.nbytes <= writes.traffic() < 4 * small.nbytes
 
 
+NESTED = """HloModule nested
+%read (x: f32[1000,128], i: s32[]) -> f32[1,128] {
+  %x = f32[1000,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %part = f32[1,128]{1,0} dynamic-slice(%x, %i, %zero), dynamic_slice_sizes={1,128}
+}
+
+%write (x: f32[1000,128], i: s32[], y: f32[1,128]) -> f32[1000,128] {
+  %x = f32[1000,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[1,128]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %all = f32[1000,128]{1,0} dynamic-update-slice(%x, %y, %i, %zero)
+}
+
+%outer (source: f32[1000,128], target: f32[1000,128], i: s32[]) -> f32[1000,128] {
+  %source = f32[1000,128]{1,0} parameter(0)
+  %target = f32[1000,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %part = f32[1,128]{1,0} fusion(%source, %i), kind=kLoop, calls=%read
+  %sine = f32[1,128]{1,0} sine(%part)
+  ROOT %all = f32[1000,128]{1,0} fusion(%target, %i, %sine), kind=kLoop, calls=%write
+}
+
+ENTRY %main (source: f32[1000,128], target: f32[1000,128], i: s32[]) -> f32[1000,128] {
+  %source = f32[1000,128]{1,0} parameter(0)
+  %target = f32[1000,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %all = f32[1000,128]{1,0} fusion(%source, %target, %i), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_a_part_that_a_fusion_inside_another_reads_or_writes_counts_alone():
+    """As the TPU compiler writes a layer's share of what a scan stacked."""
+    part, index = 128 * 4, 4
+    assert Program(NESTED).traffic() == 2 * part + index
+
+
 def test_tiles_are_padded():
     from flax_mlm import hlo
 

@@ -167,8 +167,8 @@ class Embeddings(nnx.Module):
 
 
 def scans_layers(config: ModelConfig, platform: str) -> bool:
-    """What `model.scan_layers` comes to. On two CPU cores a scan costs 6 to 12% of a step's time and saves half of the
-    compilation; accelerators do not gain by unrolled layers, and FSDP gathers them one by one in a scan."""
+    """What `model.scan_layers` comes to. On two CPU cores a scan costs 6 to 8% of a step's time (12 layers of 768, 4 of
+    256) and saves up to a third of the start; FSDP gathers layers one by one in a scan."""
     if config.scan_layers is not None:
         return config.scan_layers
     return platform != "cpu" or config.num_layers > 12
