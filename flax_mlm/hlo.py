@@ -114,7 +114,7 @@ class Program:
         return total
 
     def traffic_of(self, i: Instruction, computation: str) -> int:
-        if i.operation in _FREE or i.operation.endswith("-done"):
+        if i.operation in _FREE or i.operation.endswith("-done") or '"AllocateBuffer"' in i.attributes:
             return 0
         defined = self.named(computation)
         operands = [_in_memory(defined[name].shape) if name in defined else 0 for name in i.operands]

@@ -128,6 +128,17 @@ def test_a_part_that_a_fusion_inside_another_reads_or_writes_counts_alone():
     assert Program(NESTED).traffic() == 2 * part + index
 
 
+def test_a_room_that_is_only_made_moves_nothing():
+    """As the TPU compiler makes what a scan writes its layers into."""
+    entry = """ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %room = f32[1000,128]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %y = f32[8,128]{1,0} sine(%x)
+}
+"""
+    assert Program(f"HloModule room\n{entry}").traffic() == 2 * 8 * 128 * 4
+
+
 def test_tiles_are_padded():
     from flax_mlm import hlo
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax_mlm import sharding
 from flax_mlm.config import Config
 from flax_mlm.errors import UserError
+from flax_mlm.model.elementwise import softmax
 
 _LONG = 512  # tokens from which on the (L, L) scores cost more than the kernel
 SAVED = "attention"  # what a kernel keeps for the backward pass has this name, for policies of recomputation
@@ -122,7 +123,7 @@ def plain(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None]
     def attend(kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop) -> jax.Array:
         scores = jnp.einsum("BLHd,BMHd->BHLM", q_BLHd, k_BLHd) * jnp.asarray(q_BLHd.shape[-1] ** -0.5, q_BLHd.dtype)
         scores = jnp.where(masks[kind], scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-        probabilities = drop(jax.nn.softmax(scores, axis=-1).astype(v_BLHd.dtype))
+        probabilities = drop(softmax(scores, v_BLHd.dtype))
         return jnp.einsum("BHLM,BMHd->BLHd", probabilities, v_BLHd)
 
     return attend

@@ -9,7 +9,8 @@ from flax import nnx
 
 from flax_mlm import sharding
 from flax_mlm.config import ModelConfig
-from flax_mlm.model.encoder import Encoder, Kernel, LayerNorm, gelu, plus
+from flax_mlm.model.elementwise import gelu, plus
+from flax_mlm.model.encoder import Encoder, Kernel, LayerNorm
 
 
 class VocabularyHead(nnx.Module):

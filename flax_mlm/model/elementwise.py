@@ -1,0 +1,115 @@
+"""What stands between the matmuls, with derivatives of its own: GELU, GeGLU, LayerNorm, softmax, a bias.
+
+Derived by JAX, each keeps its float32 intermediates for the backward pass. Here it keeps its input, which is kept
+anyway as some matmul's result, and computes the rest again: of a step of BERT-base at 128 tokens, 64 rows on a v5e
+chip, its compiler's temporaries are 4.2 GiB instead of 7.0, and its traffic 25 GB instead of 31.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from flax_mlm import sharding
+
+
+@jax.custom_vjp
+def plus(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """x (B, L, ...) + vector (...)."""
+    return x + vector
+
+
+plus.defvjp(lambda x, vector: (x + vector, vector), lambda vector, g: (g, _sum_rows(g, vector)))
+
+
+def _sum_rows(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """The gradient of a vector that stands in all of (B, L): summed over L, and only then over B.
+
+    XLA:CPU takes 13 times as long for both at once: 6% of a step of 4 layers of 256, 2% of one of 12 layers of 768.
+    """
+    total = jax.lax.optimization_barrier(x.astype(jnp.float32).sum(1)).sum(0).astype(vector.dtype)
+    return sharding.like(total, vector)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    # `jax.nn.gelu(approximate=False)` goes through erfc, three times slower on CPU.
+    return 0.5 * (1.0 + jax.lax.erf(x * 2**-0.5))
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """x Φ(x), exactly (arXiv:1606.08415), computed in float32."""
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _gelu_slope(x: jax.Array) -> jax.Array:
+    return _normal_cdf(x) + x * jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
+
+
+def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    return ((g.astype(jnp.float32) * _gelu_slope(x.astype(jnp.float32))).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def geglu(x_BL2F: jax.Array) -> jax.Array:
+    """GELU of the first half times the second (arXiv:2002.05202), (B, L, F), computed in float32."""
+    gate, up = x_BL2F[:, :, 0].astype(jnp.float32), x_BL2F[:, :, 1].astype(jnp.float32)
+    return (gate * _normal_cdf(gate) * up).astype(x_BL2F.dtype)
+
+
+def _geglu_backward(x_BL2F: jax.Array, g_BLF: jax.Array) -> tuple[jax.Array]:
+    gate, up, g = x_BL2F[:, :, 0].astype(jnp.float32), x_BL2F[:, :, 1].astype(jnp.float32), g_BLF.astype(jnp.float32)
+    return (jnp.stack([g * up * _gelu_slope(gate), g * gate * _normal_cdf(gate)], axis=2).astype(x_BL2F.dtype),)
+
+
+geglu.defvjp(lambda x_BL2F: (geglu(x_BL2F), x_BL2F), _geglu_backward)
+
+
+@jax.custom_vjp
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+    """Layer normalisation (arXiv:1607.06450) of x (B, L, D) over D, computed in float32."""
+    return _layer_norm_forward(x, scale, bias, eps)[0]
+
+
+def _layer_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> tuple[jax.Array, tuple]:
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    inverse_deviation = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps)
+    y = (wide - mean) * inverse_deviation * scale
+    return (y if bias is None else y + bias).astype(x.dtype), (x, mean, inverse_deviation, scale, bias)
+
+
+def _layer_norm_backward(kept: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None, None]:
+    x, mean, inverse_deviation, scale, bias = kept
+    wide, g = (x.astype(jnp.float32) - mean) * inverse_deviation, g.astype(jnp.float32)
+    gx = g * scale
+    gx = inverse_deviation * (gx - gx.mean(-1, keepdims=True) - wide * (gx * wide).mean(-1, keepdims=True))
+    return gx.astype(x.dtype), _sum_rows(g * wide, scale), None if bias is None else _sum_rows(g, bias), None
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def softmax(scores: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Softmax over the last dimension, computed in float32, of the dtype given, which is also what is kept of it."""
+    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(dtype)
+
+
+def _softmax_forward(scores: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    y = softmax(scores, dtype)
+    return y, y
+
+
+def _softmax_backward(dtype: DTypeLike, y: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    wide, g = y.astype(jnp.float32), g.astype(jnp.float32)
+    return (wide * (g - (g * wide).sum(-1, keepdims=True)),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)

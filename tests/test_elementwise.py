@@ -1,0 +1,95 @@
+"""Functions with derivatives of their own, against what JAX derives from their definitions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_mlm import sharding
+from flax_mlm.config import MeshConfig
+from flax_mlm.model import elementwise
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1), jax.devices()[:1])):
+        yield
+
+
+B, L, D = 2, 5, 6
+EPS = 1e-6
+
+
+def norm(x, scale, bias=0.0):
+    deviation = jnp.sqrt(x.var(-1, keepdims=True) + EPS)
+    return (x - x.mean(-1, keepdims=True)) / deviation * scale + bias
+
+
+# What is tested, its definition, and the shapes that it takes.
+CASES = {
+    "gelu": (elementwise.gelu, lambda x: jax.nn.gelu(x, approximate=False), [(B, L, D)]),
+    "geglu": (
+        elementwise.geglu,
+        lambda x: jax.nn.gelu(x[:, :, 0], approximate=False) * x[:, :, 1],
+        [(B, L, 2, D)],
+    ),
+    "layer_norm": (
+        lambda x, scale, bias: elementwise.layer_norm(x, scale, bias, EPS),
+        norm,
+        [(B, L, D), (D,), (D,)],
+    ),
+    "layer_norm without bias": (
+        lambda x, scale: elementwise.layer_norm(x, scale, None, EPS),
+        norm,
+        [(B, L, D), (D,)],
+    ),
+    "softmax": (None, jax.nn.softmax, [(B, 3, L, L)]),
+    "plus": (elementwise.plus, jnp.add, [(B, L, 3, D), (3, D)]),
+}
+
+
+def arguments(name, shapes, dtype):
+    """The norms' scale and bias, and scores, are always float32."""
+    given = [3 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    narrow = {"softmax": 0, "plus": 2}.get(name, 1)
+    return [x.astype(dtype) if i < narrow else x for i, x in enumerate(given)]
+
+
+def function(name, dtype):
+    return CASES[name][0] or (lambda scores: elementwise.softmax(scores, dtype))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.02)])
+def test_values_and_gradients_are_those_of_the_definition(name, dtype, tolerance):
+    _, definition, shapes = CASES[name]
+    given = arguments(name, shapes, dtype)
+    y, backward = jax.vjp(function(name, dtype), *given)
+    assert y.dtype == dtype
+    cotangent = jax.random.normal(jax.random.key(9), y.shape).astype(dtype)
+    exact, exact_backward = jax.vjp(definition, *(x.astype(jnp.float32) for x in given))
+    gradients, exact_gradients = backward(cotangent), exact_backward(cotangent.astype(jnp.float32))
+    assert [g.dtype for g in gradients] == [x.dtype for x in given]
+    for found, right in zip((y, *gradients), (exact, *exact_gradients), strict=True):
+        scale = np.abs(right).max()
+        np.testing.assert_allclose(np.float32(found) / scale, right / scale, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_more_is_kept_for_the_backward_pass_than_the_input(name):
+    """Or, of softmax, the result; in bfloat16, though float32 stands between."""
+    _, _, shapes = CASES[name]
+    shape = (64, 64, *shapes[0][2:])
+    given = arguments(name, [shape, *shapes[1:]], "bfloat16")
+    _, backward = jax.vjp(function(name, "bfloat16"), *given)
+    kept = sum(x.nbytes for x in jax.tree.leaves(backward))
+    of_rows, of_vectors = 2 * 4 * 64 * 64, sum(x.nbytes for x in given[1:])  # LayerNorm's means and deviations
+    assert kept <= 2 * math.prod(shape) + of_rows + of_vectors
+
+
+@pytest.mark.parametrize("x", [-1e4, -40.0, 0.0, 40.0, 1e4])
+def test_gelu_far_out(x):
+    assert float(elementwise.gelu(jnp.float32(x))) == max(x, 0.0)
+    assert float(jax.grad(elementwise.gelu)(jnp.float32(x))) == (0.5 if x == 0.0 else float(x > 0.0))
