@@ -76,7 +76,9 @@ def get_config() -> ConfigDict:
     c.objective.span_max_words = 10
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # adamw | lamb | muon (matrices by Muon; embeddings, norms, biases by AdamW)
+    # adamw | stable_adamw (its step of a tensor shrinks where gradients have grown suddenly; max_grad_norm may be 0) |
+    # lamb | muon (matrices by Muon; embeddings, norms, biases by AdamW)
+    c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 5e-4  # peak; muon's updates are scaled to AdamW's size, so one rate serves both
     c.optimizer.schedule = "linear"  # linear | cosine | wsd (warm-up, stable, decay) | constant
     c.optimizer.warmup_fraction = 0.05  # of train.steps

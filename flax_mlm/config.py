@@ -346,7 +346,7 @@ _CHOICES = {
     "objective.masking": ("token", "whole_word", "span"),
     "finetune.method": ("full", "probe"),
     "finetune.pooling": ("cls", "mean", "last"),
-    "optimizer.name": ("adamw", "lamb", "muon"),
+    "optimizer.name": ("adamw", "stable_adamw", "lamb", "muon"),
     "optimizer.schedule": ("linear", "cosine", "wsd", "constant"),
     "optimizer.spike_action": ("none", "clip", "skip", "rewind"),
 }

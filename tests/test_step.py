@@ -69,13 +69,21 @@ def train(mesh_shape: tuple[int, int, int], overrides: tuple = (), num_steps: in
 
 BERT = ()
 MUON = (("optimizer.name", "muon"), *MODERN.items())
+STABLE = (("optimizer.name", "stable_adamw"),)
 LAMB = (("optimizer.name", "lamb"), ("objective.name", "clm"), ("model.scan_layers", False))
 
 
 @pytest.mark.parametrize(
     ("mesh", "overrides"),
-    [((8, 1, 1), BERT), ((2, 2, 2), BERT), ((1, 8, 1), MUON), ((2, 2, 2), MUON), ((1, 2, 4), LAMB)],
-    ids=["data-bert", "all-bert", "fsdp-muon", "all-muon", "tensor-lamb-clm"],
+    [
+        ((8, 1, 1), BERT),
+        ((2, 2, 2), BERT),
+        ((1, 8, 1), MUON),
+        ((2, 2, 2), MUON),
+        ((1, 2, 4), LAMB),
+        ((2, 4, 1), STABLE),
+    ],
+    ids=["data-bert", "all-bert", "fsdp-muon", "all-muon", "tensor-lamb-clm", "fsdp-stable"],
 )
 def test_every_mesh_trains_as_one_device(mesh, overrides):
     expected, state, answers = train((1, 1, 1), overrides)
