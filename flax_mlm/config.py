@@ -81,6 +81,7 @@ class ObjectiveConfig:
     replace_random: float
     span_stop: float
     span_max_words: int
+    z_loss: float
 
     @property
     def largest_mask_rate(self) -> float:
@@ -368,6 +369,7 @@ _AT_LEAST = {
     "model.local_window": 2,
     "model.vocab_multiple_of": 1,
     "objective.span_max_words": 1,
+    "objective.z_loss": 0.0,
     "optimizer.weight_decay": 0.0,
     "optimizer.max_grad_norm": 0.0,
     "optimizer.max_skipped_steps": 1,

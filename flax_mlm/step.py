@@ -126,6 +126,8 @@ def _train_step(
 ) -> Callable[..., Any]:
     total, accumulate = config.train.steps, config.train.microbatches
     schedule = optimizer.learning_rate(config.optimizer, total)
+    z_loss = config.objective.z_loss
+    logged = ("loss", "accuracy", "z_loss") if z_loss else ("loss", "accuracy")
     action, spike_threshold = config.optimizer.spike_action, config.optimizer.spike_threshold
     has_dropout = config.model.dropout_rate > 0.0 or config.model.attention_dropout_rate > 0.0
 
@@ -137,14 +139,20 @@ def _train_step(
         if has_dropout:
             dropout_keys_B = jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])
 
-        def part_loss(params: Any, count: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
+        def part_loss(params: Any, count: jax.Array, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             scored = predict(params, *part)
-            return scored.loss_BK.sum(-1).sum() / count, scored.correct_BK.sum(-1).sum() / count
+            found = {
+                "loss": scored.loss_BK,
+                "accuracy": scored.correct_BK,
+                "z_loss": z_loss * scored.squared_log_z_BK,
+            }
+            means = {name: found[name].sum(-1).sum() / count for name in logged}
+            return means["loss"] + means.get("z_loss", 0.0), means
 
         gradient = jax.value_and_grad(part_loss, has_aux=True)
         parts = (targets, dropout_keys_B)
         if config.train.reproducible:
-            (loss, accuracy), grads = sharding.by_groups(
+            (_, means), grads = sharding.by_groups(
                 lambda shared, part: gradient(*shared, part),
                 config.train.batch_groups,
                 (state.params, count),
@@ -152,15 +160,15 @@ def _train_step(
                 add=True,
             )
         elif accumulate == 1:
-            (loss, accuracy), grads = gradient(state.params, count, parts)
+            (_, means), grads = gradient(state.params, count, parts)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, ((count, count), state.params))
+            zeros = jax.tree.map(jnp.zeros_like, ((count, dict.fromkeys(logged, count)), state.params))
             parts = jax.tree.map(lambda x: sharding.split_microbatches(x, accumulate), parts)
 
             def add(total: Any, part: Any) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, gradient(state.params, count, part)), None
 
-            ((loss, accuracy), grads), _ = jax.lax.scan(add, zeros, parts)
+            ((_, means), grads), _ = jax.lax.scan(add, zeros, parts)
 
         with jax.named_scope("optimizer"):
             grad_norm = optimizer.global_norm(grads)
@@ -170,7 +178,7 @@ def _train_step(
                 # with barriers, lest the compiler move the cut into shards before the arithmetic.
                 old = jax.lax.optimization_barrier(sharding.replicate(old))
             grads = sharding.like(grads, old[0])
-            values_2 = jnp.stack([loss, grad_norm])
+            values_2 = jnp.stack([means["loss"], grad_norm])
             spike = (spikes.scores(state.running, values_2) > spike_threshold).any()
             largest = jnp.float32(config.optimizer.max_grad_norm or jnp.inf)
             if action == "clip":
@@ -205,8 +213,7 @@ def _train_step(
             running=spikes.updated(state.running, values_2, spike_threshold),
         )
         metrics = {
-            "loss": loss,
-            "accuracy": accuracy,
+            **means,
             "learning_rate": lr,
             "grad_norm": grad_norm,
             "mask_rate": rate,

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from flax_mlm import config as config_lib
-from flax_mlm import masking, optimizer, sharding, spikes, step
+from flax_mlm import masking, objective, optimizer, sharding, spikes, step
 
 V, B, L = 101, 16, 32
 MODERN = {
@@ -128,6 +128,41 @@ def test_any_process_can_stop_all():
             batch["stop"] = jax.device_put(np.arange(B) // 2 == (5 if wish else -1), batch["stop"].sharding)
             assert steps.evaluate(steps.init().params, batch, vocabulary())[1] == wish
             assert steps.train(steps.init(), batch, vocabulary())[1]["stop"] == wish
+
+
+@functools.cache
+def z_loss_as_defined() -> dict[str, float]:
+    """Half the mean of (log Z)², by JAX's logsumexp, beside the cross-entropy, and the norm of the gradient of both."""
+    config = make_config((1, 1, 1))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        slots = objective.num_slots(config.objective, L, 0.15)
+        batch, key = sharding.global_batch(host_batch(0), mesh), step.run_key(config, "mask")
+        t = objective.targets(config.objective, batch, key, vocabulary(), 0.15, slots)
+
+        def loss(params):
+            scores = steps.model.apply(params, t.inputs_BL, t.segment_ids_BL, t.positions_BL, predict_BK=t.predict_BK)
+            entropy = -(jax.nn.log_softmax(scores) * jax.nn.one_hot(t.labels_BK, scores.shape[-1])).sum(-1)
+            squared = jnp.square(jax.nn.logsumexp(scores, axis=-1))
+            entropy, z_loss = ((x * t.weights_BK).sum() / t.weights_BK.sum() for x in (entropy, 0.5 * squared))
+            return entropy + z_loss, {"loss": entropy, "z_loss": z_loss}
+
+        grads, found = jax.jit(jax.grad(loss, has_aux=True))(steps.init().params)
+        return {name: float(x) for name, x in {**found, "grad_norm": optimizer.global_norm(grads)}.items()}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "way"),
+    [((2, 1, 2), ()), ((1, 1, 1), (("train.microbatches", 4),)), ((2, 1, 1), (("train.reproducible", True),))],
+    ids=["tensor", "microbatches", "reproducible"],
+)
+def test_z_loss_is_trained_on_and_told_apart(mesh, way):
+    still = (("model.dropout_rate", 0.0), ("model.attention_dropout_rate", 0.0))
+    (metrics,), _, _ = train(mesh, (("objective.z_loss", 0.5), *still, *way), 1)
+    expected = z_loss_as_defined()
+    assert expected["z_loss"] > 5
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("action", ["none", "clip", "skip"])
