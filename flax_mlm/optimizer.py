@@ -60,6 +60,8 @@ def make(config: OptimizerConfig, dims: Any) -> optax.GradientTransformation:
     direction = {
         "adamw": lambda: adam,  # arXiv:1711.05101
         "stable_adamw": lambda: _clipped_per_layer(adam, config),
+        # arXiv:2405.15682: in the place of momentum is the average, see averaging.py
+        "schedule_free": lambda: optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True),
         "lamb": lambda: adam,  # arXiv:1904.00962; its trust ratio comes after the decay
         "muon": lambda: optax.partition({"muon": _muon(dims), "adam": adam}, muon_labels),
     }

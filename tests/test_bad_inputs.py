@@ -138,6 +138,12 @@ def test_a_misspelt_field_is_answered_with_a_real_one(path, data):
         (["train.reproducible=True", "eval.batch_size=12"], "eval.batch_size"),
         (["objective.replace_mask=0.9", "objective.replace_random=0.2"], "objective.replace_mask"),
         (["optimizer.schedule=wsd", "optimizer.warmup_fraction=0.9"], "optimizer.warmup_fraction"),
+        (["optimizer.name=schedule_free"], "optimizer.schedule"),
+        (
+            ["optimizer.name=schedule_free", "optimizer.schedule=constant", "optimizer.averaging=ema"],
+            "averaging is ema",
+        ),
+        (["optimizer.name=schedule_free", "optimizer.schedule=constant", "optimizer.beta1=0"], "optimizer.beta1"),
     ],
 )
 def test_values_that_contradict_each_other(arguments, named):

@@ -63,13 +63,14 @@ def train(mesh_shape: tuple[int, int, int], overrides: tuple = (), num_steps: in
                 state, metrics = steps.train(state, sharding.global_batch(host_batch(i), mesh), vocabulary())
             jax.block_until_ready(state)
             history.append({k: float(v) for k, v in metrics.items()})
-        answers, _ = steps.evaluate(state.params, sharding.global_batch(host_batch(0), mesh), vocabulary())
+        answers, _ = steps.evaluate(state.weights, sharding.global_batch(host_batch(0), mesh), vocabulary())
         return history, state, jax.device_get(answers)
 
 
 BERT = ()
 MUON = (("optimizer.name", "muon"), *MODERN.items())
-STABLE = (("optimizer.name", "stable_adamw"),)
+STABLE = (("optimizer.name", "stable_adamw"), ("optimizer.averaging", "ema"))
+FREE = (("optimizer.name", "schedule_free"), ("optimizer.schedule", "constant"))
 LAMB = (("optimizer.name", "lamb"), ("objective.name", "clm"), ("model.scan_layers", False))
 
 
@@ -82,8 +83,9 @@ LAMB = (("optimizer.name", "lamb"), ("objective.name", "clm"), ("model.scan_laye
         ((2, 2, 2), MUON),
         ((1, 2, 4), LAMB),
         ((2, 4, 1), STABLE),
+        ((2, 2, 2), FREE),
     ],
-    ids=["data-bert", "all-bert", "fsdp-muon", "all-muon", "tensor-lamb-clm", "fsdp-stable"],
+    ids=["data-bert", "all-bert", "fsdp-muon", "all-muon", "tensor-lamb-clm", "fsdp-stable-ema", "all-free"],
 )
 def test_every_mesh_trains_as_one_device(mesh, overrides):
     expected, state, answers = train((1, 1, 1), overrides)
@@ -93,6 +95,9 @@ def test_every_mesh_trains_as_one_device(mesh, overrides):
     # Adam divides by the root of squares near 0 in the first steps, which enlarges rounding.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state.params, sharded.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), answers, sharded_answers)
+    if (average := sharded.average) is not None:
+        assert specs(average) == specs(sharded.params), "as large as the parameters, and split like them"
+        assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (average, sharded.params)), strict=True))
 
 
 @pytest.mark.parametrize(("mesh", "parts"), [((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
@@ -106,7 +111,13 @@ REPRODUCIBLE = (("train.reproducible", True), ("optimizer.spike_action", "clip")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "meshes"), [(BERT, ((8, 1, 1), (2, 4, 1))), (MUON, ((2, 4, 1),))], ids=["bert", "muon"]
+    ("overrides", "meshes"),
+    [
+        (BERT, ((8, 1, 1), (2, 4, 1))),
+        ((*MUON, ("optimizer.averaging", "lawa"), ("optimizer.lawa_every", 2)), ((2, 4, 1),)),
+        (FREE, ((2, 4, 1),)),
+    ],
+    ids=["bert", "muon-lawa", "free"],
 )
 def test_a_reproducible_run_has_the_same_bits_on_every_mesh(overrides, meshes):
     expected, state, answers = train((1, 1, 1), (*overrides, *REPRODUCIBLE), 5)
@@ -168,7 +179,8 @@ def test_z_loss_is_trained_on_and_told_apart(mesh, way):
 @pytest.mark.parametrize("action", ["none", "clip", "skip"])
 def test_a_spike_is_left_alone_cut_or_left_out(action):
     """Statistics are given that make every gradient a spike."""
-    config = make_config((1, 1, 1), (("optimizer.spike_action", action), ("optimizer.max_grad_norm", 0.0)))
+    averaging = (("optimizer.averaging", "ema"),) if action == "skip" else ()
+    config = make_config((1, 1, 1), (("optimizer.spike_action", action), ("optimizer.max_grad_norm", 0.0), *averaging))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         steps = step.make_steps(config, V, mesh)
@@ -182,6 +194,8 @@ def test_a_spike_is_left_alone_cut_or_left_out(action):
     pairs = zip(jax.tree.leaves(old), jax.tree.leaves(jax.device_get(state.params)), strict=True)
     changed = any((a != b).any() for a, b in pairs)
     assert changed == (action != "skip") and int(metrics["skipped"]) == (action == "skip")
+    if averaging:
+        jax.tree.map(np.testing.assert_array_equal, old, jax.device_get(state.average))
     z = (metrics["grad_norm"] - 0.01) / 1e-3
     expected = {"none": metrics["grad_norm"], "clip": 0.01 + 4.0**2 / z * 1e-3, "skip": 0.0}[action]
     assert norm_of_moment(state) == pytest.approx(0.1 * float(expected), rel=1e-3)
