@@ -150,21 +150,47 @@ def test_stable_adamw_is_adamw_but_for_a_shorter_step_where_gradients_have_jumpe
     jax.tree_util.tree_map_with_path(compare, stable[3], plain[3], params_and_grads[1])
 
 
-def test_muon_orthogonalises_each_matrix_by_itself(params_and_grads):
-    got = update("muon", params_and_grads, weight_decay=0.0)
-    layers = got["encoder"]["layers"]
-    matrices = {
+def matrices(tree) -> dict[str, jax.Array]:
+    """Some of the kernels, taken apart into what maps one space to one other, inputs first."""
+    layers = tree["encoder"]["layers"]
+    return {
         "a query projection": layers["qkv"]["kernel"][1, :, 0].reshape(16, 16),
         "a value projection": layers["qkv"]["kernel"][2, :, 2].reshape(16, 16),
         "attention output": layers["attention_out"]["kernel"][0].reshape(16, 16),
         "a half of the gated MLP": layers["mlp_in"]["kernel"][1, :, 1],
         "MLP output": layers["mlp_out"]["kernel"][2],
-        "the head": got["head"]["dense"]["kernel"],
+        "the head": tree["head"]["dense"]["kernel"],
     }
-    for name, matrix in matrices.items():
-        singular = np.linalg.svd(matrix / (0.2 * max(matrix.shape) ** 0.5), compute_uv=False)
-        assert 0.6 < singular.min() <= singular.max() < 1.25, (name, singular)
-        assert float(jnp.sqrt(jnp.square(matrix).mean())) == pytest.approx(0.2, rel=0.25), name
+
+
+def test_muon_is_the_published_iteration_on_each_matrix_at_adamws_size(params_and_grads):
+    """The quintic polynomial of the singular values, five times (Jordan et al. 2024), · 0.2 · √(longer side), and the
+    decay unscaled (arXiv:2502.16982)."""
+    _, params, grads = params_and_grads
+    got = matrices(update("muon", params_and_grads))
+    for name, gradient in matrices(grads).items():
+        left, singular, right = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
+        singular /= np.linalg.norm(singular)
+        for _ in range(5):
+            singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
+        expected = 0.2 * max(gradient.shape) ** 0.5 * (left * singular) @ right
+        expected += OPTIMIZER.weight_decay * matrices(params)[name]
+        np.testing.assert_allclose(got[name], expected, rtol=1e-3, atol=1e-3, err_msg=name)
+        assert float(jnp.sqrt(jnp.square(got[name]).mean())) == pytest.approx(0.2, rel=0.25), name
+
+
+def test_muon_goes_on_as_that_of_optax(params_and_grads):
+    """Nesterov momentum over several steps, on matrices that optax is given one by one."""
+    scales = [1.0, -3.0, 0.5, 2.0]
+    found = updates("muon", params_and_grads, scales)
+    _, params, grads = params_and_grads
+    params, grads = matrices(params), matrices(grads)
+    reference = optax.contrib.muon(1.0, weight_decay=OPTIMIZER.weight_decay, consistent_rms=0.2)
+    with jax.numpy_dtype_promotion("standard"):
+        state = reference.init(params)
+        for got, scale in zip(found, scales, strict=True):
+            expected, state = reference.update(jax.tree.map(lambda g, s=scale: s * g, grads), state, params)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-3, atol=1e-3), matrices(got), expected)
 
 
 def test_muon_leaves_embeddings_norms_and_biases_to_adam(params_and_grads):
