@@ -74,9 +74,15 @@ def get_config() -> ConfigDict:
     c.objective.replace_random = 0.1  # share shown as a random token; what is left is shown unchanged
     c.objective.span_stop = 0.2  # a span ends after each word with this probability (SpanBERT)
     c.objective.span_max_words = 10
+    # × the mean of (log Z)², which keeps scores from drifting (PaLM, ST-MoE: 1e-4), is trained on too, and logged as
+    # z_loss; `loss` stays the cross-entropy. 0.0: none
+    c.objective.z_loss = 0.0
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # adamw | lamb | muon (matrices by Muon; embeddings, norms, biases by AdamW)
+    # adamw | stable_adamw (its step of a tensor shrinks where gradients have grown suddenly; max_grad_norm may be 0) |
+    # schedule_free (AdamW at a constant rate; an average of the weights, which is what is evaluated, stands in for its
+    # decay) | lamb | muon (matrices by Muon; embeddings, norms, biases by AdamW)
+    c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 5e-4  # peak; muon's updates are scaled to AdamW's size, so one rate serves both
     c.optimizer.schedule = "linear"  # linear | cosine | wsd (warm-up, stable, decay) | constant
     c.optimizer.warmup_fraction = 0.05  # of train.steps
@@ -90,6 +96,12 @@ def get_config() -> ConfigDict:
     c.optimizer.max_skipped_steps = 10  # updates left out in a row (loss or gradient not finite) that stop the run
     c.optimizer.spike_action = "none"  # none | clip (ZClip) | skip (the update) | rewind (to the last checkpoint)
     c.optimizer.spike_threshold = 4.0  # standard deviations of loss or grad norm above its mean; ZClip takes 2.5
+    # none | ema | lawa: an average of the weights over the steps, kept beside them (4 bytes a parameter), is what is
+    # evaluated, exported and fine-tuned; `evaluate --config.optimizer.averaging=none` asks the last weights instead
+    c.optimizer.averaging = "none"
+    c.optimizer.ema_decay = 0.999  # of the average a step, at most: (1 + step) / (10 + step) while that is less
+    c.optimizer.lawa_every = 200  # steps from one snapshot to the next, counted back from the last step
+    c.optimizer.lawa_count = 5  # the last so many make the final average; in the course of the run, 1 to so many
 
     c.train = ConfigDict()
     c.train.steps = 10_000

@@ -1,9 +1,10 @@
 """Saving and restoring. The only file that imports orbax.
 
-A checkpoint is a folder `workdir/checkpoints/STEP`: `params` (the weights), `rest` (optimizer state and counters),
-`meta` (JSON: the resolved config, the tokenizer, which text it is, and dtype, shape and fingerprint of every
-array) and, written last, the commit marker. It is enough by itself to evaluate, and can be restored on any number of
-devices. A step counts when its marker is there, and is used when every array that is read has its fingerprint.
+A checkpoint is a folder `workdir/checkpoints/STEP`: `params` (the weights), `average` (of the weights, where the run
+keeps one), `rest` (optimizer state and counters), `meta` (JSON: the resolved config, the tokenizer, which text it is,
+and dtype, shape and fingerprint of every array) and, written last, the commit marker. It is enough by itself to
+evaluate, and can be restored on any number of devices. A step counts when its marker is there, and is used when every
+array that is read has its fingerprint.
 
 A kill leaves no half of a step behind (see shelf.py): what is to be deleted is first renamed into
 `checkpoints/.trash`, or in a bucket loses its marker. What was damaged is kept, in `checkpoints/.quarantine`.
@@ -186,7 +187,7 @@ def restore(checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, An
     Args:
       checkpoint: its folder.
       meta: what `read_meta` says of it.
-      abstract: by item ("params", "rest"), a tree of shapes, dtypes and shardings.
+      abstract: by item ("params", "average", "rest"), a tree of shapes, dtypes and shardings.
       fingerprint: jitted `fingerprint.of`.
 
     Raises:
@@ -220,6 +221,14 @@ def restore(checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, An
         if entry != stored[name]:
             raise Damaged(f"checkpoint '{checkpoint}': {name} is not what was saved (a damaged or changed file)")
     return items
+
+
+def _items(state: Any) -> dict[str, Any]:
+    """What of a TrainState is saved apart."""
+    rest = state._asdict()
+    average = rest.pop("average", None)
+    items = {"params": state.params, "rest": {**rest, "params": None}}
+    return items if average is None else {**items, "average": average}
 
 
 def _shape(entry: list[Any] | None) -> str:
@@ -341,7 +350,7 @@ class Checkpoints:
             self._saving = step
             self._failed(e)
             return False
-        items = {"params": state.params, "rest": state._replace(params=None)._asdict()}
+        items = _items(state)
         fingerprints = jax.device_get(self._fingerprint(items))
         for name, (_, _, not_finite) in fingerprints.items():
             if not_finite:
@@ -410,7 +419,7 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but none is sound; or they are of another run.
         """
-        items = {"params": abstract.params, "rest": abstract._replace(params=None)._asdict()}
+        items = _items(abstract)
         while (step := self._agreed(self._candidate(before))) >= 0:
             checkpoint = epath.Path(self._folder / str(step))
             try:
@@ -432,7 +441,7 @@ class Checkpoints:
                     if later > step:
                         self._shelf.discard(str(later))
             log(f"restored step {step} from {checkpoint}")
-            return type(abstract)(**{**state["rest"], "params": state["params"]})
+            return abstract._replace(**{**state.pop("rest"), **state})
         # Also when they were put away by an earlier start: a run never begins anew unasked.
         if before is None and self._shelf.has_quarantine():
             raise UserError(

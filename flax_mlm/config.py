@@ -81,6 +81,7 @@ class ObjectiveConfig:
     replace_random: float
     span_stop: float
     span_max_words: int
+    z_loss: float
 
     @property
     def largest_mask_rate(self) -> float:
@@ -104,6 +105,15 @@ class OptimizerConfig:
     max_skipped_steps: int
     spike_action: str
     spike_threshold: float
+    averaging: str
+    ema_decay: float
+    lawa_every: int
+    lawa_count: int
+
+    @property
+    def averages(self) -> str:
+        """Which average of the weights is kept beside them: ema, lawa, schedule_free or none."""
+        return self.name if self.name == "schedule_free" else self.averaging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,9 +356,10 @@ _CHOICES = {
     "objective.masking": ("token", "whole_word", "span"),
     "finetune.method": ("full", "probe"),
     "finetune.pooling": ("cls", "mean", "last"),
-    "optimizer.name": ("adamw", "lamb", "muon"),
+    "optimizer.name": ("adamw", "stable_adamw", "schedule_free", "lamb", "muon"),
     "optimizer.schedule": ("linear", "cosine", "wsd", "constant"),
     "optimizer.spike_action": ("none", "clip", "skip", "rewind"),
+    "optimizer.averaging": ("none", "ema", "lawa"),
 }
 _AT_LEAST = {
     "seed": 0,
@@ -368,9 +379,12 @@ _AT_LEAST = {
     "model.local_window": 2,
     "model.vocab_multiple_of": 1,
     "objective.span_max_words": 1,
+    "objective.z_loss": 0.0,
     "optimizer.weight_decay": 0.0,
     "optimizer.max_grad_norm": 0.0,
     "optimizer.max_skipped_steps": 1,
+    "optimizer.lawa_every": 1,
+    "optimizer.lawa_count": 1,
     "train.steps": 1,
     "train.global_batch_size": 1,
     "train.microbatches": 1,
@@ -417,6 +431,7 @@ _BETWEEN = {
     "optimizer.beta2": (0.0, 1.0, True, False),
     "optimizer.eps": (0.0, 1.0, False, False),
     "optimizer.spike_threshold": (0.0, float("inf"), False, False),
+    "optimizer.ema_decay": (0.0, 1.0, False, False),
     "eval.mask_rate": (0.0, 1.0, False, True),
     "finetune.dropout_rate": (0.0, 1.0, True, False),
     "finetune.warmup_fraction": (0.0, 1.0, True, True),
@@ -534,6 +549,13 @@ def _check(c: Config) -> None:
         f"objective.replace_mask + objective.replace_random is "
         f"{c.objective.replace_mask + c.objective.replace_random:g}; it must be at most 1",
     )
+    if c.optimizer.name == "schedule_free":
+        for name, value, ok, what in (
+            ("schedule", c.optimizer.schedule, c.optimizer.schedule == "constant", "constant"),
+            ("averaging", c.optimizer.averaging, c.optimizer.averaging == "none", "none, since it averages by itself"),
+            ("beta1", c.optimizer.beta1, c.optimizer.beta1 > 0.0, "above 0"),
+        ):
+            need(ok, f"optimizer.{name} is {value}; with optimizer.name = 'schedule_free' it must be {what}")
     need(
         c.optimizer.schedule != "wsd" or c.optimizer.warmup_fraction + c.optimizer.decay_fraction <= 1.0,
         f"optimizer.warmup_fraction + optimizer.decay_fraction is "

@@ -16,7 +16,8 @@ from flax_mlm.config import ObjectiveConfig
 class Scored(NamedTuple):
     """How well each predicted token was said, float32 (B, K); 0 in slots that are not in use."""
 
-    loss_BK: jax.Array  # nats
+    loss_BK: jax.Array  # nats, cross-entropy
+    squared_log_z_BK: jax.Array  # log Z is the log of the sum of exp(score) over the vocabulary; see `z_loss`
     correct_BK: jax.Array  # 1 where no piece is likelier than the right one
 
 
@@ -69,25 +70,28 @@ def targets(
 
 def log_probabilities(scores_BKV: jax.Array, labels_BK: jax.Array) -> jax.Array:
     """Log-probabilities (B, K) of the labels."""
-    below_BK, spread_BK = _below_best(scores_BKV, labels_BK)
+    _, below_BK, spread_BK = _below_best(scores_BKV, labels_BK)
     return below_BK - spread_BK
 
 
 def score(scores_BKV: jax.Array, labels_BK: jax.Array, weights_BK: jax.Array) -> Scored:
     """Cross-entropy and accuracy of each slot in use; a label that shares the first place is right."""
-    below_BK, spread_BK = _below_best(scores_BKV, labels_BK)
+    best_BK, below_BK, spread_BK = _below_best(scores_BKV, labels_BK)
     return Scored(
         loss_BK=(spread_BK - below_BK) * weights_BK,
+        squared_log_z_BK=jnp.square(best_BK + spread_BK) * weights_BK,
         correct_BK=jnp.where(below_BK == 0.0, weights_BK, 0.0),
     )
 
 
-def _below_best(scores_BKV: jax.Array, labels_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The label's score less the best of all, at most 0, and the log of the sum of all exp(score - best), (B, K).
+def _below_best(scores_BKV: jax.Array, labels_BK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best score, as a constant; the label's less that, at most 0; and the log of the sum of all exp(score - best);
+    (B, K).
 
     Written with reductions over V alone (no gather), so that V may be split over devices.
     """
-    shifted_BKV = scores_BKV - jax.lax.stop_gradient(scores_BKV.max(-1))[..., None]
+    best_BK = jax.lax.stop_gradient(scores_BKV.max(-1))
+    shifted_BKV = scores_BKV - best_BK[..., None]
     ids_V = jax.lax.broadcasted_iota(jnp.int32, scores_BKV.shape, 2)
     label_BK = jnp.where(ids_V == labels_BK[..., None], shifted_BKV, 0.0).sum(-1)
-    return label_BK, jnp.log(jnp.exp(shifted_BKV).sum(-1))
+    return best_BK, label_BK, jnp.log(jnp.exp(shifted_BKV).sum(-1))

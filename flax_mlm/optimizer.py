@@ -1,5 +1,6 @@
 """Schedules, and one visible optax chain."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,6 +59,9 @@ def make(config: OptimizerConfig, dims: Any) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     direction = {
         "adamw": lambda: adam,  # arXiv:1711.05101
+        "stable_adamw": lambda: _clipped_per_layer(adam, config),
+        # arXiv:2405.15682: in the place of momentum is the average, see averaging.py
+        "schedule_free": lambda: optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True),
         "lamb": lambda: adam,  # arXiv:1904.00962; its trust ratio comes after the decay
         "muon": lambda: optax.partition({"muon": _muon(dims), "adam": adam}, muon_labels),
     }
@@ -102,28 +106,49 @@ def _muon(dims: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(chain.init, update)
 
 
+def _clipped_per_layer(adam: optax.GradientTransformation, config: OptimizerConfig) -> optax.GradientTransformation:
+    """StableAdamW's update clipping (arXiv:2304.13013, after Adafactor): Adam's step of each parameter, of each
+    layer on its own, is divided by RMS(g / √v) where that is above 1, that is where the second moment v has not heard
+    yet how large gradients g have become. As in the authors' code weight decay, which comes after, is not divided."""
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(grads, state, params)
+        second_moments = optax.tree.bias_correction(state.nu, config.beta2, state.count)
+
+        def clip(update: jax.Array, g: jax.Array, v: jax.Array) -> jax.Array:
+            mean = _sum(jnp.square(g) / jnp.maximum(v, config.eps**2)) / g.size
+            return update / jnp.maximum(1.0, jnp.sqrt(mean))
+
+        return _per_layer(clip, updates, grads, second_moments), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
 def _trust_ratio_per_layer() -> optax.GradientTransformation:
-    """LAMB's trust ratio, for each layer of the stacked layers on its own."""
+    """LAMB's trust ratio, for each layer on its own."""
     ratio = optax.scale_by_trust_ratio()
 
-    def update(updates: Any, params: Any) -> Any:
-        def one(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
-            def scale(u: jax.Array, p: jax.Array) -> jax.Array:
-                return ratio.update(u, optax.EmptyState(), p)[0]
+    def scale(update: jax.Array, param: jax.Array) -> jax.Array:
+        return ratio.update(update, optax.EmptyState(), param)[0]
 
-            stacked = any(getattr(k, "key", "") in ("layers", "attention_norms") for k in path)
-            return jax.vmap(scale)(u, p) if stacked else scale(u, p)
+    return optax.stateless(lambda updates, params: _per_layer(scale, updates, params))
 
-        return jax.tree_util.tree_map_with_path(one, updates, params)
 
-    return optax.stateless(update)
+def _per_layer(fn: Callable[..., jax.Array], *trees: Any) -> Any:
+    """`fn` of the leaves of some trees like the parameters, for each of the stacked layers on its own."""
+
+    def one(path: Any, *leaves: jax.Array) -> jax.Array:
+        stacked = any(getattr(k, "key", "") in ("layers", "attention_norms") for k in path)
+        return jax.vmap(fn)(*leaves) if stacked else fn(*leaves)
+
+    return jax.tree_util.tree_map_with_path(one, *trees)
 
 
 def global_norm(tree: Any) -> jax.Array:
     """Euclidean norm over all leaves, float32."""
+    return jnp.sqrt(sum(_sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
-    def square(x: jax.Array) -> jax.Array:
-        # In two steps, which XLA would else make one, that takes XLA:CPU four times as long.
-        return jax.lax.optimization_barrier(jnp.square(x.astype(jnp.float32)).sum(0)).sum()
 
-    return jnp.sqrt(sum(map(square, jax.tree.leaves(tree))))
+def _sum(x: jax.Array) -> jax.Array:
+    """In two steps, which XLA would else make one, that takes XLA:CPU four times as long."""
+    return jax.lax.optimization_barrier(x.sum(0)).sum()

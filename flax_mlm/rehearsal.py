@@ -72,7 +72,7 @@ class Rehearsal:
     flops: float  # model FLOPs of a step, all devices together
     attention: str  # plain or splash
     parameter_bytes: int
-    optimizer_bytes: int
+    optimizer_bytes: int  # an average of the weights, where one is kept, included
     activation_bytes: int  # kept by the forward pass for the backward pass
     # Of the compiled program; absent where nothing was compiled, or it does not fit.
     compile_seconds: float = 0.0
@@ -171,7 +171,7 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
             flops=steps.flops,
             attention="plain" if kernel is attention.plain else "splash",
             parameter_bytes=_on_one(steps.abstract.params),
-            optimizer_bytes=_on_one(steps.abstract.opt_state),
+            optimizer_bytes=_on_one((steps.abstract.opt_state, steps.abstract.average)),
             activation_bytes=_kept(config, steps, mesh, vocab),
         )
         if not asked["compiles"]:

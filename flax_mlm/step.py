@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flax_mlm import fingerprint, masking, objective, optimizer, sharding, spikes
+from flax_mlm import averaging, fingerprint, masking, objective, optimizer, sharding, spikes
 from flax_mlm.config import Config
 from flax_mlm.metrics import flops_per_row
 from flax_mlm.model import attention, encoder
@@ -28,6 +28,12 @@ class TrainState(NamedTuple):
     skipped_in_a_row: jax.Array  # int32
     data_step: jax.Array  # int32, batches of the stream used or passed over; ahead of `step` after a rewind
     running: spikes.Running
+    average: Any  # of the params, and like them; None where none is kept
+
+    @property
+    def weights(self) -> Any:
+        """What is evaluated."""
+        return self.params if self.average is None else self.average
 
 
 class Answers(NamedTuple):
@@ -44,7 +50,7 @@ class Steps(NamedTuple):
 
     model: Model
     flops: float  # model FLOPs of one training step
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]  # with new parameters, or with those given
     abstract: TrainState  # shapes, dtypes and shardings of the state
     predict: Callable[..., objective.Scored]  # not jitted: (params, Targets, dropout keys or None) -> per slot
     train: jax.stages.Wrapped  # (TrainState, Batch, Vocabulary) -> (TrainState, scalars by name); the state is donated
@@ -69,11 +75,12 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
     tx = optimizer.make(config.optimizer, model.dims)
     slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.largest_mask_rate)
 
-    def init() -> TrainState:
-        params = model.init(run_key(config, "init"))
+    def init(params: Any = None) -> TrainState:
+        params = params or model.init(run_key(config, "init"))
         params = jax.tree.map(lambda x, d: jax.reshard(x, sharding.param_spec(d, x.ndim)), params, model.dims)
+        average = jax.tree.map(jnp.copy, params) if config.optimizer.averages != "none" else None
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero, zero, zero, spikes.start())
+        return TrainState(zero, params, tx.init(params), zero, zero, zero, spikes.start(), average)
 
     predict = _predict(config, model)
     with jax.set_mesh(mesh):
@@ -126,7 +133,17 @@ def _train_step(
 ) -> Callable[..., Any]:
     total, accumulate = config.train.steps, config.train.microbatches
     schedule = optimizer.learning_rate(config.optimizer, total)
+    z_loss = config.objective.z_loss
+    logged = ("loss", "accuracy", "z_loss") if z_loss else ("loss", "accuracy")
     action, spike_threshold = config.optimizer.spike_action, config.optimizer.spike_threshold
+    barrier = jax.lax.optimization_barrier if config.train.reproducible else lambda tree: tree
+
+    def whole(tree: Any) -> Any:
+        """Where it must be the same bit for bit, whole on every device, since even elementwise code may round
+        differently at another shape; and with barriers, lest the compiler move the cut into shards before the
+        arithmetic."""
+        return barrier(sharding.replicate(tree)) if config.train.reproducible else tree
+
     has_dropout = config.model.dropout_rate > 0.0 or config.model.attention_dropout_rate > 0.0
 
     def train_step(state: TrainState, batch: Batch, vocab: masking.Vocabulary) -> tuple[TrainState, dict[str, Any]]:
@@ -137,40 +154,44 @@ def _train_step(
         if has_dropout:
             dropout_keys_B = jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])
 
-        def part_loss(params: Any, count: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
+        def part_loss(params: Any, count: jax.Array, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             scored = predict(params, *part)
-            return scored.loss_BK.sum(-1).sum() / count, scored.correct_BK.sum(-1).sum() / count
+            found = {
+                "loss": scored.loss_BK,
+                "accuracy": scored.correct_BK,
+                "z_loss": z_loss * scored.squared_log_z_BK,
+            }
+            means = {name: found[name].sum(-1).sum() / count for name in logged}
+            return means["loss"] + means.get("z_loss", 0.0), means
 
-        gradient = jax.value_and_grad(part_loss, has_aux=True)
+        gradient, at = jax.value_and_grad(part_loss, has_aux=True), state.params
+        if config.optimizer.averages == "schedule_free":
+            at = barrier(averaging.gradient_at(config.optimizer, *whole((state.params, state.average))))
         parts = (targets, dropout_keys_B)
         if config.train.reproducible:
-            (loss, accuracy), grads = sharding.by_groups(
+            (_, means), grads = sharding.by_groups(
                 lambda shared, part: gradient(*shared, part),
                 config.train.batch_groups,
-                (state.params, count),
+                (at, count),
                 parts,
                 add=True,
             )
         elif accumulate == 1:
-            (loss, accuracy), grads = gradient(state.params, count, parts)
+            (_, means), grads = gradient(at, count, parts)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, ((count, count), state.params))
+            zeros = jax.tree.map(jnp.zeros_like, ((count, dict.fromkeys(logged, count)), at))
             parts = jax.tree.map(lambda x: sharding.split_microbatches(x, accumulate), parts)
 
             def add(total: Any, part: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, gradient(state.params, count, part)), None
+                return jax.tree.map(jnp.add, total, gradient(at, count, part)), None
 
-            ((loss, accuracy), grads), _ = jax.lax.scan(add, zeros, parts)
+            ((_, means), grads), _ = jax.lax.scan(add, zeros, parts)
 
         with jax.named_scope("optimizer"):
             grad_norm = optimizer.global_norm(grads)
-            old = state.params, state.opt_state
-            if config.train.reproducible:
-                # Whole on every device, since even elementwise code may round differently at another shape; and
-                # with barriers, lest the compiler move the cut into shards before the arithmetic.
-                old = jax.lax.optimization_barrier(sharding.replicate(old))
+            old, average = whole(((state.params, state.opt_state), state.average))
             grads = sharding.like(grads, old[0])
-            values_2 = jnp.stack([loss, grad_norm])
+            values_2 = jnp.stack([means["loss"], grad_norm])
             spike = (spikes.scores(state.running, values_2) > spike_threshold).any()
             largest = jnp.float32(config.optimizer.max_grad_norm or jnp.inf)
             if action == "clip":
@@ -184,16 +205,18 @@ def _train_step(
             def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
                 clipped = jax.tree.map(lambda g: g * scale, grads)
                 with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-                    updates, opt_state = tx.update(clipped, opt_state, params)
+                    at = averaging.gradient_at(config.optimizer, params, average)
+                    updates, opt_state = tx.update(clipped, opt_state, at)
                 return jax.tree.map(lambda p, u: p - lr * u, params, updates), opt_state
 
             if platform == "cpu":  # a choice of the results would copy the moments: 4% of a step of 12 layers of 768
                 new = jax.lax.cond(good, update, lambda *old: old, *old)
             else:  # and here a choice beforehand would move more: 5% of a step of BERT-base on v5e, by its compiler
                 new = jax.tree.map(lambda n, o: jnp.where(good, n, o), update(*old), old)
-            if config.train.reproducible:
-                new = jax.lax.optimization_barrier(new)
-            params, opt_state = sharding.like(new, (state.params, state.opt_state))
+            new = barrier(new)
+            average = averaging.updated(config.optimizer, total, state.step, average, new[0])
+            held = (state.params, state.opt_state), state.average
+            (params, opt_state), average = sharding.like(barrier((new, average)), held)
         bad = 1 - good.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
@@ -203,10 +226,10 @@ def _train_step(
             skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
             data_step=state.data_step + 1,
             running=spikes.updated(state.running, values_2, spike_threshold),
+            average=average,
         )
         metrics = {
-            "loss": loss,
-            "accuracy": accuracy,
+            **means,
             "learning_rate": lr,
             "grad_norm": grad_norm,
             "mask_rate": rate,

@@ -21,7 +21,7 @@ from absl import flags
 from rich.progress import Progress
 
 from flax_mlm import buckets, command, files, preemption, processes
-from flax_mlm.config import Config, flatten
+from flax_mlm.config import Config, flatten, from_dict
 from flax_mlm.errors import Failure, UserError
 
 _WORKDIR = flags.DEFINE_string(
@@ -108,7 +108,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         def trained_at(step: int) -> Trained:
             """The model after `step` updates, with the objective of the last of them."""
             last = phase_at(max(step - 1, 0))
-            return Trained(phases[last], mesh, steps_of[last], state.params, tokenizer, vocab)
+            return Trained(phases[last], mesh, steps_of[last], state.weights, tokenizer, vocab)
 
         @functools.cache
         def program(begin: int) -> jax.stages.Compiled:
@@ -280,7 +280,8 @@ def is_multiple(step: int, every: int) -> bool:
 
 
 def claim(workdir: buckets.AnyPath, config: Config) -> None:
-    """Writes `config.json` into a new workdir, or checks that the run in it is this one.
+    """Writes `config.json` into a new workdir, or checks that the run in it is this one; it may have begun before some
+    of the fields existed.
 
     Raises:
       UserError: the workdir belongs to a run with another config, or cannot be written.
@@ -291,8 +292,8 @@ def claim(workdir: buckets.AnyPath, config: Config) -> None:
             if not file.exists():  # the folder is there, with our lease in it
                 files.write_json(file, config.to_dict())
                 return
-            held = flatten(json.loads(file.read_text()))
-    except (OSError, ValueError) as e:
+            held = flatten(from_dict(json.loads(file.read_text())).to_dict())
+    except (OSError, ValueError, TypeError) as e:
         raise UserError(f"--workdir: '{workdir}' cannot be used: {e}") from e
     for name, value in flatten(config.to_dict()).items():
         if held.get(name) != value and not name.startswith(_FREE):
@@ -322,10 +323,12 @@ def print_banner(config: Config, phases: dict[int, Config], corpus: Any, mesh: A
     print(f"corpus      {corpus.path} ({corpus.source})")
     print(f"            {rows:,} rows of {corpus.seq_len}, {tokens:,} tokens, vocabulary {corpus.vocab_size:,}")
     first, *others = phases.items()
+    average = config.optimizer.averages
+    averaged = f" (evaluated: the {average} average of its weights)" if average != "none" else ""
     objectives = [first[1].objective.name, *(f"then from step {i:,} {c.objective.name}" for i, c in others)]
     print(
         f"run         {', '.join(objectives)}, {total:,} steps of {batch} rows = {batch * total * tokens / rows:,.0f} "
-        f"tokens ({batch * total / rows:.1f} epochs), {config.optimizer.name}",
+        f"tokens ({batch * total / rows:.1f} epochs), {config.optimizer.name}{averaged}",
         flush=True,
     )
 

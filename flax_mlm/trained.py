@@ -63,8 +63,10 @@ def restore(path: str, config: Config) -> Trained:
             tokenizer = checkpoint.read_tokenizer(meta)
             with jax.set_mesh(mesh):
                 steps = make_steps(config, tokenizer.vocab_size, mesh)
-                items = checkpoint.restore(folder, meta, {"params": steps.abstract.params}, steps.fingerprint)
-                return Trained(config, mesh, steps, items["params"], tokenizer, masking.vocabulary(tokenizer), meta)
+                # A fine-tuned encoder began with the average, and keeps none.
+                item = "average" if config.optimizer.averages != "none" and "fine_tuned" not in meta else "params"
+                items = checkpoint.restore(folder, meta, {item: steps.abstract.params}, steps.fingerprint)
+                return Trained(config, mesh, steps, items[item], tokenizer, masking.vocabulary(tokenizer), meta)
         except checkpoint.Damaged as e:
             if folder == candidates[-1]:
                 raise

@@ -93,7 +93,7 @@ def test_what_is_below_or_beyond_every_number_that_makes_sense(path, value):
 @given(st.sampled_from(NUMBERS), st.one_of(st.integers(-(10**12), -2), st.floats(-1e30, -1.0000001)))
 def test_negative_numbers_are_refused(path, value):
     kind, _ = FIELDS[path]
-    assert path in refused(f"--config.{path}={int(value) if kind is int else value}")
+    assert path in refused(f"--config.{path}={int(value // 1) if kind is int else value}")
 
 
 CHOICES = sorted(config_lib._CHOICES)
@@ -138,6 +138,12 @@ def test_a_misspelt_field_is_answered_with_a_real_one(path, data):
         (["train.reproducible=True", "eval.batch_size=12"], "eval.batch_size"),
         (["objective.replace_mask=0.9", "objective.replace_random=0.2"], "objective.replace_mask"),
         (["optimizer.schedule=wsd", "optimizer.warmup_fraction=0.9"], "optimizer.warmup_fraction"),
+        (["optimizer.name=schedule_free"], "optimizer.schedule"),
+        (
+            ["optimizer.name=schedule_free", "optimizer.schedule=constant", "optimizer.averaging=ema"],
+            "averaging is ema",
+        ),
+        (["optimizer.name=schedule_free", "optimizer.schedule=constant", "optimizer.beta1=0"], "optimizer.beta1"),
     ],
 )
 def test_values_that_contradict_each_other(arguments, named):

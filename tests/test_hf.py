@@ -67,6 +67,7 @@ def opened(path: Path, **changes):
     c = base.get_config()
     c.init_from, c.tokenizer.extend = str(path), str(changes.pop("extend", ""))
     c.init_new_head = changes.pop("init_new_head", False)
+    c.optimizer.averaging = changes.pop("averaging", "none")
     c.data.seq_len = 32
     folder.adopt(c, set())
     config = config_lib.build(c)
@@ -108,6 +109,14 @@ def test_export_import_export_gives_the_same_bytes(kind, vocabulary, tmp_path):
     tensors = architecture_lib.to_theirs(places, jax.device_get(state.params), vocabulary.pad_id + 1)
     folder.write_tensors(tmp_path / "second.safetensors", tensors)
     assert (tmp_path / "second.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_an_average_begins_with_the_weights_of_the_folder(vocabulary, tmp_path):
+    path = written(tmp_path / "first", "bert", vocabulary)
+    _, _, state, _ = started(path, averaging="ema")
+    expected = started(path)[2].params
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(expected))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.average), jax.device_get(expected))
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])

@@ -1,6 +1,7 @@
 """Schedules, the split of parameters, and each optimizer against its definition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -85,21 +86,111 @@ def test_adamw_is_optax_adamw(params_and_grads):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-5, atol=1e-6), got, expected)
 
 
-def test_muon_orthogonalises_each_matrix_by_itself(params_and_grads):
-    got = update("muon", params_and_grads, weight_decay=0.0)
-    layers = got["encoder"]["layers"]
-    matrices = {
+def updates(name: str, params_and_grads, scales: list[float], **changes):
+    """Those of several steps, whose gradients are those given times a number."""
+    dims, params, grads = params_and_grads
+    tx = optimizer.make(dataclasses.replace(OPTIMIZER, name=name, **changes), dims)
+    with jax.numpy_dtype_promotion("standard"):
+        state, found, step = tx.init(params), [], jax.jit(tx.update)
+        for scale in scales:
+            update, state = step(jax.tree.map(functools.partial(jnp.multiply, scale), grads), state, params)
+            found.append(update)
+    return found
+
+
+def one_layer(tree, layer: int):
+    """What belongs to a layer of the stacked layers."""
+    encoder = tree["encoder"]
+    return {"layer": jax.tree.map(lambda x: x[layer], encoder["layers"]), "embeddings": encoder["embeddings"]}
+
+
+def test_stable_adamw_clips_each_tensor_of_each_layer_as_optax_clips_blocks(params_and_grads):
+    """Without momentum its step is g / √v, which `optax.clip_by_block_rms` clips just so."""
+    _, _, grads = params_and_grads
+    # A layer whose gradients grow more than those of the others.
+    grows = jax.tree_util.tree_map_with_path(
+        lambda path, g: g.at[1].multiply(9.0) if "layers" in str(path) else g, grads
+    )
+    o = dataclasses.replace(OPTIMIZER, name="stable_adamw", beta1=0.0, weight_decay=0.0)
+    dims, params, _ = params_and_grads
+    tx = optimizer.make(o, dims)
+    rms = optax.scale_by_rms(o.beta2, o.eps, eps_in_sqrt=False, bias_correction=True)
+    reference = optax.chain(rms, optax.clip_by_block_rms(1.0))
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = tx.update(grads, tx.init(params), params)
+        got, _ = tx.update(grows, state, params)
+        for layer in range(3):
+            first, then = one_layer(grads, layer), one_layer(grows, layer)
+            _, state = reference.update(first, reference.init(first))
+            expected, _ = reference.update(then, state)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one_layer(got, layer), expected
+            )
+    sizes = [float(jnp.sqrt(jnp.square(got["encoder"]["layers"]["mlp_out"]["kernel"][i]).mean())) for i in range(3)]
+    assert sizes == pytest.approx([1.0] * 3, abs=1e-3)
+
+
+def test_stable_adamw_is_adamw_but_for_a_shorter_step_where_gradients_have_jumped(params_and_grads):
+    scales, b2 = [1.0, 1.0, 1.0, 50.0], OPTIMIZER.beta2
+    stable, plain = (updates(name, params_and_grads, scales) for name in ("stable_adamw", "adamw"))
+    for a, b in zip(stable[:3], plain[:3], strict=True):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
+    # The published algorithm; RMS(g / √v) is the same for all, for all have grown alike.
+    v = 0.0
+    for t, scale in enumerate(scales, 1):
+        kept = b2 * (1 - b2 ** (t - 1)) / (1 - b2**t)
+        v = kept * v + (1 - kept) * scale**2
+    ratio = 50.0 / v**0.5
+    assert ratio > 1.9
+
+    def compare(path, s, p, param):
+        decay = 0.0 if path[-1].key in ("bias", "scale", "decoder_bias") else OPTIMIZER.weight_decay * param
+        np.testing.assert_allclose(s - decay, (p - decay) / ratio, rtol=1e-3, atol=1e-5)
+
+    jax.tree_util.tree_map_with_path(compare, stable[3], plain[3], params_and_grads[1])
+
+
+def matrices(tree) -> dict[str, jax.Array]:
+    """Some of the kernels, taken apart into what maps one space to one other, inputs first."""
+    layers = tree["encoder"]["layers"]
+    return {
         "a query projection": layers["qkv"]["kernel"][1, :, 0].reshape(16, 16),
         "a value projection": layers["qkv"]["kernel"][2, :, 2].reshape(16, 16),
         "attention output": layers["attention_out"]["kernel"][0].reshape(16, 16),
         "a half of the gated MLP": layers["mlp_in"]["kernel"][1, :, 1],
         "MLP output": layers["mlp_out"]["kernel"][2],
-        "the head": got["head"]["dense"]["kernel"],
+        "the head": tree["head"]["dense"]["kernel"],
     }
-    for name, matrix in matrices.items():
-        singular = np.linalg.svd(matrix / (0.2 * max(matrix.shape) ** 0.5), compute_uv=False)
-        assert 0.6 < singular.min() <= singular.max() < 1.25, (name, singular)
-        assert float(jnp.sqrt(jnp.square(matrix).mean())) == pytest.approx(0.2, rel=0.25), name
+
+
+def test_muon_is_the_published_iteration_on_each_matrix_at_adamws_size(params_and_grads):
+    """The quintic polynomial of the singular values, five times (Jordan et al. 2024), · 0.2 · √(longer side), and the
+    decay unscaled (arXiv:2502.16982)."""
+    _, params, grads = params_and_grads
+    got = matrices(update("muon", params_and_grads))
+    for name, gradient in matrices(grads).items():
+        left, singular, right = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
+        singular /= np.linalg.norm(singular)
+        for _ in range(5):
+            singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
+        expected = 0.2 * max(gradient.shape) ** 0.5 * (left * singular) @ right
+        expected += OPTIMIZER.weight_decay * matrices(params)[name]
+        np.testing.assert_allclose(got[name], expected, rtol=1e-3, atol=1e-3, err_msg=name)
+        assert float(jnp.sqrt(jnp.square(got[name]).mean())) == pytest.approx(0.2, rel=0.25), name
+
+
+def test_muon_goes_on_as_that_of_optax(params_and_grads):
+    """Nesterov momentum over several steps, on matrices that optax is given one by one."""
+    scales = [1.0, -3.0, 0.5, 2.0]
+    found = updates("muon", params_and_grads, scales)
+    _, params, grads = params_and_grads
+    params, grads = matrices(params), matrices(grads)
+    reference = optax.contrib.muon(1.0, weight_decay=OPTIMIZER.weight_decay, consistent_rms=0.2)
+    with jax.numpy_dtype_promotion("standard"):
+        state = reference.init(params)
+        for got, scale in zip(found, scales, strict=True):
+            expected, state = reference.update(jax.tree.map(lambda g, s=scale: s * g, grads), state, params)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-3, atol=1e-3), matrices(got), expected)
 
 
 def test_muon_leaves_embeddings_norms_and_biases_to_adam(params_and_grads):

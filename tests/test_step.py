@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from flax_mlm import config as config_lib
-from flax_mlm import masking, optimizer, sharding, spikes, step
+from flax_mlm import masking, objective, optimizer, sharding, spikes, step
 
 V, B, L = 101, 16, 32
 MODERN = {
@@ -63,19 +63,29 @@ def train(mesh_shape: tuple[int, int, int], overrides: tuple = (), num_steps: in
                 state, metrics = steps.train(state, sharding.global_batch(host_batch(i), mesh), vocabulary())
             jax.block_until_ready(state)
             history.append({k: float(v) for k, v in metrics.items()})
-        answers, _ = steps.evaluate(state.params, sharding.global_batch(host_batch(0), mesh), vocabulary())
+        answers, _ = steps.evaluate(state.weights, sharding.global_batch(host_batch(0), mesh), vocabulary())
         return history, state, jax.device_get(answers)
 
 
 BERT = ()
 MUON = (("optimizer.name", "muon"), *MODERN.items())
+STABLE = (("optimizer.name", "stable_adamw"), ("optimizer.averaging", "ema"))
+FREE = (("optimizer.name", "schedule_free"), ("optimizer.schedule", "constant"))
 LAMB = (("optimizer.name", "lamb"), ("objective.name", "clm"), ("model.scan_layers", False))
 
 
 @pytest.mark.parametrize(
     ("mesh", "overrides"),
-    [((8, 1, 1), BERT), ((2, 2, 2), BERT), ((1, 8, 1), MUON), ((2, 2, 2), MUON), ((1, 2, 4), LAMB)],
-    ids=["data-bert", "all-bert", "fsdp-muon", "all-muon", "tensor-lamb-clm"],
+    [
+        ((8, 1, 1), BERT),
+        ((2, 2, 2), BERT),
+        ((1, 8, 1), MUON),
+        ((2, 2, 2), MUON),
+        ((1, 2, 4), LAMB),
+        ((2, 4, 1), STABLE),
+        ((2, 2, 2), FREE),
+    ],
+    ids=["data-bert", "all-bert", "fsdp-muon", "all-muon", "tensor-lamb-clm", "fsdp-stable-ema", "all-free"],
 )
 def test_every_mesh_trains_as_one_device(mesh, overrides):
     expected, state, answers = train((1, 1, 1), overrides)
@@ -85,6 +95,9 @@ def test_every_mesh_trains_as_one_device(mesh, overrides):
     # Adam divides by the root of squares near 0 in the first steps, which enlarges rounding.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state.params, sharded.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), answers, sharded_answers)
+    if (average := sharded.average) is not None:
+        assert specs(average) == specs(sharded.params), "as large as the parameters, and split like them"
+        assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (average, sharded.params)), strict=True))
 
 
 @pytest.mark.parametrize(("mesh", "parts"), [((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
@@ -98,7 +111,13 @@ REPRODUCIBLE = (("train.reproducible", True), ("optimizer.spike_action", "clip")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "meshes"), [(BERT, ((8, 1, 1), (2, 4, 1))), (MUON, ((2, 4, 1),))], ids=["bert", "muon"]
+    ("overrides", "meshes"),
+    [
+        (BERT, ((8, 1, 1), (2, 4, 1))),
+        ((*MUON, ("optimizer.averaging", "lawa"), ("optimizer.lawa_every", 2)), ((2, 4, 1),)),
+        (FREE, ((2, 4, 1),)),
+    ],
+    ids=["bert", "muon-lawa", "free"],
 )
 def test_a_reproducible_run_has_the_same_bits_on_every_mesh(overrides, meshes):
     expected, state, answers = train((1, 1, 1), (*overrides, *REPRODUCIBLE), 5)
@@ -122,10 +141,46 @@ def test_any_process_can_stop_all():
             assert steps.train(steps.init(), batch, vocabulary())[1]["stop"] == wish
 
 
+@functools.cache
+def z_loss_as_defined() -> dict[str, float]:
+    """Half the mean of (log Z)², by JAX's logsumexp, beside the cross-entropy, and the norm of the gradient of both."""
+    config = make_config((1, 1, 1))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        slots = objective.num_slots(config.objective, L, 0.15)
+        batch, key = sharding.global_batch(host_batch(0), mesh), step.run_key(config, "mask")
+        t = objective.targets(config.objective, batch, key, vocabulary(), 0.15, slots)
+
+        def loss(params):
+            scores = steps.model.apply(params, t.inputs_BL, t.segment_ids_BL, t.positions_BL, predict_BK=t.predict_BK)
+            entropy = -(jax.nn.log_softmax(scores) * jax.nn.one_hot(t.labels_BK, scores.shape[-1])).sum(-1)
+            squared = jnp.square(jax.nn.logsumexp(scores, axis=-1))
+            entropy, z_loss = ((x * t.weights_BK).sum() / t.weights_BK.sum() for x in (entropy, 0.5 * squared))
+            return entropy + z_loss, {"loss": entropy, "z_loss": z_loss}
+
+        grads, found = jax.jit(jax.grad(loss, has_aux=True))(steps.init().params)
+        return {name: float(x) for name, x in {**found, "grad_norm": optimizer.global_norm(grads)}.items()}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "way"),
+    [((2, 1, 2), ()), ((1, 1, 1), (("train.microbatches", 4),)), ((2, 1, 1), (("train.reproducible", True),))],
+    ids=["tensor", "microbatches", "reproducible"],
+)
+def test_z_loss_is_trained_on_and_told_apart(mesh, way):
+    still = (("model.dropout_rate", 0.0), ("model.attention_dropout_rate", 0.0))
+    (metrics,), _, _ = train(mesh, (("objective.z_loss", 0.5), *still, *way), 1)
+    expected = z_loss_as_defined()
+    assert expected["z_loss"] > 5
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("action", ["none", "clip", "skip"])
 def test_a_spike_is_left_alone_cut_or_left_out(action):
     """Statistics are given that make every gradient a spike."""
-    config = make_config((1, 1, 1), (("optimizer.spike_action", action), ("optimizer.max_grad_norm", 0.0)))
+    averaging = (("optimizer.averaging", "ema"),) if action == "skip" else ()
+    config = make_config((1, 1, 1), (("optimizer.spike_action", action), ("optimizer.max_grad_norm", 0.0), *averaging))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         steps = step.make_steps(config, V, mesh)
@@ -139,6 +194,8 @@ def test_a_spike_is_left_alone_cut_or_left_out(action):
     pairs = zip(jax.tree.leaves(old), jax.tree.leaves(jax.device_get(state.params)), strict=True)
     changed = any((a != b).any() for a, b in pairs)
     assert changed == (action != "skip") and int(metrics["skipped"]) == (action == "skip")
+    if averaging:
+        jax.tree.map(np.testing.assert_array_equal, old, jax.device_get(state.average))
     z = (metrics["grad_norm"] - 0.01) / 1e-3
     expected = {"none": metrics["grad_norm"], "clip": 0.01 + 4.0**2 / z * 1e-3, "skip": 0.0}[action]
     assert norm_of_moment(state) == pytest.approx(0.1 * float(expected), rel=1e-3)

@@ -5,11 +5,12 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from faults.runs import arrays, assert_same_run, finish, metrics_of
 
-from flax_mlm import checkpoint
+from flax_mlm import checkpoint, trained
 from flax_mlm import config as config_lib
 
 STEPS = 60
@@ -50,6 +51,9 @@ def straight(toy) -> Path:
 def test_it_goes_on_with_another_layout(toy, straight, tmp_path, changes, devices):
     workdir = shutil.copytree(straight, tmp_path / "copy")
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    held = json.loads((workdir / "config.json").read_text())
+    del held["optimizer"]["averaging"]  # as of a run that began before there was such a field
+    (workdir / "config.json").write_text(json.dumps(held))
     out = finish(toy, workdir, *toy.flags(**SHORT, **changes), devices=devices)
     assert "restored step 50" in out
     expected = arrays(straight, STEPS)
@@ -124,3 +128,42 @@ def test_clozes_go_into_the_logs(toy, tmp_path):
     events = tensorflow().compat.v1.train.summary_iterator(str(file))
     texts = [v.tensor.string_val[0] for e in events for v in e.summary.value if v.tag.startswith("cloze/text")]
     assert len(texts) == 1 and b"The [MASK] sat on the mat.\n    " in texts[0] and b": rank " in texts[0]
+
+
+def test_the_average_of_the_weights_is_what_a_run_is_judged_by(toy, straight, tmp_path):
+    """LAWA's, against the mean of the weights in the checkpoints; the run itself is that without one."""
+    workdir = tmp_path / "run"
+    changes = {"optimizer__averaging": "lawa", "optimizer__lawa_every": 10, "optimizer__lawa_count": 3}
+    flags = toy.flags(**SHORT, **changes, train__keep_every=10)
+    assert "muon (evaluated: the lawa average of its weights)" in finish(toy, workdir, *flags)
+    final, latest = arrays(workdir, STEPS), [arrays(workdir, step) for step in (40, 50, 60)]
+    names = [name for name in final if name.startswith("params")]
+    for name in names:
+        mean = np.mean([each[name] for each in latest], axis=0)
+        np.testing.assert_allclose(final[name.replace("params", "average", 1)], mean, atol=1e-6, err_msg=name)
+    for name, value in arrays(straight, STEPS).items():
+        np.testing.assert_allclose(final[name], value, atol=1e-5, err_msg=name)
+
+    def loss(*more: str) -> float:
+        file = tmp_path / "loss.json"
+        done = toy.run("evaluate", f"--checkpoint={workdir}", f"--json={file}", *more)
+        assert done.returncode == 0, done.stderr
+        return json.loads(file.read_text())["loss"]
+
+    averaged, last = (json.loads((run / "result.json").read_text())["loss"] for run in (workdir, straight))
+    assert loss() == pytest.approx(averaged, abs=1e-6) and averaged != pytest.approx(last, abs=1e-3)
+    assert loss("--config.optimizer.averaging=none") == pytest.approx(last, abs=1e-4)
+
+    # An encoder fine-tuned from the average has one set of weights.
+    config = config_lib.build(checkpoint.read_config(str(workdir)))
+    model = trained.restore(str(workdir), config)
+    with jax.set_mesh(model.mesh):
+        checkpoint.save_encoder(tmp_path / "tuned", model, model.params["encoder"], 1)
+    tuned = trained.restore(str(tmp_path / "tuned"), config)
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((model.params, tuned.params)))
+
+    killed = shutil.copytree(workdir, tmp_path / "killed")
+    for later in (50, 60):
+        shutil.rmtree(killed / "checkpoints" / str(later))
+    assert "restored step 40" in finish(toy, killed, *flags)
+    assert_same_run(killed, workdir, STEPS)

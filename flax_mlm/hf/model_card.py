@@ -146,6 +146,8 @@ def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
     if config.init_from:
         lines.append(f"- Started from: {config.init_from.rstrip('/').rpartition('/')[2]}.")
     if about:
+        average = config.optimizer.averages
+        averaged = f"; the weights are their {average} average" if average != "none" else ""
         tokens = meta["step"] * t.global_batch_size * about["tokens"] / about["rows"]
         lines += [
             f"- Text: {about['name']}; {about['documents']:,} documents, {about['words']:,} words, "
@@ -153,7 +155,7 @@ def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
             f"- Objective: {predicts}.",
             f"- Run: {meta['step']:,} steps of {t.global_batch_size} rows of {config.data.seq_len}, "
             f"{tokens:,.0f} tokens; {config.optimizer.name}, peak learning rate {config.optimizer.learning_rate:g}, "
-            f"{config.optimizer.schedule}; computed in {config.model.dtype}; seed {config.seed}.",
+            f"{config.optimizer.schedule}{averaged}; computed in {config.model.dtype}; seed {config.seed}.",
         ]
     if tuned:
         lines.append(

@@ -36,13 +36,13 @@ def state(config: Config, steps: Steps, tokenizer: tokenizer_lib.Tokenizer, log:
         params = architecture_lib.to_ours(where, tensors, folder.offset)
     except ValueError as e:
         raise UserError(f"init_from: '{folder.path}': {e}") from e
-    fresh = steps.init()
+    fresh = steps.init().params
 
     def put(path: Any, new: jax.Array) -> jax.Array:
         array = params.get(tuple(key.key for key in path))
         return new if array is None else jax.make_array_from_callback(new.shape, new.sharding, lambda i: array[i])
 
-    return fresh._replace(params=jax.tree_util.tree_map_with_path(put, fresh.params))
+    return steps.init(jax.tree_util.tree_map_with_path(put, fresh))
 
 
 def _checked(

@@ -94,14 +94,15 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     found = {}
-    for item in ("params", "rest"):
+    for folder in sorted((workdir / "checkpoints" / str(step)).iterdir()):
+        if not folder.is_dir() or folder.name == "meta":
+            continue
         with ocp.PyTreeCheckpointer() as checkpointer:
-            folder = workdir / "checkpoints" / str(step) / item
             tree = checkpointer.metadata(folder).item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             restored = checkpointer.restore(folder, restore_args=as_numpy)
         for path, value in jax.tree_util.tree_leaves_with_path(restored):
-            found[item + jax.tree_util.keystr(path)] = np.asarray(value)
+            found[folder.name + jax.tree_util.keystr(path)] = np.asarray(value)
     assert len(found) > 20
     return found
 
