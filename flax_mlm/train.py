@@ -131,7 +131,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             print_banner(config, phases, corpus, mesh, steps, program(phase_at(step)).memory_analysis())
             writers = metrics.Writers(workdir, config, step)
             at_exit.callback(writers.close)
-        speed = metrics.Throughput(step, total, chips.peak_flops(mesh.devices.flat[:]))
+        speed = metrics.Throughput(step, total, chips.peak_flops(mesh.devices.flat[:]), checkpoints.totals)
 
         def batches_from(state: TrainState) -> Generator[dict[str, Any]]:
             """A function of (corpus, seed, step), so that there is no position to restore."""
@@ -163,7 +163,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             result = mlm.run(trained, corpus, poll)
             if is_main:
                 print(f"step {step}/{total}  validation loss {result['loss']:.4f}  accuracy {result['accuracy']:.4f}")
-                writers.write(step, "validation", result)
+                writers.write(step, "validation", result | speed.totals())
                 writers.flush()
             return result
 
@@ -185,8 +185,9 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
 
         def save(is_last: bool = False) -> None:
             def is_done() -> bool:
-                return checkpoints.save(step, state, before_save) and (not is_last or checkpoints.wait())
+                return checkpoints.save(step, state, before_save, totals) and (not is_last or checkpoints.wait())
 
+            totals = speed.totals()
             with speed.paused(), roster.untimed("saving"):
                 while not is_done() and is_last:
                     time.sleep(1)  # and again, for this is the last occasion; it gives up by itself
@@ -266,7 +267,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         stop.release()
         checkpoints.close()
 
-        with roster.untimed("evaluating"):
+        with speed.paused(), roster.untimed("evaluating"):
             result = evaluate(trained_at(step))
         if is_main:
             files.write_json(result_file, result)

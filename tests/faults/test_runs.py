@@ -83,6 +83,9 @@ def test_sigterm_saves_the_step_and_leaves_with_75(toy, undisturbed, tmp_path, o
     assert not (workdir / "lease.json").exists()
     assert f"restored step {step}" in finish(toy, workdir, *flags)
     assert_same_run(workdir, undisturbed, STEPS)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["train_seconds"] for line in lines if line["kind"] == "train"]
+    assert seconds == sorted(seconds), "the clock goes on where it was saved"
     outcome("recovered")
 
 
