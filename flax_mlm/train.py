@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 from rich.progress import Progress
 
-from flax_mlm import buckets, command, files, preemption, processes
+from flax_mlm import buckets, claim, command, files, preemption, processes
 from flax_mlm.config import Config, flatten
 from flax_mlm.errors import Failure, UserError
 
@@ -30,14 +30,6 @@ _WORKDIR = flags.DEFINE_string(
 
 flags.adopt_module_key_flags(processes)
 
-# May differ between a run and its continuation: they change where, how often or how fast, but not what is learned.
-_FREE = (
-    *("data.cache_dir", "data.num_workers", "train.microbatches"),
-    *("model.attention", "model.scan_layers", "model.remat"),
-    *("train.log_every", "train.eval_every", "train.cloze_every", "train.checkpoint_every", "train.stall_timeout"),
-    *("train.keep_last", "train.keep_every", "train.max_failed_saves"),
-    *("eval.", "finetune.", "mesh.", "log."),
-)
 _ADVICE = "Try a lower optimizer.learning_rate"
 
 
@@ -81,7 +73,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         roster.check_same("corpus", corpus.fingerprint)
         roster.check_same("--workdir", lease.holder(workdir))
         if is_main:
-            claim(workdir, config)
+            claim.take(workdir, config)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=corpus.seq_len))
         tokenizer = corpus.tokenizer()
 
@@ -278,29 +270,6 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
 def is_multiple(step: int, every: int) -> bool:
     """Whether something done every so many steps (0: never) is due."""
     return every > 0 and step > 0 and step % every == 0
-
-
-def claim(workdir: buckets.AnyPath, config: Config) -> None:
-    """Writes `config.json` into a new workdir, or checks that the run in it is this one.
-
-    Raises:
-      UserError: the workdir belongs to a run with another config, or cannot be written.
-    """
-    file = workdir / "config.json"
-    try:
-        with buckets.errors(workdir):
-            if not file.exists():  # the folder is there, with our lease in it
-                files.write_json(file, config.to_dict())
-                return
-            held = flatten(json.loads(file.read_text()))
-    except (OSError, ValueError) as e:
-        raise UserError(f"--workdir: '{workdir}' cannot be used: {e}") from e
-    for name, value in flatten(config.to_dict()).items():
-        if held.get(name) != value and not name.startswith(_FREE):
-            raise UserError(
-                f"--workdir: '{workdir}' holds a run with {name} = {held.get(name)}, and this one has {value}; "
-                "use another --workdir"
-            )
 
 
 def print_banner(config: Config, phases: dict[int, Config], corpus: Any, mesh: Any, steps: Any, memory: Any) -> None:

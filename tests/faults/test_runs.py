@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_mlm import checkpoint, train
+from flax_mlm import checkpoint, claim
 from flax_mlm import config as config_lib
 from flax_mlm.errors import UserError
 
@@ -357,10 +357,10 @@ def test_a_workdir_that_cannot_be(toy, tmp_path, outcome, where):
 )
 def test_a_workdir_of_another_run(trained_run, outcome, name, value):
     c = config_lib.from_dict(json.loads((trained_run / "config.json").read_text()))
-    train.claim(trained_run, config_lib.build(c))
+    claim.take(trained_run, config_lib.build(c))
     c.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=f"holds a run with {name} = .*, and this one has {value}"):
-        train.claim(trained_run, config_lib.build(c))
+        claim.take(trained_run, config_lib.build(c))
     outcome("detected")
 
 
