@@ -16,7 +16,7 @@ from flax_mlm import config as config_lib
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
-COMMANDS = ("train", "prepare", "audit", "evaluate", "compare", "embed", "fill_mask", "export")
+COMMANDS = ("train", "prepare", "audit", "sweep", "evaluate", "compare", "embed", "fill_mask", "export")
 
 
 @pytest.fixture
