@@ -64,6 +64,13 @@ def test_a_grid_is_the_product_of_its_lists(grid):
     assert len(names) == 2 * len(found) and all(re.fullmatch(r"[\w.+-]{1,200}", name, re.ASCII) for name in names)
 
 
+def test_folders_of_other_settings_have_other_names():
+    texts = ["a/b", "a_b", "a b", "a  b", "A_b", "", "x" * 300, "x" * 301, "ä", "../..", "1+train.steps-2"]
+    found = [grid_lib.folder_name({"data.source": text}, 0) for text in texts]
+    found.append(grid_lib.folder_name({"data.source": "1", "train.steps": 2}, 0))
+    assert len(set(found)) == len(found) and all(re.fullmatch(r"data\.source-[\w.+-]{1,190}", name) for name in found)
+
+
 @settings(max_examples=30, deadline=None)
 @given(grids(), st.integers(0, 99))
 def test_each_point_is_a_config_with_its_values(grid, seed):
