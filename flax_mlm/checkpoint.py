@@ -118,6 +118,7 @@ def _check_types(meta: dict[str, Any]) -> None:
     """A checkpoint may come from anyone."""
     kinds = {"step": int, "corpus": str, "text": dict, "config": dict, "tokenizer": dict, "arrays": dict}
     wrong = [name for name, kind in kinds.items() if type(meta[name]) is not kind]
+    wrong += [name for name, total in dict(meta.get("totals", {})).items() if type(total) not in (int, float)]
     wrong += [name for name, entry in meta["arrays"].items() if [type(x) for x in entry] != [str, list, str]]
     if wrong:
         raise ValueError(f"{wrong[0]} is of a wrong type")
@@ -277,6 +278,10 @@ class Checkpoints:
     """The checkpoints of one run: asynchronous saves, two-tier retention, newest sound step first.
 
     With several processes every process makes one and calls the same methods; process 0 tends the folder.
+
+    Attributes:
+      failed_in_a_row: saves.
+      totals: those that were saved with the step that was restored last; empty where there is none.
     """
 
     def __init__(
@@ -295,7 +300,7 @@ class Checkpoints:
             ocp.CompositeCheckpointHandler(), atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
         )
         self._saving: int | None = None
-        self.failed_in_a_row = 0
+        self.failed_in_a_row, self.totals = 0, dict[str, float]()
         self._tidy = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         # What it has to say it also raises, and we report that.
         logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -317,7 +322,13 @@ class Checkpoints:
             else:
                 self._shelf.quarantine(name)
 
-    def save(self, step: int, state: Any, before: Callable[[], None] = lambda: None) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        before: Callable[[], None] = lambda: None,
+        totals: dict[str, float] | None = None,
+    ) -> bool:
         """Starts saving a TrainState (a NamedTuple with `params`), once the last save is done; returns when it is
         copied from the devices. A failure is reported, counted and cleaned up; the next save tries again.
 
@@ -326,6 +337,7 @@ class Checkpoints:
           state: what they have made of it.
           before: is called by process 0 before anything is written; its UserError or Failure is raised, except that a
             bucket that does not answer is a failure to save as any other.
+          totals: of the run until this step, see `metrics.Throughput`; those of process 0 are kept.
 
         Returns:
           Whether it was started.
@@ -355,7 +367,7 @@ class Checkpoints:
         for name, (_, _, not_finite) in fingerprints.items():
             if not_finite:
                 raise Failure(f"step {step} is not saved: {not_finite} values of {name} are not finite")
-        meta = {**self._meta, "step": step, "arrays": table(items, fingerprints)}
+        meta = {**self._meta, "step": step, "totals": totals or {}, "arrays": table(items, fingerprints)}
         meta["sha256"] = _digest(meta)
         args = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
         self._saving = step
@@ -441,6 +453,7 @@ class Checkpoints:
                     if later > step:
                         self._shelf.discard(str(later))
             log(f"restored step {step} from {checkpoint}")
+            self.totals = meta.get("totals", {})  # not saved with it before they were counted
             return abstract._replace(**{**state.pop("rest"), **state})
         # Also when they were put away by an earlier start: a run never begins anew unasked.
         if before is None and self._shelf.has_quarantine():

@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 a failure, 2 the user's mistake (one line, no traceback), 
 preemption after saving (start me again).
 """
 
-import difflib
 import importlib.util
 import json
 import os
@@ -24,7 +23,7 @@ from flax_mlm.hf import folder
 PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
 
-_OVERRIDE = re.compile(r"--(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
+_OVERRIDE = re.compile(r"--?(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
 
 
 def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool = False, positional: str = "") -> None:
@@ -39,22 +38,7 @@ def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool =
     try:
         if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(sys.argv):
             _help(from_checkpoint)
-        config_dict, argv = _load(sys.argv, from_checkpoint)
-        argv, to_none = _normalise(argv, config_lib.field_types())
-        config_flags.DEFINE_config_dict("config", config_dict, sys_argv=argv)
-        try:
-            leftover = flags.FLAGS(argv)[1:]
-        except flags.Error as e:
-            raise UserError(str(e).splitlines()[0]) from e
-        if positional and leftover and not flags.FLAGS[positional].present:
-            flags.FLAGS[positional].value = leftover.pop(0)
-        if leftover:
-            raise UserError(f"unexpected argument '{leftover[0]}'; options look like --name=value (see --help)")
-        for path in to_none:
-            config_dict.update_from_flattened_dict({path: None})
-        if config_dict.get("init_from") and (not from_checkpoint or folder.is_one(flags.FLAGS.checkpoint)):
-            folder.adopt(config_dict, {match[2] for match in map(_OVERRIDE.fullmatch, argv) if match})
-        config = config_lib.build(config_dict)
+        config = _parse(sys.argv, flags.FLAGS, from_checkpoint, positional)
         if flags.FLAGS.print_config:
             print(json.dumps(config.to_dict(), indent=2))
             sys.exit(0)
@@ -73,6 +57,46 @@ def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool =
         sys.exit(1)
 
 
+def resolve(arguments: list[str]) -> config_lib.Config:
+    """The config that a command makes of its arguments `--config=FILE.py` and `--config.section.field=value`.
+
+    Raises:
+      UserError: as the command would.
+    """
+    return _parse(["", *arguments], flags.FlagValues())
+
+
+def config_arguments(argv: list[str]) -> list[str]:
+    """Those arguments of a command line that make its config, as `resolve` takes them."""
+    found, rest = _take(argv, "--config")
+    rest, to_none = _normalise(rest)
+    overrides = [argument for argument in rest if _OVERRIDE.fullmatch(argument)]
+    named = [] if found is None else [f"--config={found}"]
+    return named + overrides + [f"--config.{path}=none" for path in to_none]
+
+
+def _parse(
+    argv: list[str], values: flags.FlagValues, from_checkpoint: bool = False, positional: str = ""
+) -> config_lib.Config:
+    """Sets the flags, and builds the config."""
+    config_dict, argv = _load(argv, from_checkpoint)
+    argv, to_none = _normalise(argv)
+    config_flags.DEFINE_config_dict("config", config_dict, flag_values=values, sys_argv=argv)
+    try:
+        leftover = values(argv)[1:]
+    except flags.Error as e:
+        raise UserError(str(e).splitlines()[0]) from e
+    if positional and leftover and not values[positional].present:
+        values[positional].value = leftover.pop(0)
+    if leftover:
+        raise UserError(f"unexpected argument '{leftover[0]}'; options look like --name=value (see --help)")
+    for path in to_none:
+        config_dict.update_from_flattened_dict({path: None})
+    if config_dict.get("init_from") and (not from_checkpoint or folder.is_one(values.checkpoint)):
+        folder.adopt(config_dict, {match[2] for match in map(_OVERRIDE.fullmatch, argv) if match})
+    return config_lib.build(config_dict)
+
+
 def _help(from_checkpoint: bool) -> None:
     """Prints the command's flags and exits."""
     what = "" if from_checkpoint else "a config file, by default configs/quickstart.py. "
@@ -87,15 +111,7 @@ def _help(from_checkpoint: bool) -> None:
 
 def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]]:
     """The ConfigDict that overrides apply to, and argv without the option that named it."""
-    name, found, rest = ("--checkpoint" if from_checkpoint else "--config"), None, []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == name:
-            found = next(arguments, "")
-        elif argument.startswith(name + "="):
-            found = argument.split("=", 1)[1]
-        else:
-            rest.append(argument)
+    found, rest = _take(argv, "--checkpoint" if from_checkpoint else "--config")
     if from_checkpoint:
         if not found:
             raise UserError("--checkpoint is missing; give the workdir of a run, or one of its checkpoints")
@@ -108,6 +124,20 @@ def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]
 
         return read_config(found), rest
     return _from_file(str(DEFAULT_CONFIG) if found is None else found), rest
+
+
+def _take(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of one option, if it is there, and the other arguments."""
+    found, rest = None, []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == name:
+            found = next(arguments, "")
+        elif argument.startswith(name + "="):
+            found = argument.split("=", 1)[1]
+        else:
+            rest.append(argument)
+    return found, rest
 
 
 def _from_file(path_and_argument: str) -> ConfigDict:
@@ -129,7 +159,7 @@ def _from_file(path_and_argument: str) -> ConfigDict:
         sys.path.pop(0)
 
 
-def _normalise(argv: list[str], fields: dict[str, tuple[type, bool]]) -> tuple[list[str], list[str]]:
+def _normalise(argv: list[str]) -> tuple[list[str], list[str]]:
     """Checks every `--config.x` override, and rewrites what ml_collections would not take.
 
     It refuses `1e6` for an int and none for a placeholder, and answers a misspelt name with a traceback.
@@ -137,7 +167,7 @@ def _normalise(argv: list[str], fields: dict[str, tuple[type, bool]]) -> tuple[l
     Returns:
       The new argv, and the names of the fields that were given `none`.
     """
-    result, to_none = [], []
+    result, to_none = list[str](), list[str]()
     arguments = iter(argv)
     for argument in arguments:
         match = _OVERRIDE.fullmatch(argument)
@@ -145,18 +175,14 @@ def _normalise(argv: list[str], fields: dict[str, tuple[type, bool]]) -> tuple[l
             result.append(argument)
             continue
         negated, path, text = match.groups()
-        if path not in fields:
-            near = difflib.get_close_matches(path, fields, n=1, cutoff=0.5)
-            near = near or [f for f in fields if f.endswith("." + path.rsplit(".", 1)[-1])]
-            hint = f"did you mean '{near[0]}'?" if near else "--print_config lists them all"
-            raise UserError(f"config has no field '{path}'; {hint}")
-        kind, optional = fields[path]
+        kind, optional = config_lib.field_type(path)
         if text is None and kind is bool:
             text = "false" if negated else "true"
         elif text is None:
             text = next(arguments, None)
             if text is None:
                 raise UserError(f"--config.{path} has no value; write --config.{path}=VALUE")
+        to_none = [other for other in to_none if other != path]  # the last one counts
         if optional and text.lower() == "none":
             to_none.append(path)
         else:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm import buckets, command, files
+from flax_mlm import buckets, command, files, tables
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure, UserError
 
@@ -174,40 +174,33 @@ def table(checkpoints: list[str], rows: list[Row]) -> str:
             text += f"<br>{bold}{difference.value:+.4f}{bold} [{difference.low:+.4f}, {difference.high:+.4f}]"
         return text
 
-    lines = [["task", "metric", *checkpoints], ["---"] * (2 + len(checkpoints))]
+    lines = []
     for row in rows:
         arrow = "↑" if row.higher_is_better else "↓"
         lines.append([row.task, f"{row.metric} {arrow}", *(cell(row, name) for name in checkpoints)])
     note = f"± standard error. Below it the difference to {checkpoints[0]} with its 95% interval (paired bootstrap)."
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
+    return tables.markdown(["task", "metric", *checkpoints], lines, text_columns=2) + f"\n\n{note}\n"
 
 
 def plot(file: Path, checkpoints: list[str], rows: list[Row]) -> None:
     """A panel for each row: values with standard errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = min(len(rows), 4)
-    figure, axes = plt.subplots(
-        -(-len(rows) // columns), columns, squeeze=False, layout="constrained",
-        figsize=(3.2 * columns, 0.8 + (0.9 + 0.3 * len(checkpoints)) * -(-len(rows) // columns)),
-    )  # fmt: skip
-    for axis in axes.flat[len(rows) :]:
-        axis.axis("off")
-    for axis, row in zip(axes.flat, rows, strict=False):
-        for y, name in enumerate(checkpoints):
-            if name in row.values:
-                value, stderr = row.values[name]
-                axis.errorbar(value, y, xerr=stderr, fmt="o", capsize=3, color=f"C{y}")
-        axis.set_yticks(range(len(checkpoints)), checkpoints)
-        axis.set_ylim(len(checkpoints) - 0.5, -0.5)
-        axis.set_title(f"{row.task}: {row.metric} ({'higher' if row.higher_is_better else 'lower'} is better)", size=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(axis="x", alpha=0.3)
-    with files.replacing(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    height = -(-len(rows) // columns)
+    size = 3.2 * columns, 0.8 + (0.9 + 0.3 * len(checkpoints)) * height
+    with tables.figure(file, height, columns, size) as (_, axes):
+        for axis in axes.flat[len(rows) :]:
+            axis.axis("off")
+        for axis, row in zip(axes.flat, rows, strict=False):
+            for y, name in enumerate(checkpoints):
+                if name in row.values:
+                    value, stderr = row.values[name]
+                    axis.errorbar(value, y, xerr=stderr, fmt="o", capsize=3, color=f"C{y}")
+            axis.set_yticks(range(len(checkpoints)), checkpoints)
+            axis.set_ylim(len(checkpoints) - 0.5, -0.5)
+            better = "higher" if row.higher_is_better else "lower"
+            axis.set_title(f"{row.task}: {row.metric} ({better} is better)", size=8)
+            axis.tick_params(labelsize=8)
+            axis.grid(axis="x", alpha=0.3)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import difflib
 import math
 import re
 import runpy
@@ -302,6 +303,17 @@ def field_types() -> dict[str, tuple[type, bool]]:
         else:
             result[section.name] = (section.type, False)  # type: ignore[assignment]
     return result
+
+
+def field_type(path: str) -> tuple[type, bool]:
+    """As `field_types`, of one field. Raises UserError, with the nearest name, where there is no such field."""
+    fields = field_types()
+    if path not in fields:
+        near = difflib.get_close_matches(path, fields, n=1, cutoff=0.5)
+        near = near or [f for f in fields if f.endswith("." + path.rsplit(".", 1)[-1])]
+        hint = f"did you mean '{near[0]}'?" if near else "--print_config lists them all"
+        raise UserError(f"config has no field '{path}'; {hint}")
+    return fields[path]
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:

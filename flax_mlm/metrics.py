@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flax_mlm import buckets, files
@@ -12,6 +12,7 @@ from flax_mlm.config import Config, ModelConfig
 from flax_mlm.mirror import Mirror
 
 _METRICS = "metrics.jsonl"
+_NO_TOTALS = {"tokens_seen": 0, "train_seconds": 0.0}
 
 
 def flops_per_row(model: ModelConfig, seq_len: int, slots: int, vocab_rows: int) -> float:
@@ -28,14 +29,16 @@ def flops_per_row(model: ModelConfig, seq_len: int, slots: int, vocab_rows: int)
 
 
 class Throughput:
-    """Rates over the time since the last report."""
+    """Rates over the time since the last report, and totals of the whole run."""
 
-    def __init__(self, step: int, total_steps: int, peak: float | None):
-        self._total, self._peak = total_steps, peak
+    def __init__(self, step: int, total_steps: int, peak: float | None, before: Mapping[str, float]):
+        """`before` holds the totals of what was done before `step`; empty for nothing."""
+        self._total, self._peak, self._before = total_steps, peak, {**_NO_TOTALS, **before}
         self._start(step)
 
     def _start(self, step: int) -> None:
         self._step, self._since, self._tokens, self._flops, self._waited = step, time.perf_counter(), 0.0, 0.0, 0.0
+        self._paused_at: float | None = None
 
     def add(self, tokens: float, flops: float) -> None:
         """Counts a step: its tokens, padding excluded, and its model FLOPs."""
@@ -52,13 +55,28 @@ class Throughput:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Around what is not training; it does not count."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
+        self._paused_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - self._paused_at
+            self._paused_at = None
+
+    def _elapsed(self) -> float:
+        return max((self._paused_at or time.perf_counter()) - self._since, 1e-9)
+
+    def totals(self) -> dict[str, float]:
+        """tokens_seen (padding excluded) and train_seconds of the run until now, over all its restarts: without pauses,
+        compilation, and what was lost when it was killed; with steps that were gone back from."""
+        return {
+            "tokens_seen": self._before["tokens_seen"] + int(self._tokens),
+            "train_seconds": self._before["train_seconds"] + self._elapsed(),
+        }
 
     def report(self, step: int) -> dict[str, float]:
-        """tokens_per_second, data_wait (share of the time), eta_seconds, and mfu where the peak is known."""
-        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        """tokens_per_second, data_wait (share of the time), eta_seconds, mfu where the peak is known, and the totals.
+        The next report's rates begin here."""
+        elapsed, self._before = self._elapsed(), self.totals()
         per_step = elapsed / max(step - self._step, 1)
         rates = {
             "tokens_per_second": self._tokens / elapsed,
@@ -68,7 +86,7 @@ class Throughput:
         if self._peak:
             rates["mfu"] = self._flops / elapsed / self._peak
         self._start(step)
-        return rates
+        return rates | self._before
 
 
 def train_line(step: int, total: int, m: dict[str, float]) -> str:

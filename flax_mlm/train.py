@@ -20,8 +20,8 @@ from typing import Any
 from absl import flags
 from rich.progress import Progress
 
-from flax_mlm import buckets, command, files, preemption, processes
-from flax_mlm.config import Config, flatten, from_dict
+from flax_mlm import buckets, claim, command, files, preemption, processes
+from flax_mlm.config import Config, flatten
 from flax_mlm.errors import Failure, UserError
 
 _WORKDIR = flags.DEFINE_string(
@@ -30,14 +30,6 @@ _WORKDIR = flags.DEFINE_string(
 
 flags.adopt_module_key_flags(processes)
 
-# May differ between a run and its continuation: they change where, how often or how fast, but not what is learned.
-_FREE = (
-    *("data.cache_dir", "data.num_workers", "train.microbatches"),
-    *("model.attention", "model.scan_layers", "model.remat"),
-    *("train.log_every", "train.eval_every", "train.cloze_every", "train.checkpoint_every", "train.stall_timeout"),
-    *("train.keep_last", "train.keep_every", "train.max_failed_saves"),
-    *("eval.", "finetune.", "mesh.", "log."),
-)
 _ADVICE = "Try a lower optimizer.learning_rate"
 
 
@@ -81,7 +73,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         roster.check_same("corpus", corpus.fingerprint)
         roster.check_same("--workdir", lease.holder(workdir))
         if is_main:
-            claim(workdir, config)
+            claim.take(workdir, config)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=corpus.seq_len))
         tokenizer = corpus.tokenizer()
 
@@ -131,7 +123,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             print_banner(config, phases, corpus, mesh, steps, program(phase_at(step)).memory_analysis())
             writers = metrics.Writers(workdir, config, step)
             at_exit.callback(writers.close)
-        speed = metrics.Throughput(step, total, chips.peak_flops(mesh.devices.flat[:]))
+        speed = metrics.Throughput(step, total, chips.peak_flops(mesh.devices.flat[:]), checkpoints.totals)
 
         def batches_from(state: TrainState) -> Generator[dict[str, Any]]:
             """A function of (corpus, seed, step), so that there is no position to restore."""
@@ -163,7 +155,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             result = mlm.run(trained, corpus, poll)
             if is_main:
                 print(f"step {step}/{total}  validation loss {result['loss']:.4f}  accuracy {result['accuracy']:.4f}")
-                writers.write(step, "validation", result)
+                writers.write(step, "validation", result | speed.totals())
                 writers.flush()
             return result
 
@@ -185,8 +177,9 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
 
         def save(is_last: bool = False) -> None:
             def is_done() -> bool:
-                return checkpoints.save(step, state, before_save) and (not is_last or checkpoints.wait())
+                return checkpoints.save(step, state, before_save, totals) and (not is_last or checkpoints.wait())
 
+            totals = speed.totals()
             with speed.paused(), roster.untimed("saving"):
                 while not is_done() and is_last:
                     time.sleep(1)  # and again, for this is the last occasion; it gives up by itself
@@ -266,7 +259,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         stop.release()
         checkpoints.close()
 
-        with roster.untimed("evaluating"):
+        with speed.paused(), roster.untimed("evaluating"):
             result = evaluate(trained_at(step))
         if is_main:
             files.write_json(result_file, result)
@@ -277,30 +270,6 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
 def is_multiple(step: int, every: int) -> bool:
     """Whether something done every so many steps (0: never) is due."""
     return every > 0 and step > 0 and step % every == 0
-
-
-def claim(workdir: buckets.AnyPath, config: Config) -> None:
-    """Writes `config.json` into a new workdir, or checks that the run in it is this one; it may have begun before some
-    of the fields existed.
-
-    Raises:
-      UserError: the workdir belongs to a run with another config, or cannot be written.
-    """
-    file = workdir / "config.json"
-    try:
-        with buckets.errors(workdir):
-            if not file.exists():  # the folder is there, with our lease in it
-                files.write_json(file, config.to_dict())
-                return
-            held = flatten(from_dict(json.loads(file.read_text())).to_dict())
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"--workdir: '{workdir}' cannot be used: {e}") from e
-    for name, value in flatten(config.to_dict()).items():
-        if held.get(name) != value and not name.startswith(_FREE):
-            raise UserError(
-                f"--workdir: '{workdir}' holds a run with {name} = {held.get(name)}, and this one has {value}; "
-                "use another --workdir"
-            )
 
 
 def print_banner(config: Config, phases: dict[int, Config], corpus: Any, mesh: Any, steps: Any, memory: Any) -> None:

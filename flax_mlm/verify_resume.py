@@ -39,7 +39,7 @@ _SHAPES = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string("workdir", "", "keep the runs in this folder; default: a temporary one")
 
-_RATES = ("tokens_per_second", "data_wait", "eta_seconds", "mfu")
+_RATES = ("tokens_per_second", "data_wait", "eta_seconds", "mfu", "train_seconds")
 _BATCHES = ("step", "data_step", "batch_fingerprint", "mask_rate", "tokens", "predicted_tokens")
 
 

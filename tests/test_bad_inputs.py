@@ -191,6 +191,8 @@ def test_options_that_are_none(argument, said):
         ("verify_resume", "--shapes=2by2"),
         ("verify_resume", "--shapes=2x0"),
         ("verify_resume", "--kills=none"),
+        ("sweep", "--seeds=0"),
+        ("sweep", "--grid=optimizer.name"),
         ("prepare", "--output=/proc/nothing/here"),
         ("audit", "--corpus"),
     ],

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from configs import base, quickstart
+from flax_mlm import command as command_lib
 from flax_mlm import config as config_lib
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
-COMMANDS = ("train", "prepare", "audit", "evaluate", "compare", "embed", "fill_mask", "export")
+COMMANDS = ("train", "prepare", "audit", "sweep", "evaluate", "compare", "embed", "fill_mask", "export")
 
 
 @pytest.fixture
@@ -217,6 +218,22 @@ def test_spellings_that_work(toy, tmp_path):
     assert config["optimizer"]["learning_rate"] == 1.0 and config["data"]["source"] == "text:a=b c#d"
     assert printed(toy, "--config.objective.mask_rate_final=0.3")["objective"]["mask_rate_final"] == 0.3
     assert printed(toy) == config_lib.build(quickstart.get_config()).to_dict()
+
+
+def test_the_last_of_several_counts(toy):
+    none, some = "--config.objective.mask_rate_final=none", "--config.objective.mask_rate_final=0.3"
+    assert printed(toy, none, some)["objective"]["mask_rate_final"] == 0.3
+    assert printed(toy, some, none)["objective"]["mask_rate_final"] is None
+
+
+def test_the_arguments_of_a_config_make_it_again(toy):
+    line = [
+        "--config", str(ROOT / "configs" / "small.py"), "--config.train.steps", "1e6", "--noconfig.log.tensorboard",
+        "--config.objective.mask_rate_final=none", "--config.model.glu", "-config.data.source=text:a=b c#d",
+    ]  # fmt: skip
+    arguments = command_lib.config_arguments(["train", "--workdir=w", *line, "--dry_run"])
+    assert all(argument.startswith("--config") and "=" in argument for argument in arguments)
+    assert command_lib.resolve(arguments).to_dict() == printed(toy, *line)
 
 
 def test_a_checkpoint_gives_its_config(toy, trained_run):

@@ -111,7 +111,7 @@ def test_flops_of_bert_base_are_six_per_parameter_and_token_plus_attention_and_h
 
 
 def test_throughput_leaves_out_pauses():
-    speed = metrics.Throughput(0, 100, 1e12)
+    speed = metrics.Throughput(0, 100, 1e12, {})
     for _ in range(10):
         speed.add(1000, 1e9)
     with speed.paused():
@@ -123,6 +123,25 @@ def test_throughput_leaves_out_pauses():
     assert 0 < rates["data_wait"] <= 1
     assert rates["mfu"] == pytest.approx(1e9 * rates["tokens_per_second"] / 1000 / 1e12)
     assert rates["eta_seconds"] == pytest.approx(90 * 1000 / rates["tokens_per_second"])
+
+
+def test_totals_go_on_where_they_were_saved_without_the_pauses(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    speed = metrics.Throughput(10, 100, None, {"tokens_seen": 5000, "train_seconds": 60.0})
+    now += 3
+    speed.add(100.0, 1e9)
+    reported = speed.report(11)
+    assert (reported["tokens_seen"], reported["train_seconds"]) == (5100, 63.0)
+    now += 4
+    speed.add(100.0, 1e9)
+    with pytest.raises(KeyError), speed.paused():
+        now += 1000
+        assert speed.totals() == {"tokens_seen": 5200, "train_seconds": 67.0}
+        raise KeyError
+    now += 5
+    assert speed.totals() == {"tokens_seen": 5200, "train_seconds": 72.0}
+    assert speed.report(12)["tokens_per_second"] == pytest.approx(100 / 9)
 
 
 def test_the_line_can_be_grepped():

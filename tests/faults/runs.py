@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-RATES = {"tokens_per_second", "data_wait", "eta_seconds", "mfu"}
+RATES = {"tokens_per_second", "data_wait", "eta_seconds", "mfu", "train_seconds"}
 PATIENCE = 180  # seconds for what must happen; only a hang reaches it
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_mlm import checkpoint, train
+from flax_mlm import checkpoint, claim
 from flax_mlm import config as config_lib
 from flax_mlm.errors import UserError
 
@@ -83,6 +83,9 @@ def test_sigterm_saves_the_step_and_leaves_with_75(toy, undisturbed, tmp_path, o
     assert not (workdir / "lease.json").exists()
     assert f"restored step {step}" in finish(toy, workdir, *flags)
     assert_same_run(workdir, undisturbed, STEPS)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["train_seconds"] for line in lines if line["kind"] == "train"]
+    assert seconds == sorted(seconds), "the clock goes on where it was saved"
     outcome("recovered")
 
 
@@ -354,10 +357,10 @@ def test_a_workdir_that_cannot_be(toy, tmp_path, outcome, where):
 )
 def test_a_workdir_of_another_run(trained_run, outcome, name, value):
     c = config_lib.from_dict(json.loads((trained_run / "config.json").read_text()))
-    train.claim(trained_run, config_lib.build(c))
+    claim.take(trained_run, config_lib.build(c))
     c.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=f"holds a run with {name} = .*, and this one has {value}"):
-        train.claim(trained_run, config_lib.build(c))
+        claim.take(trained_run, config_lib.build(c))
     outcome("detected")
 
 

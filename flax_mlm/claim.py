@@ -1,0 +1,59 @@
+"""One workdir, one run: `config.json` says which, and what of it may change when it goes on."""
+
+import json
+
+from flax_mlm import buckets, files
+from flax_mlm.config import Config, flatten, from_dict
+from flax_mlm.errors import UserError
+
+_FILE = "config.json"
+
+# May differ between a run and its continuation: they change where, how often or how fast, but not what is learned.
+FREE = (
+    *("data.cache_dir", "data.num_workers", "train.microbatches"),
+    *("model.attention", "model.scan_layers", "model.remat"),
+    *("train.log_every", "train.eval_every", "train.cloze_every", "train.checkpoint_every", "train.stall_timeout"),
+    *("train.keep_last", "train.keep_every", "train.max_failed_saves"),
+    *("eval.", "finetune.", "mesh.", "log."),
+)
+
+
+def take(workdir: buckets.AnyPath, config: Config) -> None:
+    """Writes `config.json` into a new workdir, or checks that the run in it is this one.
+
+    Raises:
+      UserError: the workdir belongs to a run with another config, or cannot be written.
+    """
+    file = workdir / _FILE
+    try:
+        with buckets.errors(workdir):
+            if not file.exists():  # the folder is there, with our lease in it
+                files.write_json(file, config.to_dict())
+    except OSError as e:
+        raise _unusable(workdir, e) from e
+    check(workdir, config)
+
+
+def check(workdir: buckets.AnyPath, config: Config, free: tuple[str, ...] = FREE) -> None:
+    """Whether a run in a workdir, if there is one, is this one, but for fields whose names begin with one of `free`; it
+    may have begun before some of the fields existed.
+
+    Raises:
+      UserError: it is not, or cannot be read.
+    """
+    file = workdir / _FILE
+    try:
+        with buckets.errors(workdir):
+            held = flatten(from_dict(json.loads(file.read_text())).to_dict()) if file.exists() else None
+    except (OSError, ValueError, TypeError) as e:
+        raise _unusable(workdir, e) from e
+    for name, value in flatten(config.to_dict()).items():
+        if held is not None and held.get(name) != value and not name.startswith(free):
+            raise UserError(
+                f"--workdir: '{workdir}' holds a run with {name} = {held.get(name)}, and this one has {value}; "
+                "use another --workdir"
+            )
+
+
+def _unusable(workdir: buckets.AnyPath, e: Exception) -> UserError:
+    return UserError(f"--workdir: '{workdir}' cannot be used: {e}")
