@@ -27,6 +27,7 @@ BASE = ObjectiveConfig(
     replace_random=0.1,
     span_stop=0.2,
     span_max_words=10,
+    z_loss=0.0,
 )
 B, L, V, NUM_SPECIAL = 8, 24, 32, 6  # kept in most tests, so that each strategy is compiled once
 KEY = jax.random.key(7)
