@@ -19,7 +19,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,12 @@ class Rows:
     seq_len: int
     pad_id: int
     _shards: tuple["_Shard", ...]
+
+    @classmethod
+    def joined(cls, splits: Sequence["Rows"]) -> "Rows":
+        """The rows of several splits, one split after another; L and `pad_id` are the same in all."""
+        shards = tuple(shard for rows in splits for shard in rows._shards)
+        return cls(sum(rows.num_rows for rows in splits), splits[0].seq_len, splits[0].pad_id, shards)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Rows by their numbers, (n,) -> int32 (n, L). Only these are read, and each is compared with its checksum.
