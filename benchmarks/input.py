@@ -77,9 +77,12 @@ def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
 
 def readers(config: Config, corpus: Any) -> dict[str, Callable[[], float]]:
     """Tokens a second, padding included, of ways to read the prepared rows."""
+    from flax_mlm.data.corpus import Rows
     from flax_mlm.data.pipeline import train_batches
+    from flax_mlm.data.stream import Stream
 
     rows, size, count = corpus.split("train"), _ROWS.value, _BATCHES.value
+    one, two = Stream((rows.num_rows,)), Stream((rows.num_rows, rows.num_rows), (7, 3))
     rng = np.random.default_rng(0)
 
     def direct() -> float:
@@ -89,8 +92,8 @@ def readers(config: Config, corpus: Any) -> dict[str, Callable[[], float]]:
             rows.read(index)
         return count * size * rows.seq_len / (time.perf_counter() - start)
 
-    def pipeline() -> float:
-        batches = train_batches(rows, seed=0, global_batch_size=size, start_step=0, stop_step=1 << 40)
+    def pipeline(rows: Any, stream: Stream) -> float:
+        batches = train_batches(rows, seed=0, global_batch_size=size, start_step=0, stop_step=1 << 40, stream=stream)
         next(batches)
         start = time.perf_counter()
         for _ in range(count):
@@ -99,7 +102,11 @@ def readers(config: Config, corpus: Any) -> dict[str, Callable[[], float]]:
         batches.close()
         return count * size * rows.seq_len / seconds
 
-    return {"rows by number, checksums compared": direct, "batches of the training stream": pipeline}
+    return {
+        "rows by number, checksums compared": direct,
+        "batches of the training stream": lambda: pipeline(rows, one),
+        "batches of two corpora, 7:3 (twice this one)": lambda: pipeline(Rows.joined([rows, rows]), two),
+    }
 
 
 def first_batch(corpus: Any, step: int) -> float:

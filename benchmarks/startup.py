@@ -79,7 +79,7 @@ def main(config: Config) -> None:
             compiled = str(folder / f"compiled-{number}") if cold else compiled
             options = {f"--config.{field}={value}" for field, value in asked(config).items()}
             workdir = f"--workdir={folder / str(number)}"
-            line = ["flax_mlm.train", workdir, f"--config.data.corpus={corpus.path}", *sorted(options)]
+            line = ["flax_mlm.train", workdir, f"--config.data.corpus={corpus}", *sorted(options)]
             cache = {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
             return seconds_to_first_step(line, **cache)
 

@@ -16,7 +16,9 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "builtin"  # builtin | text:GLOB | jsonl:GLOB#field | tfds:NAME[/config][:split]
-    c.data.corpus = ""  # a folder made by `prepare`; when set, source, packing and tokenizer are not used
+    # A folder made by `prepare`, or several and how much of each ("wiki:0.7,books:0.3"; without weights: in proportion
+    # to their rows). When set, source, packing and tokenizer are not used.
+    c.data.corpus = ""
     c.data.cache_dir = "~/.cache/flax_mlm"  # where corpora prepared by `train` itself are kept
     c.data.seq_len = 128  # L, tokens per row, [CLS] and [SEP] included
     c.data.validation_every = 20  # every n-th document is held out

@@ -43,6 +43,7 @@ def main(config: Config) -> int:
         global_batch_size=batch_size,
         start_step=0,
         stop_step=-(-_TOKENS.value // (batch_size * corpus.seq_len)),
+        stream=corpus.stream(),
     )
     return audit(config, corpus.tokenizer(), batches, _ROWS.value, Console())
 

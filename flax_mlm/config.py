@@ -7,6 +7,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import re
 import runpy
 import typing
@@ -30,6 +31,38 @@ class DataConfig:
     validation_every: int
     packing: str
     num_workers: int
+
+    def folders(self) -> dict[str, str]:
+        """Folder (or path in a bucket) -> weight as it was written, of each that `corpus` names; "" where it has none.
+
+        Raises:
+          UserError: a weight is no positive number, some have none, or a folder is named twice.
+        """
+
+        def wrong(why: str) -> UserError:
+            return UserError(f"data.corpus: {why}; it takes a folder, or several such as 'wiki:0.7,books:0.3'")
+
+        if not self.corpus or os.path.isdir(os.path.expanduser(self.corpus)):  # with whatever name
+            return dict.fromkeys(filter(None, [self.corpus]), "")
+        found: dict[str, str] = {}
+        for part in self.corpus.split(","):
+            match = re.fullmatch(r"(.*?)(?::([+-]?(?:[\d.]+(?:e[+-]?\d+)?|nan|inf)))?", part.strip(), re.I | re.S)
+            assert match
+            path, weight = match[1], match[2] or ""
+            if not path:
+                raise wrong(f"'{self.corpus}' has an empty part")
+            if path in found:
+                raise wrong(f"'{path}' is named twice")
+            try:
+                if weight and not 0 < float(weight) < math.inf:
+                    raise ValueError
+            except ValueError:
+                raise wrong(f"the weight of '{path}' is {weight}, not a positive number") from None
+            found[path] = weight
+        if "" in found.values() and any(found.values()):
+            path = next(path for path, weight in found.items() if not weight)
+            raise wrong(f"'{path}' has no weight, but others have")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,6 +515,7 @@ def _check(c: Config) -> None:
         if not ok:
             raise UserError(message)
 
+    c.data.folders()
     c.finetune.rates()
     c.finetune.sizes(c.model.hidden_size)
     m, t = c.model, c.train

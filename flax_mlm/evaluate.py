@@ -106,7 +106,7 @@ def _mlm(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     with roster.untimed("opening the corpus"):
         corpus = open_corpus(config)
     if corpus.tokenizer().fingerprint != model.tokenizer.fingerprint:
-        raise UserError(f"data.corpus: {corpus.path} was made with another tokenizer than {_CHECKPOINT.value}")
+        raise UserError(f"data.corpus: {corpus} was made with another tokenizer than {_CHECKPOINT.value}")
     measured = mlm.measure(model, corpus, poll)
     count_R, loss_R, *_ = measured.row_R4.T
     result: dict[str, Any] = {

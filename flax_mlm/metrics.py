@@ -90,7 +90,7 @@ class Throughput:
 
 
 def train_line(step: int, total: int, m: dict[str, float]) -> str:
-    """One greppable line."""
+    """One greppable line. Of several corpora it says how often each has been gone through."""
     parts = [
         f"step {step}/{total}",
         f"loss {m['loss']:.4f}",
@@ -100,6 +100,7 @@ def train_line(step: int, total: int, m: dict[str, float]) -> str:
         f"tokens/s {m['tokens_per_second']:,.0f}",
         f"mfu {m['mfu']:.1%}" if "mfu" in m else "mfu unknown",
         f"data_wait {m['data_wait']:.1%}",
+        *(f"{name} {value:.2f}" for name, value in m.items() if name.startswith("epochs/")),
         f"eta {datetime.timedelta(seconds=round(m['eta_seconds']))}",
     ]
     return "  ".join(parts + ([f"skipped {m['skipped']:.0f}"] if m["skipped"] else []))

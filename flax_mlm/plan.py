@@ -87,12 +87,12 @@ def heaviest_phase(config: Config) -> Config:
 
 
 def adopt_corpus(config: Config) -> tuple[Config, int]:
-    """The config with the row length of its corpus, and the size of the vocabulary: that of the corpus or tokenizer
+    """The config with the row length of its corpora, and the size of the vocabulary: that of the corpora or tokenizer
     that the config names, else what it asks for."""
     if config.data.corpus:
-        from flax_mlm.data.corpus import Corpus
+        from flax_mlm.data.mixture import Mixture
 
-        corpus = Corpus.open(config.data.corpus)
+        corpus = Mixture.open(config.data)
         return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=corpus.seq_len)), (
             corpus.vocab_size
         )

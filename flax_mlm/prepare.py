@@ -35,6 +35,7 @@ from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.data import sources
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.data.corpus import Corpus
+from flax_mlm.data.mixture import Mixture
 from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import UserError
 
@@ -62,27 +63,29 @@ def prepare_cached(config: Config, log: Log = print) -> Corpus:
     return _prepare(config, source, request, Path(config.data.cache_dir) / f"{name}-{request[:16]}", log)
 
 
-def open_corpus(config: Config, log: Log = print) -> Corpus:
-    """The corpus of a run: the folder `data.corpus`, or else the one that the rest of the config describes.
+def open_corpus(config: Config, log: Log = print) -> Mixture:
+    """What a run is trained on: the folder or folders `data.corpus`, or else the corpus that the rest of the config
+    describes.
 
     Raises:
       UserError: also when `data.corpus` was made with another tokenizer than `tokenizer.path`.
     """
     if not config.data.corpus:
-        return prepare_cached(config, log)
-    corpus = Corpus.open(config.data.corpus)
+        corpus = prepare_cached(config, log)
+        return Mixture({corpus.path.name: corpus})
+    mixture = Mixture.open(config.data)
     if (
         config.tokenizer.path
         and tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extend).fingerprint
-        != corpus.tokenizer().fingerprint
+        != mixture.tokenizer().fingerprint
     ):
-        raise UserError(f"data.corpus: {corpus.path} was made with another tokenizer than {config.tokenizer.path}")
-    if corpus.seq_len > config.model.max_positions:
+        raise UserError(f"data.corpus: {mixture} was made with another tokenizer than {config.tokenizer.path}")
+    if mixture.seq_len > config.model.max_positions:
         raise UserError(
-            f"data.corpus has rows of {corpus.seq_len} tokens, longer than model.max_positions, "
+            f"data.corpus has rows of {mixture.seq_len} tokens, longer than model.max_positions, "
             f"{config.model.max_positions}; raise the latter"
         )
-    return corpus
+    return mixture
 
 
 def _prepare(config: Config, source: sources.Source, request: str, output: str | Path, log: Log) -> Corpus:

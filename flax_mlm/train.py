@@ -60,7 +60,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         at_exit.enter_context(buckets.errors(workdir))
         buckets.check("--workdir", workdir)
 
-        # The folder, to which the first process alone writes, and the text, as rows of tokens.
+        # The folder, to which the first process alone writes, and the text of one corpus or several, as rows of tokens.
         is_main, log = roster.index == 0, print if roster.index == 0 else lambda *_: None
         stop.leave = lambda reason: roster.leave(command.PREEMPTED, reason)
         if is_main:
@@ -75,7 +75,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         if is_main:
             claim.take(workdir, config)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=corpus.seq_len))
-        tokenizer = corpus.tokenizer()
+        tokenizer, stream = corpus.tokenizer(), corpus.stream()
 
         # The model and its optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.
         # Phases differ in their objective alone.
@@ -126,7 +126,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         speed = metrics.Throughput(step, total, chips.peak_flops(mesh.devices.flat[:]), checkpoints.totals)
 
         def batches_from(state: TrainState) -> Generator[dict[str, Any]]:
-            """A function of (corpus, seed, step), so that there is no position to restore."""
+            """A function of (corpora, seed, step), so that there is no position to restore."""
             return train_batches(
                 corpus.split("train"),
                 seed=config.seed,
@@ -135,7 +135,13 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
                 stop_step=int(state.data_step) + total - int(state.step),
                 process_index=roster.index,
                 process_count=roster.count,
+                stream=stream,
             )
+
+        def epochs(data_step: float) -> dict[str, float]:
+            """How often each of several corpora has been gone through, after so many batches."""
+            done = stream.epochs(int(data_step) * config.train.global_batch_size)
+            return {f"epochs/{name}": n for name, n in zip(corpus.corpora, done, strict=True)} if len(done) > 1 else {}
 
         def read(step: int, values: dict[str, jax.Array]) -> dict[str, float]:
             """Takes a step's numbers from the devices, and logs them when it is time."""
@@ -143,6 +149,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             speed.add(host["tokens"], steps_of[phase_at(step - 1)].flops)
             if is_main and (step % config.train.log_every == 0 or step == total):
                 line = {name: value for name, value in host.items() if name != "stop"} | speed.report(step)
+                line |= epochs(host["data_step"])
                 print(metrics.train_line(step, total, line), flush=True)
                 writers.write(step, "train", line)
             return {**host, "step": step}
@@ -154,7 +161,9 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
 
             result = mlm.run(trained, corpus, poll)
             if is_main:
-                print(f"step {step}/{total}  validation loss {result['loss']:.4f}  accuracy {result['accuracy']:.4f}")
+                each = "".join(f"  {name} {result[f'loss/{name}']:.4f}" for name in mlm.of_each(result))
+                loss, accuracy = f"{result['loss']:.4f}", f"{result['accuracy']:.4f}"
+                print(f"step {step}/{total}  validation loss {loss}  accuracy {accuracy}{each}")
                 writers.write(step, "validation", result | speed.totals())
                 writers.flush()
             return result
@@ -279,8 +288,8 @@ def print_banner(config: Config, phases: dict[int, Config], corpus: Any, mesh: A
     versions = "  ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
     device = mesh.devices.flat[0]
     num_params = sum(x.size for x in jax.tree.leaves(steps.abstract.params))
-    rows, tokens = corpus.counts["train"]["rows"], corpus.counts["train"]["tokens"]
     batch, total = config.train.global_batch_size, config.train.steps
+    epochs = corpus.stream().epochs(batch * total)
     print(f"python {sys.version.split()[0]}  {versions}")
     print(f"devices     {mesh.size} × {device.device_kind} ({device.platform}), {jax.process_count()} process(es)")
     print(f"mesh        {dict(mesh.shape)}")
@@ -289,15 +298,23 @@ def print_banner(config: Config, phases: dict[int, Config], corpus: Any, mesh: A
         f"memory      {memory.argument_size_in_bytes / 2**20:,.0f} MiB of state and batch on each device, "
         f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries"
     )
-    print(f"corpus      {corpus.path} ({corpus.source})")
-    print(f"            {rows:,} rows of {corpus.seq_len}, {tokens:,} tokens, vocabulary {corpus.vocab_size:,}")
+    for (name, part), times in zip(corpus.corpora.items(), epochs, strict=True):
+        print(f"corpus      {part.path} ({part.source})")
+        counts, of_several = part.counts["train"], ""
+        if len(epochs) > 1:
+            of_several = f", {corpus.shares[name]:.1%} of the rows ({times:.2f} epochs)"
+        print(
+            f"            {counts['rows']:,} rows of {corpus.seq_len}, {counts['tokens']:,} tokens, vocabulary "
+            f"{corpus.vocab_size:,}{of_several}"
+        )
     first, *others = phases.items()
     average = config.optimizer.averages
     averaged = f" (evaluated: the {average} average of its weights)" if average != "none" else ""
     objectives = [first[1].objective.name, *(f"then from step {i:,} {c.objective.name}" for i, c in others)]
     print(
-        f"run         {', '.join(objectives)}, {total:,} steps of {batch} rows = {batch * total * tokens / rows:,.0f} "
-        f"tokens ({batch * total / rows:.1f} epochs), {config.optimizer.name}{averaged}",
+        f"run         {', '.join(objectives)}, {total:,} steps of {batch} rows = "
+        f"{batch * total * corpus.tokens_per_row:,.0f} tokens{f' ({epochs[0]:.1f} epochs)' * (len(epochs) == 1)}, "
+        f"{config.optimizer.name}{averaged}",
         flush=True,
     )
 

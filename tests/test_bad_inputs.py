@@ -128,6 +128,7 @@ def test_a_misspelt_field_is_answered_with_a_real_one(path, data):
         (["model.hidden_size=100", "model.num_heads=3"], "model.hidden_size"),
         (["model.hidden_size=36", "model.num_heads=12", "model.positions=rope"], "rope needs it even"),
         (["data.seq_len=1024"], "model.max_positions"),
+        (["data.corpus=a:1,b"], "data.corpus"),
         (["mesh.tensor=5"], "mesh.tensor"),
         (["mesh.fsdp=7"], "mesh.fsdp"),
         (["mesh.data=0"], "mesh.data"),

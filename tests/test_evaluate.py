@@ -14,6 +14,7 @@ from configs import base
 from flax_mlm import checkpoint, masking, sharding, trained
 from flax_mlm import config as config_lib
 from flax_mlm.data.corpus import Corpus
+from flax_mlm.data.mixture import Mixture
 from flax_mlm.step import make_steps
 from flax_mlm.tasks import mlm
 
@@ -21,8 +22,8 @@ EXACT = ("rows", "predicted_tokens", "unigram_entropy", "majority_accuracy")
 
 
 @pytest.fixture(scope="module")
-def corpus(toy) -> Corpus:
-    return Corpus.open(toy.corpus)
+def corpus(toy) -> Mixture:
+    return Mixture({"toy": Corpus.open(toy.corpus)})
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def with_eval(model: trained.Trained, **changes) -> trained.Trained:
     return model._replace(config=config_lib.build(c))
 
 
-def held_out_tokens(corpus: Corpus, model: trained.Trained) -> np.ndarray:
+def held_out_tokens(corpus: Mixture, model: trained.Trained) -> np.ndarray:
     rows = corpus.split("validation")
     return rows.read(np.arange(rows.num_rows))
 
@@ -100,7 +101,7 @@ def test_the_baselines_are_those_of_the_text(model, corpus, result):
     assert result["majority_accuracy"] == pytest.approx(max(counts.values()) / len(tokens), rel=1e-9)
 
 
-def sums_of_each_row(model: trained.Trained, corpus: Corpus) -> np.ndarray:
+def sums_of_each_row(model: trained.Trained, corpus: Mixture) -> np.ndarray:
     """(loss, correct, predicted) of every held-out row, asked 8 rows at a time, apart from `eval_batches`."""
     tokens_RL, found = held_out_tokens(corpus, model), []
     for start in range(0, len(tokens_RL), 8):

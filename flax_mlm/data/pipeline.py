@@ -1,6 +1,7 @@
-"""Batches as a function of (corpus, seed, step): there is no state to save, and resuming is arithmetic.
+"""Batches as a function of (corpora, seed, step): there is no state to save, and resuming is arithmetic.
 
-The rows of training are an endless stream. Position p = step * B + slot is row permutation(seed, epoch)[i],
+The rows of training are an endless stream; a slot of a step is its row step * B + slot. A `Stream` says which corpus
+that one is from, and its position p among the rows of that corpus alone, where it is row permutation(seed, epoch)[i],
 with epoch = p // N and i = p % N. A host reads only the slots that it feeds.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from flax_mlm.data.corpus import Rows
+from flax_mlm.data.stream import Stream
 from flax_mlm.errors import UserError
 
 
@@ -37,19 +39,30 @@ def train_batches(
     stop_step: int,
     process_index: int = 0,
     process_count: int = 1,
+    stream: Stream | None = None,
 ) -> Generator[dict[str, np.ndarray]]:
     """This host's share of the batches of steps start_step, ..., stop_step - 1.
 
+    Args:
+      rows: Those of all corpora, one corpus after another.
+      seed: The order of the rows follows from it.
+      global_batch_size: B, rows over all hosts.
+      start_step, stop_step: Which batches.
+      process_index: This host.
+      process_count: Hosts.
+      stream: How the corpora take turns; None: there is one.
+
     Returns:
       A generator of dicts: tokens int32 (B / hosts, L), and row_ids uint32 (B / hosts, 2), the high and the low
-      word of each row's position in the stream.
+      word of each row's number in the stream: no two rows have the same, of whatever corpus they are.
 
     Raises:
       UserError: the batch cannot be shared evenly between the hosts, or there are no rows. The generator raises
         what `rows.read` raises, as it is.
     """
     share = _share(global_batch_size, process_count)
-    if not rows.num_rows:
+    order = stream or Stream((rows.num_rows,))
+    if not min(order.num_rows):
         raise UserError("the corpus has no training rows; prepare one from more text")
     tf = tensorflow()
 
@@ -62,11 +75,15 @@ def train_batches(
             failures.append(e)
             raise
 
+    num_rows = tf.constant(order.num_rows, tf.int64)
+
     def batch(step: Any) -> dict[str, Any]:
-        position = step * global_batch_size + process_index * share + tf.range(share, dtype=tf.int64)
-        index = _permuted(tf, position, rows.num_rows, seed)
+        row = step * global_batch_size + process_index * share + tf.range(share, dtype=tf.int64)
+        corpus, position = tf.numpy_function(order.locate, [row], (tf.int64, tf.int64), stateful=False)
+        index = _permuted(tf, corpus, position, tf.gather(num_rows, corpus), seed)
+        index += tf.gather(tf.cumsum(num_rows, exclusive=True), corpus)
         tokens = tf.numpy_function(read, [index], tf.int32, stateful=False)
-        high, low = (tf.bitwise.right_shift(position, tf.constant(32, tf.int64)), position % (1 << 32))
+        high, low = (tf.bitwise.right_shift(row, tf.constant(32, tf.int64)), row % (1 << 32))
         row_ids = tf.cast(tf.stack([high, low], axis=1), tf.uint32)
         return {"tokens": tf.ensure_shape(tokens, (share, rows.seq_len)), "row_ids": row_ids}
 
@@ -81,15 +98,15 @@ def train_batches(
                 raise failures[0] from None
             raise
 
-    stream = batches()
+    generator = batches()
     # TensorFlow's threads call `read`: still doing so when the interpreter goes down, they and it wait for each other.
-    atexit.register(stream.close)
-    return stream
+    atexit.register(generator.close)
+    return generator
 
 
-def _permuted(tf: Any, position: Any, num_rows: int, seed: int) -> Any:
-    """int64 (n,) positions in the stream -> row numbers."""
-    epoch = position // num_rows
+def _permuted(tf: Any, corpus: Any, position: Any, num_rows: Any, seed: int) -> Any:
+    """int64 (n,): positions in the streams of these corpora, which have so many rows -> row numbers in each."""
+    epoch = position // num_rows + tf.bitwise.left_shift(corpus, tf.constant(40, tf.int64))  # of this corpus alone
     # The op is a cipher that uses its key as it is: with small numbers for a key, a thousand epochs had only 256
     # orders among them, and four rounds left rows near their place. So: a key of random words, and more rounds.
     epochs, which = tf.unique(epoch, out_idx=tf.int64)
@@ -100,21 +117,20 @@ def _permuted(tf: Any, position: Any, num_rows: int, seed: int) -> Any:
         epochs,
         fn_output_signature=tf.uint32,
     )
-    last = tf.fill(tf.shape(position), tf.constant(num_rows - 1, tf.int64))
     return tf.raw_ops.RandomIndexShuffle(
-        index=position % num_rows, seed=tf.gather(keys, which), max_index=last, rounds=16
+        index=position % num_rows, seed=tf.gather(keys, which), max_index=num_rows - 1, rounds=16
     )
 
 
 def eval_batches(
-    rows: Rows, *, batch_size: int, max_rows: int = 0, process_index: int = 0, process_count: int = 1
+    rows: Rows, numbers: np.ndarray, *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's share of one pass over a split, in order; needs no TensorFlow.
+    """This host's share of one pass over some rows of a split, in order; needs no TensorFlow.
 
     Args:
       rows: The split.
+      numbers: int64 (n,), those to be seen.
       batch_size: Rows over all hosts.
-      max_rows: When positive, only so many rows, spread evenly.
       process_index: This host.
       process_count: Hosts.
 
@@ -123,13 +139,13 @@ def eval_batches(
       for the rows of only padding that fill the last batch.
     """
     share = _share(batch_size, process_count)
-    total = min(max_rows or rows.num_rows, rows.num_rows)
-    for start in range(process_index * share, -(-total // batch_size) * batch_size, batch_size):
-        slot = np.arange(start, start + share)
-        valid = slot < total
-        index = np.where(valid, slot * rows.num_rows // max(total, 1), 0)
+    for start in range(process_index * share, -(-len(numbers) // batch_size) * batch_size, batch_size):
+        here = numbers[start : start + share]
+        valid = np.arange(share) < len(here)
+        index = np.zeros(share, np.int64)
+        index[valid] = here
         tokens = np.full((share, rows.seq_len), rows.pad_id, np.int32)
-        tokens[valid] = rows.read(index[valid])
+        tokens[valid] = rows.read(here)
         row_ids = np.stack([index >> 32, index & 0xFFFFFFFF], axis=1).astype(np.uint32)
         yield {"tokens": tokens, "row_ids": row_ids, "valid": valid}
 

@@ -148,10 +148,16 @@ def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
     if about:
         average = config.optimizer.averages
         averaged = f"; the weights are their {average} average" if average != "none" else ""
-        tokens = meta["step"] * t.global_batch_size * about["tokens"] / about["rows"]
+        corpora = about.get("corpora", {"": {**about, "share": 1.0}}).values()
+        rows = meta["step"] * t.global_batch_size
+        tokens = sum(rows * text["share"] * text["tokens"] / text["rows"] for text in corpora)
+        for text in corpora:
+            share = f", {text['share']:.1%} of the rows" if len(corpora) > 1 else ""
+            lines.append(
+                f"- Text{share}: {text['name']}; {text['documents']:,} documents, {text['words']:,} words, "
+                f"{text['tokens']:,} tokens. Its licence: {text['licence']}."
+            )
         lines += [
-            f"- Text: {about['name']}; {about['documents']:,} documents, {about['words']:,} words, "
-            f"{about['tokens']:,} tokens. Its licence: {about['licence']}.",
             f"- Objective: {predicts}.",
             f"- Run: {meta['step']:,} steps of {t.global_batch_size} rows of {config.data.seq_len}, "
             f"{tokens:,.0f} tokens; {config.optimizer.name}, peak learning rate {config.optimizer.learning_rate:g}, "

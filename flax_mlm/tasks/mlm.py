@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from flax_mlm import sharding
-from flax_mlm.data.corpus import Corpus
+from flax_mlm.data.mixture import Mixture
 from flax_mlm.data.pipeline import eval_batches
 from flax_mlm.preemption import Stopped
 from flax_mlm.trained import Trained
@@ -19,19 +19,23 @@ from flax_mlm.trained import Trained
 class Measured(NamedTuple):
     """Sums over predicted tokens, float64. The four sums are: how many, loss (nats), loss squared, correct ones."""
 
-    row_R4: np.ndarray  # for each row
+    row_R4: np.ndarray  # for each row, one corpus after another, and of the rows that fill the last batch
+    rows_C: list[int]  # how many rows of each corpus
     token_V4: np.ndarray  # for each piece that was to be predicted
     position_L4: np.ndarray  # for each position in a segment
     counts_V: np.ndarray  # int64, how often each piece is in the rows; 0 for special ones
 
 
-def run(trained: Trained, corpus: Corpus, poll: Callable[[], bool] = lambda: False) -> dict[str, float]:
+def run(trained: Trained, corpus: Mixture, poll: Callable[[], bool] = lambda: False) -> dict[str, float]:
     """Evaluates on the held-out rows, each once. Masks follow from the seed and the row's number, so that every
     call, on any number of devices, predicts the same tokens.
 
+    Of several corpora these are the held-out rows of all: every one of them, not in proportion to the weights; or, when
+    `eval.max_rows` is positive, so many, to which each corpus gives its share by weight.
+
     Args:
       trained: The model.
-      corpus: Its validation split is used.
+      corpus: Its validation splits are used.
       poll: Called before every batch; says whether this process wants to stop.
 
     Raises:
@@ -40,21 +44,23 @@ def run(trained: Trained, corpus: Corpus, poll: Callable[[], bool] = lambda: Fal
     Returns:
       loss (nats per predicted token) and accuracy with their standard errors over rows, perplexity,
       bits_per_byte (tokens of the held-out text × loss / its bytes), rows, predicted_tokens; and of the same
-      rows' tokens unigram_entropy (nats) and majority_accuracy (always saying the most frequent token).
+      rows' tokens unigram_entropy (nats) and majority_accuracy (always saying the most frequent token). Of several
+      corpora also loss, loss_stderr, accuracy, bits_per_byte and predicted_tokens of each, as `loss/NAME`.
     """
     return summary(measure(trained, corpus, poll), corpus)
 
 
-def measure(trained: Trained, corpus: Corpus, poll: Callable[[], bool]) -> Measured:
+def measure(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Measured:
     """As `run`, with the sums that its numbers, and those of `breakdown`, follow from."""
     config, mesh, vocab = trained.config, trained.mesh, trained.vocab
     is_special_V = np.asarray(vocab.is_special)
     counts_V, token_V4 = np.zeros(len(is_special_V), np.int64), np.zeros((len(is_special_V), 4))
     position_L4, row_R4 = np.zeros((corpus.seq_len, 4)), []
+    numbers = corpus.held_out(config.eval.max_rows)
     for batch in eval_batches(
         corpus.split("validation"),
+        np.concatenate(numbers),
         batch_size=config.eval.batch_size,
-        max_rows=config.eval.max_rows,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     ):
@@ -72,26 +78,48 @@ def measure(trained: Trained, corpus: Corpus, poll: Callable[[], bool]) -> Measu
         np.add.at(position_L4, answers.positions_BK[used], sums_BK4[used])
     if jax.process_count() > 1:  # each has seen its own rows
         counts_V = np.asarray(multihost_utils.process_allgather(counts_V)).sum(0)
-    return Measured(np.concatenate(row_R4), token_V4, position_L4, np.where(is_special_V, 0, counts_V))
+    counts_V = np.where(is_special_V, 0, counts_V)
+    return Measured(np.concatenate(row_R4), [len(n) for n in numbers], token_V4, position_L4, counts_V)
 
 
-def summary(measured: Measured, corpus: Corpus) -> dict[str, float]:
+def summary(measured: Measured, corpus: Mixture) -> dict[str, float]:
     """What `run` returns."""
-    count_R, loss_R, _, correct_R = measured.row_R4.T
-    counts_V, total = measured.counts_V, count_R.sum()
-    loss, accuracy = loss_R.sum() / total, correct_R.sum() / total
+    counts_V = measured.counts_V
     frequency_V = counts_V[counts_V > 0] / counts_V.sum()
-    held_out = corpus.counts["validation"]
+    held_out = [c.counts["validation"] for c in corpus.corpora.values()]
+    seen_C = [n / max(counts["rows"], 1) for n, counts in zip(measured.rows_C, held_out, strict=True)]
+    tokens_C, bytes_C = ([n * c[key] for n, c in zip(seen_C, held_out, strict=True)] for key in ("tokens", "bytes"))
+    whole = _of_rows(measured.row_R4, sum(tokens_C), sum(bytes_C))
+    result = {
+        **{name: whole[name] for name in ("loss", "loss_stderr", "accuracy", "accuracy_stderr")},
+        "perplexity": math.exp(min(whole["loss"], 700.0)),
+        "bits_per_byte": whole["bits_per_byte"],
+        "unigram_entropy": float(-(frequency_V * np.log(frequency_V)).sum()),
+        "majority_accuracy": float(frequency_V.max()),
+        "rows": int((measured.row_R4[:, 0] > 0).sum()),
+        "predicted_tokens": whole["predicted_tokens"],
+    }
+    ends = np.cumsum(measured.rows_C)
+    for name, rows_R4, tokens, size in zip(
+        corpus.corpora, np.split(measured.row_R4, ends)[:-1], tokens_C, bytes_C, strict=True
+    ):
+        if len(corpus.corpora) > 1 and rows_R4[:, 0].any():
+            part = _of_rows(rows_R4, tokens, size)
+            result |= {f"{key}/{name}": part[key] for key in part if key != "accuracy_stderr"}
+    return result
+
+
+def _of_rows(sums_R4: np.ndarray, tokens: float, size: float) -> dict[str, float]:
+    """Of rows whose text has so many tokens and bytes."""
+    count_R, loss_R, _, correct_R = sums_R4.T
+    total = count_R.sum()
+    loss, accuracy = loss_R.sum() / total, correct_R.sum() / total
     return {
         "loss": loss,
         "loss_stderr": math.sqrt(np.square(loss_R - loss * count_R).sum()) / total,
         "accuracy": accuracy,
         "accuracy_stderr": math.sqrt(np.square(correct_R - accuracy * count_R).sum()) / total,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) * held_out["tokens"] / held_out["bytes"],
-        "unigram_entropy": float(-(frequency_V * np.log(frequency_V)).sum()),
-        "majority_accuracy": float(frequency_V.max()),
-        "rows": int((count_R > 0).sum()),
+        "bits_per_byte": loss / math.log(2) * tokens / size,
         "predicted_tokens": int(total),
     }
 
@@ -146,11 +174,21 @@ def table(result: dict[str, Any], objective: str = "mlm") -> list[str]:
         f"bits per byte              {result['bits_per_byte']:.3f}",
         f"over {result['predicted_tokens']:,} predicted tokens in {result['rows']:,} rows, each row once, fixed masks",
     ]
+    if names := of_each(result):
+        lines += ["by corpus:", *_rows({n: {key: result[f"{key}/{n}"] for key in _SHOWN} for n in names})]
     for kind, groups in result.get("by", {}).items():
         lines += [f"by {kind}:" if kind != "word" else "by place in the word:", *_rows(groups)]
     if "rates" in result:
         lines += ["by mask rate:", *_rows({f"{float(rate):.0%}": r for rate, r in result["rates"].items()})]
     return lines
+
+
+_SHOWN = ("loss", "loss_stderr", "accuracy", "predicted_tokens")
+
+
+def of_each(result: dict[str, Any]) -> list[str]:
+    """The names of the corpora that a result tells apart."""
+    return [key.removeprefix("loss/") for key in result if key.startswith("loss/")]
 
 
 def _rows(groups: dict[str, dict[str, float]]) -> list[str]:
