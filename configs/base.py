@@ -11,7 +11,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # parameters, data order, masks and dropout all follow from it
-    c.init_from = ""  # Hugging Face folder (BERT, RoBERTa, ALBERT, ModernBERT) to start from; sets the model's shape
+    c.init_from = ""  # Hugging Face folder to start from (BERT, RoBERTa, ALBERT, ELECTRA, ModernBERT); sets the shape
     c.init_new_head = False  # with init_from: a new vocabulary head, for a folder that has none (a sentence encoder)
 
     c.data = ConfigDict()
@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     )
 
     c.objective = ConfigDict()
-    c.objective.name = "mlm"  # mlm | clm (next token, causal attention, same rows in the same order)
+    c.objective.name = "mlm"  # mlm | clm (next token, causal attention, same rows in the same order) | rtd (ELECTRA)
     c.objective.masking = "token"  # token | whole_word | span
     c.objective.mask_rate = 0.15  # share of the ordinary tokens of each row that is predicted
     c.objective.mask_rate_final = placeholder(float)  # when set, the rate moves to it linearly over the run
@@ -74,6 +74,13 @@ def get_config() -> ConfigDict:
     c.objective.replace_random = 0.1  # share shown as a random token; what is left is shown unchanged
     c.objective.span_stop = 0.2  # a span ends after each word with this probability (SpanBERT)
     c.objective.span_max_words = 10
+    # With rtd a generator fills the masks, and the encoder says of every token whether it was replaced.
+    c.objective.generator_size = 0.25  # of the generator: share of the encoder's heads, width and MLP
+    c.objective.generator_depth = 1.0  # share of its layers
+    # how the two share embeddings: none | shared (ELECTRA) | gradient_disentangled (the encoder adds to the
+    # generator's, and its gradient does not reach them; DeBERTaV3)
+    c.objective.embedding_sharing = "gradient_disentangled"
+    c.objective.discriminator_weight = 50.0  # of the encoder's loss, a token's mean, beside the generator's
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # adamw | lamb | muon (matrices by Muon; embeddings, norms, biases by AdamW)

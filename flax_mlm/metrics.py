@@ -84,6 +84,8 @@ def train_line(step: int, total: int, m: dict[str, float]) -> str:
         f"data_wait {m['data_wait']:.1%}",
         f"eta {datetime.timedelta(seconds=round(m['eta_seconds']))}",
     ]
+    if "generator_loss" in m:
+        parts[2:2] = [f"generator {m['generator_loss']:.4f}", f"discriminator {m['discriminator_loss']:.4f}"]
     return "  ".join(parts + ([f"skipped {m['skipped']:.0f}"] if m["skipped"] else []))
 
 
