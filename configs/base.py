@@ -11,7 +11,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # parameters, data order, masks and dropout all follow from it
-    c.init_from = ""  # Hugging Face folder (BERT, RoBERTa, ALBERT, ModernBERT) to start from; sets the model's shape
+    c.init_from = ""  # Hugging Face folder to start from (BERT, RoBERTa, ALBERT, ELECTRA, ModernBERT); sets the shape
     c.init_new_head = False  # with init_from: a new vocabulary head, for a folder that has none (a sentence encoder)
 
     c.data = ConfigDict()
@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
     )
 
     c.objective = ConfigDict()
-    c.objective.name = "mlm"  # mlm | clm (next token, causal attention, same rows in the same order)
+    c.objective.name = "mlm"  # mlm | clm (next token, causal attention, same rows in the same order) | rtd (ELECTRA)
     c.objective.masking = "token"  # token | whole_word | span
     c.objective.mask_rate = 0.15  # share of the ordinary tokens of each row that is predicted
     c.objective.mask_rate_final = placeholder(float)  # when set, the rate moves to it linearly over the run
@@ -79,6 +79,13 @@ def get_config() -> ConfigDict:
     # × the mean of (log Z)², which keeps scores from drifting (PaLM, ST-MoE: 1e-4), is trained on too, and logged as
     # z_loss; `loss` stays the cross-entropy. 0.0: none
     c.objective.z_loss = 0.0
+    # With rtd a generator fills the masks, and the encoder says of every token whether it was replaced.
+    c.objective.generator_size = 0.25  # of the generator: share of the encoder's heads, width and MLP
+    c.objective.generator_depth = 1.0  # share of its layers
+    # how the two share embeddings: none | shared (ELECTRA) | gradient_disentangled (the encoder adds to the
+    # generator's, and its gradient does not reach them; DeBERTaV3)
+    c.objective.embedding_sharing = "gradient_disentangled"
+    c.objective.discriminator_weight = 50.0  # of the encoder's loss, a token's mean, beside the generator's
 
     c.optimizer = ConfigDict()
     # adamw | stable_adamw (its step of a tensor shrinks where gradients have grown suddenly; max_grad_norm may be 0) |

@@ -33,8 +33,8 @@ def main(config: Config) -> int:
     from flax_mlm.data import pipeline  # heavy imports wait until the flags have been parsed
     from flax_mlm.prepare import open_corpus
 
-    if config.objective.name != "mlm":
-        raise UserError(f"objective.name is '{config.objective.name}', which masks nothing; the audit is for 'mlm'")
+    if config.objective.name == "clm":
+        raise UserError("objective.name is 'clm', which masks nothing; the audit is for 'mlm' and 'rtd'")
     corpus = open_corpus(config)
     batch_size = config.train.global_batch_size
     batches = pipeline.train_batches(

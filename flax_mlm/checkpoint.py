@@ -255,7 +255,7 @@ def save_encoder(workdir: buckets.AnyPath, trained: Any, encoder: Any, examples:
 
     Args:
       workdir: a new folder.
-      trained: the `trained.Trained` that it was fine-tuned from; its head is kept.
+      trained: the `trained.Trained` that it was fine-tuned from; what it has beside the encoder is kept.
       encoder: the new parameters.
       examples: how many pairs it has learned from.
 
@@ -270,7 +270,7 @@ def save_encoder(workdir: buckets.AnyPath, trained: Any, encoder: Any, examples:
     config = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, max_failed_saves=1))
     step = before.get("step", 0)
     checkpoints = Checkpoints(workdir, config, meta, trained.steps.fingerprint)
-    checkpoints.save(step, Encoder({"encoder": encoder, "head": trained.params["head"]}, jnp.int32(step)))
+    checkpoints.save(step, Encoder({**trained.params, "encoder": encoder}, jnp.int32(step)))
     checkpoints.close()
 
 

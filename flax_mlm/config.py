@@ -11,6 +11,7 @@ import os
 import re
 import runpy
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,10 @@ class ObjectiveConfig:
     span_stop: float
     span_max_words: int
     z_loss: float
+    generator_size: float
+    generator_depth: float
+    embedding_sharing: str
+    discriminator_weight: float
 
     @property
     def largest_mask_rate(self) -> float:
@@ -248,6 +253,22 @@ class Config:
     mesh: MeshConfig
     log: LogConfig
 
+    @property
+    def generator(self) -> ModelConfig:
+        """The shape of the generator of `rtd`. Its heads are as wide as the encoder's, there are only fewer; its
+        embeddings are as wide too, whether shared or not, and are projected to its width."""
+        m, o = self.model, self.objective
+        heads = round(m.num_heads * o.generator_size)
+        width, embeddings = heads * (m.hidden_size // m.num_heads), m.embedding_size or m.hidden_size
+        return dataclasses.replace(
+            m,
+            num_layers=max(1, round(m.num_layers * o.generator_depth)),
+            num_heads=heads,
+            hidden_size=width,
+            intermediate_size=round(m.intermediate_size * heads / m.num_heads),
+            embedding_size=embeddings if embeddings != width else 0,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, ready for JSON."""
         return dataclasses.asdict(self)
@@ -280,8 +301,13 @@ class Config:
                     raise wrong(f"'{path}' is no field of objective")
                 kind, optional = types[path]
                 values[path.split(".")[1]] = None if optional and text == "none" else parse(kind, path, text)
-            now = dataclasses.replace(now, objective=dataclasses.replace(now.objective, **values))
+            before, now = now, dataclasses.replace(now, objective=dataclasses.replace(now.objective, **values))
             _check(now)
+            for name in ("name", "generator_size", "generator_depth", "embedding_sharing"):
+                old, new = (getattr(c.objective, name) for c in (before, now))
+                if "rtd" in (before.objective.name, now.objective.name) and old != new:
+                    why = "with rtd the parameters depend on it"
+                    raise wrong(f"'{part.strip()}' changes objective.{name} from {old} to {new}, but {why}")
             found[start] = now
         return found
 
@@ -397,8 +423,9 @@ _CHOICES = {
     "model.attention": ("auto", "plain", "splash", "cudnn", "interpreted"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
-    "objective.name": ("mlm", "clm"),
+    "objective.name": ("mlm", "clm", "rtd"),
     "objective.masking": ("token", "whole_word", "span"),
+    "objective.embedding_sharing": ("none", "shared", "gradient_disentangled"),
     "finetune.method": ("full", "probe"),
     "finetune.pooling": ("cls", "mean", "last"),
     "optimizer.name": ("adamw", "stable_adamw", "schedule_free", "lamb", "muon"),
@@ -468,6 +495,9 @@ _BETWEEN = {
     "objective.replace_mask": (0.0, 1.0, True, True),
     "objective.replace_random": (0.0, 1.0, True, True),
     "objective.span_stop": (0.0, 1.0, False, True),
+    "objective.generator_size": (0.0, 1.0, False, True),
+    "objective.generator_depth": (0.0, 1.0, False, True),
+    "objective.discriminator_weight": (0.0, float("inf"), False, False),
     "optimizer.learning_rate": (0.0, float("inf"), False, False),
     "optimizer.warmup_fraction": (0.0, 1.0, True, True),
     "optimizer.decay_fraction": (0.0, 1.0, True, True),
@@ -568,6 +598,8 @@ def _check(c: Config) -> None:
         m.hidden_size % c.mesh.fsdp == 0,
         f"mesh.fsdp is {c.mesh.fsdp}; it must divide model.hidden_size, {m.hidden_size}",
     )
+    if c.objective.name == "rtd":
+        _check_generator(c, need)
     need(
         c.mesh.data == -1 or c.mesh.data >= 1,
         f"mesh.data is {c.mesh.data}; it must be at least 1, or -1 for all devices left",
@@ -606,4 +638,32 @@ def _check(c: Config) -> None:
         c.optimizer.schedule != "wsd" or c.optimizer.warmup_fraction + c.optimizer.decay_fraction <= 1.0,
         f"optimizer.warmup_fraction + optimizer.decay_fraction is "
         f"{c.optimizer.warmup_fraction + c.optimizer.decay_fraction:g}; it must be at most 1",
+    )
+
+
+def _check_generator(c: Config, need: Callable[[bool, str], None]) -> None:
+    m, g, size, tensor = c.model, c.generator, c.objective.generator_size, c.mesh.tensor
+    need(not c.init_from, "init_from is set; objective.name = 'rtd' begins anew, for no folder holds both its models")
+    need(
+        c.train.cloze_every == 0, f"train.cloze_every is {c.train.cloze_every}; an encoder trained with rtd fills none"
+    )
+    need(
+        m.embedding_size != m.hidden_size,
+        f"model.embedding_size is {m.embedding_size}, as model.hidden_size is; with rtd write 0 for that",
+    )
+    need(
+        g.num_heads >= 1 and abs(m.num_heads * size - g.num_heads) < 0.05,
+        f"objective.generator_size is {size:g}; of model.num_heads, {m.num_heads}, it must leave a whole number, as "
+        f"{max(1, g.num_heads) / m.num_heads:.4g} does",
+    )
+    for name, value in (("heads", g.num_heads), ("MLP width", g.intermediate_size)):
+        need(
+            value % tensor == 0,
+            f"mesh.tensor is {tensor}; it must divide the generator's {name}, {value} (objective.generator_size "
+            f"{size:g})",
+        )
+    need(
+        g.hidden_size % c.mesh.fsdp == 0,
+        f"mesh.fsdp is {c.mesh.fsdp}; it must divide the generator's width, {g.hidden_size} (objective.generator_size "
+        f"{size:g})",
     )

@@ -23,9 +23,10 @@ _TASK = flags.DEFINE_enum(
     "task",
     "mlm",
     ["mlm", "cloze", "minimal_pairs", "classification", "tagging", "retrieval"],
-    "mlm: loss and accuracy on the held-out rows; cloze: ranks of the words that belong in a hole; minimal_pairs: is "
-    "the good sentence likelier than the bad one? classification: fine-tuning for a label or number of a text or pair; "
-    "tagging: fine-tuning for tags of words; retrieval: vectors for search, as they are or fine-tuned",
+    "mlm: loss and accuracy on the held-out rows, of clm and rtd too; cloze: ranks of the words that belong in a hole; "
+    "minimal_pairs: is the good sentence likelier than the bad one? classification: fine-tuning for a label or number "
+    "of a text or pair; tagging: fine-tuning for tags of words; retrieval: vectors for search, as they are or "
+    "fine-tuned",
 )
 _DATA = flags.DEFINE_string("data", "", "cloze: a file of lines `text with [MASK]<TAB>answer`; minimal_pairs: .jsonl")
 _MASK_RATES = flags.DEFINE_string(
@@ -99,17 +100,23 @@ def _mlm(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm import sharding
     from flax_mlm.prepare import open_corpus
     from flax_mlm.step import make_steps
-    from flax_mlm.tasks import mlm
+    from flax_mlm.tasks import mlm, rtd
 
+    result: dict[str, Any]
     config, rates = model.config, _rates(_MASK_RATES.value)
     sharding.check_batch("eval.batch_size", config.eval.batch_size, model.mesh)
     with roster.untimed("opening the corpus"):
         corpus = open_corpus(config)
     if corpus.tokenizer().fingerprint != model.tokenizer.fingerprint:
         raise UserError(f"data.corpus: {corpus} was made with another tokenizer than {_CHECKPOINT.value}")
+    if config.objective.name == "rtd":
+        rows = rtd.measure(model, corpus, poll)
+        each_row = {name: getattr(rows, name).tolist() for name in ("loss", "tokens", "replaced")}
+        result = {**rtd.summary(rows), "corpus": corpus.fingerprint, "each_row": each_row}
+        return result, rtd.table(result)
     measured = mlm.measure(model, corpus, poll)
     count_R, loss_R, *_ = measured.row_R4.T
-    result: dict[str, Any] = {
+    result = {
         **mlm.summary(measured, corpus),
         "corpus": corpus.fingerprint,
         "by": mlm.breakdown(measured, model.tokenizer.starts_word),

@@ -23,7 +23,7 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _OUTPUT = flags.DEFINE_string("output", "", "the folder to make")
 _ARCHITECTURE = flags.DEFINE_enum(
-    "architecture", "", ["", "bert", "roberta", "albert", "modernbert"], "empty: the first one that fits"
+    "architecture", "", ["", "bert", "roberta", "albert", "modernbert", "electra"], "empty: the first one that fits"
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the weights")
 _LICENCE = flags.DEFINE_string("licence", "", "of the model, for its card, as Hugging Face spells it: apache-2.0, mit")
@@ -76,12 +76,15 @@ def write(output: Path, config: Config, model: Any) -> None:
 
     from flax_mlm.hf import architecture as architecture_lib
     from flax_mlm.hf import folder, model_card, sentence_transformers, tokenizer_json
-    from flax_mlm.model import heads
+    from flax_mlm.model import electra, heads
 
     m, tokenizer = config.model, model.tokenizer
     architecture = folder.matching(m, config.objective.name, _ARCHITECTURE.value, tokenizer.pieces[tokenizer.cls_id])
-    where = list(architecture_lib.places(architecture, model.steps.model, m.num_layers))
-    params = jax.device_get(model.params)
+    net, params = model.steps.model, jax.device_get(model.params)
+    if config.objective.name == "rtd":  # the generator is not kept
+        net = electra.discriminator(m, tokenizer.vocab_size)
+        del params["generator"]
+    where = list(architecture_lib.places(architecture, net, m.num_layers))
     tensors = architecture_lib.to_theirs(where, params, tokenizer.pad_id + 1)
     settings = folder.config_json(architecture, m, heads.vocab_rows(m, tokenizer.vocab_size), tokenizer)
     if _DTYPE.value == "bfloat16":

@@ -92,7 +92,7 @@ def encode(
     segments_BL = (tokens_BL != trained.tokenizer.pad_id).astype(jnp.int32)
     positions_BL = sharding.like(jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1), tokens_BL)
     states = trained.steps.model.encode(
-        {"encoder": params["encoder"], "head": trained.params["head"]},
+        {**trained.params, "encoder": params["encoder"]},
         tokens_BL,
         segments_BL,
         positions_BL,

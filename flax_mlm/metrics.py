@@ -103,6 +103,8 @@ def train_line(step: int, total: int, m: dict[str, float]) -> str:
         *(f"{name} {value:.2f}" for name, value in m.items() if name.startswith("epochs/")),
         f"eta {datetime.timedelta(seconds=round(m['eta_seconds']))}",
     ]
+    if "generator_loss" in m:
+        parts[2:2] = [f"generator {m['generator_loss']:.4f}", f"discriminator {m['discriminator_loss']:.4f}"]
     return "  ".join(parts + ([f"skipped {m['skipped']:.0f}"] if m["skipped"] else []))
 
 

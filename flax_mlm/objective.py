@@ -1,16 +1,18 @@
-"""What is predicted, and how well: targets of `mlm` and `clm`, and the loss as sums and counts.
+"""What is predicted, and how well: targets, and the loss of `mlm` and `clm` as sums and counts. (`rtd`: detection.py)
 
 Sums are divided once, by the count over the whole global batch, so that the loss and its gradient are the same
 on one device, on many, and with gradient accumulation.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flax_mlm import masking, sharding
 from flax_mlm.config import ObjectiveConfig
+from flax_mlm.model.heads import Model
 
 
 class Scored(NamedTuple):
@@ -19,6 +21,22 @@ class Scored(NamedTuple):
     loss_BK: jax.Array  # nats, cross-entropy
     squared_log_z_BK: jax.Array  # log Z is the log of the sum of exp(score) over the vocabulary; see `z_loss`
     correct_BK: jax.Array  # 1 where no piece is likelier than the right one
+
+    def means(self, count: jax.Array, z_loss: float) -> dict[str, jax.Array]:
+        """loss, accuracy and, where it has a coefficient, z_loss, which is trained on beside the loss."""
+        sums = {"loss": self.loss_BK, "accuracy": self.correct_BK}
+        if z_loss:
+            sums["z_loss"] = z_loss * self.squared_log_z_BK
+        return {name: x.sum(-1).sum() / count for name, x in sums.items()}
+
+
+class Loss(NamedTuple):
+    """A loss as sums over a part of the batch, each divided by its count over all of it."""
+
+    predict: Callable[..., Any]  # (parameters, Targets, dropout keys (B,) or None) -> arrays that have the rows first
+    counts: Callable[["Targets"], tuple[jax.Array, ...]]  # of the whole batch; that of predicted tokens first
+    # (predictions, counts) -> what is trained on, metrics; parts add up
+    total: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def num_slots(objective: ObjectiveConfig, seq_len: int, largest_rate: float) -> int:
@@ -35,6 +53,9 @@ class Targets(NamedTuple):
     predict_BK: jax.Array  # int32, the positions that are predicted
     labels_BK: jax.Array  # int32
     weights_BK: jax.Array  # float32, 1 for a slot in use
+    # With rtd only:
+    ordinary_BL: Any = None  # float32, 1 for a token that is not special
+    sample_keys_B: Any = None  # keys (B,); what fills the masks follows from them
 
 
 def targets(
@@ -45,10 +66,10 @@ def targets(
     mask_rate: jax.Array | float,
     slots: int,
 ) -> Targets:
-    """Inputs and targets of the rows, for either objective.
+    """Inputs and targets of the rows, for any objective.
 
-    With `mlm` see `masking.mask_tokens`. With `clm` nothing is hidden: position i predicts token i + 1 of the same
-    segment.
+    With `mlm` and `rtd` see `masking.mask_tokens`. With `clm` nothing is hidden: position i predicts token i + 1 of the
+    same segment.
 
     Args:
       rows: `tokens` int32 (B, L) and `row_ids` uint32 (B, 2), see `data.pipeline`.
@@ -58,14 +79,51 @@ def targets(
         tokens_BL = rows["tokens"]
         segment_ids_BL = masking.segment_ids(tokens_BL, vocab)
         context = segment_ids_BL, masking.positions(segment_ids_BL)
-        if objective.name == "mlm":
+        if objective.name != "clm":
             masked = masking.mask_tokens(tokens_BL, rows["row_ids"], key, vocab, objective, mask_rate, slots)
-            return Targets(masked.inputs_BL, *context, masked.positions_BK, masked.labels_BK, masked.weights_BK)
+            found = Targets(masked.inputs_BL, *context, masked.positions_BK, masked.labels_BK, masked.weights_BK)
+            if objective.name == "mlm":
+                return found
+            ordinary_BL = (~vocab.is_special[tokens_BL]).astype(jnp.float32)
+            sample_key = jax.random.fold_in(key, 2**32 - 1)  # the high half of no row's number
+            return found._replace(
+                ordinary_BL=ordinary_BL,
+                sample_keys_B=jax.vmap(masking.row_key, (None, 0))(sample_key, rows["row_ids"]),
+            )
         same_BK = (segment_ids_BL[:, 1:] == segment_ids_BL[:, :-1]) & (segment_ids_BL[:, 1:] > 0)
         predict_BK = jax.lax.broadcasted_iota(jnp.int32, same_BK.shape, 1)
         return Targets(tokens_BL, *context, predict_BK, tokens_BL[:, 1:], same_BK.astype(jnp.float32))
 
     return sharding.per_row(of_rows, rows, key, vocab, jnp.asarray(mask_rate, jnp.float32))
+
+
+def language_modelling(model: Model, config: ObjectiveConfig) -> Loss:
+    """The mean cross-entropy of the predicted tokens, + `z_loss` × the mean of their (log Z)²."""
+
+    def predict(params: Any, t: Targets, dropout_keys_B: Any) -> Scored:
+        scores_BKV = model.apply(
+            params,
+            t.inputs_BL,
+            t.segment_ids_BL,
+            t.positions_BL,
+            predict_BK=t.predict_BK,
+            causal=config.name == "clm",
+            dropout_keys_B=dropout_keys_B,
+        )
+        with jax.named_scope("loss"):
+            return score(scores_BKV, t.labels_BK, t.weights_BK)
+
+    def total(scored: Scored, counts: tuple[jax.Array, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        (count,) = counts
+        means = scored.means(count, config.z_loss)
+        return means["loss"] + means.get("z_loss", 0.0), means
+
+    return Loss(predict, lambda t: (at_least_1(t.weights_BK),), total)
+
+
+def at_least_1(weights: jax.Array) -> jax.Array:
+    """How many there are, and 1 where there are none: what sums are divided by."""
+    return jnp.maximum(weights.sum(), 1.0)
 
 
 def log_probabilities(scores_BKV: jax.Array, labels_BK: jax.Array) -> jax.Array:

@@ -21,6 +21,8 @@ _DECAYS = {
     "bias": False,
     "decoder_bias": False,
     "scale": False,
+    "detector": True,
+    "detector_bias": False,
 }
 
 

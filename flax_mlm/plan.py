@@ -156,10 +156,12 @@ def tiling(config: Config, found: Rehearsal, target: Target) -> Iterator[str]:
     rows = config.train.global_batch_size // (mesh["data"] * mesh["fsdp"] * config.train.microbatches)
     side = 256 if target.kind in ("v6e", "tpu7x") else 128
     head = model.hidden_size // model.num_heads
+    of_generator = [("the generator's width", config.generator.hidden_size, "")] * (config.objective.name == "rtd")
     notes = [
         f"{name} is {size}{part}, not a multiple of 128"
         for name, size, part in (
             ("model.hidden_size", model.hidden_size, ""),
+            *of_generator,
             ("model.intermediate_size", model.intermediate_size // mesh["tensor"], " on each device"),
             ("the vocabulary", found.vocab_rows // mesh["tensor"], " rows on each device (model.vocab_multiple_of)"),
             ("data.seq_len", config.data.seq_len, ""),

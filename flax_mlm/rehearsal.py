@@ -254,10 +254,10 @@ def _kept(config: Config, steps: Any, mesh: Any, vocab: Any) -> int:
         rate = masking.mask_rate_at(config.objective, jax.numpy.int32(0), config.train.steps)
         slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.largest_mask_rate)
         targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rate, slots)
-        keys_B = None
+        counts, keys_B = steps.loss.counts(targets), None
         if config.model.dropout_rate or config.model.attention_dropout_rate:
             keys_B = jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])
-        _, backward = jax.vjp(lambda p: steps.predict(p, targets, keys_B).loss_BK.sum(-1).sum(), params)
+        _, backward = jax.vjp(lambda p: steps.loss.total(steps.loss.predict(p, targets, keys_B), counts)[0], params)
         return backward
 
     pieces = config.train.batch_groups // sharding.batch_parts(mesh) if config.train.reproducible else 1

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flax_mlm import averaging, fingerprint, masking, objective, optimizer, sharding, spikes
+from flax_mlm import averaging, detection, fingerprint, masking, objective, optimizer, sharding, spikes
 from flax_mlm.config import Config
+from flax_mlm.errors import UserError
 from flax_mlm.metrics import flops_per_row
-from flax_mlm.model import attention, encoder
+from flax_mlm.model import attention, electra, encoder
 from flax_mlm.model.heads import Model, language_model, vocab_rows
 
 Batch = dict[str, jax.Array]  # tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,)
@@ -39,7 +40,7 @@ class TrainState(NamedTuple):
 class Answers(NamedTuple):
     """What the model says of a batch's predicted tokens, whole on every device; K slots a row."""
 
-    scored: objective.Scored
+    scored: Any  # objective.Scored; with rtd detection.Detected
     weights_BK: jax.Array  # float32, 1 for a slot in use
     labels_BK: jax.Array  # int32
     positions_BK: jax.Array  # int32, of the predicted token in its segment
@@ -52,7 +53,7 @@ class Steps(NamedTuple):
     flops: float  # model FLOPs of one training step
     init: Callable[..., TrainState]  # with new parameters, or with those given
     abstract: TrainState  # shapes, dtypes and shardings of the state
-    predict: Callable[..., objective.Scored]  # not jitted: (params, Targets, dropout keys or None) -> per slot
+    loss: objective.Loss  # not jitted
     train: jax.stages.Wrapped  # (TrainState, Batch, Vocabulary) -> (TrainState, scalars by name); the state is donated
     evaluate: Callable[[Any, Batch, masking.Vocabulary], tuple["Answers", jax.Array]]  # and whether to stop
     fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see fingerprint.of
@@ -71,9 +72,18 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
         attention=attention.choose(config, platform),
         scan_layers=encoder.scans_layers(config.model, platform),
     )
-    model = language_model(model_config, vocab_size)
-    tx = optimizer.make(config.optimizer, model.dims)
+    config = dataclasses.replace(config, model=model_config)
+    rows = vocab_rows(config.model, vocab_size)
     slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.largest_mask_rate)
+    if config.objective.name == "rtd":
+        generator, model = electra.networks(config, vocab_size)
+        loss = detection.replaced_tokens(generator, model, vocab_size, config.objective)
+        flops = electra.flops_per_row(config, slots, rows)
+    else:
+        model = language_model(config.model, vocab_size)
+        loss = objective.language_modelling(model, config.objective)
+        flops = flops_per_row(config.model, config.data.seq_len, slots, rows)
+    tx = optimizer.make(config.optimizer, model.dims)
 
     def init(params: Any = None) -> TrainState:
         params = params or model.init(run_key(config, "init"))
@@ -82,18 +92,16 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, tx.init(params), zero, zero, zero, spikes.start(), average)
 
-    predict = _predict(config, model)
     with jax.set_mesh(mesh):
         abstract = sharding.concrete(jax.eval_shape(init), mesh)
     return Steps(
         model,
-        flops=config.train.global_batch_size
-        * flops_per_row(config.model, config.data.seq_len, slots, vocab_rows(config.model, vocab_size)),
+        flops=config.train.global_batch_size * flops,
         init=jax.jit(init),
         abstract=abstract,
-        predict=predict,
-        train=jax.jit(_train_step(config, predict, tx, slots, platform), donate_argnums=0),
-        evaluate=jax.jit(_eval_step(config, predict)),
+        loss=loss,
+        train=jax.jit(_train_step(config, loss, tx, slots, platform), donate_argnums=0),
+        evaluate=jax.jit(_eval_step(config, loss)),
         fingerprint=jax.jit(fingerprint.of),
         score=jax.jit(_score(config, model)),
         score_labels=jax.jit(_score_labels(config, model)),
@@ -105,36 +113,15 @@ def run_key(config: Config, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), ("init", "mask", "dropout", "eval").index(purpose))
 
 
-def _predict(config: Config, model: Model) -> Callable[..., objective.Scored]:
-    """(parameters, targets, dropout keys) -> how well each slot was predicted."""
-
-    def predict(params: Any, t: objective.Targets, dropout_keys_B: Any) -> objective.Scored:
-        scores_BKV = model.apply(
-            params,
-            t.inputs_BL,
-            t.segment_ids_BL,
-            t.positions_BL,
-            predict_BK=t.predict_BK,
-            causal=config.objective.name == "clm",
-            dropout_keys_B=dropout_keys_B,
-        )
-        with jax.named_scope("loss"):
-            return objective.score(scores_BKV, t.labels_BK, t.weights_BK)
-
-    return predict
-
-
 def _train_step(
     config: Config,
-    predict: Callable[..., objective.Scored],
+    objective_loss: objective.Loss,
     tx: optax.GradientTransformation,
     slots: int,
     platform: str,
 ) -> Callable[..., Any]:
     total, accumulate = config.train.steps, config.train.microbatches
     schedule = optimizer.learning_rate(config.optimizer, total)
-    z_loss = config.objective.z_loss
-    logged = ("loss", "accuracy", "z_loss") if z_loss else ("loss", "accuracy")
     action, spike_threshold = config.optimizer.spike_action, config.optimizer.spike_threshold
     barrier = jax.lax.optimization_barrier if config.train.reproducible else lambda tree: tree
 
@@ -149,20 +136,13 @@ def _train_step(
     def train_step(state: TrainState, batch: Batch, vocab: masking.Vocabulary) -> tuple[TrainState, dict[str, Any]]:
         rate = masking.mask_rate_at(config.objective, state.step, total)
         targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rate, slots)
-        count = jnp.maximum(targets.weights_BK.sum(), 1.0)  # over the whole global batch; 1 where nothing is predicted
+        counts = objective_loss.counts(targets)  # over the whole global batch
         dropout_keys_B = None
         if has_dropout:
             dropout_keys_B = jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])
 
-        def part_loss(params: Any, count: jax.Array, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            scored = predict(params, *part)
-            found = {
-                "loss": scored.loss_BK,
-                "accuracy": scored.correct_BK,
-                "z_loss": z_loss * scored.squared_log_z_BK,
-            }
-            means = {name: found[name].sum(-1).sum() / count for name in logged}
-            return means["loss"] + means.get("z_loss", 0.0), means
+        def part_loss(params: Any, counts: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return objective_loss.total(objective_loss.predict(params, *part), counts)
 
         gradient, at = jax.value_and_grad(part_loss, has_aux=True), state.params
         if config.optimizer.averages == "schedule_free":
@@ -172,18 +152,19 @@ def _train_step(
             (_, means), grads = sharding.by_groups(
                 lambda shared, part: gradient(*shared, part),
                 config.train.batch_groups,
-                (at, count),
+                (at, counts),
                 parts,
                 add=True,
             )
         elif accumulate == 1:
-            (_, means), grads = gradient(at, count, parts)
+            (_, means), grads = gradient(at, counts, parts)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, ((count, dict.fromkeys(logged, count)), at))
+            values, _ = jax.eval_shape(gradient, at, counts, parts)
+            zeros = jax.tree.map(jnp.zeros_like, (jax.tree.map(lambda _: counts[0], values), at))
             parts = jax.tree.map(lambda x: sharding.split_microbatches(x, accumulate), parts)
 
             def add(total: Any, part: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, gradient(at, count, part)), None
+                return jax.tree.map(jnp.add, total, gradient(at, counts, part)), None
 
             ((_, means), grads), _ = jax.lax.scan(add, zeros, parts)
 
@@ -233,7 +214,7 @@ def _train_step(
             "learning_rate": lr,
             "grad_norm": grad_norm,
             "mask_rate": rate,
-            "predicted_tokens": count,
+            "predicted_tokens": counts[0],
             "tokens": (targets.segment_ids_BL > 0).sum(),
             "data_step": state.data_step,
             "spike": spike,
@@ -248,7 +229,7 @@ def _train_step(
     return train_step
 
 
-def _eval_step(config: Config, predict: Callable[..., objective.Scored]) -> Callable[..., tuple[Answers, jax.Array]]:
+def _eval_step(config: Config, loss: objective.Loss) -> Callable[..., tuple[Answers, jax.Array]]:
     slots = objective.num_slots(config.objective, config.data.seq_len, config.eval.mask_rate)
     ahead = int(config.objective.name == "clm")  # a causal model stands before what it predicts
 
@@ -257,10 +238,14 @@ def _eval_step(config: Config, predict: Callable[..., objective.Scored]) -> Call
         targets = objective.targets(config.objective, batch, key, vocab, rate, slots)
         if config.train.reproducible:
             scored = sharding.by_groups(
-                lambda params, part: predict(params, part, None), config.train.batch_groups, params, targets, add=False
+                lambda params, part: loss.predict(params, part, None),
+                config.train.batch_groups,
+                params,
+                targets,
+                add=False,
             )
         else:
-            scored = predict(params, targets, None)
+            scored = loss.predict(params, targets, None)
         positions_BK = sharding.per_row(
             lambda t: jnp.take_along_axis(t.positions_BL, t.predict_BK, axis=1) + ahead, targets
         )
@@ -274,7 +259,16 @@ def _scores(config: Config, model: Model) -> Callable[..., jax.Array]:
     causal = config.objective.name == "clm"
 
     def scores(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: masking.Vocabulary) -> jax.Array:
-        """Scores (B, K, V) at chosen positions; nothing is masked that is not masked already."""
+        """Scores (B, K, V) at chosen positions; nothing is masked that is not masked already.
+
+        Raises:
+          UserError: the model has none.
+        """
+        if config.objective.name == "rtd":
+            raise UserError(
+                "this encoder was trained with objective rtd: it says which tokens were replaced, and not which word "
+                "belongs where; that takes mlm or clm"
+            )
         segments_BL, positions_BL = sharding.per_row(
             lambda tokens, vocab: (s := masking.segment_ids(tokens, vocab), masking.positions(s)), tokens_BL, vocab
         )

@@ -233,7 +233,10 @@ def summarise(runs: list[Run], errors: dict[str, str]) -> list[Row]:
             entry: dict[str, Any] = {"seed": run.seed, "workdir": os.fspath(run.workdir)}
             if result := run.result():
                 result["tokens_per_second"] = result["tokens_seen"] / result["train_seconds"]
-                entry, question = entry | {name: result[name] for name in _NUMBERS}, asked(run.config, result)
+                entry, question = (
+                    entry | {name: result[name] for name in _NUMBERS if name in result},
+                    asked(run.config, result),
+                )
             elif run.name in errors:
                 entry["error"] = errors[run.name]
             entries.append(entry)
@@ -243,7 +246,7 @@ def summarise(runs: list[Run], errors: dict[str, str]) -> list[Row]:
     rows = []
     for setting, entries, question in found:
         done = [entry for entry in entries if "loss" in entry]
-        numbers = {name: [entry[name] for entry in done] for name in _NUMBERS}
+        numbers = {name: [entry[name] for entry in done if name in entry] for name in _NUMBERS}
         mean = {name: statistics.fmean(values) for name, values in numbers.items() if values}
         sd = {name: statistics.stdev(values) for name, values in numbers.items() if len(values) > 1}
         both = [entry["loss"] - base[entry["seed"]] for entry in done if question == first and entry["seed"] in base]
@@ -257,7 +260,8 @@ def asked(config: Config, result: dict[str, Any]) -> Any:
     """What a held-out loss is of: which tokens, hidden how. Losses of other questions do not compare."""
     objective = dataclasses.asdict(config.at(config.train.steps - 1).objective)
     del objective["mask_rate"], objective["mask_rate_final"]
-    return objective, config.eval.mask_rate, result["unigram_entropy"], result["rows"]
+    # With rtd the generator sets the question, and no two runs' are the same.
+    return objective, config.eval.mask_rate, result.get("unigram_entropy"), result.get("generator_loss"), result["rows"]
 
 
 def write(workdir: Path, runs: list[Run], errors: dict[str, str]) -> None:

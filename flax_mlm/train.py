@@ -45,7 +45,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
     from flax_mlm.hf import start
     from flax_mlm.prepare import open_corpus
     from flax_mlm.step import TrainState, make_steps
-    from flax_mlm.tasks import cloze, mlm
+    from flax_mlm.tasks import cloze, mlm, rtd
     from flax_mlm.trained import Trained
 
     identity = {"jax": jax.__version__, **flatten(config.to_dict())}
@@ -159,7 +159,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
                 roster.progress("evaluating", step)
                 return stop.requested
 
-            result = mlm.run(trained, corpus, poll)
+            result = (rtd if trained.config.objective.name == "rtd" else mlm).run(trained, corpus, poll)
             if is_main:
                 each = "".join(f"  {name} {result[f'loss/{name}']:.4f}" for name in mlm.of_each(result))
                 loss, accuracy = f"{result['loss']:.4f}", f"{result['accuracy']:.4f}"
@@ -324,10 +324,12 @@ def print_summary(workdir: buckets.AnyPath, trained: Any, result: dict[str, floa
     import jax
 
     from flax_mlm import filler as filler_lib
-    from flax_mlm.tasks import mlm
+    from flax_mlm.tasks import mlm, rtd
 
-    print("\n" + "\n".join(mlm.table(result, trained.config.objective.name)) + "\n")
-    if trained.config.objective.name == "mlm" and jax.process_count() == 1:  # one process alone could not ask the model
+    objective = trained.config.objective.name
+    lines = rtd.table(result) if objective == "rtd" else mlm.table(result, objective)
+    print("\n" + "\n".join(lines) + "\n")
+    if objective == "mlm" and jax.process_count() == 1:  # one process alone could not ask the model
         filler = filler_lib.Filler(trained)
         for sentence in filler_lib.EXAMPLES:
             with contextlib.suppress(UserError):  # longer than a row
@@ -339,7 +341,7 @@ def print_summary(workdir: buckets.AnyPath, trained: Any, result: dict[str, floa
     print("  tensorboard/" if trained.config.log.tensorboard else "")
     print("go on with")
     print(f"    python -m flax_mlm.evaluate --checkpoint={workdir} --task=mlm")
-    if trained.config.objective.name == "mlm":
+    if objective == "mlm":
         print(f'    python -m flax_mlm.fill_mask --checkpoint={workdir} "The [MASK] of the United States."')
     print(f"    python -m flax_mlm.export --checkpoint={workdir} --output=exported")
 

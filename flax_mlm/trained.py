@@ -1,5 +1,6 @@
 """A model with its parameters and everything needed to ask it something: what tasks and `fill_mask` work on."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from flax_mlm.data.tokenizer import Tokenizer, load
 from flax_mlm.errors import UserError
 from flax_mlm.hf import folder as folder_lib
 from flax_mlm.hf import start
+from flax_mlm.model import electra
 from flax_mlm.step import Steps, make_steps
 
 _LENGTH = 32
@@ -66,9 +68,18 @@ def restore(path: str, config: Config) -> Trained:
                 # A fine-tuned encoder began with the average, and keeps none.
                 item = "average" if config.optimizer.averages != "none" and "fine_tuned" not in meta else "params"
                 items = checkpoint.restore(folder, meta, {item: steps.abstract.params}, steps.fingerprint)
-                return Trained(config, mesh, steps, items[item], tokenizer, masking.vocabulary(tokenizer), meta)
+                model = Trained(config, mesh, steps, items[item], tokenizer, masking.vocabulary(tokenizer), meta)
+                return untied(model) if config.objective.name == "rtd" else model
         except checkpoint.Damaged as e:
             if folder == candidates[-1]:
                 raise
             print(f"{e}; using the one before", file=sys.stderr)
     raise AssertionError
+
+
+def untied(model: Trained) -> Trained:
+    """The same generator and discriminator, each with embeddings of its own, so that the encoder is whole."""
+    config, sharing = model.config, model.config.objective.embedding_sharing
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, embedding_sharing="none"))
+    steps = make_steps(config, model.tokenizer.vocab_size, model.mesh)
+    return model._replace(config=config, steps=steps, params=electra.untied(model.params, sharing))

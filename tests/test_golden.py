@@ -11,13 +11,23 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import base, bert_base, bert_large, modernbert_base, modernbert_large, objectives, quickstart, small
+from configs import (
+    base,
+    bert_base,
+    bert_large,
+    electra_small,
+    modernbert_base,
+    modernbert_large,
+    objectives,
+    quickstart,
+    small,
+)
 from flax_mlm import config as config_lib
 from flax_mlm import sharding
-from flax_mlm.model import heads
+from flax_mlm.model import electra, heads
 
 FOLDER = Path(__file__).parent / "golden"
-CONFIGS = [base, quickstart, small, objectives, bert_base, bert_large, modernbert_base, modernbert_large]
+CONFIGS = [base, quickstart, small, objectives, bert_base, bert_large, electra_small, modernbert_base, modernbert_large]
 BY_NAME = pytest.mark.parametrize("module", CONFIGS, ids=lambda m: m.__name__.split(".")[-1])
 
 
@@ -38,7 +48,11 @@ def test_resolved_config(request, module):
 @BY_NAME
 def test_parameter_tree(request, module):
     config = config_lib.build(module.get_config())
-    model = heads.language_model(config.model, config.tokenizer.vocab_size)
+    vocab_size = config.tokenizer.vocab_size
+    if config.objective.name == "rtd":
+        _, model = electra.networks(config, vocab_size)
+    else:
+        model = heads.language_model(config.model, vocab_size)
     mesh = sharding.make_mesh(config_lib.MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -31,6 +31,7 @@ SHAPES = {
     "bert": (bert.BERT, BERT),
     "roberta": (bert.ROBERTA, BERT),
     "albert": (bert.ALBERT, {**BERT, "embedding_size": 16, "share_layers": True}),
+    "electra": (bert.ELECTRA_GENERATOR, {**BERT, "embedding_size": 16}),
     "modernbert": (modernbert.MODERNBERT, MODERN),
     "modernbert with biases": (modernbert.MODERNBERT, {**MODERN, "use_bias": True}),
     "modernbert-decoder": (modernbert.DECODER, MODERN),

@@ -23,10 +23,10 @@ from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.hf import architecture as architecture_lib
 from flax_mlm.hf import bert, check, folder, modernbert, start, tokenizer_json
 from flax_mlm.hf import sentence_transformers as sentence_transformers_files
-from flax_mlm.model import heads
+from flax_mlm.model import electra, heads
 from flax_mlm.step import make_steps, run_key
 from flax_mlm.tasks import labelled, retrieval
-from flax_mlm.trained import Trained
+from flax_mlm.trained import Trained, untied
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
@@ -156,6 +156,43 @@ def test_check_of_every_architecture(kind, vocabulary, tmp_path):
     assert found.is_same(LIMIT), found.lines()
     tampered = model._replace(params=jax.tree.map(lambda x: x * 1.01, model.params))
     assert not check.run(path, tampered).is_same(LIMIT)
+
+
+@pytest.mark.parametrize("embedding_size", [0, 16])
+def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_path):
+    """As it is after training: its embeddings are the generator's and what it adds."""
+    c = base.get_config()
+    c.objective.name, c.objective.generator_size, c.data.seq_len = "rtd", 0.5, 32
+    c.model.update(num_layers=2, hidden_size=32, num_heads=2, intermediate_size=48, max_positions=64)
+    c.model.update(embedding_size=embedding_size, dropout_rate=0.0, attention_dropout_rate=0.0)
+    config = config_lib.build(c)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        steps = make_steps(config, vocabulary.vocab_size, mesh)
+        noise = np.random.default_rng(0)
+        params = jax.tree.map(lambda x: x + noise.normal(0, 0.05, x.shape).astype(np.float32), steps.init().params)
+        model = untied(Trained(config, mesh, steps, params, vocabulary, masking.vocabulary(vocabulary)))
+    net, kept = electra.discriminator(config.model, vocabulary.vocab_size), jax.device_get(model.params)
+    del kept["generator"]
+    architecture = folder.matching(config.model, "rtd", "", "[CLS]")
+    places = list(architecture_lib.places(architecture, net, config.model.num_layers))
+    folder.write_tensors(tmp_path / "model.safetensors", architecture_lib.to_theirs(places, kept, 0))
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json.content(vocabulary, 1))
+    for name, content in (
+        ("config.json", folder.config_json(architecture, config.model, vocabulary.vocab_size, vocabulary)),
+        ("tokenizer_config.json", tokenizer_json.settings(vocabulary, 64)),
+        ("special_tokens_map.json", tokenizer_json.special_tokens(vocabulary)),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+    found = check.run(tmp_path, model)
+    assert found.is_same(LIMIT), found.lines()
+    tampered = model._replace(params=jax.tree.map(lambda x: x * 1.01, model.params))
+    assert not check.run(tmp_path, tampered).is_same(LIMIT)
+
+    # Its encoder, with a new head, is a model to go on from.
+    again = model_of(tmp_path, init_new_head=True)
+    assert again.config.model.embedding_size == embedding_size
+    jax.tree.map(np.testing.assert_array_equal, again.params["encoder"], kept["encoder"])
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])

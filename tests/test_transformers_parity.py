@@ -5,6 +5,7 @@ Run by `bash launch/test.sh --references`. Both sides compute in float32: what i
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ import pytest
 
 from configs import bert_base, bert_large, modernbert_base, modernbert_large
 from flax_mlm import config as config_lib
-from flax_mlm import masking, objective, sharding, step
-from flax_mlm.model import heads
+from flax_mlm import detection, masking, objective, sharding, step
+from flax_mlm.hf import architecture, bert, folder
+from flax_mlm.model import electra, heads
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
@@ -197,3 +199,77 @@ def test_parameter_counts(file):
     assert sum(x.size for x in jax.tree.leaves(ours)) == expected
     for name in ("num_attention_heads", "max_position_embeddings", "local_attention", "layer_types"):
         assert getattr(same_shape, name, None) == getattr(published, name, None), name
+
+
+@pytest.mark.parametrize("embedding_sharing", ["none", "shared", "gradient_disentangled"])
+def test_electra(embedding_sharing, one_device):
+    """The loss of both models, and the gradients of both, given what our generator has drawn."""
+    c = config_lib.build(bert_base.get_config())
+    shape = dataclasses.replace(c.model, **TINY, **EXACT, num_layers=2, embedding_size=24)
+    fields = {"name": "rtd", "generator_size": 0.5, "embedding_sharing": embedding_sharing, "mask_rate": 0.3}
+    c = dataclasses.replace(
+        c,
+        model=shape,
+        objective=dataclasses.replace(c.objective, **fields),
+        data=dataclasses.replace(c.data, seq_len=L),
+    )
+    steps, noise = step.make_steps(c, V, one_device), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + noise.normal(0, 0.1, x.shape).astype(np.float32), steps.init().params)
+    special = np.arange(V) < 4  # [PAD], [CLS], [SEP], [MASK]
+    ordinary = jnp.arange(4, V, dtype=jnp.int32)
+    vocab = masking.Vocabulary(jnp.asarray(special), jnp.asarray(~special), ordinary, PAD, CLS, 3)
+    tokens = noise.integers(4, V, (3, L)).astype(np.int32)
+    tokens[:, 0], tokens[:, -1], tokens[1, 17:] = CLS, 2, PAD
+    batch = sharding.split_rows({"tokens": tokens, "row_ids": np.eye(3, 2, dtype=np.uint32)}, one_device)
+    t = objective.targets(c.objective, batch, jax.random.key(0), vocab, 0.3, objective.num_slots(c.objective, L, 0.3))
+
+    def loss(params):
+        return steps.loss.total(steps.loss.predict(params, t, None), steps.loss.counts(t))[0]
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    generator = electra.networks(c, V)[0]
+    scores = jax.jit(generator.apply)(params, t.inputs_BL, t.segment_ids_BL, t.positions_BL, predict_BK=t.predict_BK)
+    corrupted, _ = detection.corrupt(t, detection.draw(scores, t.sample_keys_B, V))
+
+    # Theirs, from the same weights, each model with all of its own.
+    nets, tables = [], (bert.ELECTRA_GENERATOR, bert.ELECTRA)
+    modules = heads.language_model(c.generator, V), electra.discriminator(c.model, V)
+    apart = jax.device_get(electra.untied(params, embedding_sharing))
+    trees = apart["generator"], {name: apart[name] for name in ("encoder", "head")}
+    for table, module, model, tree in zip(tables, modules, (c.generator, c.model), trees, strict=True):
+        tokenizer = types.SimpleNamespace(pad_id=PAD, cls_id=CLS, sep_id=2)
+        settings = transformers.ElectraConfig(**folder.config_json(table, model, V, tokenizer))
+        net = getattr(transformers, table.class_name)._from_config(settings, attn_implementation="eager").eval()
+        places = list(architecture.places(table, module, model.num_layers))
+        theirs = {k: torch.tensor(v) for k, v in architecture.to_theirs(places, tree, 0).items()}
+        missing, unexpected = net.load_state_dict(theirs, strict=False)
+        assert not unexpected and set(missing) <= set(table.same), missing
+        net.tie_weights()
+        nets.append((net, places))
+    attended, used = torch.tensor(tokens != PAD).long(), np.asarray(t.weights_BK) > 0
+    row, slot = np.nonzero(used)
+    found = nets[0][0](torch.tensor(np.asarray(t.inputs_BL)).long(), attention_mask=attended).logits
+    labels = torch.tensor(np.asarray(t.labels_BK)[used]).long()
+    masked = torch.nn.functional.cross_entropy(found[row, np.asarray(t.predict_BK)[row, slot]], labels)
+    found = nets[1][0](torch.tensor(np.asarray(corrupted)).long(), attention_mask=attended).logits
+    judged = torch.tensor(~special[tokens])
+    replaced = torch.tensor(np.asarray(corrupted) != tokens).float()
+    binary = torch.nn.functional.binary_cross_entropy_with_logits(found[judged], replaced[judged])
+    total = masked + 50.0 * binary
+    assert 0 < float(replaced.sum()) < replaced.numel()
+    check(value / total.item(), 1.0, "losses")
+    total.backward()
+
+    expected = []
+    for net, places in nets:
+        named = dict(net.named_parameters())
+        wanted = {name for place in places for names in place.names for name in names}
+        expected.append(architecture.to_ours(places, {name: named[name].grad.numpy() for name in wanted}, 0))
+    for table in (("encoder", "embeddings", name) for name in ("token", "position")):
+        if embedding_sharing == "shared":
+            expected[1][table] = expected[1][table] + expected[0].pop(table)
+    got = dict(architecture._flatten(jax.device_get(gradients)))
+    assert len(got) == len(expected[0]) + len(expected[1])
+    for path, gradient in got.items():
+        of = expected[0].get(path[1:]) if path[0] == "generator" else expected[1][path]
+        check(gradient, of, f"gradients of {'/'.join(path)}", relative=True)

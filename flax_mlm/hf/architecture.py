@@ -37,7 +37,7 @@ class Architecture:
       name: how --architecture calls it.
       model_type: of its config.json.
       class_name: the class of transformers for our objective.
-      objective: mlm or clm.
+      objective: mlm, clm or rtd.
       base: what the names of a model without head lack in front.
       fields: field of `ModelConfig` -> key of config.json, or several that must be alike, with `|` between.
       training: the same, for what a training is free to choose; not read, only written.

@@ -1,4 +1,5 @@
-"""BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692) and ALBERT (arXiv:1909.11942), as transformers has them."""
+"""BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692), ALBERT (arXiv:1909.11942) and both parts of ELECTRA
+(arXiv:2003.10555), as transformers has them."""
 
 import dataclasses
 
@@ -135,4 +136,38 @@ ALBERT = dataclasses.replace(
         "predictions.decoder.bias": "predictions.bias",
     },
     unused=("albert.pooler", "sop_classifier.", "albert.embeddings.position_ids"),
+)
+
+# An ELECTRA whose embeddings are as wide as its layers has no projection; ours has embedding_size 0 then.
+ELECTRA_GENERATOR = dataclasses.replace(
+    BERT,
+    name="electra",
+    model_type="electra",
+    class_name="ElectraForMaskedLM",
+    base="electra.",
+    fields={**BERT.fields, "embedding_size": "embedding_size"},
+    ours={name: value for name, value in BERT.ours.items() if name != "embedding_size"},
+    rows=(
+        *(row._replace(theirs=row.theirs.replace("bert.", "electra.")) for row in BERT.rows[:10]),
+        Row("encoder/projection", "electra.embeddings_project", Linear),
+        Row("head/dense", "generator_predictions.dense", Linear),
+        Row("head/norm", "generator_predictions.LayerNorm", Norm),
+        Row("head/decoder_bias", "generator_lm_head.bias", Array),
+    ),
+    same={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+    unused=("electra.embeddings.position_ids",),
+    defaults={**BERT.defaults, "embedding_size": 128},
+)
+
+ELECTRA = dataclasses.replace(
+    ELECTRA_GENERATOR,
+    class_name="ElectraForPreTraining",
+    objective="rtd",
+    rows=(
+        *ELECTRA_GENERATOR.rows[:11],
+        Row("head/dense", "discriminator_predictions.dense", Linear),
+        Row("head/detector", "discriminator_predictions.dense_prediction.weight", Array),
+        Row("head/detector_bias", "discriminator_predictions.dense_prediction.bias", Array),
+    ),
+    same={},
 )

@@ -61,7 +61,11 @@ def run(folder: Path, model: Trained) -> Difference:
     objective, tokenizer = model.config.objective.name, model.tokenizer
     transformers.utils.logging.disable_progress_bar()
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    kind = transformers.AutoModelForMaskedLM if objective == "mlm" else transformers.AutoModelForCausalLM
+    kind = {
+        "mlm": transformers.AutoModelForMaskedLM,
+        "clm": transformers.AutoModelForCausalLM,
+        "rtd": transformers.AutoModelForPreTraining,
+    }[objective]
     net = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
     texts = real_texts()
@@ -109,14 +113,15 @@ def real_texts() -> list[str]:
 
 
 def _outputs(model: Trained, tokens_BL: np.ndarray, real_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Our hidden states (B, L, D) and scores (B, L, V), each row one segment."""
+    """Our hidden states (B, L, D) and scores (B, L, V), with rtd (B, L), each row one segment."""
     rows, length = tokens_BL.shape
     more = ((0, -rows % sharding.batch_parts(model.mesh)), (0, -length % 64))  # few shapes, since each is compiled
     places_BL = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BL.shape)
     arrays = (tokens_BL, real_BL.astype(np.int32), places_BL, places_BL)
-    causal = model.config.objective.name == "clm"
+    objective = model.config.objective.name
     with jax.set_mesh(model.mesh):
         *batch, predict = sharding.split_rows([np.pad(x, more) for x in arrays], model.mesh)
-        hidden = model.steps.model.encode(model.params, *batch, causal=causal)
-        scores = model.steps.model.apply(model.params, *batch, predict_BK=predict, causal=causal)
+        hidden = model.steps.model.encode(model.params, *batch, causal=objective == "clm")
+        more_arguments = {} if objective == "rtd" else {"predict_BK": predict}
+        scores = model.steps.model.apply(model.params, *batch, causal=objective == "clm", **more_arguments)
     return np.asarray(hidden)[:rows, :length], np.asarray(scores)[:rows, :length]

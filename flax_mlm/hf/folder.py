@@ -18,7 +18,7 @@ from flax_mlm.hf.architecture import Architecture
 
 ARCHITECTURES = (
     *(bert.BERT, bert.BERT_CAUSAL, bert.ROBERTA, bert.ROBERTA_CAUSAL, bert.ALBERT),
-    *(modernbert.MODERNBERT, modernbert.DECODER),
+    *(modernbert.MODERNBERT, modernbert.DECODER, bert.ELECTRA_GENERATOR, bert.ELECTRA),
 )
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -43,6 +43,8 @@ class Folder(NamedTuple):
         fields |= self.architecture.ours
         if self.architecture.model_type == "roberta":
             fields["max_positions"] -= self.offset
+        if self.architecture.model_type == "electra" and fields["embedding_size"] == fields["hidden_size"]:
+            fields["embedding_size"] = 0
         return fields
 
     @property
@@ -201,6 +203,8 @@ def matching(model: ModelConfig, objective: str, name: str, cls_piece: str) -> A
     for architecture in candidates:
         wrong = [f"model.{f} = {v}" for f, v in architecture.ours.items() if getattr(model, f) != v]
         zero = [f"model.{f} > 0" for f in architecture.fields if f.endswith("_size") and not getattr(model, f)]
+        if architecture.model_type == "electra":
+            zero = [text for text in zero if "embedding_size" not in text]
         if not wrong + zero:
             return architecture
         why.append(f"{architecture.name} needs {', '.join(wrong + zero)}")
@@ -219,6 +223,8 @@ def config_json(architecture: Architecture, model: ModelConfig, vocab_rows: int,
     config |= {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id}
     if architecture.model_type.startswith("modernbert"):
         config |= {"cls_token_id": tokenizer.cls_id, "sep_token_id": tokenizer.sep_id}
+    if architecture.model_type == "electra":
+        config["embedding_size"] = model.embedding_size or model.hidden_size
     if architecture.model_type == "roberta":
         config["max_position_embeddings"] += tokenizer.pad_id + 1
     return config

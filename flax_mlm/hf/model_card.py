@@ -18,6 +18,18 @@ print(fill("The MASK of the people depends on good laws."))
 As vectors of texts (mean pooling; fine-tune for search or similarity first):
 
 VECTORS""",
+    "rtd": """```python
+from transformers import AutoModelForPreTraining, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("PATH"), AutoModelForPreTraining.from_pretrained("PATH")
+tokens = tokenizer("The people of the people depends on good laws.", return_tensors="pt")
+print(model(**tokens).logits)  # above 0: this token was replaced
+```
+
+It is made to be fine-tuned: `AutoModelForSequenceClassification.from_pretrained("PATH")`, or as vectors of texts (mean
+pooling; fine-tune for search or similarity first):
+
+VECTORS""",
     "clm": """```python
 from transformers import pipeline
 
@@ -55,8 +67,12 @@ def text(
     from huggingface_hub import EvalResult, ModelCardData
 
     c, about, mask = config, meta.get("text"), tokenizer.pieces[tokenizer.mask_id]
-    m, o, is_mlm, tuned = c.model, c.objective, c.objective.name == "mlm", meta.get("fine_tuned")
-    task, what = ("fill-mask", "masked") if is_mlm else ("text-generation", "next")
+    m, o, causal, tuned = c.model, c.objective, c.objective.name == "clm", meta.get("fine_tuned")
+    task, what = {
+        "mlm": ("fill-mask", "masked"),
+        "clm": ("text-generation", "next"),
+        "rtd": ("feature-extraction", "replaced"),
+    }[o.name]
     task = "sentence-similarity" if tuned else task
     evaluated = []
     if about and result:
@@ -64,6 +80,7 @@ def text(
         evaluated = [
             EvalResult(metric_type=key, metric_value=round(result[key], 4), **common)
             for key in ("loss", "accuracy", "bits_per_byte")
+            if key in result
         ]
     head = ModelCardData(
         language=language or None,
@@ -84,14 +101,21 @@ def text(
 |---|--:|
 | {what}-token loss (nats) | {result["loss"]:.4f} ± {result["loss_stderr"]:.4f} |
 | {what}-token accuracy | {result["accuracy"]:.4f} ± {result["accuracy_stderr"]:.4f} |
-| perplexity | {result["perplexity"]:.2f} |
+"""
+        if o.name == "rtd":
+            scores += f"""| replaced tokens found | {result["recall_replaced"]:.4f} |
+| originals left alone | {result["recall_original"]:.4f} |
+| share of tokens replaced | {result["replaced"]:.4f} |
+| masked-token loss of the generator (nats) | {result["generator_loss"]:.4f} |"""
+        else:
+            scores += f"""| perplexity | {result["perplexity"]:.2f} |
 | bits per byte | {result["bits_per_byte"]:.3f} |"""
     elif about and not tuned:
         scores = "Not evaluated: this is a checkpoint of a run that had not ended."
     # The others may name paths of somebody's machine.
     sections = ("model", *(("objective", "optimizer", "train") if about else ()), *(("finetune",) if tuned else ()))
     whole = json.dumps({name: section for name, section in c.to_dict().items() if name in sections}, indent=1)
-    kind = "A causal language model" if not is_mlm else "An encoder of texts" if tuned else "An encoder"
+    kind = "A causal language model" if causal else "An encoder of texts" if tuned else "An encoder"
     return f"""---
 {head.to_yaml()}
 ---
@@ -128,7 +152,7 @@ def text(
 ## Limits
 
 It knows what its text says, with that text's errors and prejudices. \
-{"It understands rather than writes." if is_mlm else "What it writes may be false."}
+{"What it writes may be false." if causal else "It understands rather than writes."}
 """
 
 
@@ -136,12 +160,22 @@ def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
     """What the weights come from, as a list."""
     o, t, about, tuned = config.objective, config.train, meta.get("text"), meta.get("fine_tuned")
     rate = f"{o.mask_rate:.0%}" + (f" to {o.mask_rate_final:.0%}" if o.mask_rate_final else "")
-    predicts = (
-        f"masked-language modelling (mlm): {rate} of the tokens, chosen by {o.masking.replace('_', ' ')}, of those "
+    masks = (
+        f"{rate} of the tokens, chosen by {o.masking.replace('_', ' ')}, of those "
         f"{o.replace_mask:.0%} shown as `{mask}`, {o.replace_random:.0%} as a random token"
-        if o.name == "mlm"
-        else "causal language modelling (clm)"
     )
+    sharing = {
+        "none": "its own embeddings",
+        "shared": "the same embeddings",
+        "gradient_disentangled": "embeddings that the encoder's build on (gradient-disentangled sharing)",
+    }[o.embedding_sharing]
+    predicts = {
+        "mlm": f"masked-language modelling (mlm): {masks}",
+        "clm": "causal language modelling (clm)",
+        "rtd": f"replaced-token detection (rtd, arXiv:2003.10555): {masks}; filled by a generator of "
+        f"{config.generator.num_layers} layers of {config.generator.hidden_size} with {sharing}; the encoder's loss "
+        f"counts {o.discriminator_weight:g} times",
+    }[o.name]
     lines = []
     if config.init_from:
         lines.append(f"- Started from: {config.init_from.rstrip('/').rpartition('/')[2]}.")

@@ -59,7 +59,7 @@ class Model(NamedTuple):
     """A module as pure functions. Parameters are nested dicts of arrays."""
 
     init: Callable[[jax.Array], Any]  # key -> parameters
-    apply: Callable[..., jax.Array]  # (parameters, *args) -> scores (B, K, V)
+    apply: Callable[..., jax.Array]  # (parameters, *args) -> scores, (B, K, V) of a language model
     encode: Callable[..., jax.Array]  # (parameters, *args) -> hidden states (B, L, D)
     dims: Any  # per parameter, the letters of its trailing dimensions
 
@@ -71,13 +71,18 @@ def vocab_rows(config: ModelConfig, vocab_size: int) -> int:
 
 def language_model(config: ModelConfig, vocab_size: int) -> Model:
     """The language model of this shape, without parameters."""
+    return functions(lambda rngs: LanguageModel(config, vocab_rows(config, vocab_size), rngs))
 
-    def make(key: jax.Array) -> LanguageModel:
-        return LanguageModel(config, vocab_rows(config, vocab_size), nnx.Rngs(params=key))
+
+def functions(new: Callable[[nnx.Rngs], Any]) -> Model:
+    """Of a module with an `encoder`."""
+
+    def make(key: jax.Array) -> Any:
+        return new(nnx.Rngs(params=key))
 
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
 
-    def bind(params: Any) -> LanguageModel:
+    def bind(params: Any) -> Any:
         return nnx.merge(
             graphdef, jax.tree.map(lambda v, x: v.replace(x), abstract, nnx.State(params), is_leaf=_is_variable)
         )

@@ -1,7 +1,7 @@
 """Held-out loss and accuracy, with fixed masks and standard errors, beside two context-free baselines."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from flax_mlm import sharding
 from flax_mlm.data.mixture import Mixture
 from flax_mlm.data.pipeline import eval_batches
 from flax_mlm.preemption import Stopped
+from flax_mlm.step import Answers
 from flax_mlm.trained import Trained
 
 
@@ -52,34 +53,40 @@ def run(trained: Trained, corpus: Mixture, poll: Callable[[], bool] = lambda: Fa
 
 def measure(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Measured:
     """As `run`, with the sums that its numbers, and those of `breakdown`, follow from."""
-    config, mesh, vocab = trained.config, trained.mesh, trained.vocab
-    is_special_V = np.asarray(vocab.is_special)
+    is_special_V = np.asarray(trained.vocab.is_special)
     counts_V, token_V4 = np.zeros(len(is_special_V), np.int64), np.zeros((len(is_special_V), 4))
     position_L4, row_R4 = np.zeros((corpus.seq_len, 4)), []
-    numbers = corpus.held_out(config.eval.max_rows)
+    for tokens, found in answers(trained, corpus, poll):
+        counts_V += np.bincount(tokens.ravel(), minlength=len(counts_V))
+        loss_BK = np.asarray(found.scored.loss_BK, np.float64)
+        sums_BK4 = np.stack([found.weights_BK, loss_BK, loss_BK**2, found.scored.correct_BK], axis=-1)
+        row_R4.append(sums_BK4.sum(1))
+        used = found.weights_BK > 0
+        np.add.at(token_V4, found.labels_BK[used], sums_BK4[used])
+        np.add.at(position_L4, found.positions_BK[used], sums_BK4[used])
+    if jax.process_count() > 1:  # each has seen its own rows
+        counts_V = np.asarray(multihost_utils.process_allgather(counts_V)).sum(0)
+    counts_V = np.where(is_special_V, 0, counts_V)
+    numbers = corpus.held_out(trained.config.eval.max_rows)
+    return Measured(np.concatenate(row_R4), [len(n) for n in numbers], token_V4, position_L4, counts_V)
+
+
+def answers(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Iterator[tuple[np.ndarray, Answers]]:
+    """For every batch of the held-out rows the tokens of this process, and what the model says of all rows."""
+    config = trained.config
     for batch in eval_batches(
         corpus.split("validation"),
-        np.concatenate(numbers),
+        np.concatenate(corpus.held_out(config.eval.max_rows)),
         batch_size=config.eval.batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     ):
-        counts_V += np.bincount(batch["tokens"].ravel(), minlength=len(counts_V))
         del batch["valid"]  # rows that fill up the last batch are all padding and have nothing to predict
-        global_batch = sharding.global_batch(batch, mesh, stop=poll())
-        answers, stop = jax.device_get(trained.steps.evaluate(trained.params, global_batch, vocab))
+        global_batch = sharding.global_batch(batch, trained.mesh, stop=poll())
+        found, stop = jax.device_get(trained.steps.evaluate(trained.params, global_batch, trained.vocab))
         if stop:
             raise Stopped
-        loss_BK = np.asarray(answers.scored.loss_BK, np.float64)
-        sums_BK4 = np.stack([answers.weights_BK, loss_BK, loss_BK**2, answers.scored.correct_BK], axis=-1)
-        row_R4.append(sums_BK4.sum(1))
-        used = answers.weights_BK > 0
-        np.add.at(token_V4, answers.labels_BK[used], sums_BK4[used])
-        np.add.at(position_L4, answers.positions_BK[used], sums_BK4[used])
-    if jax.process_count() > 1:  # each has seen its own rows
-        counts_V = np.asarray(multihost_utils.process_allgather(counts_V)).sum(0)
-    counts_V = np.where(is_special_V, 0, counts_V)
-    return Measured(np.concatenate(row_R4), [len(n) for n in numbers], token_V4, position_L4, counts_V)
+        yield batch["tokens"], found
 
 
 def summary(measured: Measured, corpus: Mixture) -> dict[str, float]:

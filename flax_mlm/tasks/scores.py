@@ -34,14 +34,15 @@ def of(result: dict[str, Any]) -> Score:
 
 
 def _mlm(result: dict[str, Any]) -> Score:
-    loss_R, count_R = (np.array(result["each_row"][name]) for name in ("loss", "predicted_tokens"))
-    metric = "masked-token loss" if result["objective"] == "mlm" else "next-token loss"
+    counted = "tokens" if result["objective"] == "rtd" else "predicted_tokens"
+    loss_R, count_R = (np.array(result["each_row"][name]) for name in ("loss", counted))
+    kind = {"mlm": "masked", "clm": "next", "rtd": "replaced"}[result["objective"]]
 
     def again(rows: np.ndarray) -> float:
         return float(loss_R[rows].sum() / count_R[rows].sum())
 
-    examples = result["corpus"], count_R.tolist()
-    return Score(metric, result["loss"], result["loss_stderr"], False, len(loss_R), examples, again)
+    examples = result["corpus"], count_R.tolist(), result["each_row"].get("replaced")
+    return Score(f"{kind}-token loss", result["loss"], result["loss_stderr"], False, len(loss_R), examples, again)
 
 
 def _cloze(result: dict[str, Any]) -> Score:
