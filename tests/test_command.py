@@ -1,6 +1,7 @@
 """Command lines: what is wrong ends in one line and code 2, and what should work does."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -283,7 +284,11 @@ def test_base_declares_the_fields_of_the_dataclasses_and_explains_them():
     source = (ROOT / "configs" / "base.py").read_text()
     code = re.sub("#.*", "", source.split('"""', 2)[2])
     assert not re.findall(r"\bNone\b|\[", code)
-    unexplained = re.findall(r"^    c\.([\w.]+) = [^#\n(]+$", source, re.MULTILINE)
+    unexplained = [
+        found[1]
+        for before, line in itertools.pairwise(source.splitlines())
+        if (found := re.fullmatch(r"    c\.([\w.]+) = [^#(]+", line)) and not before.startswith("    #")
+    ]
     plain = {"model.norm_eps", "model.rope_theta_global", "model.rope_theta_local", "model.init_stddev"}
     plain |= {"objective.span_max_words", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "train.steps"}
     assert set(unexplained) <= plain

@@ -109,7 +109,8 @@ def sums_of_each_row(model: trained.Trained, corpus: Corpus) -> np.ndarray:
         batch = sharding.global_batch({"tokens": tokens_RL[number], "row_ids": row_ids}, model.mesh)
         with jax.set_mesh(model.mesh):
             answers, _ = jax.device_get(model.steps.evaluate(model.params, batch, model.vocab))
-            found.append(np.stack([x.sum(1) for x in (*answers.scored, answers.weights_BK)], 1))
+            scored = answers.scored
+            found.append(np.stack([x.sum(1) for x in (scored.loss_BK, scored.correct_BK, answers.weights_BK)], 1))
     return np.concatenate(found)[: len(tokens_RL)].astype(np.float64)
 
 
