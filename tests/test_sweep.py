@@ -90,7 +90,7 @@ def test_each_point_is_a_config_with_its_values(grid, seed):
         ("", "--grid is missing; it takes field=value,value"),
         ("optimizer.name", "'optimizer.name' has no values"),
         ("optimizer.nme=muon", "config has no field 'optimizer.nme'; did you mean 'optimizer.name'?"),
-        ("optimizer.name=adamw,mun", "optimizer.name=mun: optimizer.name is 'mun'; it can be adamw, lamb, muon"),
+        ("optimizer.name=adamw,mun", "optimizer.name=mun: optimizer.name is 'mun'; it can be adamw, stable_adamw"),
         ("train.steps=5,many", "train.steps is 'many'; it takes a whole number"),
         ("train.steps=5,", "train.steps is ''; it takes a whole number"),
         ("model.num_heads=2,3; train.steps=9", "model.num_heads=3, train.steps=9: model.hidden_size is 128"),
