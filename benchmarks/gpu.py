@@ -24,7 +24,7 @@ from absl import flags
 
 from benchmarks import case as case_lib
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm import command, files
+from flax_mlm import command, files, tables
 from flax_mlm.config import Config
 
 LIMITS = (2e-2, 5e-2)  # of a loss from ours, both in bfloat16: at the first step, and of the first four at most
@@ -115,7 +115,7 @@ def markdown(record: dict[str, Any]) -> str:
                 ]
             )
     head = ("model, tokens a row × rows", "program", "ms a step", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "start, s")
-    return f"{record['machine']}\n\n{turns.table(head, rows)}"
+    return f"{record['machine']}\n\n{tables.markdown(head, rows)}"
 
 
 def device_name() -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm import command, files
+from flax_mlm import command, files, tables
 from flax_mlm.config import Config
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "of each kind", lower_bound=1)
@@ -144,12 +144,12 @@ def main(config: Config) -> None:
                 firsts[step].append(first_batch(corpus, step))
 
     megabytes, rows = size / 1e6, [["the whole command", whole], *by_phase.items()]
-    print(turns.table(("prepare", "s", "MB/s"), [[k, f"{s:.1f}", f"{megabytes / s:.2f}"] for k, s in rows]))
+    print(tables.markdown(("prepare", "s", "MB/s"), [[k, f"{s:.1f}", f"{megabytes / s:.2f}"] for k, s in rows]))
     print(f"\n{megabytes:.1f} MB of text, {corpus.source}, vocabulary {corpus.vocab_size:,}\n")
     header = (f"batches of {_ROWS.value} × {corpus.seq_len}", "million tokens/s")
-    print(turns.table(header, [[kind, f"{statistics.median(r) / 1e6:.1f}"] for kind, r in rates.items()]) + "\n")
+    print(tables.markdown(header, [[kind, f"{statistics.median(r) / 1e6:.1f}"] for kind, r in rates.items()]) + "\n")
     table = [[f"{step:,}", f"{1e3 * statistics.median(s):.0f}"] for step, s in firsts.items()]
-    print(turns.table(("first batch from step", "ms"), table))
+    print(tables.markdown(("first batch from step", "ms"), table))
     print(f"\nAll on one core of: {turns.machine()}.")
     if _JSON.value:
         record = {"machine": turns.machine(), "bytes": size, "whole": whole, "phases": by_phase}

@@ -18,7 +18,7 @@ from absl import flags
 
 from benchmarks import case as case_lib
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm import command, files
+from flax_mlm import command, files, tables
 from flax_mlm.config import Config
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "turns of each program", lower_bound=1)
@@ -82,7 +82,7 @@ def report(workers: turns.Workers, shapes: list[str]) -> dict[str, Any]:
         rows.append([shape.replace("x", "×"), f"{1e3 * ours:.2f}", *ratios])
     step = workers.ready["step"].median()
     share = found[shapes[0]]["ours"] / step
-    print(turns.table(("ms a batch of rows × length", "ours", "collator, from lists", "torch_mask_tokens"), rows))
+    print(tables.markdown(("ms a batch of rows × length", "ours", "collator, from lists", "torch_mask_tokens"), rows))
     print(f"\nOf a train step of {1e3 * step:,.0f} ms ({_SIZE.value}, {shapes[0]}) ours is {share:.2%}.")
     for why in workers.refused.values():
         print(f"Left out: {why}.")

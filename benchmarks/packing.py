@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import case, turns
-from flax_mlm import command, files
+from flax_mlm import command, files, tables
 from flax_mlm.config import Config
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "turns of each", lower_bound=1)
@@ -72,7 +72,7 @@ def main(config: Config) -> None:
         speed[name] = filled * size * corpus.seq_len / seconds  # of all the rows, not only those that had a turn
         rows.append([name, f"{filled:.1%}", f"{1e3 * seconds:,.0f}", f"{speed[name]:,.0f}"])
     ratio = speed["packed"] / speed["padded"]
-    print(turns.table(("rows", "no padding", "ms a step", "useful tokens/s"), rows))
+    print(tables.markdown(("rows", "no padding", "ms a step", "useful tokens/s"), rows))
     print(f"\n{ratio:.2f} times, with {size} rows of {corpus.seq_len} of: {corpus.source}. {turns.machine()}.")
     if _JSON.value:
         record = {"machine": turns.machine(), "speed": speed, "ratio": ratio, "turns": found, "source": corpus.source}

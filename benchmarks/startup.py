@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm import command, files
+from flax_mlm import command, files, tables
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure
 
@@ -96,7 +96,7 @@ def main(config: Config) -> None:
             for kind, measure in list(kinds.items()) if number % 2 == 0 else list(kinds.items())[::-1]:
                 seconds[kind].append(measure())
     rows = [[k, f"{statistics.median(s):.2f}", f"{min(s):.2f} to {max(s):.2f}"] for k, s in seconds.items()]
-    print(turns.table(("until", "seconds", "from, to"), rows))
+    print(tables.markdown(("until", "seconds", "from, to"), rows))
     m = config.model
     print(f"\nThe step is that of {m.num_layers} layers of {m.hidden_size}. {turns.machine()}.")
     if _JSON.value:

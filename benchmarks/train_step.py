@@ -20,7 +20,7 @@ from absl import flags
 
 from benchmarks import case as case_lib
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm import command, files
+from flax_mlm import command, files, tables
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure, UserError
 
@@ -163,7 +163,7 @@ def markdown(measured: list[dict[str, Any]]) -> str:
         lines += [
             f"**{case.name}**",
             "",
-            turns.table((*head, "build and first step, s", "in the kernel", "quiet turns"), rows),
+            tables.markdown((*head, "build and first step, s", "in the kernel", "quiet turns"), rows),
             "",
         ]
         for name, group in one["groups"].items():

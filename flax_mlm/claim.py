@@ -29,6 +29,7 @@ def take(workdir: buckets.AnyPath, config: Config) -> None:
         with buckets.errors(workdir):
             if not file.exists():  # the folder is there, with our lease in it
                 files.write_json(file, config.to_dict())
+                return
     except OSError as e:
         raise _unusable(workdir, e) from e
     check(workdir, config)
