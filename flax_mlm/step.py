@@ -1,4 +1,4 @@
-"""The train state and the jitted steps. Beside finetune.py the only file that calls jax.jit."""
+"""The train state and the jitted steps. Beside finetune.py and hf/check.py the only file that calls jax.jit."""
 
 import dataclasses
 from collections.abc import Callable

@@ -92,6 +92,7 @@ def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, t
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     net = heads.language_model(model, vocabulary.vocab_size)
     params = net.init(jax.random.key(0))
+    encode, score = jax.jit(net.encode), jax.jit(net.apply)
     places = list(architecture_lib.places(architecture, net, model.num_layers))
     tensors = architecture_lib.to_theirs(places, jax.device_get(params), vocabulary.pad_id + 1)
     folder.write_tensors(tmp_path / "model.safetensors", tensors)
@@ -129,8 +130,8 @@ def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, t
             with jax.set_mesh(mesh):
                 batch = sharding.split_rows([tokens[part], segments[part], positions[part]], mesh)
                 everywhere = np.broadcast_to(np.arange(length, dtype=np.int32), tokens[part].shape)
-                hidden = np.asarray(net.encode(params, *batch))
-                scores = np.asarray(net.apply(params, *batch, predict_BK=jnp.asarray(everywhere)))
+                hidden = np.asarray(encode(params, *batch))
+                scores = np.asarray(score(params, *batch, predict_BK=jnp.asarray(everywhere)))
             for i, (r, at) in places_of.items():
                 if r in range(begin, begin + 8):
                     got = hidden[r - begin, at], scores[r - begin, at]
@@ -204,7 +205,7 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     ids = [vocabulary.cls_id, *vocabulary.encode_with_mask(text), vocabulary.sep_id]
     answers = transformers.pipeline("fill-mask", model=str(path), tokenizer=str(path))(text, top_k=3)
     tokens = np.array([ids], np.int32)
-    hidden, scores = check._outputs(model, tokens, tokens >= 0)
+    hidden, scores = check.outputs(model)(tokens, tokens >= 0)
     at = ids.index(vocabulary.mask_id)
     assert [a["token"] for a in answers] == np.argsort(-scores[0, at])[:3].tolist()
     probabilities = np.asarray(jax.nn.softmax(scores[0, at]))
@@ -213,7 +214,7 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     pooled = sentence_transformers.SentenceTransformer(str(path), device="cpu").encode(["The dog of the people."])
     ids = [vocabulary.cls_id, *vocabulary.encode(["The dog of the people."])[0], vocabulary.sep_id]
-    hidden, _ = check._outputs(model, np.array([ids], np.int32), np.ones((1, len(ids)), bool))
+    hidden, _ = check.outputs(model)(np.array([ids], np.int32), np.ones((1, len(ids)), bool))
     np.testing.assert_allclose(pooled[0], hidden[0].mean(0), atol=LIMIT)
 
     pytest.importorskip("onnxscript")
@@ -266,12 +267,12 @@ def test_a_packaged_sentence_encoder_gives_the_same_embeddings():
     model = model_of(path, init_new_head=True)
     reference = SentenceTransformer(str(path), device="cpu")
     texts = sentences(64)
-    expected, t = reference.encode(texts), model.tokenizer
+    expected, t, run = reference.encode(texts), model.tokenizer, check.outputs(model)
     rows = [[t.cls_id, *ids[: reference.max_seq_length - 2], t.sep_id] for ids in t.encode(texts)]
     for begin in range(0, 64, 16):
         part = rows[begin : begin + 16]
         tokens = np.array([row + [t.pad_id] * (max(map(len, part)) - len(row)) for row in part], np.int32)
-        hidden = check._outputs(model, tokens, tokens != t.pad_id)[0]
+        hidden = run(tokens, tokens != t.pad_id)[0]
         for row, states, vector in zip(part, hidden, expected[begin:], strict=False):
             mean = states[: len(row)].mean(0)
             assert mean @ vector / np.linalg.norm(mean) / np.linalg.norm(vector) >= 0.99999

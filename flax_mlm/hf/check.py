@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,13 +92,13 @@ def compare(net: Any, model: Trained, rows: list[list[int]]) -> tuple[float, flo
     """
     import torch
 
-    rows, hidden, logits = sorted(rows, key=len), 0.0, 0.0
+    rows, hidden, logits, run = sorted(rows, key=len), 0.0, 0.0, outputs(model)
     for batch in (rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS)):
         tokens = np.full((len(batch), len(batch[-1])), model.tokenizer.pad_id, np.int32)
         for i, row in enumerate(batch):
             tokens[i, : len(row)] = row
         real = np.arange(tokens.shape[1]) < np.array([[len(row)] for row in batch])
-        ours = _outputs(model, tokens, real)
+        ours = run(tokens, real)
         with torch.no_grad():
             out = net(torch.tensor(tokens).long(), attention_mask=torch.tensor(real).long(), output_hidden_states=True)
         hidden = max(hidden, float(np.abs(ours[0] - out.hidden_states[-1].numpy())[real].max()))
@@ -112,16 +113,24 @@ def real_texts() -> list[str]:
     return lines[:: len(lines) // _TEXTS][:_TEXTS]
 
 
-def _outputs(model: Trained, tokens_BL: np.ndarray, real_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Our hidden states (B, L, D) and scores (B, L, V), with rtd (B, L), each row one segment."""
-    rows, length = tokens_BL.shape
-    more = ((0, -rows % sharding.batch_parts(model.mesh)), (0, -length % 64))  # few shapes, since each is compiled
-    places_BL = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BL.shape)
-    arrays = (tokens_BL, real_BL.astype(np.int32), places_BL, places_BL)
-    objective = model.config.objective.name
-    with jax.set_mesh(model.mesh):
-        *batch, predict = sharding.split_rows([np.pad(x, more) for x in arrays], model.mesh)
-        hidden = model.steps.model.encode(model.params, *batch, causal=objective == "clm")
-        more_arguments = {} if objective == "rtd" else {"predict_BK": predict}
-        scores = model.steps.model.apply(model.params, *batch, causal=objective == "clm", **more_arguments)
-    return np.asarray(hidden)[:rows, :length], np.asarray(scores)[:rows, :length]
+def outputs(model: Trained) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """What gives hidden states (B, L, D) and scores (B, L, V), with rtd (B, L), for tokens (B, L) and which of them are
+    real (B, L), each row one segment."""
+    net, objective = model.steps.model, model.config.objective.name
+
+    @jax.jit
+    def forward(params: Any, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        *tokens, predict = batch
+        causal, slots = objective == "clm", {} if objective == "rtd" else {"predict_BK": predict}
+        return net.encode(params, *tokens, causal=causal), net.apply(params, *tokens, causal=causal, **slots)
+
+    def run(tokens_BL: np.ndarray, real_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows, length = tokens_BL.shape
+        more = ((0, -rows % sharding.batch_parts(model.mesh)), (0, -length % 64))  # few shapes, since each is compiled
+        places_BL = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BL.shape)
+        arrays = [np.pad(x, more) for x in (tokens_BL, real_BL.astype(np.int32), places_BL, places_BL)]
+        with jax.set_mesh(model.mesh):
+            hidden, scores = forward(model.params, *sharding.split_rows(arrays, model.mesh))
+        return np.asarray(hidden)[:rows, :length], np.asarray(scores)[:rows, :length]
+
+    return run
