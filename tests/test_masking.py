@@ -13,22 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from configs import base
+from flax_mlm import config as config_lib
 from flax_mlm import masking, sharding
 from flax_mlm import objective as objective_lib
-from flax_mlm.config import MeshConfig, ObjectiveConfig
+from flax_mlm.config import MeshConfig
 
 STRATEGIES = ("token", "whole_word", "span")
-BASE = ObjectiveConfig(
-    name="mlm",
-    masking="token",
-    mask_rate=0.15,
-    mask_rate_final=None,
-    replace_mask=0.8,
-    replace_random=0.1,
-    span_stop=0.2,
-    span_max_words=10,
-    z_loss=0.0,
-)
+BASE = config_lib.build(base.get_config()).objective
 B, L, V, NUM_SPECIAL = 8, 24, 32, 6  # kept in most tests, so that each strategy is compiled once
 KEY = jax.random.key(7)
 
