@@ -241,7 +241,7 @@ def test_masks_on_an_explicit_mesh_equal_those_of_one_device(strategy):
             return of(rows)
 
     one, many = everything(1), everything(8)
-    for expected, found in zip(one, many, strict=True):
+    for expected, found in zip(*map(jax.tree.leaves, (one, many)), strict=True):
         assert found.sharding.spec[0] == sharding.BATCH
         np.testing.assert_array_equal(expected, found)
 
