@@ -213,7 +213,7 @@ def write(folder: Path) -> None:
     """Adds batches.npz, with the tokens hidden that our step will hide, and hf/ with our initial weights."""
     import jax
 
-    from flax_mlm import objective, sharding
+    from flax_mlm import masking, objective, sharding
     from flax_mlm.hf import architecture as architecture_lib
     from flax_mlm.hf import folder as folder_lib
     from flax_mlm.model.heads import vocab_rows
@@ -223,15 +223,13 @@ def write(folder: Path) -> None:
     tokens_NBL = np.load(folder / "tokens.npy").astype(np.int32)
     row_ids_NB2 = np.zeros((*tokens_NBL.shape[:2], 2), np.uint32)
     row_ids_NB2[..., 1] = np.arange(row_ids_NB2[..., 1].size).reshape(row_ids_NB2.shape[:2])
-    slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.largest_mask_rate)
+    slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.mask_rate)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         steps, vocab = make_steps(config, ids.vocab_size, mesh), vocabulary(ids)
-        targets = jax.jit(
-            lambda rows: objective.targets(
-                config.objective, rows, run_key(config, "mask"), vocab, config.objective.mask_rate, slots
-            )
-        )
+        o, key = config.objective, run_key(config, "mask")
+        rates = masking.rates(o, o.mask_rate)
+        targets = jax.jit(lambda rows: objective.targets(o, rows, key, vocab, rates, slots))
         inputs, labels = np.empty_like(tokens_NBL), np.full_like(tokens_NBL, -100)
         for n, (tokens, row_ids) in enumerate(zip(tokens_NBL, row_ids_NB2, strict=True)):
             t = jax.device_get(targets(sharding.split_rows({"tokens": tokens, "row_ids": row_ids}, mesh)))

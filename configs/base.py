@@ -71,7 +71,6 @@ def get_config() -> ConfigDict:
     c.objective.name = "mlm"  # mlm | clm (next token, causal attention, same rows in the same order) | rtd (ELECTRA)
     c.objective.masking = "token"  # token | whole_word | span
     c.objective.mask_rate = 0.15  # share of the ordinary tokens of each row that is predicted
-    c.objective.mask_rate_final = placeholder(float)  # when set, the rate moves to it linearly over the run
     c.objective.replace_mask = 0.8  # share of the selected tokens shown as [MASK]
     c.objective.replace_random = 0.1  # share shown as a random token; what is left is shown unchanged
     c.objective.span_stop = 0.2  # a span ends after each word with this probability (SpanBERT)
@@ -94,8 +93,8 @@ def get_config() -> ConfigDict:
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 5e-4  # peak; muon's updates are scaled to AdamW's size, so one rate serves both
     c.optimizer.schedule = "linear"  # linear | cosine | wsd (warm-up, stable, decay) | constant
-    c.optimizer.warmup_fraction = 0.05  # of train.steps
-    c.optimizer.decay_fraction = 0.2  # of train.steps, at the end, with wsd only
+    c.optimizer.warmup_fraction = 0.05  # of the run
+    c.optimizer.decay_fraction = 0.2  # of the run, at the end, with wsd only
     c.optimizer.final_lr_fraction = 0.0  # of the peak, at the last step
     c.optimizer.beta1 = 0.9
     c.optimizer.beta2 = 0.98
@@ -113,8 +112,17 @@ def get_config() -> ConfigDict:
     c.optimizer.lawa_count = 5  # the last so many make the final average; in the course of the run, 1 to so many
 
     c.train = ConfigDict()
+    # How long the run is: so many steps, or where one of the next four is not 0, that, on whatever machine. A budget
+    # holds from start to end, over all restarts, with compilation, evaluations and the last checkpoint.
     c.train.steps = 10_000
-    c.train.phases = ""  # other objectives from a step or share of the run on: `50%: objective.name=mlm, ...; 75%: ...`
+    c.train.tokens = 0.0  # without special ones and padding
+    c.train.budget_minutes = 0.0  # of the wall clock
+    c.train.budget_chip_hours = 0.0  # over all devices
+    c.train.budget_cost = 0.0  # in whatever money train.price_per_chip_hour is in
+    c.train.price_per_chip_hour = 0.0  # of one device
+    # what changes in the course of the run, from a share of it on (or step, or so much of the unit above):
+    # `0%: objective.mask_rate=0.3->0.15; 90%: data.seq_len=512, train.global_batch_size=64` (README, "Phases")
+    c.train.phases = ""
     c.train.global_batch_size = 256  # B, rows per step over all devices
     c.train.microbatches = 1  # gradient accumulation: the batch is taken in this many parts
     c.train.reproducible = False  # the same parameters, bit for bit, on any number of devices; slower (README)

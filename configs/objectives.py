@@ -23,7 +23,6 @@ def get_config(objective: str = "mlm_15") -> ConfigDict:
 
     c.objective.name = "clm" if objective.startswith("clm") else "mlm"
     c.objective.mask_rate = 0.15 if objective == "mlm_15" else 0.3
-    c.objective.mask_rate_final = None
     c.train.phases = "50%: objective.name=mlm" if objective == "clm_mlm" else ""
     if objective not in OBJECTIVES:
         raise ValueError(f"'{objective}' is none of {', '.join(OBJECTIVES)}")

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     c.model.attention_dropout_rate = 0.0
 
     c.objective.mask_rate = 0.3  # more to learn from each row; brought down to the rate of evaluation
-    c.objective.mask_rate_final = 0.15
+    c.train.phases = "0%: objective.mask_rate->0.15"
 
     c.optimizer.name = "muon"
     c.optimizer.learning_rate = 6e-3

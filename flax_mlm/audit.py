@@ -2,9 +2,9 @@
 
     python -m flax_mlm.audit --config=configs/quickstart.py --config.objective.masking=whole_word --rows=4
 
-The rows, their masks and their mask rates are those that training sees from its first step on. Exits with 1 if a law
-is broken: a special token selected, a wrong number of predictions in a row, a wrong label, a token changed that
-was not selected, or a word cut in two by `whole_word`.
+The rows, their masks and their mask rates are those that training sees from its first step on, in its first phase.
+Exits with 1 if a law is broken: a special token selected, a wrong number of predictions in a row, a wrong label, a
+token changed that was not selected, or a word cut in two by `whole_word`.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flax_mlm import command
+from flax_mlm import command, phases
 from flax_mlm.config import Config
 from flax_mlm.errors import UserError
 
@@ -33,6 +33,8 @@ def main(config: Config) -> int:
     from flax_mlm.data import pipeline  # heavy imports wait until the flags have been parsed
     from flax_mlm.prepare import open_corpus
 
+    phase = phases.of(config)[0]
+    config = phase.config
     if config.objective.name == "clm":
         raise UserError("objective.name is 'clm', which masks nothing; the audit is for 'mlm' and 'rtd'")
     corpus = open_corpus(config)
@@ -45,31 +47,32 @@ def main(config: Config) -> int:
         stop_step=-(-_TOKENS.value // (batch_size * corpus.seq_len)),
         stream=corpus.stream(),
     )
-    return audit(config, corpus.tokenizer(), batches, _ROWS.value, Console())
+    return audit(phase, corpus.tokenizer(), batches, _ROWS.value, Console())
 
 
 def audit(
-    config: Config, tokenizer: "Tokenizer", batches: Iterable[dict[str, np.ndarray]], show: int, console: Console
+    phase: phases.Phase, tokenizer: "Tokenizer", batches: Iterable[dict[str, np.ndarray]], show: int, console: Console
 ) -> int:
     """Masks the batches of steps 0, 1, 2 ..., prints some rows and a report; returns 1 if a law is broken, else 0."""
     import jax
     import jax.numpy as jnp
 
     from flax_mlm import masking
-    from flax_mlm.step import run_key
+    from flax_mlm.step import rates_at, run_key
 
-    objective, key, vocab = config.objective, run_key(config, "mask"), masking.vocabulary(tokenizer)
+    objective, key = phase.config.objective, run_key(phase.config, "mask")
+    vocab = masking.vocabulary(tokenizer)
     seen: Counter[str] = Counter()
     for step, batch in enumerate(batches):
         tokens = batch["tokens"]
-        slots = masking.num_slots(tokens.shape[1], objective.largest_mask_rate)
-        rate = masking.mask_rate_at(objective, step, config.train.steps)
+        slots = masking.num_slots(tokens.shape[1], phase.largest_mask_rate)
+        rates = rates_at(phase, min(step / (phase.num_steps or phase.config.train.steps), 1.0))
         on_device = jnp.asarray(tokens), jnp.asarray(batch["row_ids"])
-        masked = jax.device_get(masking.mask_tokens(*on_device, key, vocab, objective, rate, slots))
+        masked = jax.device_get(masking.mask_tokens(*on_device, key, vocab, objective, rates, slots))
         if step == 0 and show:
             _show(tokenizer, tokens[:show], masked, console)
-        seen.update(measure(tokens, masked, tokenizer, objective.masking, float(rate)))
-    return _report(config, seen, console)
+        seen.update(measure(tokens, masked, tokenizer, objective.masking, rates.mask))
+    return _report(phase, seen, console)
 
 
 def measure(
@@ -128,19 +131,25 @@ def measure(
     }
 
 
-def _report(config: Config, seen: Counter[str], console: Console) -> int:
-    o = config.objective
+def _report(phase: phases.Phase, seen: Counter[str], console: Console) -> int:
+    o = phase.config.objective
 
     def share(part: str, whole: str) -> str:
         return f"{100 * seen[part] / max(seen[whole], 1):.2f}%"
 
-    rates = f"{100 * o.mask_rate:g}%" + ("" if o.mask_rate_final is None else f" → {100 * o.mask_rate_final:g}%")
+    ends = {path: f" → {100 * value:g}%" for path, value in phase.last}
+
+    def rate(name: str) -> str:
+        return f"{100 * getattr(o, name):g}%{ends.get(f'objective.{name}', '')}"
+
     table = Table(title=f"{o.masking}: {seen['tokens']:,} tokens in {seen['rows']:,} rows", title_justify="left")
     for column in ("", "measured", "asked for"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row("ordinary tokens selected", share("selected", "maskable"), f"{rates}, rounded in each row")
-    table.add_row("  shown as [MASK]", share("shown as [MASK]", "selected"), f"{100 * o.replace_mask:g}%")
-    table.add_row("  shown as a random token", share("shown as random", "selected"), f"{100 * o.replace_random:g}%")
+    table.add_row(
+        "ordinary tokens selected", share("selected", "maskable"), f"{rate('mask_rate')}, rounded in each row"
+    )
+    table.add_row("  shown as [MASK]", share("shown as [MASK]", "selected"), rate("replace_mask"))
+    table.add_row("  shown as a random token", share("shown as random", "selected"), rate("replace_random"))
     table.add_row("  kept", share("kept", "selected"), f"{100 * (1 - o.replace_mask - o.replace_random):g}%")
     table.add_row("predictions of those due", share("selected", "wanted"), "100%")
     table.add_row("rows that fall short", share("rows short", "rows"), "" if o.masking == "whole_word" else "0%")

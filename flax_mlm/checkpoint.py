@@ -25,14 +25,15 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from flax_mlm import buckets, shelf
+from flax_mlm import buckets, phases, shelf
 from flax_mlm import config as config_lib
 from flax_mlm.errors import Failure, UserError
 
-_FORMAT = 2
+_FORMAT = 3
 _MARKER = "commit_success.txt"  # orbax's AtomicityMode.COMMIT_FILE
 _META_LIMIT = 1 << 26  # bytes; a tokenizer of 250,000 pieces takes 20 MiB
 _RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}  # half a minute; else it takes fifteen
+_SO_FAR: dict[str, Any] = {"totals": {}, "phase": 0, "place": {}}  # what a run's checkpoint says of it, beside arrays
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 Log = Callable[[str], None]
@@ -104,7 +105,7 @@ def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
         if meta["sha256"] != _digest(meta):
             raise ValueError("its checksum is not that of its content")
         _check_types(meta)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise Damaged(f"checkpoint '{checkpoint}': its meta is damaged ({type(e).__name__}: {e})") from e
     return meta
 
@@ -118,7 +119,11 @@ def _check_types(meta: dict[str, Any]) -> None:
     """A checkpoint may come from anyone."""
     kinds = {"step": int, "corpus": str, "text": dict, "config": dict, "tokenizer": dict, "arrays": dict}
     wrong = [name for name, kind in kinds.items() if type(meta[name]) is not kind]
-    wrong += [name for name, total in dict(meta.get("totals", {})).items() if type(total) not in (int, float)]
+    so_far = {name: meta.get(name, default) for name, default in _SO_FAR.items()}
+    numbers = {**so_far["totals"], **so_far["place"].get("taken", {})}
+    whole = {"phase": so_far["phase"], **{k: v for k, v in so_far["place"].items() if k != "taken"}}
+    wrong += [name for name, number in numbers.items() if type(number) not in (int, float)]
+    wrong += [name for name, number in whole.items() if type(number) is not int or number < 0]
     wrong += [name for name, entry in meta["arrays"].items() if [type(x) for x in entry] != [str, list, str]]
     if wrong:
         raise ValueError(f"{wrong[0]} is of a wrong type")
@@ -151,7 +156,7 @@ def config_of(meta: dict[str, Any]) -> ConfigDict:
     """The config that the last step before a checkpoint was made with: that of its phase."""
     config = config_lib.from_dict(meta["config"])
     if config.train.phases:
-        config = config_lib.from_dict(config_lib.build(config).at(max(meta["step"] - 1, 0)).to_dict())
+        config = config_lib.from_dict(phases.of(config_lib.build(config))[meta["phase"]].config.to_dict())
     return config
 
 
@@ -281,7 +286,7 @@ class Checkpoints:
 
     Attributes:
       failed_in_a_row: saves.
-      totals: those that were saved with the step that was restored last; empty where there is none.
+      so_far: what was saved with the step that was restored last; empty where there is none.
     """
 
     def __init__(
@@ -300,7 +305,7 @@ class Checkpoints:
             ocp.CompositeCheckpointHandler(), atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
         )
         self._saving: int | None = None
-        self.failed_in_a_row, self.totals = 0, dict[str, float]()
+        self.failed_in_a_row, self.so_far = 0, dict[str, Any]()
         self._tidy = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         # What it has to say it also raises, and we report that.
         logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -327,7 +332,7 @@ class Checkpoints:
         step: int,
         state: Any,
         before: Callable[[], None] = lambda: None,
-        totals: dict[str, float] | None = None,
+        so_far: dict[str, Any] | None = None,
     ) -> bool:
         """Starts saving a TrainState (a NamedTuple with `params`), once the last save is done; returns when it is
         copied from the devices. A failure is reported, counted and cleaned up; the next save tries again.
@@ -337,7 +342,9 @@ class Checkpoints:
           state: what they have made of it.
           before: is called by process 0 before anything is written; its UserError or Failure is raised, except that a
             bucket that does not answer is a failure to save as any other.
-          totals: of the run until this step, see `metrics.Throughput`; those of process 0 are kept.
+          so_far: of the run until this step, to be found again in `so_far` (JSON): `totals` (numbers, see
+            `metrics.Throughput`), `phase` (the number of it), `place` (a `data.stream.Place`, as a dict). What process
+            0 says is kept.
 
         Returns:
           Whether it was started.
@@ -367,7 +374,7 @@ class Checkpoints:
         for name, (_, _, not_finite) in fingerprints.items():
             if not_finite:
                 raise Failure(f"step {step} is not saved: {not_finite} values of {name} are not finite")
-        meta = {**self._meta, "step": step, "totals": totals or {}, "arrays": table(items, fingerprints)}
+        meta = {**self._meta, "step": step, **(so_far or {}), "arrays": table(items, fingerprints)}
         meta["sha256"] = _digest(meta)
         args = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
         self._saving = step
@@ -453,7 +460,7 @@ class Checkpoints:
                     if later > step:
                         self._shelf.discard(str(later))
             log(f"restored step {step} from {checkpoint}")
-            self.totals = meta.get("totals", {})  # not saved with it before they were counted
+            self.so_far = {name: meta[name] for name in _SO_FAR if name in meta}
             return abstract._replace(**{**state.pop("rest"), **state})
         # Also when they were put away by an earlier start: a run never begins anew unasked.
         if before is None and self._shelf.has_quarantine():

@@ -20,6 +20,8 @@ from ml_collections.config_dict import placeholder
 
 from flax_mlm.errors import UserError
 
+LENGTHS = ("tokens", "budget_minutes", "budget_chip_hours", "budget_cost")  # of a run, where it is not in steps
+
 BASE = Path(__file__).parent.parent / "configs" / "base.py"
 
 
@@ -111,7 +113,6 @@ class ObjectiveConfig:
     name: str
     masking: str
     mask_rate: float
-    mask_rate_final: float | None
     replace_mask: float
     replace_random: float
     span_stop: float
@@ -121,11 +122,6 @@ class ObjectiveConfig:
     generator_depth: float
     embedding_sharing: str
     discriminator_weight: float
-
-    @property
-    def largest_mask_rate(self) -> float:
-        """The largest rate of the schedule; the number of predicted slots K is sized for it."""
-        return max(self.mask_rate, self.mask_rate_final or 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +154,11 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int
+    tokens: float
+    budget_minutes: float
+    budget_chip_hours: float
+    budget_cost: float
+    price_per_chip_hour: float
     phases: str
     global_batch_size: int
     microbatches: int
@@ -171,6 +172,30 @@ class TrainConfig:
     keep_every: int
     max_failed_saves: int
     stall_timeout: float
+
+    @property
+    def unit(self) -> str:
+        """What the length of the run is given in: steps, tokens, budget_minutes, budget_chip_hours or budget_cost."""
+        return next((name for name in LENGTHS if getattr(self, name)), "steps")
+
+    @property
+    def length(self) -> float:
+        """So many of them."""
+        return getattr(self, self.unit)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the clock says when the run ends."""
+        return self.unit not in ("steps", "tokens")
+
+    def seconds(self, chips: int) -> float:
+        """The time that a budget is on so many chips."""
+        hours = {
+            "budget_minutes": self.budget_minutes / 60,
+            "budget_chip_hours": self.budget_chip_hours / chips,
+            "budget_cost": self.budget_cost / (self.price_per_chip_hour or 1.0) / chips,
+        }
+        return 3600 * hours[self.unit]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +262,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run. Built by `build`, so every instance has passed `_check`."""
+    """A whole run. Built by `build`, so every instance has passed `check`."""
 
     seed: int
     init_from: str
@@ -273,48 +298,6 @@ class Config:
         """Plain nested dict, ready for JSON."""
         return dataclasses.asdict(self)
 
-    def phases(self) -> dict[int, "Config"]:
-        """First step -> config, of each part of the run (`train.phases`), ascending; from step 0 on this one.
-
-        Raises:
-          UserError: `train.phases` cannot be read, or asks for what cannot be.
-        """
-
-        def wrong(why: str) -> UserError:
-            example = "50%: objective.name=mlm, objective.mask_rate=0.3"
-            return UserError(f"train.phases: {why}; it takes FROM: field=value, ...; FROM: ... such as '{example}'")
-
-        total, types = self.train.steps, field_types()
-        now = dataclasses.replace(self, train=dataclasses.replace(self.train, phases=""))
-        found = {0: now}
-        for part in filter(str.strip, self.train.phases.split(";")):
-            match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)\s*:(.+)", part.strip())
-            if not match:
-                raise wrong(f"'{part.strip()}' is no phase")
-            start = round(float(match[1]) * (total / 100 if match[2] else 1))
-            if not max(found) < start < total:
-                raise wrong(f"'{part.strip()}' begins at step {start}, not between steps {max(found)} and {total}")
-            values: dict[str, Any] = {}
-            for change in match[3].split(","):
-                path, _, text = map(str.strip, change.partition("="))
-                if path not in types or not path.startswith("objective."):
-                    raise wrong(f"'{path}' is no field of objective")
-                kind, optional = types[path]
-                values[path.split(".")[1]] = None if optional and text == "none" else parse(kind, path, text)
-            before, now = now, dataclasses.replace(now, objective=dataclasses.replace(now.objective, **values))
-            _check(now)
-            for name in ("name", "generator_size", "generator_depth", "embedding_sharing"):
-                old, new = (getattr(c.objective, name) for c in (before, now))
-                if "rtd" in (before.objective.name, now.objective.name) and old != new:
-                    why = "with rtd the parameters depend on it"
-                    raise wrong(f"'{part.strip()}' changes objective.{name} from {old} to {new}, but {why}")
-            found[start] = now
-        return found
-
-    def at(self, step: int) -> "Config":
-        """The config with which update number `step`, from 0, is made."""
-        return [config for start, config in self.phases().items() if start <= step][-1]
-
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, with dotted names."""
@@ -346,8 +329,11 @@ def build(config_dict: ConfigDict) -> Config:
     if values:
         raise UserError(f"config has an unknown section '{min(values)}'; see configs/base.py")
     config = Config(**sections)
-    _check(config)
-    config.phases()
+    check(config)
+
+    from flax_mlm import phases  # which are made of configs
+
+    phases.of(config)
     return config
 
 
@@ -458,6 +444,11 @@ _AT_LEAST = {
     "optimizer.lawa_every": 1,
     "optimizer.lawa_count": 1,
     "train.steps": 1,
+    "train.tokens": 0.0,
+    "train.budget_minutes": 0.0,
+    "train.budget_chip_hours": 0.0,
+    "train.budget_cost": 0.0,
+    "train.price_per_chip_hour": 0.0,
     "train.global_batch_size": 1,
     "train.microbatches": 1,
     "train.batch_groups": 1,
@@ -491,7 +482,6 @@ _BETWEEN = {
     "model.rope_theta_global": (1.0, float("inf"), False, False),
     "model.rope_theta_local": (1.0, float("inf"), False, False),
     "objective.mask_rate": (0.0, 1.0, False, True),
-    "objective.mask_rate_final": (0.0, 1.0, False, True),
     "objective.replace_mask": (0.0, 1.0, True, True),
     "objective.replace_random": (0.0, 1.0, True, True),
     "objective.span_stop": (0.0, 1.0, False, True),
@@ -514,7 +504,9 @@ _BETWEEN = {
 }
 
 
-def _check(c: Config) -> None:
+def check(c: Config) -> None:
+    """Raises UserError for a value that cannot work."""
+
     def value_of(path: str) -> Any:
         node: Any = c
         for name in path.split("."):
@@ -600,6 +592,20 @@ def _check(c: Config) -> None:
     )
     if c.objective.name == "rtd":
         _check_generator(c, need)
+    lengths = [f"train.{name}" for name in LENGTHS if getattr(t, name)]
+    need(len(lengths) < 2, f"{' and '.join(lengths)} are set; a run has one length")
+    for name in ("budget_cost", "price_per_chip_hour"):
+        other = {"budget_cost": "price_per_chip_hour", "price_per_chip_hour": "budget_cost"}[name]
+        need(
+            not getattr(t, name) or getattr(t, other) > 0,
+            f"train.{name} is {getattr(t, name):g}; it needs train.{other}, too",
+        )
+    if t.has_budget:
+        for name, wrong in (
+            ("name = 'schedule_free'", c.optimizer.name == "schedule_free"),
+            ("averaging = 'lawa'", c.optimizer.averaging == "lawa"),
+        ):
+            need(not wrong, f"train.{t.unit} is set; optimizer.{name} has to know the number of steps beforehand")
     need(
         c.mesh.data == -1 or c.mesh.data >= 1,
         f"mesh.data is {c.mesh.data}; it must be at least 1, or -1 for all devices left",

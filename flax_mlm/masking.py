@@ -6,7 +6,7 @@ masks are the same however the batch is split over devices, hosts, microbatches 
 Shapes: B rows of a batch, L tokens of a row, K slots for predicted positions, V vocabulary.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,14 @@ class Vocabulary(NamedTuple):
     mask_id: int
 
 
+class Rates(NamedTuple):
+    """Shares; numbers, or arrays that change from step to step."""
+
+    mask: Any  # of the maskable tokens, to be predicted
+    replace_mask: Any  # of those, shown as [MASK]
+    replace_random: Any  # of those, shown as a random token
+
+
 class Masked(NamedTuple):
     """One masked batch. Slots in use come first, by ascending position; the others hold zeros."""
 
@@ -40,6 +48,11 @@ class Masked(NamedTuple):
     positions_BK: jax.Array  # int32
     labels_BK: jax.Array  # int32, the original ids
     weights_BK: jax.Array  # float32, 1 for a slot in use
+
+
+def rates(objective: ObjectiveConfig, mask_rate: Any) -> Rates:
+    """Those of an objective that do not move, with another share to be predicted."""
+    return Rates(mask_rate, objective.replace_mask, objective.replace_random)
 
 
 def vocabulary(tokenizer: "Tokenizer") -> Vocabulary:
@@ -73,13 +86,6 @@ def num_slots(seq_len: int, largest_rate: float) -> int:
     return max(1, (units * (seq_len - 2) + _RATE_UNIT // 2) // _RATE_UNIT)
 
 
-def mask_rate_at(objective: ObjectiveConfig, step: jax.Array | int, total_steps: int) -> jax.Array:
-    """The share of tokens to predict at `step`: linear from mask_rate, at step 0, to mask_rate_final, at the last."""
-    done = jnp.asarray(step, jnp.float32) / max(total_steps - 1, 1)
-    final = objective.mask_rate if objective.mask_rate_final is None else objective.mask_rate_final
-    return objective.mask_rate * (1 - done) + final * done
-
-
 def row_key(key: jax.Array, row_id_2: jax.Array) -> jax.Array:
     """The key of one row of the stream, from the uint32 halves of its number; all that is random in it follows."""
     return jax.random.fold_in(jax.random.fold_in(key, row_id_2[0]), row_id_2[1])
@@ -91,12 +97,12 @@ def mask_tokens(
     key: jax.Array,
     vocab: Vocabulary,
     objective: ObjectiveConfig,
-    mask_rate: jax.Array | float,
+    rates: Rates,
     num_slots: int,
 ) -> Masked:
     """Hides part of each row, the original ids being what the model is to predict.
 
-    Exactly `round(mask_rate * maskable tokens)` positions are taken per row, without replacement, never a
+    Exactly `round(rates.mask * maskable tokens)` positions are taken per row, without replacement, never a
     special token, and at least one where any token is maskable. Halves round up; the rate counts in
     hundred-thousandths and the product is an integer (below 2**32 up to L = 42,949): all devices agree.
     The selected tokens are then shown as [MASK], as a random ordinary token, or unchanged (BERT,
@@ -117,12 +123,12 @@ def mask_tokens(
       tokens_BL: int32 rows.
       row_ids_B2: uint32 [high, low] halves of each row's number in the training stream.
       key: of the whole run; a row uses fold_in(fold_in(key, high), low).
-      mask_rate: may change from step to step.
+      rates: may change from step to step.
       num_slots: K, as `num_slots` gives it for the largest rate.
     """
 
     def mask_row(
-        tokens_L: jax.Array, row_id_2: jax.Array, key: jax.Array, vocab: Vocabulary, rate_units: jax.Array
+        tokens_L: jax.Array, row_id_2: jax.Array, key: jax.Array, vocab: Vocabulary, rate_units: jax.Array, shown: Rates
     ) -> Masked:
         score_L, stop_L, replace_L, random_L = jax.random.bits(row_key(key, row_id_2), (4, tokens_L.size), jnp.uint32)
         place_L = jnp.arange(tokens_L.size, dtype=jnp.int32)
@@ -161,8 +167,8 @@ def mask_tokens(
         decide_K = start_L[positions_K] if objective.masking == "span" else positions_K
         u_K = _uniform(replace_L[decide_K])
         random_K = vocab.ordinary_ids[random_L[positions_K] % vocab.ordinary_ids.size]
-        shown_K = jnp.where(u_K < objective.replace_mask + objective.replace_random, random_K, labels_K)
-        shown_K = jnp.where(u_K < objective.replace_mask, vocab.mask_id, shown_K)
+        shown_K = jnp.where(u_K < shown.replace_mask + shown.replace_random, random_K, labels_K)
+        shown_K = jnp.where(u_K < shown.replace_mask, vocab.mask_id, shown_K)
         return Masked(
             inputs_BL=tokens_L.at[ascending_K].set(shown_K, mode="drop"),
             positions_BK=positions_K,
@@ -170,10 +176,10 @@ def mask_tokens(
             weights_BK=used_K.astype(jnp.float32),
         )
 
-    mask_rows = jax.vmap(mask_row, in_axes=(0, 0, None, None, None))
-    rate_units = jnp.round(jnp.asarray(mask_rate, jnp.float32) * _RATE_UNIT).astype(jnp.uint32)
+    mask_rows = jax.vmap(mask_row, in_axes=(0, 0, None, None, None, None))
+    rate_units = jnp.round(jnp.asarray(rates.mask, jnp.float32) * _RATE_UNIT).astype(jnp.uint32)
     with jax.named_scope("mask_tokens"):
-        return mask_rows(tokens_BL, row_ids_B2, key, vocab, rate_units)
+        return mask_rows(tokens_BL, row_ids_B2, key, vocab, rate_units, rates)
 
 
 def _uniform(bits: jax.Array) -> jax.Array:

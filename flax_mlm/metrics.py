@@ -31,13 +31,14 @@ def flops_per_row(model: ModelConfig, seq_len: int, slots: int, vocab_rows: int)
 class Throughput:
     """Rates over the time since the last report, and totals of the whole run."""
 
-    def __init__(self, step: int, total_steps: int, peak: float | None, before: Mapping[str, float]):
-        """`before` holds the totals of what was done before `step`; empty for nothing."""
-        self._total, self._peak, self._before = total_steps, peak, {**_NO_TOTALS, **before}
-        self._start(step)
+    def __init__(self, progress: float, peak: float | None, before: Mapping[str, float]):
+        """`progress` is the share of the run that is done, and `before` holds the totals of that; empty for nothing."""
+        self._peak, self._before = peak, {**_NO_TOTALS, **before}
+        self._start(progress)
 
-    def _start(self, step: int) -> None:
-        self._step, self._since, self._tokens, self._flops, self._waited = step, time.perf_counter(), 0.0, 0.0, 0.0
+    def _start(self, progress: float) -> None:
+        self._progress, self._since = progress, time.perf_counter()
+        self._tokens, self._flops, self._waited = 0.0, 0.0, 0.0
         self._paused_at: float | None = None
 
     def add(self, tokens: float, flops: float) -> None:
@@ -73,26 +74,26 @@ class Throughput:
             "train_seconds": self._before["train_seconds"] + self._elapsed(),
         }
 
-    def report(self, step: int) -> dict[str, float]:
+    def report(self, progress: float) -> dict[str, float]:
         """tokens_per_second, data_wait (share of the time), eta_seconds, mfu where the peak is known, and the totals.
         The next report's rates begin here."""
         elapsed, self._before = self._elapsed(), self.totals()
-        per_step = elapsed / max(step - self._step, 1)
+        left = (1.0 - progress) / max(progress - self._progress, 1e-9)
         rates = {
             "tokens_per_second": self._tokens / elapsed,
             "data_wait": self._waited / elapsed,
-            "eta_seconds": per_step * (self._total - step),
+            "eta_seconds": min(left * elapsed, 1e9),
         }
         if self._peak:
             rates["mfu"] = self._flops / elapsed / self._peak
-        self._start(step)
+        self._start(progress)
         return rates | self._before
 
 
-def train_line(step: int, total: int, m: dict[str, float]) -> str:
-    """One greppable line. Of several corpora it says how often each has been gone through."""
+def train_line(step: str, m: dict[str, float]) -> str:
+    """One greppable line, which begins with `step`. Of several corpora it says how often each has been gone through."""
     parts = [
-        f"step {step}/{total}",
+        step,
         f"loss {m['loss']:.4f}",
         f"accuracy {m['accuracy']:.4f}",
         f"lr {m['learning_rate']:.2e}",

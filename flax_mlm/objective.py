@@ -63,7 +63,7 @@ def targets(
     rows: dict[str, jax.Array],
     key: jax.Array,
     vocab: masking.Vocabulary,
-    mask_rate: jax.Array | float,
+    rates: masking.Rates,
     slots: int,
 ) -> Targets:
     """Inputs and targets of the rows, for any objective.
@@ -75,12 +75,12 @@ def targets(
       rows: `tokens` int32 (B, L) and `row_ids` uint32 (B, 2), see `data.pipeline`.
     """
 
-    def of_rows(rows: dict[str, jax.Array], key: jax.Array, vocab: masking.Vocabulary, mask_rate: jax.Array) -> Targets:
+    def of_rows(rows: dict[str, jax.Array], key: jax.Array, vocab: masking.Vocabulary, rates: masking.Rates) -> Targets:
         tokens_BL = rows["tokens"]
         segment_ids_BL = masking.segment_ids(tokens_BL, vocab)
         context = segment_ids_BL, masking.positions(segment_ids_BL)
         if objective.name != "clm":
-            masked = masking.mask_tokens(tokens_BL, rows["row_ids"], key, vocab, objective, mask_rate, slots)
+            masked = masking.mask_tokens(tokens_BL, rows["row_ids"], key, vocab, objective, rates, slots)
             found = Targets(masked.inputs_BL, *context, masked.positions_BK, masked.labels_BK, masked.weights_BK)
             if objective.name == "mlm":
                 return found
@@ -94,7 +94,8 @@ def targets(
         predict_BK = jax.lax.broadcasted_iota(jnp.int32, same_BK.shape, 1)
         return Targets(tokens_BL, *context, predict_BK, tokens_BL[:, 1:], same_BK.astype(jnp.float32))
 
-    return sharding.per_row(of_rows, rows, key, vocab, jnp.asarray(mask_rate, jnp.float32))
+    rates = masking.Rates(*(jnp.asarray(x, jnp.float32) for x in rates))
+    return sharding.per_row(of_rows, rows, key, vocab, rates)
 
 
 def language_modelling(model: Model, config: ObjectiveConfig) -> Loss:

@@ -26,24 +26,19 @@ _DECAYS = {
 }
 
 
-def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate at each step: linear warm-up from 0, then the schedule, to `final_lr_fraction` of the peak at
-    the last step."""
-    peak, final = config.learning_rate, config.learning_rate * config.final_lr_fraction
-    warmup = round(config.warmup_fraction * total_steps)
-    after = max(1, total_steps - warmup)
-    decay = max(1, round(config.decay_fraction * total_steps))
-    shapes = {
-        "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, final, after),
-        "cosine": optax.cosine_decay_schedule(peak, after, config.final_lr_fraction),
-        "wsd": optax.join_schedules(
-            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [after - decay]
-        ),
-    }
-    # Step 0 already moves: the ramp is (step + 1) / warmup.
-    ramp = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
-    return optax.join_schedules([ramp, shapes[config.schedule]], [warmup])
+def learning_rate(config: OptimizerConfig, begin: Any, end: Any) -> jax.Array:
+    """Learning rate of a step that takes the run from a share `begin` of it to `end`, for a peak of 1: linear warm-up
+    from 0, then the schedule, to `final_lr_fraction` at the end of the run."""
+    warmup, final = config.warmup_fraction, config.final_lr_fraction
+    done = jnp.clip((begin - warmup) / max(1.0 - warmup, 1e-6), 0.0, 1.0)  # of what comes after the warm-up
+    left = {
+        "constant": lambda: jnp.ones_like(done),
+        "linear": lambda: 1.0 - done,
+        "cosine": lambda: 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+        "wsd": lambda: jnp.minimum(1.0, (1.0 - jnp.minimum(begin, 1.0)) / max(config.decay_fraction, 1e-6)),
+    }[config.schedule]()
+    ramp = jnp.minimum(1.0, end / warmup) if warmup else 1.0  # the first step moves already
+    return ramp * (left if config.schedule == "constant" else final + (1.0 - final) * left)
 
 
 def decay_mask(params: Any) -> Any:
@@ -51,12 +46,13 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: _DECAYS[path[-1].key], params)
 
 
-def make(config: OptimizerConfig, dims: Any) -> optax.GradientTransformation:
+def make(config: OptimizerConfig, dims: Any, weight_decay: Any = None) -> optax.GradientTransformation:
     """The optimizer without its learning rate, by whose negative the train step multiplies the result, and without
     gradient clipping, which the train step does before.
 
     Args:
       dims: per parameter, the letters of its trailing dimensions (see `model.heads.Model`).
+      weight_decay: where it moves, that of this step; None: `config.weight_decay`.
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     direction = {
@@ -69,7 +65,7 @@ def make(config: OptimizerConfig, dims: Any) -> optax.GradientTransformation:
     }
     return optax.chain(
         direction[config.name](),
-        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.add_decayed_weights(config.weight_decay if weight_decay is None else weight_decay, decay_mask),
         _trust_ratio_per_layer() if config.name == "lamb" else optax.identity(),
     )
 

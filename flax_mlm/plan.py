@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from flax_mlm import chips, command, files, rehearsal, roofline
+from flax_mlm import chips, command, files, phases, rehearsal, roofline
 from flax_mlm import config as config_lib
 from flax_mlm.config import Config
 from flax_mlm.errors import UserError
@@ -73,17 +73,21 @@ def main(config: Config) -> int:
 
 
 def heaviest_phase(config: Config) -> Config:
-    """Of a run with phases the one that predicts the most tokens, without the others."""
-    phases = config.phases()
-    if len(phases) == 1:
-        return phases[0]
+    """Of a run with phases the one with the most tokens at a time, of several such the one that predicts the most of
+    them; as a run of its own."""
 
-    def share(phase: Config) -> float:
-        return 1.0 if phase.objective.name == "clm" else phase.objective.largest_mask_rate
+    def weight(phase: phases.Phase) -> tuple[float, float]:
+        t = phase.config.train
+        share = 1.0 if phase.config.objective.name == "clm" else phase.largest_mask_rate
+        return t.global_batch_size // t.microbatches * adopt_corpus(phase.config)[0].data.seq_len, share
 
-    begin = max(phases, key=lambda step: share(phases[step]))
-    print(f"of the {len(phases)} phases the one from step {begin:,} on, which predicts the most tokens, is planned")
-    return phases[begin]
+    found = phases.of(config)
+    heaviest = max(found, key=weight)
+    if len(found) > 1:
+        print(f"of the {len(found)} phases the heaviest, from {heaviest.begin:.0%} of the run on, is planned")
+    moves = f"0%: {', '.join(f'{path}->{value}' for path, value in heaviest.last)}" if heaviest.last else ""
+    train = dataclasses.replace(heaviest.config.train, phases=moves)
+    return dataclasses.replace(heaviest.config, train=train)
 
 
 def adopt_corpus(config: Config) -> tuple[Config, int]:
@@ -228,7 +232,9 @@ def cost(config: Config, found: Rehearsal, chip: chips.Chip | None) -> Iterator[
             f"GB/s a link and way{wrap}, {chip.network / 1e9:.1f} GB/s a chip between slices"
         )
         yield "            from all at once to one after another; see flax_mlm/roofline.py. Not a measurement"
-    budget = _TOKEN_BUDGET.value or tokens * config.train.steps
+    t = config.train
+    seconds = t.seconds(found.chips) if t.has_budget else t.steps * bounds[-1]
+    budget = _TOKEN_BUDGET.value or t.tokens or tokens * seconds / bounds[-1]
 
     def span(values: list[float], form: str, unit: str) -> str:
         text = " to ".join(format(v, form) for v in values) + unit

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,21 @@ def open_corpus(config: Config, log: Log = print) -> Mixture:
             f"{config.model.max_positions}; raise the latter"
         )
     return mixture
+
+
+def open_corpora(configs: Sequence[Config], log: Log = print) -> list[Mixture]:
+    """What each phase of a run is trained on; phases whose data are the same share it.
+
+    Raises:
+      UserError: as `open_corpus`; or they differ in tokenizer.
+    """
+    opened = {config.data: config for config in configs}
+    found = {data: open_corpus(config, log) for data, config in opened.items()}
+    first, *others = found.values()
+    for corpus in others:
+        if corpus.tokenizer().fingerprint != first.tokenizer().fingerprint:
+            raise UserError(f"train.phases: {corpus} was made with another tokenizer than {first}")
+    return [found[config.data] for config in configs]
 
 
 def _prepare(config: Config, source: sources.Source, request: str, output: str | Path, log: Log) -> Corpus:

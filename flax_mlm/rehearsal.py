@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_mlm import config as config_lib
+from flax_mlm import phases
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure, UserError
 
@@ -135,7 +136,8 @@ def rehearse(config: Config, vocab_size: int, target: Target, compiles: bool = T
 
 
 def _child(asked: dict[str, Any]) -> dict[str, Any]:
-    config = config_lib.build(config_lib.from_dict(asked["config"]))
+    phase = phases.of(config_lib.build(config_lib.from_dict(asked["config"])))[0]
+    config = phase.config
     target, vocab_size = Target(**asked["target"]), asked["vocab_size"]
 
     import jax
@@ -153,8 +155,9 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
     if config.train.reproducible:
         sharding.check_batch("train.batch_groups", config.train.batch_groups, mesh)
     with jax.set_mesh(mesh):
-        steps = make_steps(config, vocab_size, mesh)
-        rows = sharding.abstract_batch(config.train.global_batch_size, config.data.seq_len, mesh)
+        steps = make_steps(config, vocab_size, mesh, phase)
+        t = config.train
+        rows = sharding.abstract_batch(t.global_batch_size, config.data.seq_len, mesh, t.has_budget)
         vocab = _abstract_vocabulary(vocab_size, mesh)
         kernel = attention.implementation(
             attention.choose(config, devices[0].platform),
@@ -172,7 +175,7 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
             attention="plain" if kernel is attention.plain else "splash",
             parameter_bytes=_on_one(steps.abstract.params),
             optimizer_bytes=_on_one((steps.abstract.opt_state, steps.abstract.average)),
-            activation_bytes=_kept(config, steps, mesh, vocab),
+            activation_bytes=_kept(phase, steps, mesh, vocab),
         )
         if not asked["compiles"]:
             return dataclasses.asdict(found)
@@ -243,17 +246,19 @@ def _on_one(tree: Any) -> int:
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _kept(config: Config, steps: Any, mesh: Any, vocab: Any) -> int:
+def _kept(phase: phases.Phase, steps: Any, mesh: Any, vocab: Any) -> int:
     """Bytes that one device keeps from the forward pass of a (micro)batch for the backward pass."""
     import jax
 
     from flax_mlm import masking, objective, sharding
-    from flax_mlm.step import run_key
+    from flax_mlm.step import rates_at, run_key
+
+    config = phase.config
 
     def forward(params: Any, batch: Any, vocab: Any) -> Any:
-        rate = masking.mask_rate_at(config.objective, jax.numpy.int32(0), config.train.steps)
-        slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.largest_mask_rate)
-        targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rate, slots)
+        rates = rates_at(phase, 0.0)
+        slots = objective.num_slots(config.objective, config.data.seq_len, phase.largest_mask_rate)
+        targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
         counts, keys_B = steps.loss.counts(targets), None
         if config.model.dropout_rate or config.model.attention_dropout_rate:
             keys_B = jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])

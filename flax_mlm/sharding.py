@@ -258,23 +258,32 @@ def concrete(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree)
 
 
-def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(
+    batch_size: int, seq_len: int, mesh: Mesh, has_progress: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
     """What `global_batch` makes of the pipeline's rows, without values."""
     split = NamedSharding(mesh, PartitionSpec(BATCH))
+    progress = {"progress": jax.ShapeDtypeStruct((batch_size,), np.float32, sharding=split)} if has_progress else {}
     return {
+        **progress,
         "tokens": jax.ShapeDtypeStruct((batch_size, seq_len), np.int32, sharding=split),
         "row_ids": jax.ShapeDtypeStruct((batch_size, 2), np.uint32, sharding=split),
         "stop": jax.ShapeDtypeStruct((batch_size,), np.bool_, sharding=split),
     }
 
 
-def global_batch(batch: dict[str, np.ndarray], mesh: Mesh, stop: bool = False) -> dict[str, jax.Array]:
+def global_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, stop: bool = False, progress: float | None = None
+) -> dict[str, jax.Array]:
     """The pipeline's rows, each process's own, as arrays of the global batch.
 
-    `stop` is this process's wish to end the run. It travels with the rows, and a step returns whether any process
-    has it: so all learn of it at the same step, without a message.
+    `stop` is this process's wish to end the run, and `progress`, where there is a budget, the share of the run that the
+    step ends at by its clock. They travel with the rows, and a step returns whether any process wants to end, and the
+    largest progress: so all learn of it at the same step, without a message.
     """
-    return split_rows({**batch, "stop": np.full(len(batch["tokens"]), stop)}, mesh)
+    rows = len(batch["tokens"])
+    more = {} if progress is None else {"progress": np.full(rows, progress, np.float32)}
+    return split_rows({**batch, **more, "stop": np.full(rows, stop)}, mesh)
 
 
 def split_rows(tree: Any, mesh: Mesh) -> Any:

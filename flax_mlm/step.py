@@ -1,33 +1,36 @@
 """The train state and the jitted steps. Beside finetune.py and hf/check.py the only file that calls jax.jit."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
-from flax_mlm import averaging, detection, fingerprint, masking, objective, optimizer, sharding, spikes
+from flax_mlm import averaging, detection, fingerprint, masking, objective, optimizer, phases, sharding, spikes
 from flax_mlm.config import Config
 from flax_mlm.errors import UserError
 from flax_mlm.metrics import flops_per_row
 from flax_mlm.model import attention, electra, encoder
 from flax_mlm.model.heads import Model, language_model, vocab_rows
+from flax_mlm.phases import Phase
 
-Batch = dict[str, jax.Array]  # tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,)
+# tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,); of a run with a budget also progress float32 (B,), the
+# largest of which is the share of it that the step ends at
+Batch = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
     """Everything a run needs to go on; nothing random is kept, since keys follow from the step and the rows."""
 
     step: jax.Array  # int32, updates tried so far
+    progress: jax.Array  # float32, the share of the run that they are
     params: Any
     opt_state: Any
     skipped: jax.Array  # int32, updates left out because the loss or a gradient was not finite, or a spike
     skipped_in_a_row: jax.Array  # int32
-    data_step: jax.Array  # int32, batches of the stream used or passed over; ahead of `step` after a rewind
     running: spikes.Running
     average: Any  # of the params, and like them; None where none is kept
 
@@ -61,8 +64,13 @@ class Steps(NamedTuple):
     score_labels: Callable[[Any, jax.Array, jax.Array, jax.Array, masking.Vocabulary], jax.Array]
 
 
-def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
-    """Builds model and optimizer and jits what runs on the devices."""
+def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None = None) -> Steps:
+    """Builds model and optimizer and jits what runs on the devices.
+
+    Args:
+      phase: The part of a run that `train` is for, of this config; None: it is the whole run.
+    """
+    phase = phase or phases.whole(config)
     if config.train.reproducible:
         # Unrolled or recomputed, XLA simplifies the layers otherwise on one device than on several, and rounds so.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True, remat="none"))
@@ -74,7 +82,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
     )
     config = dataclasses.replace(config, model=model_config)
     rows = vocab_rows(config.model, vocab_size)
-    slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.largest_mask_rate)
+    slots = objective.num_slots(config.objective, config.data.seq_len, phase.largest_mask_rate)
     if config.objective.name == "rtd":
         generator, model = electra.networks(config, vocab_size)
         loss = detection.replaced_tokens(generator, model, vocab_size, config.objective)
@@ -90,7 +98,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
         params = jax.tree.map(lambda x, d: jax.reshard(x, sharding.param_spec(d, x.ndim)), params, model.dims)
         average = jax.tree.map(jnp.copy, params) if config.optimizer.averages != "none" else None
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero, zero, zero, spikes.start(), average)
+        return TrainState(zero, jnp.float32(0.0), params, tx.init(params), zero, zero, spikes.start(), average)
 
     with jax.set_mesh(mesh):
         abstract = sharding.concrete(jax.eval_shape(init), mesh)
@@ -100,7 +108,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh) -> Steps:
         init=jax.jit(init),
         abstract=abstract,
         loss=loss,
-        train=jax.jit(_train_step(config, loss, tx, slots, platform), donate_argnums=0),
+        train=jax.jit(_train_step(config, phase, loss, model.dims, slots, platform), donate_argnums=0),
         evaluate=jax.jit(_eval_step(config, loss)),
         fingerprint=jax.jit(fingerprint.of),
         score=jax.jit(_score(config, model)),
@@ -113,15 +121,31 @@ def run_key(config: Config, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), ("init", "mask", "dropout", "eval").index(purpose))
 
 
+def rates_at(phase: Phase, share: Any) -> masking.Rates:
+    """The rates after a share of a phase."""
+    names = ("mask_rate", "replace_mask", "replace_random")
+    return masking.Rates(*(phase.value(f"objective.{name}", share) for name in names))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
+def with_positions(state: TrainState, trained: int, wanted: int) -> TrainState:
+    """The state with so many learned positions to go on with, of which the first have been trained: those after them
+    begin as the first again (Longformer, arXiv:2004.05150, section 5). Of rotary positions there is nothing to do."""
+
+    def extend(path: Any, x: jax.Array) -> jax.Array:
+        if path[-1].key != "position":
+            return x
+        copies = jnp.concatenate([x[:trained]] * -(-wanted // trained))
+        return jnp.concatenate([copies[:wanted], x[wanted:]])
+
+    params, average = (jax.tree_util.tree_map_with_path(extend, tree) for tree in (state.params, state.average))
+    return state._replace(params=params, average=average)
+
+
 def _train_step(
-    config: Config,
-    objective_loss: objective.Loss,
-    tx: optax.GradientTransformation,
-    slots: int,
-    platform: str,
+    config: Config, phase: Phase, objective_loss: objective.Loss, dims: Any, slots: int, platform: str
 ) -> Callable[..., Any]:
     total, accumulate = config.train.steps, config.train.microbatches
-    schedule = optimizer.learning_rate(config.optimizer, total)
     action, spike_threshold = config.optimizer.spike_action, config.optimizer.spike_threshold
     barrier = jax.lax.optimization_barrier if config.train.reproducible else lambda tree: tree
 
@@ -134,8 +158,15 @@ def _train_step(
     has_dropout = config.model.dropout_rate > 0.0 or config.model.attention_dropout_rate > 0.0
 
     def train_step(state: TrainState, batch: Batch, vocab: masking.Vocabulary) -> tuple[TrainState, dict[str, Any]]:
-        rate = masking.mask_rate_at(config.objective, state.step, total)
-        targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rate, slots)
+        begin = state.progress
+        if phase.num_steps is None:
+            end = jnp.maximum(begin, batch["progress"].max())
+        else:
+            done = (state.step - phase.first_step + 1).astype(jnp.float32) / phase.num_steps
+            end = phase.begin + (phase.end - phase.begin) * done
+        share = jnp.clip((begin - phase.begin) / (phase.end - phase.begin), 0.0, 1.0)  # of the phase
+        rates = rates_at(phase, share)
+        targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
         counts = objective_loss.counts(targets)  # over the whole global batch
         dropout_keys_B = None
         if has_dropout:
@@ -178,7 +209,8 @@ def _train_step(
             if action == "clip":
                 largest = jnp.minimum(largest, spikes.largest_norm(state.running, values_2, spike_threshold))
             scale = jnp.where(grad_norm > largest, largest / grad_norm, 1.0)
-            lr = schedule(state.step.astype(jnp.float32))
+            lr = phase.value("optimizer.learning_rate", share) * optimizer.learning_rate(config.optimizer, begin, end)
+            tx = optimizer.make(config.optimizer, dims, phase.value("optimizer.weight_decay", share))
             good = jnp.isfinite(values_2).all()
             if action in ("skip", "rewind"):
                 good &= ~spike
@@ -201,11 +233,11 @@ def _train_step(
         bad = 1 - good.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
+            progress=end,
             params=params,
             opt_state=opt_state,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
-            data_step=state.data_step + 1,
             running=spikes.updated(state.running, values_2, spike_threshold),
             average=average,
         )
@@ -213,10 +245,10 @@ def _train_step(
             **means,
             "learning_rate": lr,
             "grad_norm": grad_norm,
-            "mask_rate": rate,
+            "mask_rate": jnp.float32(rates.mask),
             "predicted_tokens": counts[0],
             "tokens": (targets.segment_ids_BL > 0).sum(),
-            "data_step": state.data_step,
+            "progress": end,
             "spike": spike,
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
@@ -234,8 +266,8 @@ def _eval_step(config: Config, loss: objective.Loss) -> Callable[..., tuple[Answ
     ahead = int(config.objective.name == "clm")  # a causal model stands before what it predicts
 
     def eval_step(params: Any, batch: Batch, vocab: masking.Vocabulary) -> tuple[Answers, jax.Array]:
-        key, rate = run_key(config, "eval"), config.eval.mask_rate
-        targets = objective.targets(config.objective, batch, key, vocab, rate, slots)
+        o, key = config.objective, run_key(config, "eval")
+        targets = objective.targets(o, batch, key, vocab, masking.rates(o, config.eval.mask_rate), slots)
         if config.train.reproducible:
             scored = sharding.by_groups(
                 lambda params, part: loss.predict(params, part, None),

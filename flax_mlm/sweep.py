@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm import buckets, claim, command, files, grid, tables
+from flax_mlm import buckets, claim, command, files, grid, phases, tables
 from flax_mlm.config import Config
 from flax_mlm.errors import UserError
 from flax_mlm.grid import Setting, said, spelt
@@ -68,8 +68,9 @@ class Run(NamedTuple):
 
     def result(self) -> dict[str, Any] | None:
         """The last evaluation, of a run that is finished."""
-        last = self.curve()[-1:] if (self.workdir / "result.json").exists() else []
-        return last[0] if last and last[0]["step"] == self.config.train.steps else None
+        file, last = self.workdir / "result.json", self.curve()[-1:]
+        is_finished = last and file.exists() and json.loads(file.read_text())["loss"] == last[0]["loss"]
+        return last[0] if is_finished else None
 
 
 def main(config: Config) -> int:
@@ -258,8 +259,8 @@ def summarise(runs: list[Run], errors: dict[str, str]) -> list[Row]:
 
 def asked(config: Config, result: dict[str, Any]) -> Any:
     """What a held-out loss is of: which tokens, hidden how. Losses of other questions do not compare."""
-    objective = dataclasses.asdict(config.at(config.train.steps - 1).objective)
-    del objective["mask_rate"], objective["mask_rate_final"]
+    objective = dataclasses.asdict(phases.of(config)[-1].config.objective)
+    del objective["mask_rate"]
     # With rtd the generator sets the question, and no two runs' are the same.
     return objective, config.eval.mask_rate, result.get("unigram_entropy"), result.get("generator_loss"), result["rows"]
 

@@ -7,12 +7,11 @@ The same line starts a run, continues one that was killed, and says of a finishe
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from typing import Any
 from absl import flags
 from rich.progress import Progress
 
-from flax_mlm import buckets, claim, command, files, preemption, processes
+from flax_mlm import buckets, claim, command, files, phases, preemption, processes
+from flax_mlm.budget import Budget
 from flax_mlm.config import Config, flatten
 from flax_mlm.errors import Failure, UserError
 
@@ -38,21 +38,24 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
     stop = preemption.Stop()
 
     import jax  # heavy imports wait until flags and config are known to be right
-    import numpy as np
 
     from flax_mlm import checkpoint, chips, lease, masking, metrics, sharding
+    from flax_mlm.data import mixture
     from flax_mlm.data.pipeline import train_batches
+    from flax_mlm.data.stream import Place
     from flax_mlm.hf import start
-    from flax_mlm.prepare import open_corpus
-    from flax_mlm.step import TrainState, make_steps
+    from flax_mlm.prepare import open_corpora
+    from flax_mlm.step import TrainState, make_steps, with_positions
     from flax_mlm.tasks import cloze, mlm, rtd
     from flax_mlm.trained import Trained
 
     identity = {"jax": jax.__version__, **flatten(config.to_dict())}
     with processes.join(identity, config.train.stall_timeout) as roster, contextlib.ExitStack() as at_exit:
         # The devices of all processes, checked before any work is done.
+        parts, has_budget = phases.of(config), config.train.has_budget
         mesh = sharding.make_mesh(config.mesh)
-        sharding.check_batch("train.global_batch_size", config.train.global_batch_size, mesh, config.train.microbatches)
+        for t in (part.config.train for part in parts):
+            sharding.check_batch("train.global_batch_size", t.global_batch_size, mesh, t.microbatches)
         sharding.check_batch("eval.batch_size", config.eval.batch_size, mesh)
         if config.train.reproducible:
             sharding.check_batch("train.batch_groups", config.train.batch_groups, mesh)
@@ -69,115 +72,144 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             roster.at_leave(held.release)
             held.take(log)
         with roster.untimed("opening the corpus"):
-            corpus = open_corpus(config, log)
-        roster.check_same("corpus", corpus.fingerprint)
+            corpora = open_corpora([part.config for part in parts], log)
+        roster.check_same("corpus", mixture.fingerprint_of(corpora))
         roster.check_same("--workdir", lease.holder(workdir))
         if is_main:
             claim.take(workdir, config)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=corpus.seq_len))
-        tokenizer, stream = corpus.tokenizer(), corpus.stream()
+        parts = phases.settled(parts, [c.seq_len for c in corpora], [c.tokens_per_row for c in corpora])
+        tokenizer = corpora[0].tokenizer()
 
         # The model and its optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.
-        # Phases differ in their objective alone.
-        phases = config.phases()
-        steps_of = {begin: make_steps(phase, corpus.vocab_size, mesh) for begin, phase in phases.items()}
+        # Phases differ in much, but not in their parameters.
+        steps_of = [make_steps(part.config, corpora[0].vocab_size, mesh, part) for part in parts]
         steps = steps_of[0]
 
         def new_state() -> TrainState:
-            return start.state(config, steps, tokenizer, log) if config.init_from else steps.init()
+            return start.state(parts[0].config, steps, tokenizer, log) if config.init_from else steps.init()
 
         vocab = masking.vocabulary(tokenizer)
-        meta = checkpoint.make_meta(config, tokenizer, corpus.fingerprint, corpus.about)
+        meta = checkpoint.make_meta(config, tokenizer, mixture.fingerprint_of(corpora), mixture.about_of(corpora))
         checkpoints = checkpoint.Checkpoints(workdir, config, meta, steps.fingerprint)
         with roster.untimed("restoring"):
             state = checkpoints.restore_latest(steps.abstract, log) or new_state()
-        step, total = int(state.step), config.train.steps
+        step, progress = int(state.step), float(state.progress)
+        now = checkpoints.so_far.get("phase", 0)  # the phase that the last step was of
+        place = Place(**checkpoints.so_far.get("place", {}))
 
-        def phase_at(step: int) -> int:
-            """The first step of the phase that update number `step` belongs to."""
-            return max(begin for begin in phases if begin <= step)
-
-        def trained_at(step: int) -> Trained:
-            """The model after `step` updates, with the objective of the last of them."""
-            last = phase_at(max(step - 1, 0))
-            return Trained(phases[last], mesh, steps_of[last], state.weights, tokenizer, vocab)
+        def trained() -> Trained:
+            """The model as it is now, with the config of the last step."""
+            return Trained(parts[now].config, mesh, steps_of[now], state.weights, tokenizer, vocab)
 
         @functools.cache
-        def program(begin: int) -> jax.stages.Compiled:
-            """The compiled step of the phase that begins there."""
+        def program(phase: int) -> jax.stages.Compiled:
+            """The compiled step of a phase."""
             with roster.untimed("compiling"):
-                rows = sharding.abstract_batch(config.train.global_batch_size, corpus.seq_len, mesh)
-                return steps_of[begin].train.lower(steps.abstract, rows, vocab).compile()
+                size = parts[phase].config.train.global_batch_size
+                rows = sharding.abstract_batch(size, corpora[phase].seq_len, mesh, has_budget)
+                return steps_of[phase].train.lower(steps.abstract, rows, vocab).compile()
 
         result_file = workdir / "result.json"
-        if step == total and result_file.exists():
+        if phases.is_over(parts, step, progress) and result_file.exists():
             if is_main:
-                print(f"this run is finished: {total} steps are done")
-                print_summary(workdir, trained_at(step), json.loads(result_file.read_text()))
+                print(f"this run is finished: {step} steps are done")
+                print_summary(workdir, trained(), json.loads(result_file.read_text()))
             return 0
-        for begin in phases:
-            if begin >= phase_at(step):
-                program(begin)  # all that are to come, so that one that does not compile or fit is known now
+        # All that are to come, so that one that does not compile or fit is known now.
+        to_come = range(phases.number(parts, step, progress), len(parts))
+        memory = max((program(i).memory_analysis() for i in to_come), key=lambda m: m.temp_size_in_bytes if m else 0)
         if is_main:
             result_file.unlink(missing_ok=True)
-            print_banner(config, phases, corpus, mesh, steps, program(phase_at(step)).memory_analysis())
+            print_banner(parts, corpora, mesh, steps, memory)
             writers = metrics.Writers(workdir, config, step)
             at_exit.callback(writers.close)
-        speed = metrics.Throughput(step, total, chips.peak_flops(mesh.devices.flat[:]), checkpoints.totals)
+        totals = checkpoints.so_far.get("totals", {})
+        speed = metrics.Throughput(progress, chips.peak_flops(mesh.devices.flat[:]), totals)
+        clock = Budget(workdir, config.train.seconds(mesh.size), progress) if has_budget and is_main else None
+        if clock:
+            at_exit.callback(clock.note)
 
-        def batches_from(state: TrainState) -> Generator[dict[str, Any]]:
-            """A function of (corpora, seed, step), so that there is no position to restore."""
+        def batches_from(place: Place) -> Generator[dict[str, Any]]:
+            """A function of (corpora, seed, place), so that there is no iterator to save."""
             return train_batches(
-                corpus.split("train"),
+                corpora[now].split("train"),
                 seed=config.seed,
-                global_batch_size=config.train.global_batch_size,
-                start_step=int(state.data_step),
-                stop_step=int(state.data_step) + total - int(state.step),
+                global_batch_size=parts[now].config.train.global_batch_size,
+                start_step=0,
+                stop_step=1 << 32,
+                first_row=place.row,
                 process_index=roster.index,
                 process_count=roster.count,
-                stream=stream,
+                stream=place.stream(corpora[now]),
             )
 
-        def epochs(data_step: float) -> dict[str, float]:
-            """How often each of several corpora has been gone through, after so many batches."""
-            done = stream.epochs(int(data_step) * config.train.global_batch_size)
+        batches = batches_from(place)
+
+        def said(step: int, progress: float) -> str:
+            """The beginning of a line."""
+            total = f"~{max(step, round(step / max(progress, 1e-9)))}" if has_budget else parts[-1].config.train.steps
+            return f"step {step}/{total}"
+
+        def epochs(place: Place, corpus: mixture.Mixture) -> dict[str, float]:
+            """How often each of several corpora has been gone through."""
+            done = place.stream(corpus).epochs(place.row)
             return {f"epochs/{name}": n for name, n in zip(corpus.corpora, done, strict=True)} if len(done) > 1 else {}
 
-        def read(step: int, values: dict[str, jax.Array]) -> dict[str, float]:
+        def read(step: int, phase: int, place: Place, values: dict[str, jax.Array]) -> dict[str, Any]:
             """Takes a step's numbers from the devices, and logs them when it is time."""
             host = {name: float(value) for name, value in jax.device_get(values).items()}
-            speed.add(host["tokens"], steps_of[phase_at(step - 1)].flops)
-            if is_main and (step % config.train.log_every == 0 or step == total):
-                line = {name: value for name, value in host.items() if name != "stop"} | speed.report(step)
-                line |= epochs(host["data_step"])
-                print(metrics.train_line(step, total, line), flush=True)
+            speed.add(host["tokens"], steps_of[phase].flops)
+            if is_main and (step % config.train.log_every == 0 or phases.is_over(parts, step, host["progress"])):
+                line = {name: value for name, value in host.items() if name != "stop"} | {"rows": place.row}
+                line |= speed.report(host["progress"]) | epochs(place, corpora[phase])
+                print(metrics.train_line(said(step, host["progress"]), line), flush=True)
                 writers.write(step, "train", line)
-            return {**host, "step": step}
+            return {**host, "step": step, "place": place}
 
-        def evaluate(trained: Trained) -> dict[str, float]:
+        @contextlib.contextmanager
+        def pause(what: str) -> Generator[None]:
+            """Around what is no step."""
+            with speed.paused(), clock.pause(what) if clock else contextlib.nullcontext():
+                yield
+
+        def measured(poll: Callable[[], bool]) -> dict[str, float]:
+            """The held-out loss, and more."""
+            task = rtd if parts[now].config.objective.name == "rtd" else mlm
+            return task.run(trained(), corpora[now], poll)
+
+        def evaluate() -> dict[str, float]:
             def poll() -> bool:
                 roster.progress("evaluating", step)
                 return stop.requested
 
-            result = (rtd if trained.config.objective.name == "rtd" else mlm).run(trained, corpus, poll)
+            with pause("evaluating"):
+                result = measured(poll)
             if is_main:
                 each = "".join(f"  {name} {result[f'loss/{name}']:.4f}" for name in mlm.of_each(result))
                 loss, accuracy = f"{result['loss']:.4f}", f"{result['accuracy']:.4f}"
-                print(f"step {step}/{total}  validation loss {loss}  accuracy {accuracy}{each}")
+                print(f"{said(step, progress)}  validation loss {loss}  accuracy {accuracy}{each}")
                 writers.write(step, "validation", result | speed.totals())
                 writers.flush()
             return result
 
+        def time_evaluation() -> None:
+            """First one batch, to compile; so that a budget knows what the last evaluation will take."""
+            with contextlib.suppress(preemption.Stopped), roster.untimed("compiling"), speed.paused():
+                measured(lambda: True)
+            evaluate()
+
         def look() -> None:
             """Puts the built-in clozes to the model, so that a person sees what it knows by now."""
             roster.progress("filling clozes", step)
-            trained = trained_at(step)
-            if not (clozes := cloze.fitting(trained, cloze.BUILT_IN)):
+            model = trained()
+            if not (clozes := cloze.fitting(model, cloze.BUILT_IN)):
                 return
-            result = cloze.run(trained, clozes)
+            with pause("filling clozes"):
+                result = cloze.run(model, clozes)
             if is_main:
                 numbers = {name: value for name, value in result.items() if name != "answers"}
-                print(f"step {step}/{total}  clozes  top1 {result['top1']:.2f}  top5 {result['top5']:.2f}", flush=True)
+                ranks = f"top1 {result['top1']:.2f}  top5 {result['top5']:.2f}"
+                print(f"{said(step, progress)}  clozes  {ranks}", flush=True)
                 writers.write(step, "cloze", numbers, "\n\n".join(cloze.table(result)))
 
         def before_save() -> None:
@@ -186,71 +218,96 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
 
         def save(is_last: bool = False) -> None:
             def is_done() -> bool:
-                return checkpoints.save(step, state, before_save, totals) and (not is_last or checkpoints.wait())
+                return checkpoints.save(step, state, before_save, so_far) and (not is_last or checkpoints.wait())
 
-            totals = speed.totals()
-            with speed.paused(), roster.untimed("saving"):
+            so_far = {"totals": speed.totals(), "phase": now, "place": place.to_dict()}
+            with pause("saving"), roster.untimed("saving"):
                 while not is_done() and is_last:
                     time.sleep(1)  # and again, for this is the last occasion; it gives up by itself
 
-        def rewind(spiked: int, data_step: int) -> TrainState:
-            """The last scheduled checkpoint before a spike, to go on from with the batches after it."""
+        def enter(phase: int) -> None:
+            """Turns to another phase: the next, or when the run has gone back to an earlier one."""
+            nonlocal now, place, state, batches
+            if corpora[phase] is not corpora[now]:
+                place = place.turned(corpora[now])
+            if phase > now and (trained_length := corpora[now].seq_len) < corpora[phase].seq_len:
+                state = with_positions(state, trained_length, corpora[phase].seq_len)
+            now = phase
+            batches.close()
+            batches = batches_from(place)
+
+        def rewind(spiked: int, after: Place) -> None:
+            """Takes up the last scheduled checkpoint before a spike, to go on from with the rows after it."""
+            nonlocal state, step, progress, place
             checkpoints.wait()
             with roster.untimed("restoring"):
                 state = checkpoints.restore_latest(steps.abstract, log, before=spiked) or new_state()
-            back = int(state.step)
-            rewinds[back] += 1
-            if rewinds[back] > config.optimizer.max_skipped_steps:
+            step, progress, place = int(state.step), float(state.progress), after
+            rewinds[step] += 1
+            if rewinds[step] > config.optimizer.max_skipped_steps:
                 raise Failure(
-                    f"the loss spikes again and again after step {back}, the last time at {spiked}; {_ADVICE}"
+                    f"the loss spikes again and again after step {step}, the last time at {spiked}; {_ADVICE}"
                 )
             if is_main:
-                print(f"the loss spiked at step {spiked}: back to step {back}, on with batch {data_step}", flush=True)
-                writers.go_back(back)
-                writers.write(back, "rewind", {"from_step": spiked, "data_step": data_step})
-            return state._replace(data_step=jax.device_put(np.int32(data_step), state.data_step.sharding))
+                print(f"the loss spiked at step {spiked}: back to step {step}, on with row {place.row}", flush=True)
+                writers.go_back(step)
+                writers.write(step, "rewind", {"from_step": spiked, "rows": place.row})
+            if clock:
+                clock.progress = progress
+            enter(checkpoints.so_far.get("phase", 0) if step else 0)
 
-        def must_rewind(seen: dict[str, float]) -> bool:
+        def must_rewind(seen: dict[str, Any]) -> bool:
             return config.optimizer.spike_action == "rewind" and seen["spike"] > 0
 
-        def must_end(seen: dict[str, float]) -> bool:
+        def must_end(seen: dict[str, Any]) -> bool:
             return seen["skipped_in_a_row"] >= config.optimizer.max_skipped_steps
 
         # ORDER MATTERS: dispatch step n, only then read step n - 1, so that the devices never wait for us.
-        batches, unread, rewinds = batches_from(state), None, collections.Counter[int]()
-        progress = at_exit.enter_context(Progress(disable=not (is_main and sys.stdout.isatty())))
-        bar = progress.add_task("training", total=total)
+        unread, rewinds = None, collections.Counter[int]()
+        progress_bar = at_exit.enter_context(Progress(disable=not (is_main and sys.stdout.isatty())))
+        bar = progress_bar.add_task("training", total=1.0)
         stop.hold()
         try:
-            while step < total:
+            if has_budget:
+                time_evaluation()
+            while not phases.is_over(parts, step, progress):
                 if is_multiple(step, config.train.eval_every):
-                    with speed.paused():
-                        evaluate(trained_at(step))
+                    evaluate()
                 if is_multiple(step, config.train.cloze_every):
-                    with speed.paused():
-                        look()
+                    look()
+                if (phase := phases.number(parts, step, progress)) != now:
+                    enter(phase)
+                    if has_budget:
+                        time_evaluation()
                 roster.progress("waiting for a batch", step)
                 with speed.waiting():
-                    batch = sharding.global_batch(next(batches), mesh, stop.requested)
+                    rows = next(batches)
+                share = (clock.next_progress() if clock else 0.0) if has_budget else None
+                batch = sharding.global_batch(rows, mesh, stop.requested, share)
                 roster.progress("training", step)
-                state, values = program(phase_at(step))(state, batch, vocab)
+                state, values = program(now)(state, batch, vocab)
                 if jax.default_backend() == "cpu":
                     jax.block_until_ready(values)  # simulated devices deadlock when steps queue up
-                seen = read(*unread) if unread else dict.fromkeys(values, 0.0)
-                step += 1
-                unread = step, values
-                progress.update(bar, completed=step)
+                seen: dict[str, Any] = dict.fromkeys(values, 0.0) | {"progress": progress}
+                if unread:
+                    seen = read(*unread)
+                step, progress = step + 1, seen["progress"]
+                place = place._replace(row=place.row + len(batch["tokens"]))
+                unread = step, now, place, values
+                progress_bar.update(bar, completed=progress)
 
-                is_due = is_multiple(step, config.train.checkpoint_every) or step == total
-                is_pause = is_due or any(
-                    is_multiple(step, every) for every in (config.train.eval_every, config.train.cloze_every)
+                is_due = is_multiple(step, config.train.checkpoint_every)
+                is_pause = (
+                    is_due
+                    or phases.is_over(parts, step, progress)
+                    or any(is_multiple(step, every) for every in (config.train.eval_every, config.train.cloze_every))
                 )
                 if not must_rewind(seen) and (is_pause or seen["stop"] or must_end(seen)):
                     seen, unread = read(*unread), None
+                    progress = seen["progress"]
                 if must_rewind(seen):
-                    state = rewind(int(seen["step"]), int(seen["data_step"]))
-                    batches.close()
-                    step, unread, batches = int(state.step), None, batches_from(state)
+                    rewind(seen["step"], seen["place"])
+                    unread = None
                 elif must_end(seen):
                     save(is_last=True)
                     raise Failure(
@@ -259,8 +316,8 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
                     )
                 elif seen["stop"]:
                     raise preemption.Stopped
-                elif is_due:
-                    save(is_last=step == total)
+                elif is_due or phases.is_over(parts, step, progress):
+                    save(is_last=phases.is_over(parts, step, progress))
         except preemption.Stopped:
             save(is_last=True)
             log(f"stopped by a signal; step {step} is saved. The same command goes on from there")
@@ -268,11 +325,11 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         stop.release()
         checkpoints.close()
 
-        with speed.paused(), roster.untimed("evaluating"):
-            result = evaluate(trained_at(step))
+        with roster.untimed("evaluating"):
+            result = evaluate()
         if is_main:
             files.write_json(result_file, result)
-            print_summary(workdir, trained_at(step), result)
+            print_summary(workdir, trained(), result)
     return 0
 
 
@@ -281,42 +338,53 @@ def is_multiple(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def print_banner(config: Config, phases: dict[int, Config], corpus: Any, mesh: Any, steps: Any, memory: Any) -> None:
+def print_banner(parts: list[phases.Phase], corpora: list[Any], mesh: Any, steps: Any, memory: Any) -> None:
     """What is about to run, and on what."""
     import jax
 
     versions = "  ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
     device = mesh.devices.flat[0]
     num_params = sum(x.size for x in jax.tree.leaves(steps.abstract.params))
-    batch, total = config.train.global_batch_size, config.train.steps
-    epochs = corpus.stream().epochs(batch * total)
+    first = parts[0].config
+    flops = steps.flops / first.train.global_batch_size / corpora[0].seq_len
     print(f"python {sys.version.split()[0]}  {versions}")
     print(f"devices     {mesh.size} × {device.device_kind} ({device.platform}), {jax.process_count()} process(es)")
     print(f"mesh        {dict(mesh.shape)}")
-    print(f"model       {num_params:,} parameters, {steps.flops / batch / corpus.seq_len / 1e6:,.1f} MFLOPs per token")
+    print(f"model       {num_params:,} parameters, {flops / 1e6:,.1f} MFLOPs per token")
     print(
         f"memory      {memory.argument_size_in_bytes / 2**20:,.0f} MiB of state and batch on each device, "
         f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries"
     )
-    for (name, part), times in zip(corpus.corpora.items(), epochs, strict=True):
+    rows = [(p.num_steps or 0) * p.config.train.global_batch_size for p in parts]
+    for corpus in dict.fromkeys(map(id, corpora)):
+        used = [(c, n) for c, n in zip(corpora, rows, strict=True) if id(c) == corpus]
+        print_corpus(used[0][0], sum(n for _, n in used))
+    total, unit = first.train.length, first.train.unit
+    length = f"{first.train.steps:,} steps" if unit == "steps" else f"{total:,g} of train.{unit}"
+    if unit == "tokens":
+        length = f"{first.train.steps:,} steps"
+    tokens = sum(n * c.tokens_per_row for n, c in zip(rows, corpora, strict=True))
+    average = first.optimizer.averages
+    averaged = f" (evaluated: the {average} average of its weights)" if average != "none" else ""
+    of_rows = f" of {first.train.global_batch_size} rows" + f" = {tokens:,.0f} tokens" * bool(tokens)
+    print(f"run         {first.objective.name}, {length}{of_rows}, {first.optimizer.name}{averaged}")
+    for part in filter(lambda part: part.changes, parts):
+        at = f"step {part.first_step:,} ({part.begin:.0%})" if part.num_steps else f"{part.begin:.0%}"
+        print(f"            from {at} on {part.changes}")
+    sys.stdout.flush()
+
+
+def print_corpus(corpus: Any, rows: int) -> None:
+    """One corpus or several, of which so many rows are going to be read; 0: that is not known."""
+    for (name, part), times in zip(corpus.corpora.items(), corpus.stream().epochs(rows), strict=True):
+        of_all = [f"{corpus.shares[name]:.1%} of the rows"] * (len(corpus.corpora) > 1)
+        of_all += [f"{times:.2f} epochs"] * bool(rows)
+        counts = part.counts["train"]
         print(f"corpus      {part.path} ({part.source})")
-        counts, of_several = part.counts["train"], ""
-        if len(epochs) > 1:
-            of_several = f", {corpus.shares[name]:.1%} of the rows ({times:.2f} epochs)"
         print(
             f"            {counts['rows']:,} rows of {corpus.seq_len}, {counts['tokens']:,} tokens, vocabulary "
-            f"{corpus.vocab_size:,}{of_several}"
+            f"{corpus.vocab_size:,}{''.join(f', {x}' for x in of_all)}"
         )
-    first, *others = phases.items()
-    average = config.optimizer.averages
-    averaged = f" (evaluated: the {average} average of its weights)" if average != "none" else ""
-    objectives = [first[1].objective.name, *(f"then from step {i:,} {c.objective.name}" for i, c in others)]
-    print(
-        f"run         {', '.join(objectives)}, {total:,} steps of {batch} rows = "
-        f"{batch * total * corpus.tokens_per_row:,.0f} tokens{f' ({epochs[0]:.1f} epochs)' * (len(epochs) == 1)}, "
-        f"{config.optimizer.name}{averaged}",
-        flush=True,
-    )
 
 
 def print_summary(workdir: buckets.AnyPath, trained: Any, result: dict[str, float]) -> None:

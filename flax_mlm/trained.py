@@ -59,8 +59,8 @@ def restore(path: str, config: Config) -> Trained:
     for folder in candidates:
         try:
             meta = checkpoint.read_meta(folder)
-            phase = checkpoint.config_of(meta).objective
-            if phase != (wanted := wanted or phase):
+            phase = meta.get("phase", 0)
+            if phase != (wanted := phase if wanted is None else wanted):
                 raise UserError(f"checkpoint '{folder}' is of another phase of the run; name its step to use it")
             tokenizer = checkpoint.read_tokenizer(meta)
             with jax.set_mesh(mesh):

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from flax_mlm import buckets, command
-from flax_mlm.config import Config
+from flax_mlm.config import LENGTHS, Config
 from flax_mlm.errors import Failure, UserError
 
 _STEPS = flags.DEFINE_integer("steps", 30, "steps of each run", lower_bound=6)
@@ -40,7 +40,7 @@ _SHAPES = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string("workdir", "", "keep the runs in this folder; default: a temporary one")
 
 _RATES = ("tokens_per_second", "data_wait", "eta_seconds", "mfu", "train_seconds")
-_BATCHES = ("step", "data_step", "batch_fingerprint", "mask_rate", "tokens", "predicted_tokens")
+_BATCHES = ("step", "rows", "batch_fingerprint", "mask_rate", "tokens", "predicted_tokens")
 
 
 class Shape(NamedTuple):
@@ -69,11 +69,11 @@ def main(config: Config) -> int:
         print("devices other than CPUs cannot be divided at will: no moves (on a CPU: JAX_PLATFORMS=cpu)")
         shapes = []
     every = max(2, _STEPS.value // 3)
+    in_steps: dict[str, Any] = {**dict.fromkeys(LENGTHS, 0.0), "price_per_chip_hour": 0.0, "steps": _STEPS.value}
+    often: dict[str, Any] = {"log_every": 1, "eval_every": every, "checkpoint_every": every, "keep_last": 9}
     config = dataclasses.replace(
         config,
-        train=dataclasses.replace(
-            config.train, steps=_STEPS.value, log_every=1, eval_every=every, checkpoint_every=every, keep_last=9
-        ),
+        train=dataclasses.replace(config.train, **in_steps, **often),
         eval=dataclasses.replace(config.eval, max_rows=config.eval.max_rows or 2 * config.eval.batch_size),
         log=dataclasses.replace(config.log, tensorboard=False, wandb_project=""),
     )

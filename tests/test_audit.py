@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from configs import base
-from flax_mlm import audit, masking
+from flax_mlm import audit, masking, phases
 from flax_mlm import config as config_lib
 
 L = 32
@@ -43,7 +43,7 @@ def batches(steps=2, rows=64):
 
 def run(show=2, **objective):
     console = Console(file=io.StringIO(), width=120, color_system=None)
-    code = audit.audit(make_config(**objective), FakeTokenizer(), batches(), show, console)
+    code = audit.audit(phases.whole(make_config(**objective)), FakeTokenizer(), batches(), show, console)
     return code, console.file.getvalue()
 
 
@@ -74,9 +74,8 @@ def test_rows_are_those_of_training():
     batch = next(iter(batches()))
     slots = masking.num_slots(L, 0.15)
     vocab, ids = masking.vocabulary(FakeTokenizer()), jnp.asarray(batch["row_ids"])
-    expected = masking.mask_tokens(
-        jnp.asarray(batch["tokens"]), ids, run_key(config, "mask"), vocab, config.objective, 0.15, slots
-    )
+    rates, key = masking.rates(config.objective, 0.15), run_key(config, "mask")
+    expected = masking.mask_tokens(jnp.asarray(batch["tokens"]), ids, key, vocab, config.objective, rates, slots)
     first = expected.positions_BK[0][expected.weights_BK[0] > 0]
     row = run(show=1)[1].split("[CLS]")[1].split("[SEP]")[0]
     labels = [PIECES[t].strip("▁") for t in batch["tokens"][0][np.asarray(first)]]

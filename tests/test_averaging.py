@@ -77,7 +77,10 @@ def test_schedule_free_is_that_of_optax(warmup):
     x, y = jnp.asarray(rng.normal(size=(20, 3)), jnp.float32), jnp.asarray(rng.normal(size=20), jnp.float32)
     start = {"kernel": jnp.asarray(rng.normal(size=3), jnp.float32), "bias": jnp.float32(0.0)}
     gradient = jax.grad(lambda p: jnp.square(x @ p["kernel"] + p["bias"] - y).mean())
-    schedule = optimizer.learning_rate(o, total)
+
+    def schedule(step):
+        return o.learning_rate * optimizer.learning_rate(o, step / total, (step + 1) / total)
+
     inner = optax.chain(
         optax.scale_by_rms(o.beta2, o.eps, eps_in_sqrt=False, bias_correction=True),
         optax.add_decayed_weights(o.weight_decay, optimizer.decay_mask),

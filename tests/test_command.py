@@ -58,8 +58,8 @@ def refused(toy, tmp_path):
         (["--config.train.microbatches=7"], "it must be divisible by train.microbatches, 7"),
         (["--config.train.phases=50%"], "train.phases: '50%' is no phase; it takes FROM: field=value"),
         (["--config.train.phases=half: objective.name=mlm"], "'half: objective.name=mlm' is no phase"),
-        (["--config.train.phases=50%: name=mlm"], "'name' is no field of objective"),
-        (["--config.train.phases=50%: optimizer.name=adamw"], "'optimizer.name' is no field of objective"),
+        (["--config.train.phases=50%: name=mlm"], "'name' is no field that may change within a run"),
+        (["--config.train.phases=50%: optimizer.name=adamw"], "'optimizer.name' is no field that may change"),
         (["--config.model.attention=flash"], "it can be auto, plain, splash, cudnn, interpreted"),
         (
             ["--config.model.attention=splash"],
@@ -210,27 +210,27 @@ def test_spellings_that_work(toy, tmp_path):
     with_space.write_text((ROOT / "configs" / "small.py").read_text())
     config = printed(
         toy, "--config", with_space, "--config.train.steps=1e6", "--config.tokenizer.sample_bytes", "1_000",
-        "--config.objective.mask_rate_final=none", "--noconfig.log.tensorboard", "--config.model.glu",
+        "--config.model.scan_layers=none", "--noconfig.log.tensorboard", "--config.model.glu",
         "--config.optimizer.learning_rate=1", "--config.data.source=text:a=b c#d",
     )  # fmt: skip
     assert config["train"]["steps"] == 1_000_000 and config["tokenizer"]["sample_bytes"] == 1000
-    assert config["objective"]["mask_rate_final"] is None and config["log"]["tensorboard"] is False
+    assert config["model"]["scan_layers"] is None and config["log"]["tensorboard"] is False
     assert config["model"]["glu"] is True and config["model"]["positions"] == "rope"
     assert config["optimizer"]["learning_rate"] == 1.0 and config["data"]["source"] == "text:a=b c#d"
-    assert printed(toy, "--config.objective.mask_rate_final=0.3")["objective"]["mask_rate_final"] == 0.3
+    assert printed(toy, "--config.model.scan_layers=yes")["model"]["scan_layers"] is True
     assert printed(toy) == config_lib.build(quickstart.get_config()).to_dict()
 
 
 def test_the_last_of_several_counts(toy):
-    none, some = "--config.objective.mask_rate_final=none", "--config.objective.mask_rate_final=0.3"
-    assert printed(toy, none, some)["objective"]["mask_rate_final"] == 0.3
-    assert printed(toy, some, none)["objective"]["mask_rate_final"] is None
+    none, some = "--config.model.scan_layers=none", "--config.model.scan_layers=false"
+    assert printed(toy, none, some)["model"]["scan_layers"] is False
+    assert printed(toy, some, none)["model"]["scan_layers"] is None
 
 
 def test_the_arguments_of_a_config_make_it_again(toy):
     line = [
         "--config", str(ROOT / "configs" / "small.py"), "--config.train.steps", "1e6", "--noconfig.log.tensorboard",
-        "--config.objective.mask_rate_final=none", "--config.model.glu", "-config.data.source=text:a=b c#d",
+        "--config.model.scan_layers=none", "--config.model.glu", "-config.data.source=text:a=b c#d",
     ]  # fmt: skip
     arguments = command_lib.config_arguments(["train", "--workdir=w", *line, "--dry_run"])
     assert all(argument.startswith("--config") and "=" in argument for argument in arguments)

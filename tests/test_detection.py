@@ -16,7 +16,7 @@ from test_step import MODERN, V, host_batch, make_config, vocabulary
 from test_step import train as train_steps
 
 from configs import electra_small
-from flax_mlm import checkpoint, detection, masking, metrics, objective, sharding, step
+from flax_mlm import checkpoint, detection, masking, metrics, objective, phases, sharding, step
 from flax_mlm import config as config_lib
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.errors import UserError
@@ -84,10 +84,10 @@ def built(name: str):
         params = jax.tree.map(
             lambda x: x + noise.normal(0, 0.02, x.shape).astype(np.float32), jax.device_get(steps.init().params)
         )
-        slots = objective.num_slots(config.objective, 32, 0.15)
+        slots, rates = objective.num_slots(config.objective, 32, 0.15), masking.rates(config.objective, 0.15)
         targets = jax.jit(
             lambda rows: objective.targets(
-                config.objective, rows, step.run_key(config, "mask"), vocabulary(), 0.15, slots
+                config.objective, rows, step.run_key(config, "mask"), vocabulary(), rates, slots
             )
         )(sharding.global_batch(host_batch(0), mesh))
     return config, mesh, steps, params, targets
@@ -192,7 +192,8 @@ def test_what_is_drawn_changes_with_the_row_and_not_with_the_masks():
     config, mesh, *_ = built("none")
     with jax.set_mesh(mesh):
         rows = sharding.global_batch(host_batch(0), mesh)
-        keys = jax.jit(lambda rate: objective.targets(config.objective, rows, jax.random.key(0), vocabulary(), rate, 8))
+        o, key = config.objective, jax.random.key(0)
+        keys = jax.jit(lambda rate: objective.targets(o, rows, key, vocabulary(), masking.rates(o, rate), 8))
         first, second = (keys(rate).sample_keys_B for rate in (0.15, 0.3))
         masks = jax.vmap(masking.row_key, (None, 0))(jax.random.key(0), host_batch(0)["row_ids"])
     data = [np.asarray(jax.random.key_data(keys)) for keys in (first, second, masks)]
@@ -281,8 +282,8 @@ def test_what_cannot_be_is_refused(changes, said):
 
 
 def test_a_phase_may_change_what_no_parameter_depends_on():
-    phases = make_config((1, 1, 1), (*RTD, ("train.phases", "50%: objective.mask_rate=0.3"))).phases()
-    assert [c.objective.mask_rate for c in phases.values()] == [0.15, 0.3]
+    parts = phases.of(make_config((1, 1, 1), (*RTD, ("train.phases", "50%: objective.mask_rate=0.3"))))
+    assert [part.config.objective.mask_rate for part in parts] == [0.15, 0.3]
 
 
 def test_a_generator_of_a_third():
@@ -425,5 +426,7 @@ def test_export(toy, rtd_run, tmp_path):
 
 def test_the_line_of_a_step_has_both_losses():
     values = dict(loss=20.5, accuracy=0.9, generator_loss=5.5, discriminator_loss=0.3, learning_rate=1e-3, grad_norm=1)
-    line = metrics.train_line(1, 9, {**values, "skipped": 0, "tokens_per_second": 1, "data_wait": 0, "eta_seconds": 1})
+    line = metrics.train_line(
+        "step 1/9", {**values, "skipped": 0, "tokens_per_second": 1, "data_wait": 0, "eta_seconds": 1}
+    )
     assert "loss 20.5000  generator 5.5000  discriminator 0.3000  accuracy 0.9000" in line

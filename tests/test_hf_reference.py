@@ -329,11 +329,12 @@ def test_continued_training_has_the_losses_of_torch():
     with jax.set_mesh(mesh):
         steps = make_steps(config, tokenizer.vocab_size, mesh)
         state = start.state(config, steps, tokenizer, print)
-        slots = objective.num_slots(config.objective, 64, config.objective.largest_mask_rate)
+        slots = objective.num_slots(config.objective, 64, config.objective.mask_rate)
         for step in range(20):
             row_ids = np.stack([np.zeros(8), np.arange(8) + 8 * step], axis=1).astype(np.uint32)
             batch = sharding.global_batch({"tokens": tokens[step], "row_ids": row_ids}, mesh)
-            targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, 0.15, slots)
+            rates = masking.rates(config.objective, 0.15)
+            targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
             state, metrics = steps.train(state, batch, vocab)
 
             inputs, places, labels, used = (

@@ -46,7 +46,11 @@ def row_ids(numbers):
 
 @functools.cache
 def compiled(o, slots):
-    return jax.jit(lambda tokens, ids, key, vocab, rate: masking.mask_tokens(tokens, ids, key, vocab, o, rate, slots))
+    return jax.jit(
+        lambda tokens, ids, key, vocab, rate: masking.mask_tokens(
+            tokens, ids, key, vocab, o, masking.rates(o, rate), slots
+        )
+    )
 
 
 def mask(tokens, tok, o, rate=0.15, ids=None, key=KEY, slots=None):
@@ -237,7 +241,7 @@ def test_masks_on_an_explicit_mesh_equal_those_of_one_device(strategy):
         mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=min(devices, 2), tensor=1), jax.devices()[:devices])
         with jax.set_mesh(mesh):
             rows = sharding.global_batch({"tokens": tokens, "row_ids": ids}, mesh)
-            of = jax.jit(lambda rows: objective_lib.targets(o, rows, KEY, vocab, 0.15, slots))
+            of = jax.jit(lambda rows: objective_lib.targets(o, rows, KEY, vocab, masking.rates(o, 0.15), slots))
             return of(rows)
 
     one, many = everything(1), everything(8)
@@ -271,16 +275,6 @@ def test_no_rate_asks_for_more_slots_than_there_are():
     for rate in np.linspace(0.01, 1.0, 25, dtype=np.float32):
         slots = masking.num_slots(102, float(rate))
         assert mask(tokens, tok, BASE, rate).weights_BK.sum() == slots
-
-
-def test_mask_rate_moves_from_first_step_to_last():
-    o = dataclasses.replace(BASE, mask_rate=0.3, mask_rate_final=0.15)
-    rates = [float(masking.mask_rate_at(o, jnp.int32(s), 101)) for s in range(101)]
-    assert rates[0] == np.float32(0.3) and rates[-1] == np.float32(0.15)
-    np.testing.assert_allclose(np.diff(rates), -0.0015, rtol=1e-3)
-    assert {float(masking.mask_rate_at(BASE, s, 101)) for s in (0, 33, 100)} == {np.float32(0.15)}
-    assert float(masking.mask_rate_at(o, 0, 1)) == np.float32(0.3)
-    assert masking.mask_rate_at(o, 0, 10).dtype == jnp.float32
 
 
 # One million tokens; seeds are fixed, so a p-value below 1e-4 is a fault and not bad luck.

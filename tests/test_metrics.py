@@ -111,14 +111,14 @@ def test_flops_of_bert_base_are_six_per_parameter_and_token_plus_attention_and_h
 
 
 def test_throughput_leaves_out_pauses():
-    speed = metrics.Throughput(0, 100, 1e12, {})
+    speed = metrics.Throughput(0.0, 1e12, {})
     for _ in range(10):
         speed.add(1000, 1e9)
     with speed.paused():
         time.sleep(0.2)
     with speed.waiting():
         time.sleep(0.02)
-    rates = speed.report(10)
+    rates = speed.report(0.1)
     assert rates["tokens_per_second"] > 10_000 / 0.2
     assert 0 < rates["data_wait"] <= 1
     assert rates["mfu"] == pytest.approx(1e9 * rates["tokens_per_second"] / 1000 / 1e12)
@@ -128,10 +128,10 @@ def test_throughput_leaves_out_pauses():
 def test_totals_go_on_where_they_were_saved_without_the_pauses(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    speed = metrics.Throughput(10, 100, None, {"tokens_seen": 5000, "train_seconds": 60.0})
+    speed = metrics.Throughput(0.1, None, {"tokens_seen": 5000, "train_seconds": 60.0})
     now += 3
     speed.add(100.0, 1e9)
-    reported = speed.report(11)
+    reported = speed.report(0.11)
     assert (reported["tokens_seen"], reported["train_seconds"]) == (5100, 63.0)
     now += 4
     speed.add(100.0, 1e9)
@@ -141,16 +141,18 @@ def test_totals_go_on_where_they_were_saved_without_the_pauses(monkeypatch):
         raise KeyError
     now += 5
     assert speed.totals() == {"tokens_seen": 5200, "train_seconds": 72.0}
-    assert speed.report(12)["tokens_per_second"] == pytest.approx(100 / 9)
+    assert speed.report(0.12)["tokens_per_second"] == pytest.approx(100 / 9)
 
 
 def test_the_line_can_be_grepped():
     values = dict(loss=1.5, accuracy=0.25, learning_rate=1e-3, grad_norm=0.5, skipped=0.0)
-    line = metrics.train_line(20, 100, {**values, "tokens_per_second": 1234.5, "data_wait": 0.01, "eta_seconds": 3661})
+    line = metrics.train_line(
+        "step 20/100", {**values, "tokens_per_second": 1234.5, "data_wait": 0.01, "eta_seconds": 3661}
+    )
     assert "\n" not in line
     assert re.search(
         r"step 20/100  loss 1\.5000  accuracy 0\.2500 .* tokens/s 1,234  mfu unknown .* eta 1:01:01$", line
     )
     assert metrics.train_line(
-        20, 100, {**values, "skipped": 2.0, "tokens_per_second": 1, "data_wait": 0, "eta_seconds": 1, "mfu": 0.5}
+        "step 20/100", {**values, "skipped": 2.0, "tokens_per_second": 1, "data_wait": 0, "eta_seconds": 1, "mfu": 0.5}
     ).endswith("mfu 50.0%  data_wait 0.0%  eta 0:00:01  skipped 2")

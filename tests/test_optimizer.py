@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base
@@ -53,14 +55,36 @@ def update(name: str, params_and_grads, **changes):
     ],
 )
 def test_schedules(schedule, expected):
-    rate = optimizer.learning_rate(dataclasses.replace(OPTIMIZER, schedule=schedule), 100)
-    assert {s: float(rate(jnp.float32(s))) for s in expected} == pytest.approx(expected, abs=1e-5)
+    config = dataclasses.replace(OPTIMIZER, schedule=schedule)
+    found = {s: float(optimizer.learning_rate(config, s / 100, (s + 1) / 100)) for s in expected}
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
-def test_schedules_end_at_their_share_of_the_peak(schedule):
-    config = dataclasses.replace(OPTIMIZER, schedule=schedule, final_lr_fraction=0.25)
-    assert float(optimizer.learning_rate(config, 100)(jnp.float32(100))) == pytest.approx(0.25)
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
+def test_schedules_without_warm_up_and_where_they_end(schedule):
+    config = dataclasses.replace(OPTIMIZER, schedule=schedule, final_lr_fraction=0.25, warmup_fraction=0.0)
+    first, last = (float(optimizer.learning_rate(config, s, s + 0.01)) for s in (0.0, 1.0))
+    assert first == pytest.approx(1.0) and last == pytest.approx(1.0 if schedule == "constant" else 0.25)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["linear", "cosine", "wsd"]), st.integers(5, 200), st.integers(2, 40))
+def test_schedules_are_those_of_optax(schedule, total, every):
+    """But for the warm-up, which optax rounds to whole steps."""
+    warmup = total // every
+    config = dataclasses.replace(
+        OPTIMIZER, schedule=schedule, warmup_fraction=warmup / total, decay_fraction=0.5, final_lr_fraction=0.1
+    )
+    after, decay = total - warmup, total * 0.5
+    theirs = {
+        "linear": optax.linear_schedule(1.0, 0.1, after),
+        "cosine": optax.cosine_decay_schedule(1.0, after, 0.1),
+        "wsd": optax.linear_schedule(1.0, 0.1, decay, transition_begin=after - decay),
+    }[schedule]
+    for step in range(total):
+        expected = (step + 1) / warmup if step < warmup else float(theirs(step - warmup))
+        found = float(optimizer.learning_rate(config, step / total, (step + 1) / total))
+        assert found == pytest.approx(expected, abs=2e-5), step
 
 
 def test_decay_spares_norms_and_biases_and_names_every_parameter(params_and_grads):

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from flax_mlm import config as config_lib
-from flax_mlm import masking, objective, optimizer, sharding, spikes, step
+from flax_mlm import masking, objective, optimizer, phases, sharding, spikes, step
 
 V, B, L = 101, 16, 32
 MODERN = {
@@ -56,7 +56,7 @@ def train(mesh_shape: tuple[int, int, int], overrides: tuple = (), num_steps: in
     config = make_config(mesh_shape, overrides)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh_shape))])
     with jax.set_mesh(mesh):
-        steps = step.make_steps(config, V, mesh)
+        steps = step.make_steps(config, V, mesh, phases.of(config)[0])
         state, history = steps.init(), []
         for i in range(num_steps):
             with jax.transfer_guard_device_to_host("disallow"):
@@ -150,7 +150,7 @@ def z_loss_as_defined() -> dict[str, float]:
         steps = step.make_steps(config, V, mesh)
         slots = objective.num_slots(config.objective, L, 0.15)
         batch, key = sharding.global_batch(host_batch(0), mesh), step.run_key(config, "mask")
-        t = objective.targets(config.objective, batch, key, vocabulary(), 0.15, slots)
+        t = objective.targets(config.objective, batch, key, vocabulary(), masking.rates(config.objective, 0.15), slots)
 
         def loss(params):
             scores = steps.model.apply(params, t.inputs_BL, t.segment_ids_BL, t.positions_BL, predict_BK=t.predict_BK)
@@ -273,7 +273,8 @@ def test_metrics_count_real_tokens_and_predictions():
 
 
 def test_the_mask_rate_moves_over_the_run():
-    history, _, _ = train((1, 1, 1), (("objective.mask_rate_final", 0.45), ("train.steps", 3)))
+    moving = (("train.phases", "0%: objective.mask_rate->0.6"), ("train.steps", 3))
+    history, _, _ = train((1, 1, 1), moving)
     assert [h["mask_rate"] for h in history] == pytest.approx([0.15, 0.3, 0.45])
     assert history[2]["predicted_tokens"] > 2.5 * history[0]["predicted_tokens"]
 

@@ -24,7 +24,7 @@ TEXTS = st.text(st.characters(codec="utf8", exclude_characters='"\n', exclude_ca
 VALUES = {
     "optimizer.name": st.sampled_from(["adamw", "lamb", "muon"]),
     "optimizer.learning_rate": st.floats(1e-9, 1e9),
-    "objective.mask_rate_final": st.none() | st.floats(0.01, 1.0),
+    "model.scan_layers": st.none() | st.booleans(),
     "model.num_layers": st.integers(1, 2**31 - 1),
     "model.glu": st.booleans(),
     "data.source": TEXTS,

@@ -26,7 +26,7 @@ def test_a_run_leaves_what_it_says_and_has_learned(toy, trained_run):
     assert result["loss"] < 0.5 * result["unigram_entropy"]
     assert result["accuracy"] > 3 * result["majority_accuracy"]
     lines = metrics_of(trained_run)
-    assert [line["step"] for line in lines] == [line["data_step"] for line in lines] == list(range(1, 301))
+    assert [line["step"] for line in lines] == [line["rows"] // 16 for line in lines] == list(range(1, 301))
     assert lines[-1]["learning_rate"] < lines[60]["learning_rate"] and lines[-1]["skipped"] == 0
     assert len({line["batch_fingerprint"] for line in lines}) == 300
     config_lib.build(config_lib.from_dict(json.loads((trained_run / "config.json").read_text())))
@@ -85,7 +85,7 @@ def test_phases_follow_each_other_in_one_run(toy, tmp_path):
     """Next token for half of the steps, then masks; each checkpoint knows what it was trained with."""
     straight = tmp_path / "straight"
     out = finish(toy, straight, *toy.flags(**PHASES, train__keep_every=10))
-    assert "run         clm, then from step 30 mlm, 60 steps" in out
+    assert "run         clm, 60 steps of 16 rows" in out and "from step 30 (50%) on objective.name=mlm" in out
     for line in metrics_of(straight):  # about 26 of 32 tokens are ordinary
         assert (line["predicted_tokens"] > 300) == (line["step"] <= 30), line
     evaluated = {line["step"]: line["predicted_tokens"] for line in metrics_of(straight, "validation")}

@@ -20,14 +20,13 @@ def build(spec: dict[str, Any]) -> Callable[[], dict[str, float]]:
     """spec: `folder` with case.json and tokens; `shapes`, (rows, length) of batches; `calls` of each in a step."""
     folder = Path(spec["folder"])
     config, ids = case.read(folder)
-    vocab, key, rate = case.vocabulary(ids), jax.random.key(0), config.objective.mask_rate
+    vocab, key, o = case.vocabulary(ids), jax.random.key(0), config.objective
+    rates = masking.rates(o, o.mask_rate)
     stream = np.load(folder / "tokens.npy").reshape(-1).astype(np.int32)
 
     def of_shape(rows: int, length: int) -> Callable[[], Any]:
-        slots = masking.num_slots(length, rate)
-        mask = jax.jit(
-            lambda tokens, row_ids: masking.mask_tokens(tokens, row_ids, key, vocab, config.objective, rate, slots)
-        )
+        slots = masking.num_slots(length, o.mask_rate)
+        mask = jax.jit(lambda tokens, row_ids: masking.mask_tokens(tokens, row_ids, key, vocab, o, rates, slots))
         tokens = jax.numpy.asarray(stream[: rows * length].reshape(rows, length))
         row_ids = jax.numpy.asarray(np.stack([np.zeros(rows), np.arange(rows)], axis=1).astype(np.uint32))
         return lambda: jax.block_until_ready(mask(tokens, row_ids))

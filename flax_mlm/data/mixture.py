@@ -138,6 +138,18 @@ class Mixture:
         return [start + _spread(n, min(m, n)) for start, n, m in zip(starts, rows, wanted, strict=False)]
 
 
+def about_of(corpora: Sequence[Mixture]) -> dict[str, Any]:
+    """`Mixture.about` of what the phases of a run are trained on: the numbers of the first, and what text all are."""
+    texts = [corpus.about for corpus in corpora]
+    return texts[0] | {key: "; ".join(dict.fromkeys(t[key] for t in texts)) for key in ("name", "licence")}
+
+
+def fingerprint_of(corpora: Sequence[Mixture]) -> str:
+    """`Mixture.fingerprint` of what the phases of a run are trained on."""
+    each = [corpus.fingerprint for corpus in corpora]
+    return each[0] if len(set(each)) == 1 else hashlib.sha256(json.dumps(each).encode()).hexdigest()
+
+
 def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:
     return {key: sum(c[key] for c in counts) for key in counts[0]}
 

@@ -1,8 +1,8 @@
 """Batches as a function of (corpora, seed, step): there is no state to save, and resuming is arithmetic.
 
-The rows of training are an endless stream; a slot of a step is its row step * B + slot. A `Stream` says which corpus
-that one is from, and its position p among the rows of that corpus alone, where it is row permutation(seed, epoch)[i],
-with epoch = p // N and i = p % N. A host reads only the slots that it feeds.
+The rows of training are an endless stream; a slot of a step is its row first_row + step * B + slot. A `Stream` says
+which corpus that one is from, and its position p among the rows of that corpus alone, where it is row
+permutation(seed, epoch)[i], with epoch = p // N and i = p % N. A host reads only the slots that it feeds.
 """
 
 import atexit
@@ -37,6 +37,7 @@ def train_batches(
     global_batch_size: int,
     start_step: int,
     stop_step: int,
+    first_row: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     stream: Stream | None = None,
@@ -48,6 +49,7 @@ def train_batches(
       seed: The order of the rows follows from it.
       global_batch_size: B, rows over all hosts.
       start_step, stop_step: Which batches.
+      first_row: Of the stream, where batch 0 begins.
       process_index: This host.
       process_count: Hosts.
       stream: How the corpora take turns; None: there is one.
@@ -78,7 +80,7 @@ def train_batches(
     num_rows = tf.constant(order.num_rows, tf.int64)
 
     def batch(step: Any) -> dict[str, Any]:
-        row = step * global_batch_size + process_index * share + tf.range(share, dtype=tf.int64)
+        row = first_row + step * global_batch_size + process_index * share + tf.range(share, dtype=tf.int64)
         corpus, position = tf.numpy_function(order.locate, [row], (tf.int64, tf.int64), stateful=False)
         index = _permuted(tf, corpus, position, tf.gather(num_rows, corpus), seed)
         index += tf.gather(tf.cumsum(num_rows, exclusive=True), corpus)

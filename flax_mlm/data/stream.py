@@ -9,11 +9,15 @@ with no history. (Shares of this kind: Tijdeman, The chairman assignment problem
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from flax_mlm.data.mixture import Mixture
 
 _LARGEST = 1 << 31  # of the sum of weights, so that their products fit into 64 bits
 
@@ -58,6 +62,29 @@ class Stream:
     def epochs(self, row: int) -> list[float]:
         """How often each corpus has been gone through before row `row` of the stream."""
         return [position / rows for position, rows in zip(self.positions(row), self.num_rows, strict=True)]
+
+
+class Place(NamedTuple):
+    """Where in its text a run is: what has to be saved to read on, whatever it has read before."""
+
+    row: int = 0  # of the run: how many it has had
+    first: int = 0  # that of them since which the corpora and their weights are as they are
+    taken: Mapping[str, int] = MappingProxyType({})  # how many rows a corpus, by its fingerprint, had given before that
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {**self._asdict(), "taken": dict(self.taken)}
+
+    def stream(self, corpus: "Mixture") -> Stream:
+        """The stream that is read here."""
+        starts = tuple(self.taken.get(part.fingerprint, 0) for part in corpus.corpora.values())
+        return dataclasses.replace(corpus.stream(), first=self.first, starts=starts)
+
+    def turned(self, before: "Mixture") -> "Place":
+        """The place from which on other corpora than before are read, or with other weights, each from where it was."""
+        here = self.stream(before).positions(self.row)
+        names = (part.fingerprint for part in before.corpora.values())
+        return Place(self.row, self.row, {**self.taken, **dict(zip(names, here, strict=True))})
 
 
 def counts(weights: Sequence[int], n: int) -> list[int]:

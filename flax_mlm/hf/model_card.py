@@ -159,9 +159,8 @@ It knows what its text says, with that text's errors and prejudices. \
 def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
     """What the weights come from, as a list."""
     o, t, about, tuned = config.objective, config.train, meta.get("text"), meta.get("fine_tuned")
-    rate = f"{o.mask_rate:.0%}" + (f" to {o.mask_rate_final:.0%}" if o.mask_rate_final else "")
     masks = (
-        f"{rate} of the tokens, chosen by {o.masking.replace('_', ' ')}, of those "
+        f"{o.mask_rate:.0%} of the tokens, chosen by {o.masking.replace('_', ' ')}, of those "
         f"{o.replace_mask:.0%} shown as `{mask}`, {o.replace_random:.0%} as a random token"
     )
     sharing = {
@@ -183,7 +182,7 @@ def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
         average = config.optimizer.averages
         averaged = f"; the weights are their {average} average" if average != "none" else ""
         corpora = about.get("corpora", {"": {**about, "share": 1.0}}).values()
-        rows = meta["step"] * t.global_batch_size
+        rows = meta.get("place", {}).get("row", meta["step"] * t.global_batch_size)
         tokens = sum(rows * text["share"] * text["tokens"] / text["rows"] for text in corpora)
         for text in corpora:
             share = f", {text['share']:.1%} of the rows" if len(corpora) > 1 else ""
@@ -197,6 +196,8 @@ def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
             f"{tokens:,.0f} tokens; {config.optimizer.name}, peak learning rate {config.optimizer.learning_rate:g}, "
             f"{config.optimizer.schedule}{averaged}; computed in {config.model.dtype}; seed {config.seed}.",
         ]
+    if changes := meta.get("config", {}).get("train", {}).get("phases"):
+        lines.append(f"- In phases: `{changes}`. The above is of the last one that it has seen.")
     if tuned:
         lines.append(
             f"- Fine-tuned for search: contrastive (InfoNCE), {tuned['examples']:,} pairs, vectors by "

@@ -30,7 +30,7 @@ def main(workdir: Path, last: int, keep_last: int) -> None:
     c = base.get_config()
     c.train.keep_last, c.train.checkpoint_every, c.train.keep_every = keep_last, 1, 10
     meta = {
-        "format": 2,
+        "format": 3,
         "config": {},
         "tokenizer": {"filename": "tokenizer.model", "base64": ""},
         "corpus": "none",

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 ROOT = Path(__file__).parent.parent.parent
 META = {
-    "format": 2,
+    "format": 3,
     "config": {},
     "tokenizer": {"filename": "tokenizer.model", "base64": ""},
     "corpus": "a" * 64,

@@ -1,0 +1,179 @@
+"""The parts of a run, each with a config of its own, and what moves within it.
+
+`train.phases` is a text such as `0%: objective.mask_rate=0.3->0.15; 90%: data.seq_len=512, train.global_batch_size=64`:
+from where on, and which fields change there. `a->b` moves a number evenly from a to b in the course of its phase, `->b`
+from what it was. What is not mentioned stays as it was, a number that has moved as it was in the end. A part is known
+by its share of the run, so that it does not matter whether a run's length is given in steps, tokens or time.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from flax_mlm.config import Config, check, field_types, parse
+from flax_mlm.errors import UserError
+
+MOVING = (
+    *("objective.mask_rate", "objective.replace_mask", "objective.replace_random"),
+    *("optimizer.learning_rate", "optimizer.weight_decay"),
+)
+_CHANGING = (
+    *MOVING,
+    "objective.",
+    *("train.global_batch_size", "train.microbatches", "data.corpus", "data.seq_len"),
+    *("model.rope_theta_global", "model.rope_theta_local", "model.local_window"),
+    *("model.dropout_rate", "model.attention_dropout_rate", "model.attention", "model.remat"),
+)
+_FIXED_WITH_RTD = ("name", "generator_size", "generator_depth", "embedding_sharing")
+_NUMBER = r"\d+(?:_?\d)*(?:\.\d+)?(?:e\d+)?"
+
+
+class Phase(NamedTuple):
+    """One part of a run."""
+
+    config: Config  # of what moves it has the first value
+    begin: float = 0.0  # as a share of the run
+    end: float = 1.0
+    last: tuple[tuple[str, float], ...] = ()  # of what moves: field, and its value at the end
+    changes: str = ""  # as the user wrote them
+    first_step: int = 0
+    num_steps: int | None = None  # None: the clock decides
+
+    def value(self, path: str, share: Any) -> Any:
+        """A number of the config after this share of the phase (a float, or an array)."""
+        first = _get(self.config, path)
+        return first + share * (dict(self.last)[path] - first) if path in dict(self.last) else first
+
+    @property
+    def largest_mask_rate(self) -> float:
+        """The number of predicted slots K is sized for it."""
+        return max(self.config.objective.mask_rate, dict(self.last).get("objective.mask_rate", 0.0))
+
+
+def whole(config: Config) -> Phase:
+    """A run that is all of one part."""
+    return Phase(config, num_steps=config.train.steps if config.train.unit == "steps" else None)
+
+
+def of(config: Config) -> list[Phase]:
+    """The parts of a run, in order; of one whose length is in steps, also which steps each has.
+
+    Raises:
+      UserError: `train.phases` cannot be read, or asks for what cannot be.
+    """
+    length, unit = config.train.length, config.train.unit
+    first = dataclasses.replace(config, train=dataclasses.replace(config.train, phases=""))
+    found = [Phase(first)]
+    for part in filter(None, map(str.strip, config.train.phases.split(";"))):
+        match = re.fullmatch(rf"({_NUMBER})(%?)\s*:(.+)", part, re.S)
+        if not match:
+            raise _wrong(f"'{part}' is no phase")
+        begin = float(match[1]) / (100 if match[2] else length)
+        if unit == "steps":
+            begin = round(begin * length) / length
+        is_first = begin == 0.0 and len(found) == 1 and not found[0].changes
+        if not is_first and not found[-1].begin < begin < 1:
+            if unit == "steps":
+                after = f"step {begin * length:g}, not between steps {found[-1].begin * length:g} and {length}"
+            else:
+                after = f"{begin:.1%}, not between {found[-1].begin:.1%} and 100.0%"
+            raise _wrong(f"'{part}' begins at {after}")
+        before = found.pop() if is_first else found[-1]._replace(end=begin)
+        if not is_first:
+            found[-1] = before
+        found.append(_changed(before, begin, match[3].strip()))
+    if unit != "steps":
+        return found
+    return [p._replace(first_step=round(p.begin * length), num_steps=round((p.end - p.begin) * length)) for p in found]
+
+
+def _changed(before: Phase, begin: float, changes: str) -> Phase:
+    """The phase after another one, or in place of the first."""
+    types, config = field_types(), _with(before.config, dict(before.last))
+    last, parts = dict[str, float](), list[str]()
+    for part in changes.split(","):
+        if "=" in part or "->" in part or not parts:
+            parts.append(part)
+        else:  # a comma in a value, which names several corpora
+            parts[-1] += f",{part}"
+    for part in parts:
+        match = re.fullmatch(r"([^=>]*?)\s*(?:=(.*?))?(?:->(.*))?", part.strip(), re.S)
+        if not match or match[2] is match[3] is None:
+            raise _wrong(f"'{part.strip()}' is no change")
+        path, *texts = (text.strip() if text is not None else None for text in match.groups())
+        assert path is not None
+        if path not in types or not path.startswith(_CHANGING):
+            raise _wrong(f"'{path}' is no field that may change within a run")
+        if path == "data.seq_len" and config.data.corpus:
+            raise _wrong("'data.seq_len' is that of data.corpus; name a corpus that was prepared with other rows")
+        kind, optional = types[path]
+        first, final = (
+            None if text is None or (optional and text == "none") else parse(kind, path, text) for text in texts
+        )
+        if texts[0] is not None:
+            config = _with(config, {path: first})
+        if texts[1] is not None:
+            if path not in MOVING:
+                raise _wrong(f"'{path}' does not move; of what changes, {', '.join(MOVING)} do")
+            last[path] = float(final or 0.0)
+    check(config)
+    check(_with(config, last))
+    for name in _FIXED_WITH_RTD:
+        old, new = (getattr(c.objective, name) for c in (before.config, config))
+        if begin > 0 and "rtd" in (before.config.objective.name, config.objective.name) and old != new:
+            why = "with rtd the parameters depend on it"
+            raise _wrong(f"'{changes}' changes objective.{name} from {old} to {new}, but {why}")
+    return Phase(config, begin, 1.0, tuple(last.items()), changes)
+
+
+def settled(phases: Sequence[Phase], seq_len: Sequence[int], tokens_per_row: Sequence[float]) -> list[Phase]:
+    """The phases, now that the corpus of each is known: with its rows, and where a run's length is in tokens with the
+    steps that each has.
+
+    Args:
+      seq_len: L of each phase's rows.
+      tokens_per_row: of each phase's rows, without special ones.
+    """
+    phases = [p._replace(config=_with(p.config, {"data.seq_len": n})) for p, n in zip(phases, seq_len, strict=True)]
+    if phases[0].config.train.unit != "tokens":
+        return phases
+    counts, tokens = [], phases[0].config.train.tokens
+    for phase, each in zip(phases, tokens_per_row, strict=True):
+        counts.append(max(1, round((phase.end - phase.begin) * tokens / (phase.config.train.global_batch_size * each))))
+    return [
+        p._replace(config=_with(p.config, {"train.steps": sum(counts)}), first_step=sum(counts[:i]), num_steps=n)
+        for i, (p, n) in enumerate(zip(phases, counts, strict=True))
+    ]
+
+
+def number(phases: Sequence[Phase], step: int, progress: float) -> int:
+    """The number of the phase that update number `step`, from 0, belongs to, at this share of the run."""
+    begun = [i for i, p in enumerate(phases) if (p.begin <= progress if p.num_steps is None else p.first_step <= step)]
+    return begun[-1]
+
+
+def is_over(phases: Sequence[Phase], step: int, progress: float) -> bool:
+    """Whether the run is done after so many updates, at this share of it."""
+    last = phases[-1]
+    return progress >= 1.0 if last.num_steps is None else step >= last.first_step + last.num_steps
+
+
+def _with(config: Config, values: dict[str, Any]) -> Config:
+    """The config with some fields, given by dotted names."""
+    for path, value in values.items():
+        section, _, name = path.rpartition(".")
+        if section and getattr(getattr(config, section), name) != value:
+            changed = dataclasses.replace(getattr(config, section), **{name: value})
+            config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def _get(config: Config, path: str) -> Any:
+    section, _, name = path.rpartition(".")
+    return getattr(getattr(config, section), name)
+
+
+def _wrong(why: str) -> UserError:
+    example = "0%: objective.mask_rate=0.3->0.15; 50%: objective.name=clm"
+    return UserError(f"train.phases: {why}; it takes FROM: field=value, field=a->b; FROM: ... such as '{example}'")

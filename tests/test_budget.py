@@ -1,0 +1,103 @@
+"""A run that ends when its time is used up, on a clock of the test's own, and in a real run."""
+
+import itertools
+import json
+import re
+
+import pytest
+from faults.runs import Watched, finish, metrics_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flax_mlm import budget
+from flax_mlm.errors import UserError
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now, self._monkeypatch = 0.0, monkeypatch
+        monkeypatch.setattr(budget.time, "monotonic", lambda: self.now)
+
+    def start(self) -> None:
+        """As a new process, that takes a while to get going."""
+        self._monkeypatch.setattr(budget, "_STARTED", self.now)
+        self.now += 20.0
+
+
+def simulate(clock: Clock, workdir, seconds: float, step: list[float], kills: set[int]) -> tuple[float, list[float]]:
+    """Seconds that are used in the end, and the progress after each step. Every 1,000 steps there is an evaluation of 7
+    seconds; a kill costs the last 10 steps."""
+    clock.start()
+    used, run = 0.0, budget.Budget(workdir, seconds, 0.0)
+    progress, kept = [], 0.0
+    for i in range(100_000):
+        if i in kills:
+            used += clock.now - budget._STARTED
+            clock.now += 5000.0  # away
+            clock.start()
+            run = budget.Budget(workdir, seconds, progress[-10] if len(progress) > 10 else kept)
+        if i % 1000 == 0:
+            with run.pause("evaluating"):
+                clock.now += 7.0
+        progress.append(run.next_progress())
+        if progress[-1] >= 1.0:
+            break
+        clock.now += step[i * len(step) // 2000 % len(step)]
+    with run.pause("evaluating"):
+        clock.now += 7.0
+    return used + clock.now - budget._STARTED, progress
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.floats(600.0, 3600.0),
+    st.lists(st.floats(0.2, 2.0), min_size=1, max_size=4),
+    st.sets(st.integers(20, 900), max_size=3),
+)
+def test_it_ends_in_time_and_annealed(tmp_path_factory, seconds, step, kills):
+    """Whatever a step takes, and however that changes; after kills, too."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        clock = Clock(monkeypatch)
+        used, progress = simulate(clock, tmp_path_factory.mktemp("run"), seconds, step, kills)
+    # A kill loses what has not been written down, at most a hundredth.
+    assert used == pytest.approx(seconds, rel=0.02 + 0.011 * len(kills))
+    assert progress[-1] == 1.0
+    if not kills:
+        assert progress == sorted(progress)
+        last = 1 - (7.0 + 5 * max(step)) / (seconds - 60)
+        assert progress[-2] > last, "it ends by degrees, not with a jump longer than an evaluation"
+
+
+def test_equal_steps_take_it_equally_far(monkeypatch, tmp_path):
+    _, progress = simulate(Clock(monkeypatch), tmp_path, 1000.0, [1.0], set())
+    gains = [b - a for a, b in itertools.pairwise(progress[1:-1])]
+    assert min(gains) == pytest.approx(max(gains), rel=0.2)
+
+
+def test_time_that_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "clock.json").write_text('{"seconds": "many"}')
+    with pytest.raises(UserError, match=r"clock\.json', the time used, cannot be read .* begins anew"):
+        budget.Budget(tmp_path, 60.0, 0.0)
+
+
+def test_a_run_with_a_budget(toy, tmp_path):
+    """Killed on the way: it ends, annealed and evaluated, when the time is used, that before the kill included."""
+    changes = {"train__budget_minutes": 1.0, "train__phases": "50%: train.global_batch_size=8", "eval__max_rows": 16}
+    flags = toy.flags(**changes, train__checkpoint_every=50, optimizer__schedule="linear")
+    workdir = tmp_path / "run"
+    run = Watched(toy, workdir, *flags)
+    run.until_path("checkpoints/50/commit_success.txt")
+    run.kill()
+    before = json.loads((workdir / "clock.json").read_text())["seconds"]
+    assert 0 < before < 60
+    out = finish(toy, workdir, *flags)
+    assert re.search(r"from 50% on train\.global_batch_size=8", out) and "restored step" in out
+    lines = metrics_of(workdir)
+    assert lines[-1]["progress"] == 1.0 and lines[-1]["learning_rate"] < 0.05 * 1e-2
+    rows = [line["rows"] for line in lines]
+    sizes = [b - a for a, b in itertools.pairwise(rows)]
+    assert set(sizes) == {16, 8} and sizes == sorted(sizes, reverse=True)
+    assert [line["progress"] for line in lines] == sorted(line["progress"] for line in lines)
+    used = json.loads((workdir / "clock.json").read_text())["seconds"]
+    assert used > 0.9 * 60 and json.loads((workdir / "result.json").read_text())["loss"] > 0
+    assert "this run is finished" in finish(toy, workdir, *flags)

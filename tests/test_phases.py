@@ -1,0 +1,279 @@
+"""The parts of a run: how they are written, what moves in them, and that one run walks through them and may be killed
+anywhere."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from faults.runs import assert_same_run, finish, metrics_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_step import V, host_batch, make_config, vocabulary
+
+from configs import base
+from flax_mlm import checkpoint, optimizer, phases, sharding, step
+from flax_mlm import config as config_lib
+from flax_mlm.data.stream import Place, Stream
+from flax_mlm.errors import UserError
+
+
+def parts_of(text: str, **train) -> list[phases.Phase]:
+    c = base.get_config()
+    c.train.phases = text
+    c.train.update({"steps": 1000, **train})
+    return phases.of(config_lib.build(c))
+
+
+# The text
+
+
+def test_what_is_not_mentioned_stays_and_what_has_moved_stays_where_it_came_to():
+    parts = parts_of(
+        "0%: objective.mask_rate=0.4->0.2, optimizer.weight_decay->0.1; 250: objective.name=clm; "
+        "50%: objective.name=mlm, optimizer.learning_rate->1e-5; 7.5e2: train.global_batch_size=64"
+    )
+    assert [(p.begin, p.end, p.first_step, p.num_steps) for p in parts] == [
+        (0.0, 0.25, 0, 250), (0.25, 0.5, 250, 250), (0.5, 0.75, 500, 250), (0.75, 1.0, 750, 250),
+    ]  # fmt: skip
+    assert [p.config.objective.name for p in parts] == ["mlm", "clm", "mlm", "mlm"]
+    assert [p.config.objective.mask_rate for p in parts] == [0.4, 0.2, 0.2, 0.2]
+    assert [p.config.optimizer.weight_decay for p in parts] == [0.01, 0.1, 0.1, 0.1]
+    assert [p.config.train.global_batch_size for p in parts] == [256, 256, 256, 64]
+    assert [p.value("optimizer.learning_rate", 0.5) for p in parts] == pytest.approx([5e-4, 5e-4, 2.55e-4, 1e-5])
+    assert [p.largest_mask_rate for p in parts] == [0.4, 0.2, 0.2, 0.2]
+
+
+def test_several_corpora_may_be_named():
+    _, second = parts_of("50%: data.corpus=a:0.7,b:0.3, objective.mask_rate=0.2")
+    assert second.config.data.folders() == {"a": "0.7", "b": "0.3"} and second.config.objective.mask_rate == 0.2
+
+
+@given(st.lists(st.integers(1, 999), unique=True, max_size=5), st.sampled_from(["steps", "tokens", "budget_minutes"]))
+@settings(deadline=None)
+def test_every_step_is_of_one_phase(starts, unit):
+    starts = sorted(starts)
+    text = "; ".join(f"{n}: train.global_batch_size={256 + i}" for i, n in enumerate(starts))
+    parts = parts_of(text, **({} if unit == "steps" else {unit: 1000.0}))
+    assert [p.begin for p in parts] == pytest.approx([0.0, *(n / 1000 for n in starts)])
+    assert [p.end for p in parts] == [*(p.begin for p in parts[1:]), 1.0]
+    if unit == "tokens":
+        parts = phases.settled(parts, [128] * len(parts), [0.001] * len(parts))  # of very long tokens
+        assert parts[0].config.train.steps == sum(p.num_steps for p in parts) >= len(parts)
+    if unit == "budget_minutes":
+        assert all(p.num_steps is None for p in parts)
+        numbers = [phases.number(parts, 0, share / 1000) for share in range(1000)]
+        assert not phases.is_over(parts, 10**9, 0.999) and phases.is_over(parts, 0, 1.0)
+    else:
+        total = parts[0].config.train.steps
+        numbers = [phases.number(parts, n, 0.0) for n in range(total)]
+        assert [numbers.count(i) for i in range(len(parts))] == [p.num_steps for p in parts]
+        assert not phases.is_over(parts, total - 1, 0.0) and phases.is_over(parts, total, 0.0)
+    assert numbers == sorted(numbers) and set(numbers) == set(range(len(parts)))
+
+
+def test_tokens_become_steps_phase_by_phase():
+    parts = parts_of("50%: train.global_batch_size=64; 75%: train.global_batch_size=32", tokens=1e6)
+    found = phases.settled(parts, [128, 128, 512], [100.0, 100.0, 400.0])
+    assert [p.num_steps for p in found] == [round(5e5 / 25600), round(2.5e5 / 6400), round(2.5e5 / 12800)]
+    assert [p.config.data.seq_len for p in found] == [128, 128, 512]
+    assert {p.config.train.steps for p in found} == {sum(p.num_steps for p in found)}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0%: optimizer.beta1=0.8->0.9", "'optimizer.beta1' is no field that may change within a run"),
+        ("0%: data.seq_len=64->128", "'data.seq_len' does not move; of what changes, objective.mask_rate,"),
+        ("0%: objective.mask_rate", "'objective.mask_rate' is no change"),
+        ("0%: objective.mask_rate=0.1->2", "objective.mask_rate is 2.0; it must lie in"),
+        ("0%: objective.mask_rate->much", "objective.mask_rate is 'much'; it takes a number"),
+        ("50%: data.seq_len=1024", "data.seq_len is 1024, longer than model.max_positions, 512"),
+        ("50%: data.corpus=x, data.seq_len=256", "'data.seq_len' is that of data.corpus; name a corpus"),
+        ("50%: objective.name=clm; 10%: objective.name=mlm", "begins at step 100, not between steps 500 and 1000"),
+        ("0%: objective.mask_rate=0.1; 0%: objective.mask_rate=0.2", "begins at step 0, not between steps 0 and 1000"),
+        ("50%: train.global_batch_size=100, train.microbatches=3", "must be divisible by train.microbatches, 3"),
+        ("50%: objective.replace_random->0.5", "objective.replace_mask + objective.replace_random is 1.3"),
+        ("50%: model.num_layers=6", "'model.num_layers' is no field that may change within a run"),
+    ],
+)
+def test_what_cannot_be_is_refused(text, said):
+    with pytest.raises(UserError) as e:
+        parts_of(text)
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"tokens": 1e6, "budget_minutes": 5.0}, "train.tokens and train.budget_minutes are set; a run has one length"),
+        ({"budget_cost": 5.0}, "train.budget_cost is 5; it needs train.price_per_chip_hour, too"),
+        ({"price_per_chip_hour": 5.0}, "train.price_per_chip_hour is 5; it needs train.budget_cost, too"),
+        ({"tokens": -1.0}, "train.tokens is -1.0; it must be at least 0.0"),
+    ],
+)
+def test_a_run_has_one_length(fields, said):
+    with pytest.raises(UserError) as e:
+        parts_of("", **fields)
+    assert said in str(e.value)
+
+
+def test_a_budget_in_other_units():
+    def seconds(**fields) -> float:
+        return parts_of("", **fields)[0].config.train.seconds(16)
+
+    assert seconds(budget_minutes=30.0) == 1800
+    assert seconds(budget_chip_hours=8.0) == 1800
+    assert seconds(budget_cost=9.6, price_per_chip_hour=1.2) == pytest.approx(1800)
+
+
+# The step
+
+
+def test_what_moves_moves_in_the_step():
+    """Each number as it should be in each of 10 steps, and the update that follows from them."""
+    text = "0%: objective.mask_rate->0.3; 50%: optimizer.learning_rate=0.02->0.01, optimizer.weight_decay=0.5->0.0"
+    changes = (("train.phases", text), ("optimizer.warmup_fraction", 0.0), ("optimizer.schedule", "constant"))
+    config = make_config((1, 1, 1), changes)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    parts, history = phases.of(config), []
+    with jax.set_mesh(mesh):
+        steps = [step.make_steps(part.config, V, mesh, part) for part in parts]
+        state, rows = steps[0].init(), sharding.global_batch(host_batch(0), mesh)
+        for i in range(10):
+            number = phases.number(parts, i, 0.0)
+            before = jax.device_get(state)
+            state, values = steps[number].train(state, rows, vocabulary())
+            history.append({name: float(value) for name, value in values.items()})
+            if i == 7:
+                last = before, jax.device_get(state)
+    assert [h["mask_rate"] for h in history] == pytest.approx([0.15, 0.18, 0.21, 0.24, 0.27, *[0.3] * 5])
+    assert [h["learning_rate"] for h in history] == pytest.approx([0.01] * 5 + [0.02, 0.018, 0.016, 0.014, 0.012])
+    assert [h["progress"] for h in history] == pytest.approx([0.1 * i for i in range(1, 11)])
+    # What no gradient reaches, the second token type, is moved by weight decay alone: rate 0.016 × decay 0.3.
+    before, after = (s.params["encoder"]["embeddings"]["token_type"][1] for s in last)
+    np.testing.assert_allclose(after, before * (1 - 0.016 * 0.3), rtol=1e-5)
+
+
+def test_replacements_move_too():
+    shown = []
+    for text in ("0%: objective.replace_mask=1.0->0.0", ""):
+        config = make_config((1, 1, 1), (("train.phases", text), ("train.steps", 2), ("objective.replace_random", 0.0)))
+        part = phases.of(config)[0]
+        for share in (0.0, 0.5, 1.0):
+            shown.append(step.rates_at(part, share).replace_mask)
+    assert shown == [1.0, 0.5, 0.0, 0.8, 0.8, 0.8]
+
+
+def test_the_clock_of_a_batch_moves_a_run_with_a_budget():
+    config = make_config((1, 1, 1), (("train.budget_minutes", 1.0), ("optimizer.schedule", "linear")))
+    mesh, history = sharding.make_mesh(config.mesh, jax.devices()[:1]), []
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        state = steps.init()
+        for progress in (0.1, 0.6, 0.5, 1.0):  # never back
+            rows = sharding.global_batch(host_batch(0), mesh, progress=progress)
+            state, values = steps.train(state, rows, vocabulary())
+            history.append((float(values["progress"]), float(values["learning_rate"])))
+    assert [p for p, _ in history] == pytest.approx([0.1, 0.6, 0.6, 1.0])
+    expected = [0.01 * float(optimizer.learning_rate(config.optimizer, b, b + 0.1)) for b in (0.0, 0.1, 0.6, 0.6)]
+    assert [rate for _, rate in history] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 1)])
+def test_longer_rows_begin_with_the_positions_there_are(mesh):
+    config = make_config(mesh, (("optimizer.averaging", "ema"), ("model.max_positions", 64)))
+    devices = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh))])
+    with jax.set_mesh(devices):
+        state = step.make_steps(config, V, devices).init()
+        before = jax.device_get(state)
+        after = jax.device_get(step.with_positions(state, 16, 40))
+    for tree, old in ((after.params, before.params), (after.average, before.average)):
+        table, first = tree["encoder"]["embeddings"]["position"], old["encoder"]["embeddings"]["position"]
+        np.testing.assert_array_equal(table[:40], np.concatenate([first[:16]] * 3)[:40])
+        np.testing.assert_array_equal(table[40:], first[40:])
+        np.testing.assert_array_equal(tree["encoder"]["embeddings"]["token"], old["encoder"]["embeddings"]["token"])
+
+
+# The place in the text
+
+
+class Part:
+    def __init__(self, name: str):
+        self.fingerprint = name
+
+
+class FakeMixture:
+    def __init__(self, weights: dict[str, int]):
+        self.corpora = {name: Part(name) for name in weights}
+        self.weights = tuple(weights.values())
+
+    def stream(self) -> Stream:
+        return Stream((10**6,) * len(self.weights), self.weights)
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.sampled_from(["a", "ab", "ba", "b", "abc"])), min_size=1, max_size=6))
+@settings(deadline=None)
+def test_every_corpus_goes_on_where_it_was(turns):
+    """However the corpora and their weights change, each gives its rows 0, 1, 2 ... in turn."""
+    seen: dict[str, list[int]] = {name: [] for name in "abc"}
+    place, before = Place(), None
+    for rows, names in turns:
+        now = FakeMixture({name: 1 + i for i, name in enumerate(names)})
+        place = place if before is None else place.turned(before)
+        place = Place(**json.loads(json.dumps(place.to_dict())))  # as if it had been killed here
+        corpus, position = place.stream(now).locate(np.arange(place.row, place.row + rows))
+        for c, p in zip(corpus, position, strict=True):
+            seen[names[c]].append(int(p))
+        place, before = place._replace(row=place.row + rows), now
+    assert all(positions == list(range(len(positions))) for positions in seen.values())
+
+
+# Whole runs
+
+LENGTHS = {
+    "model__positions": "learned", "data__corpus": "", "data__seq_len": 16, "model__max_positions": 64,
+    "train__phases": "40%: train.global_batch_size=32; 70%: data.seq_len=32, train.global_batch_size=8, "
+    "optimizer.learning_rate->1e-3",
+    "train__steps": 30, "train__checkpoint_every": 5, "train__eval_every": 10, "train__keep_every": 1,
+}  # fmt: skip
+
+
+def test_lengths_and_batches_change_within_one_run(toy, tmp_path):
+    """And it is the same when it is killed before, at or after a change."""
+    straight, flags = tmp_path / "straight", [*toy.flags(**LENGTHS), f"--config.data.source=text:{toy.text}"]
+    out = finish(toy, straight, *flags)
+    assert "from step 12 (40%) on train.global_batch_size=32" in out
+    assert "rows of 16" in out and "rows of 32" in out
+    lines = metrics_of(straight)
+    assert [line["rows"] for line in lines] == np.cumsum([16] * 12 + [32] * 9 + [8] * 9).tolist()
+    assert len({line["batch_fingerprint"] for line in lines}) == 30
+    evaluated = {line["step"]: line["rows"] for line in metrics_of(straight, "validation")}
+    assert evaluated[20] > 1.5 * evaluated[30], "rows twice as long are half as many"
+    config = checkpoint.read_config(str(straight))
+    assert config.data.seq_len == 32 and config.train.global_batch_size == 8
+    done = toy.run("evaluate", f"--checkpoint={straight}", "--mask_rates=")
+    assert done.returncode == 0 and "held-out masked-token loss" in done.stdout, done.stderr
+    for at in (10, 20, 25):
+        workdir = shutil.copytree(straight, tmp_path / str(at))
+        for later in checkpoint.steps_in(workdir):
+            if later > at:
+                shutil.rmtree(workdir / "checkpoints" / str(later))
+        assert f"restored step {at}" in finish(toy, workdir, *flags)
+        assert_same_run(workdir, straight, 30)
+
+
+def test_a_phase_that_does_not_fit_the_corpus_is_known_at_once(toy, tmp_path):
+    flags = toy.flags(train__phases=f"50%: data.corpus={tmp_path}/nowhere")
+    done = toy.run("train", *flags, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2 and "nowhere" in done.stderr and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_in_tokens(toy, tmp_path):
+    out = finish(toy, tmp_path / "run", *toy.flags(train__tokens=5000, train__steps=7, train__checkpoint_every=5))
+    (total,) = {line.split()[1].split("/")[1] for line in out.splitlines() if line.startswith("step ")}
+    lines = metrics_of(tmp_path / "run")
+    assert lines[-1]["step"] == int(total) and lines[-1]["learning_rate"] < 1e-3
+    special = 2 * lines[-1]["rows"]
+    assert 0.8 * 5000 < lines[-1]["tokens_seen"] - special < 1.3 * 5000
