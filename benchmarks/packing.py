@@ -73,7 +73,7 @@ def main(config: Config) -> None:
         rows.append([name, f"{filled:.1%}", f"{1e3 * seconds:,.0f}", f"{speed[name]:,.0f}"])
     ratio = speed["packed"] / speed["padded"]
     print(tables.markdown(("rows", "no padding", "ms a step", "useful tokens/s"), rows))
-    print(f"\n{ratio:.2f} times, with {size} rows of {corpus.seq_len} of: {corpus.source}. {turns.machine()}.")
+    print(f"\n{ratio:.2f} times, with {size} rows of {corpus.seq_len} of: {corpus.about['name']}. {turns.machine()}.")
     if _JSON.value:
         record = {"machine": turns.machine(), "speed": speed, "ratio": ratio, "turns": found, "source": corpus.source}
         files.write_json(Path(_JSON.value), record)
