@@ -5,6 +5,7 @@ it follows from the number of the step alone, so nothing else has to be saved. A
 as one that changed nothing.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ def _lawa(config: OptimizerConfig, total_steps: int, done: jax.Array) -> jax.Arr
 def _schedule_free(config: OptimizerConfig, total_steps: int, done: jax.Array) -> jax.Array:
     """Schedule-free (arXiv:2405.15682): a mean in which each step counts as the square of its
     learning rate, which rises linearly in the warm-up and is constant then."""
-    warmup = max(1, round(config.warmup_fraction * total_steps))
-    n = jnp.minimum(done, warmup)
+    warmup = max(1.0, config.warmup_fraction * total_steps)
+    n = jnp.minimum(done, math.floor(warmup))
     all_steps = (n / warmup) * ((n + 1.0) / warmup) * (2.0 * n + 1.0) / 6.0 + (done - n)
-    return jnp.square(n / warmup) / all_steps
+    return jnp.square(jnp.minimum(done / warmup, 1.0)) / all_steps

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from flax_mlm import buckets, phases, shelf
+from flax_mlm import buckets, shelf
 from flax_mlm import config as config_lib
 from flax_mlm.errors import Failure, UserError
 
@@ -155,8 +155,7 @@ def read_config(path: str) -> ConfigDict:
 def config_of(meta: dict[str, Any]) -> ConfigDict:
     """The config that the last step before a checkpoint was made with: that of its phase."""
     config = config_lib.from_dict(meta["config"])
-    if config.train.phases:
-        config = config_lib.from_dict(phases.of(config_lib.build(config))[meta["phase"]].config.to_dict())
+    config.train.phases = ""
     return config
 
 
@@ -342,9 +341,9 @@ class Checkpoints:
           state: what they have made of it.
           before: is called by process 0 before anything is written; its UserError or Failure is raised, except that a
             bucket that does not answer is a failure to save as any other.
-          so_far: of the run until this step, to be found again in `so_far` (JSON): `totals` (numbers, see
-            `metrics.Throughput`), `phase` (the number of it), `place` (a `data.stream.Place`, as a dict). What process
-            0 says is kept.
+          so_far: of the run until this step (JSON): `config` (that of its phase, but with all of `train.phases`); and
+            to be found again in `so_far`, `totals` (numbers, see `metrics.Throughput`), `phase` (the number of it) and
+            `place` (a `data.stream.Place`, as a dict). What process 0 says is kept.
 
         Returns:
           Whether it was started.

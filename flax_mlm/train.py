@@ -7,6 +7,7 @@ The same line starts a run, continues one that was killed, and says of a finishe
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -89,7 +90,9 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             return start.state(parts[0].config, steps, tokenizer, log) if config.init_from else steps.init()
 
         vocab = masking.vocabulary(tokenizer)
-        meta = checkpoint.make_meta(config, tokenizer, mixture.fingerprint_of(corpora), mixture.about_of(corpora))
+        meta = checkpoint.make_meta(
+            parts[0].config, tokenizer, mixture.fingerprint_of(corpora), mixture.about_of(corpora)
+        )
         checkpoints = checkpoint.Checkpoints(workdir, config, meta, steps.fingerprint)
         with roster.untimed("restoring"):
             state = checkpoints.restore_latest(steps.abstract, log) or new_state()
@@ -220,7 +223,11 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             def is_done() -> bool:
                 return checkpoints.save(step, state, before_save, so_far) and (not is_last or checkpoints.wait())
 
-            so_far = {"totals": speed.totals(), "phase": now, "place": place.to_dict()}
+            told = dataclasses.replace(parts[now].config.train, phases=config.train.phases)
+            so_far = {
+                "config": dataclasses.replace(parts[now].config, train=told).to_dict(),
+                **{"totals": speed.totals(), "phase": now, "place": place.to_dict()},
+            }
             with pause("saving"), roster.untimed("saving"):
                 while not is_done() and is_last:
                     time.sleep(1)  # and again, for this is the last occasion; it gives up by itself
@@ -323,6 +330,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             log(f"stopped by a signal; step {step} is saved. The same command goes on from there")
             return command.PREEMPTED
         stop.release()
+        batches.close()
         checkpoints.close()
 
         with roster.untimed("evaluating"):
@@ -359,10 +367,8 @@ def print_banner(parts: list[phases.Phase], corpora: list[Any], mesh: Any, steps
     for corpus in dict.fromkeys(map(id, corpora)):
         used = [(c, n) for c, n in zip(corpora, rows, strict=True) if id(c) == corpus]
         print_corpus(used[0][0], sum(n for _, n in used))
-    total, unit = first.train.length, first.train.unit
-    length = f"{first.train.steps:,} steps" if unit == "steps" else f"{total:,g} of train.{unit}"
-    if unit == "tokens":
-        length = f"{first.train.steps:,} steps"
+    budget = f"{first.train.length:g} {first.train.unit.removeprefix('budget_').replace('_', ' ')}"
+    length = budget if first.train.has_budget else f"{first.train.steps:,} steps"
     tokens = sum(n * c.tokens_per_row for n, c in zip(rows, corpora, strict=True))
     average = first.optimizer.averages
     averaged = f" (evaluated: the {average} average of its weights)" if average != "none" else ""
