@@ -79,9 +79,9 @@ def of(config: Config) -> list[Phase]:
             else:
                 after = f"{begin:.1%}, not between {found[-1].begin:.1%} and 100.0%"
             raise _wrong(f"'{part}' begins at {after}")
-        before = found.pop() if is_first else found[-1]._replace(end=begin)
+        before = found.pop()
         if not is_first:
-            found[-1] = before
+            found.append(before._replace(end=begin))
         found.append(_changed(before, begin, match[3].strip()))
     if unit != "steps":
         return found
@@ -107,16 +107,13 @@ def _changed(before: Phase, begin: float, changes: str) -> Phase:
             raise _wrong(f"'{path}' is no field that may change within a run")
         if path == "data.seq_len" and config.data.corpus:
             raise _wrong("'data.seq_len' is that of data.corpus; name a corpus that was prepared with other rows")
-        kind, optional = types[path]
-        first, final = (
-            None if text is None or (optional and text == "none") else parse(kind, path, text) for text in texts
-        )
-        if texts[0] is not None:
+        first, final = (None if text is None else parse(types[path][0], path, text) for text in texts)
+        if first is not None:
             config = _with(config, {path: first})
-        if texts[1] is not None:
+        if final is not None:
             if path not in MOVING:
                 raise _wrong(f"'{path}' does not move; of what changes, {', '.join(MOVING)} do")
-            last[path] = float(final or 0.0)
+            last[path] = final
     check(config)
     check(_with(config, last))
     for name in _FIXED_WITH_RTD:

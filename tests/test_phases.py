@@ -50,6 +50,28 @@ def test_several_corpora_may_be_named():
     assert second.config.data.folders() == {"a": "0.7", "b": "0.3"} and second.config.objective.mask_rate == 0.2
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model.rope_theta_global", 160_000.0),
+        ("model.rope_theta_local", 160_000.0),
+        ("model.local_window", 64),
+        ("model.dropout_rate", 0.0),
+        ("model.attention_dropout_rate", 0.0),
+        ("model.attention", "plain"),
+        ("model.remat", "full"),
+        ("objective.masking", "span"),
+        ("objective.z_loss", 1e-4),
+        ("data.seq_len", 512),
+        ("train.microbatches", 4),
+    ],
+)
+def test_what_may_change_at_once(path, value):
+    section, name = path.split(".")
+    values = [getattr(getattr(part.config, section), name) for part in parts_of(f"50%: {path}={value}")]
+    assert values[1] == value != values[0]
+
+
 @given(st.lists(st.integers(1, 999), unique=True, max_size=5), st.sampled_from(["steps", "tokens", "budget_minutes"]))
 @settings(deadline=None)
 def test_every_step_is_of_one_phase(starts, unit):
