@@ -75,7 +75,13 @@ def main(config: Config) -> None:
     print(tables.markdown(("rows", "no padding", "ms a step", "useful tokens/s"), rows))
     print(f"\n{ratio:.2f} times, with {size} rows of {corpus.seq_len} of: {corpus.about['name']}. {turns.machine()}.")
     if _JSON.value:
-        record = {"machine": turns.machine(), "speed": speed, "ratio": ratio, "turns": found, "source": corpus.source}
+        record = {
+            "machine": turns.machine(),
+            "speed": speed,
+            "ratio": ratio,
+            "turns": found,
+            "source": corpus.about["name"],
+        }
         files.write_json(Path(_JSON.value), record)
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 CPU = {"JAX_PLATFORMS": "cpu"}  # for a worker: else JAX looks for other devices first, where libtpu is for seconds
 
 # As it was when the benchmark started: a peer must not run with settings that `flax_mlm.environment` makes for us.
-_ENVIRONMENT = dict(os.environ)
+ENVIRONMENT = dict(os.environ)
 
 
 class Unavailable(Exception):
@@ -74,7 +74,7 @@ class Worker:
         line = [python, "-m", f"benchmarks.workers.{module}", json.dumps(spec)]
         pipe: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         try:
-            self._process = subprocess.Popen(line, cwd=ROOT, env={**_ENVIRONMENT, **variables}, **pipe)
+            self._process = subprocess.Popen(line, cwd=ROOT, env={**ENVIRONMENT, **variables}, **pipe)
         except FileNotFoundError:
             raise Unavailable(f"{name}: {python} is missing; run `bash benchmarks/setup.sh`") from None
 

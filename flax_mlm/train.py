@@ -383,13 +383,12 @@ def print_banner(parts: list[phases.Phase], corpora: list[Any], mesh: Any, steps
 def print_corpus(corpus: Any, rows: int) -> None:
     """One corpus or several, of which so many rows are going to be read; 0: that is not known."""
     for (name, part), times in zip(corpus.corpora.items(), corpus.stream().epochs(rows), strict=True):
-        of_all = [f"{corpus.shares[name]:.1%} of the rows"] * (len(corpus.corpora) > 1)
-        of_all += [f"{times:.2f} epochs"] * bool(rows)
-        counts = part.counts["train"]
+        counts, share = part.counts["train"], corpus.shares[name]
+        read = f", {share:.1%} of the rows" * (share < 1) + f" ({times:.2f} epochs)" * bool(rows)
         print(f"corpus      {part.path} ({part.source})")
         print(
             f"            {counts['rows']:,} rows of {corpus.seq_len}, {counts['tokens']:,} tokens, vocabulary "
-            f"{corpus.vocab_size:,}{''.join(f', {x}' for x in of_all)}"
+            f"{corpus.vocab_size:,}{read}"
         )
 
 

@@ -82,14 +82,14 @@ def test_time_that_cannot_be_read_is_an_error(tmp_path):
 
 def test_a_run_with_a_budget(toy, tmp_path):
     """Killed on the way: it ends, annealed and evaluated, when the time is used, that before the kill included."""
-    changes = {"train__budget_minutes": 1.0, "train__phases": "50%: train.global_batch_size=8", "eval__max_rows": 16}
+    changes = {"train__budget_minutes": 1.2, "train__phases": "50%: train.global_batch_size=8", "eval__max_rows": 16}
     flags = toy.flags(**changes, train__checkpoint_every=50, optimizer__schedule="linear")
     workdir = tmp_path / "run"
     run = Watched(toy, workdir, *flags)
     run.until_path("checkpoints/50/commit_success.txt")
     run.kill()
     before = json.loads((workdir / "clock.json").read_text())["seconds"]
-    assert 0 < before < 60
+    assert 0 < before < 72
     out = finish(toy, workdir, *flags)
     assert re.search(r"from 50% on train\.global_batch_size=8", out) and "restored step" in out
     lines = metrics_of(workdir)
@@ -99,5 +99,5 @@ def test_a_run_with_a_budget(toy, tmp_path):
     assert set(sizes) == {16, 8} and sizes == sorted(sizes, reverse=True)
     assert [line["progress"] for line in lines] == sorted(line["progress"] for line in lines)
     used = json.loads((workdir / "clock.json").read_text())["seconds"]
-    assert used > 0.9 * 60 and json.loads((workdir / "result.json").read_text())["loss"] > 0
+    assert used > 0.9 * 72 and json.loads((workdir / "result.json").read_text())["loss"] > 0
     assert "this run is finished" in finish(toy, workdir, *flags)
