@@ -209,6 +209,14 @@ def vocabulary(ids: Ids) -> Any:
     return masking.Vocabulary(jnp.asarray(is_special), starts_word, ordinary, ids.pad_id, ids.cls_id, ids.mask_id)
 
 
+def labels(t: Any) -> np.ndarray:
+    """The hidden tokens (B, L) of `objective.Targets`, as transformers takes them: -100 where none is."""
+    labels_BL = np.full_like(t.inputs_BL, -100)
+    row, slot = np.nonzero(t.weights_BK)
+    labels_BL[row, t.predict_BK[row, slot]] = t.labels_BK[row, slot]
+    return labels_BL
+
+
 def write(folder: Path) -> None:
     """Adds batches.npz, with the tokens hidden that our step will hide, and hf/ with our initial weights."""
     import jax
@@ -230,14 +238,12 @@ def write(folder: Path) -> None:
         o, key = config.objective, run_key(config, "mask")
         rates = masking.rates(o, o.mask_rate)
         targets = jax.jit(lambda rows: objective.targets(o, rows, key, vocab, rates, slots))
-        inputs, labels = np.empty_like(tokens_NBL), np.full_like(tokens_NBL, -100)
+        inputs, hidden = np.empty_like(tokens_NBL), np.empty_like(tokens_NBL)
         for n, (tokens, row_ids) in enumerate(zip(tokens_NBL, row_ids_NB2, strict=True)):
             t = jax.device_get(targets(sharding.split_rows({"tokens": tokens, "row_ids": row_ids}, mesh)))
-            row, slot = np.nonzero(t.weights_BK)
-            inputs[n] = t.inputs_BL
-            labels[n][row, t.predict_BK[row, slot]] = t.labels_BK[row, slot]
+            inputs[n], hidden[n] = t.inputs_BL, labels(t)
         params = jax.device_get(steps.init().params)
-    np.savez(folder / "batches.npz", tokens=tokens_NBL, row_ids=row_ids_NB2, inputs=inputs, labels=labels)
+    np.savez(folder / "batches.npz", tokens=tokens_NBL, row_ids=row_ids_NB2, inputs=inputs, labels=hidden)
 
     theirs = folder_lib.matching(config.model, "mlm", "", "[CLS]")
     where = list(architecture_lib.places(theirs, steps.model, config.model.num_layers))

@@ -11,7 +11,6 @@ what is there is not done again.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from benchmarks import turns
+from benchmarks import case, turns
 from flax_mlm import command, files, tables
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure, UserError
@@ -79,10 +78,7 @@ def write_case(config: Config, folder: Path) -> None:
         for batch in eval_batches(rows, numbers, batch_size=config.eval.batch_size):
             valid = batch.pop("valid")
             t = jax.device_get(hide(sharding.split_rows(batch, mesh)))
-            labels = np.full_like(t.inputs_BL, -1)
-            row, slot = np.nonzero(t.weights_BK)
-            labels[row, t.predict_BK[row, slot]] = t.labels_BK[row, slot]
-            found.append([x[valid] for x in (t.inputs_BL, labels, t.segment_ids_BL > 0)])
+            found.append([x[valid] for x in (t.inputs_BL, case.labels(t), t.segment_ids_BL > 0)])
     (folder / "tokenizer").mkdir(exist_ok=True)
     (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer_json.content(tokenizer, 1))
     files.write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json.settings(tokenizer, length))
@@ -111,8 +107,7 @@ def standard(config: Config, folder: Path, rate: float, seconds: float) -> list[
     """The curve of transformers' training. Raises Failure."""
     file = folder / f"transformers-{rate:g}.jsonl"
     if not file.exists():
-        python = Path(os.environ.get("BENCH_VENVS", turns.ROOT / ".venv-bench")) / "torch" / "bin" / "python"
-        m = config.model
+        python, m = turns.python_of("torch"), config.model
         with tempfile.TemporaryDirectory() as scratch, files.replacing(file) as new, new.open("w") as lines:
             spec = {
                 "folder": str(folder), "scratch": scratch, "seconds": seconds, "every": seconds / 24,
@@ -122,7 +117,7 @@ def standard(config: Config, folder: Path, rate: float, seconds: float) -> list[
                     4 * m.hidden_size, "num_attention_heads": m.num_heads,
                 },
             }  # fmt: skip
-            line = [str(python.absolute()), "-m", "benchmarks.workers.trainer", json.dumps(spec)]
+            line = [python, "-m", "benchmarks.workers.trainer", json.dumps(spec)]
             try:
                 code = subprocess.run(line, cwd=turns.ROOT, stdout=lines, env=turns.ENVIRONMENT).returncode
             except FileNotFoundError:

@@ -7,7 +7,6 @@ first step is cold when JAX_COMPILATION_CACHE_DIR is empty, and warm when JAX fi
 """
 
 import itertools
-import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from flax_mlm import command, files, tables
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure
 
-_ENVIRONMENT = dict(os.environ)  # before command.run
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "starts of each kind", lower_bound=1)
 _COMMANDS = flags.DEFINE_list(
     "commands",
@@ -37,7 +35,7 @@ def seconds_to_end(line: list[str], code: int) -> float:
     """Of `python -m flax_mlm.LINE`. Raises Failure unless it ends with this code."""
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", *line], cwd=turns.ROOT, env=_ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-m", *line], cwd=turns.ROOT, env=turns.ENVIRONMENT, capture_output=True, text=True
     )
     seconds = time.perf_counter() - start
     if done.returncode != code:
@@ -49,7 +47,7 @@ def seconds_to_first_step(line: list[str], **variables: str) -> float:
     """Until `train` says that its first step is done; it is ended then. Raises Failure if it never says so."""
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", *line], cwd=turns.ROOT, env={**_ENVIRONMENT, **variables},
+        [sys.executable, "-u", "-m", *line], cwd=turns.ROOT, env={**turns.ENVIRONMENT, **variables},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     said = []

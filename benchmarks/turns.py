@@ -24,6 +24,12 @@ CPU = {"JAX_PLATFORMS": "cpu"}  # for a worker: else JAX looks for other devices
 ENVIRONMENT = dict(os.environ)
 
 
+def python_of(peer: str) -> str:
+    """The interpreter of a peer's virtual environment (benchmarks/setup.sh)."""
+    folder = Path(os.environ.get("BENCH_VENVS", ROOT / ".venv-bench")).absolute()
+    return str(folder / peer / "bin" / "python")
+
+
 class Unavailable(Exception):
     """A program that cannot be measured here, and why."""
 
@@ -69,8 +75,7 @@ class Worker:
         """
         self.name, self.started, self.peak_bytes, self.device_peak_bytes = name, {}, 0, 0
         self.turns: list[Turn] = []
-        folder = Path(os.environ.get("BENCH_VENVS", ROOT / ".venv-bench")).absolute()
-        python = str(folder / environment / "bin" / "python") if environment else sys.executable
+        python = python_of(environment) if environment else sys.executable
         line = [python, "-m", f"benchmarks.workers.{module}", json.dumps(spec)]
         pipe: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         try:

@@ -137,7 +137,7 @@ def _report(phase: phases.Phase, seen: Counter[str], console: Console) -> int:
     def share(part: str, whole: str) -> str:
         return f"{100 * seen[part] / max(seen[whole], 1):.2f}%"
 
-    ends = {path: f" → {100 * value:g}%" for path, value in phase.last}
+    ends = {path: f" → {100 * value:g}%" for path, value in phase.last.items()}
 
     def rate(name: str) -> str:
         return f"{100 * getattr(o, name):g}%{ends.get(f'objective.{name}', '')}"

@@ -6,6 +6,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import math
 import os
 import re
@@ -190,12 +191,9 @@ class TrainConfig:
 
     def seconds(self, chips: int) -> float:
         """The time that a budget is on so many chips."""
-        hours = {
-            "budget_minutes": self.budget_minutes / 60,
-            "budget_chip_hours": self.budget_chip_hours / chips,
-            "budget_cost": self.budget_cost / (self.price_per_chip_hour or 1.0) / chips,
-        }
-        return 3600 * hours[self.unit]
+        if self.budget_minutes:
+            return 60 * self.budget_minutes
+        return 3600 * (self.budget_chip_hours or self.budget_cost / self.price_per_chip_hour) / chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -594,8 +592,7 @@ def check(c: Config) -> None:
         _check_generator(c, need)
     lengths = [f"train.{name}" for name in LENGTHS if getattr(t, name)]
     need(len(lengths) < 2, f"{' and '.join(lengths)} are set; a run has one length")
-    for name in ("budget_cost", "price_per_chip_hour"):
-        other = {"budget_cost": "price_per_chip_hour", "price_per_chip_hour": "budget_cost"}[name]
+    for name, other in itertools.permutations(("budget_cost", "price_per_chip_hour")):
         need(
             not getattr(t, name) or getattr(t, other) > 0,
             f"train.{name} is {getattr(t, name):g}; it needs train.{other}, too",

@@ -46,13 +46,12 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: _DECAYS[path[-1].key], params)
 
 
-def make(config: OptimizerConfig, dims: Any, weight_decay: Any = None) -> optax.GradientTransformation:
+def make(config: OptimizerConfig, dims: Any) -> optax.GradientTransformation:
     """The optimizer without its learning rate, by whose negative the train step multiplies the result, and without
     gradient clipping, which the train step does before.
 
     Args:
       dims: per parameter, the letters of its trailing dimensions (see `model.heads.Model`).
-      weight_decay: where it moves, that of this step; None: `config.weight_decay`.
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     direction = {
@@ -65,7 +64,7 @@ def make(config: OptimizerConfig, dims: Any, weight_decay: Any = None) -> optax.
     }
     return optax.chain(
         direction[config.name](),
-        optax.add_decayed_weights(config.weight_decay if weight_decay is None else weight_decay, decay_mask),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
         _trust_ratio_per_layer() if config.name == "lamb" else optax.identity(),
     )
 

@@ -8,7 +8,8 @@ by its share of the run, so that it does not matter whether a run's length is gi
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flax_mlm.config import Config, check, field_types, parse
@@ -35,7 +36,7 @@ class Phase(NamedTuple):
     config: Config  # of what moves it has the first value
     begin: float = 0.0  # as a share of the run
     end: float = 1.0
-    last: tuple[tuple[str, float], ...] = ()  # of what moves: field, and its value at the end
+    last: Mapping[str, float] = MappingProxyType({})  # of what moves: field -> its value at the end
     changes: str = ""  # as the user wrote them
     first_step: int = 0
     num_steps: int | None = None  # None: the clock decides
@@ -43,12 +44,12 @@ class Phase(NamedTuple):
     def value(self, path: str, share: Any) -> Any:
         """A number of the config after this share of the phase (a float, or an array)."""
         first = _get(self.config, path)
-        return first + share * (dict(self.last)[path] - first) if path in dict(self.last) else first
+        return first + share * (self.last[path] - first) if path in self.last else first
 
     @property
     def largest_mask_rate(self) -> float:
         """The number of predicted slots K is sized for it."""
-        return max(self.config.objective.mask_rate, dict(self.last).get("objective.mask_rate", 0.0))
+        return max(self.config.objective.mask_rate, self.last.get("objective.mask_rate", 0.0))
 
 
 def whole(config: Config) -> Phase:
@@ -90,7 +91,7 @@ def of(config: Config) -> list[Phase]:
 
 def _changed(before: Phase, begin: float, changes: str) -> Phase:
     """The phase after another one, or in place of the first."""
-    types, config = field_types(), _with(before.config, dict(before.last))
+    types, config = field_types(), _with(before.config, before.last)
     last, parts = dict[str, float](), list[str]()
     for part in changes.split(","):
         if "=" in part or "->" in part or not parts:
@@ -121,7 +122,7 @@ def _changed(before: Phase, begin: float, changes: str) -> Phase:
         if begin > 0 and "rtd" in (before.config.objective.name, config.objective.name) and old != new:
             why = "with rtd the parameters depend on it"
             raise _wrong(f"'{changes}' changes objective.{name} from {old} to {new}, but {why}")
-    return Phase(config, begin, 1.0, tuple(last.items()), changes)
+    return Phase(config, begin, 1.0, last, changes)
 
 
 def settled(phases: Sequence[Phase], seq_len: Sequence[int], tokens_per_row: Sequence[float]) -> list[Phase]:
@@ -156,7 +157,7 @@ def is_over(phases: Sequence[Phase], step: int, progress: float) -> bool:
     return progress >= 1.0 if last.num_steps is None else step >= last.first_step + last.num_steps
 
 
-def _with(config: Config, values: dict[str, Any]) -> Config:
+def _with(config: Config, values: Mapping[str, Any]) -> Config:
     """The config with some fields, given by dotted names."""
     for path, value in values.items():
         section, _, name = path.rpartition(".")

@@ -85,7 +85,7 @@ def heaviest_phase(config: Config) -> Config:
     heaviest = max(found, key=weight)
     if len(found) > 1:
         print(f"of the {len(found)} phases the heaviest, from {heaviest.begin:.0%} of the run on, is planned")
-    moves = f"0%: {', '.join(f'{path}->{value}' for path, value in heaviest.last)}" if heaviest.last else ""
+    moves = f"0%: {', '.join(f'{path}->{value}' for path, value in heaviest.last.items())}" if heaviest.last else ""
     train = dataclasses.replace(heaviest.config.train, phases=moves)
     return dataclasses.replace(heaviest.config, train=train)
 

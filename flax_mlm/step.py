@@ -210,7 +210,8 @@ def _train_step(
                 largest = jnp.minimum(largest, spikes.largest_norm(state.running, values_2, spike_threshold))
             scale = jnp.where(grad_norm > largest, largest / grad_norm, 1.0)
             lr = phase.value("optimizer.learning_rate", share) * optimizer.learning_rate(config.optimizer, begin, end)
-            tx = optimizer.make(config.optimizer, dims, phase.value("optimizer.weight_decay", share))
+            decay = phase.value("optimizer.weight_decay", share)
+            tx = optimizer.make(dataclasses.replace(config.optimizer, weight_decay=decay), dims)
             good = jnp.isfinite(values_2).all()
             if action in ("skip", "rewind"):
                 good &= ~spike

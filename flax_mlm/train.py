@@ -74,7 +74,8 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             held.take(log)
         with roster.untimed("opening the corpus"):
             corpora = open_corpora([part.config for part in parts], log)
-        roster.check_same("corpus", mixture.fingerprint_of(corpora))
+        fingerprint = mixture.fingerprint_of(corpora)
+        roster.check_same("corpus", fingerprint)
         roster.check_same("--workdir", lease.holder(workdir))
         if is_main:
             claim.take(workdir, config)
@@ -90,9 +91,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             return start.state(parts[0].config, steps, tokenizer, log) if config.init_from else steps.init()
 
         vocab = masking.vocabulary(tokenizer)
-        meta = checkpoint.make_meta(
-            parts[0].config, tokenizer, mixture.fingerprint_of(corpora), mixture.about_of(corpora)
-        )
+        meta = checkpoint.make_meta(parts[0].config, tokenizer, fingerprint, mixture.about_of(corpora))
         checkpoints = checkpoint.Checkpoints(workdir, config, meta, steps.fingerprint)
         with roster.untimed("restoring"):
             state = checkpoints.restore_latest(steps.abstract, log) or new_state()
@@ -364,9 +363,8 @@ def print_banner(parts: list[phases.Phase], corpora: list[Any], mesh: Any, steps
         f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries"
     )
     rows = [(p.num_steps or 0) * p.config.train.global_batch_size for p in parts]
-    for corpus in dict.fromkeys(map(id, corpora)):
-        used = [(c, n) for c, n in zip(corpora, rows, strict=True) if id(c) == corpus]
-        print_corpus(used[0][0], sum(n for _, n in used))
+    for corpus in {id(corpus): corpus for corpus in corpora}.values():  # phases may share one
+        print_corpus(corpus, sum(n for c, n in zip(corpora, rows, strict=True) if c is corpus))
     budget = f"{first.train.length:g} {first.train.unit.removeprefix('budget_').replace('_', ' ')}"
     length = budget if first.train.has_budget else f"{first.train.steps:,} steps"
     tokens = sum(n * c.tokens_per_row for n, c in zip(rows, corpora, strict=True))

@@ -113,7 +113,7 @@ class Mixture:
         each = {name: corpus.about for name, corpus in self.corpora.items()}
         if len(each) == 1:
             return self._first.about
-        texts = {key: "; ".join(dict.fromkeys(a[key] for a in each.values())) for key in ("name", "licence")}
+        texts = _texts(list(each.values()))
         numbers = _sums([{key: n for key, n in a.items() if key not in texts} for a in each.values()])
         return {**texts, **numbers, "corpora": {name: {**a, "share": self.shares[name]} for name, a in each.items()}}
 
@@ -140,14 +140,19 @@ class Mixture:
 
 def about_of(corpora: Sequence[Mixture]) -> dict[str, Any]:
     """`Mixture.about` of what the phases of a run are trained on: the numbers of the first, and what text all are."""
-    texts = [corpus.about for corpus in corpora]
-    return texts[0] | {key: "; ".join(dict.fromkeys(t[key] for t in texts)) for key in ("name", "licence")}
+    each = [corpus.about for corpus in corpora]
+    return each[0] | _texts(each)
 
 
 def fingerprint_of(corpora: Sequence[Mixture]) -> str:
     """`Mixture.fingerprint` of what the phases of a run are trained on."""
     each = [corpus.fingerprint for corpus in corpora]
     return each[0] if len(set(each)) == 1 else hashlib.sha256(json.dumps(each).encode()).hexdigest()
+
+
+def _texts(about: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Name and licence of several texts, each said once."""
+    return {key: "; ".join(dict.fromkeys(a[key] for a in about)) for key in ("name", "licence")}
 
 
 def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 (arXiv:2003.10555), as transformers has them."""
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 
 from flax_mlm.hf.architecture import Architecture, Array, Linear, Norm, Offset, Row
 
@@ -73,6 +74,13 @@ BERT_CAUSAL = dataclasses.replace(
 )
 
 # Position p has row p + pad_token_id + 1.
+
+
+def _renamed(base: str, rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows of a BERT, for a model whose names begin otherwise."""
+    return (row._replace(theirs=row.theirs.replace("bert.", base)) for row in rows)
+
+
 ROBERTA = dataclasses.replace(
     BERT,
     name="roberta",
@@ -82,7 +90,7 @@ ROBERTA = dataclasses.replace(
     rows=(
         *(row._replace(theirs=row.theirs.replace("bert.", "roberta.")) for row in BERT.rows[:1]),
         Row("encoder/embeddings/position", "roberta.embeddings.position_embeddings.weight", Offset),
-        *(row._replace(theirs=row.theirs.replace("bert.", "roberta.")) for row in BERT.rows[2:10]),
+        *_renamed("roberta.", BERT.rows[2:10]),
         Row("head/dense", "lm_head.dense", Linear),
         Row("head/norm", "lm_head.layer_norm", Norm),
         Row("head/decoder_bias", "lm_head.bias", Array),
@@ -98,6 +106,10 @@ ROBERTA_CAUSAL = dataclasses.replace(
     ROBERTA, class_name="RobertaForCausalLM", objective="clm", theirs=BERT_CAUSAL.theirs
 )
 
+# Embeddings may be narrower than the layers.
+_FACTORED_FIELDS = {**BERT.fields, "embedding_size": "embedding_size"}
+_FACTORED_OURS = {name: value for name, value in BERT.ours.items() if name != "embedding_size"}
+
 _ALBERT_LAYER = "albert.encoder.albert_layer_groups.0.albert_layers.0"
 
 ALBERT = dataclasses.replace(
@@ -106,8 +118,8 @@ ALBERT = dataclasses.replace(
     model_type="albert",
     class_name="AlbertForMaskedLM",
     base="albert.",
-    fields={**BERT.fields, "embedding_size": "embedding_size"},
-    ours={**{name: value for name, value in BERT.ours.items() if name != "embedding_size"}, "share_layers": True},
+    fields=_FACTORED_FIELDS,
+    ours={**_FACTORED_OURS, "share_layers": True},
     theirs={
         "hidden_act": ("gelu",),
         "position_embedding_type": ("absolute",),
@@ -145,10 +157,10 @@ ELECTRA_GENERATOR = dataclasses.replace(
     model_type="electra",
     class_name="ElectraForMaskedLM",
     base="electra.",
-    fields={**BERT.fields, "embedding_size": "embedding_size"},
-    ours={name: value for name, value in BERT.ours.items() if name != "embedding_size"},
+    fields=_FACTORED_FIELDS,
+    ours=_FACTORED_OURS,
     rows=(
-        *(row._replace(theirs=row.theirs.replace("bert.", "electra.")) for row in BERT.rows[:10]),
+        *_renamed("electra.", BERT.rows[:10]),
         Row("encoder/projection", "electra.embeddings_project", Linear),
         Row("head/dense", "generator_predictions.dense", Linear),
         Row("head/norm", "generator_predictions.LayerNorm", Norm),

@@ -116,16 +116,22 @@ def summary(measured: Measured, corpus: Mixture) -> dict[str, float]:
     return result
 
 
+def ratio_stderr(sum_R: np.ndarray, count_R: np.ndarray) -> float:
+    """Standard error of sum_R.sum() / count_R.sum(), a mean over what R rows have some of each; over the rows."""
+    total = count_R.sum()
+    return math.sqrt(np.square(sum_R - sum_R.sum() / total * count_R).sum()) / total
+
+
 def _of_rows(sums_R4: np.ndarray, tokens: float, size: float) -> dict[str, float]:
     """Of rows whose text has so many tokens and bytes."""
     count_R, loss_R, _, correct_R = sums_R4.T
     total = count_R.sum()
-    loss, accuracy = loss_R.sum() / total, correct_R.sum() / total
+    loss = loss_R.sum() / total
     return {
         "loss": loss,
-        "loss_stderr": math.sqrt(np.square(loss_R - loss * count_R).sum()) / total,
-        "accuracy": accuracy,
-        "accuracy_stderr": math.sqrt(np.square(correct_R - accuracy * count_R).sum()) / total,
+        "loss_stderr": ratio_stderr(loss_R, count_R),
+        "accuracy": correct_R.sum() / total,
+        "accuracy_stderr": ratio_stderr(correct_R, count_R),
         "bits_per_byte": loss / math.log(2) * tokens / size,
         "predicted_tokens": int(total),
     }

@@ -58,29 +58,24 @@ def measure(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Meas
 def summary(m: Measured) -> dict[str, float]:
     """What `run` returns."""
     total, replaced, masked = m.tokens.sum(), m.replaced.sum(), m.masked.sum()
-    loss, accuracy, share = m.loss.sum() / total, m.correct.sum() / total, replaced / total
-    generator_loss = m.generator_loss.sum() / masked
+    share = replaced / total
     return {
-        "loss": loss,
-        "loss_stderr": _stderr(m.loss, loss, m.tokens),
-        "accuracy": accuracy,
-        "accuracy_stderr": _stderr(m.correct, accuracy, m.tokens),
+        "loss": m.loss.sum() / total,
+        "loss_stderr": mlm.ratio_stderr(m.loss, m.tokens),
+        "accuracy": m.correct.sum() / total,
+        "accuracy_stderr": mlm.ratio_stderr(m.correct, m.tokens),
         "recall_replaced": m.found.sum() / max(replaced, 1.0),
         "recall_original": (m.correct - m.found).sum() / max(total - replaced, 1.0),
         "replaced": share,
         "replaced_entropy": -sum(p * math.log(p) for p in (share, 1 - share) if p > 0),
         "majority_accuracy": max(share, 1 - share),
-        "generator_loss": generator_loss,
-        "generator_loss_stderr": _stderr(m.generator_loss, generator_loss, m.masked),
+        "generator_loss": m.generator_loss.sum() / masked,
+        "generator_loss_stderr": mlm.ratio_stderr(m.generator_loss, m.masked),
         "generator_accuracy": m.generator_correct.sum() / masked,
         "rows": int((m.tokens > 0).sum()),
         "tokens": int(total),
         "predicted_tokens": int(masked),
     }
-
-
-def _stderr(sum_R: np.ndarray, mean: float, count_R: np.ndarray) -> float:
-    return math.sqrt(np.square(sum_R - mean * count_R).sum()) / count_R.sum()
 
 
 def table(result: dict[str, Any]) -> list[str]:
