@@ -469,9 +469,10 @@ def test_the_money_ends_the_run(watched):
 
 @pytest.fixture
 def long_run(watched) -> Desk:
-    """A run that goes on and on."""
+    """A run that is at work, and goes on and on."""
     watched.cloud.on_active = lambda: watched.cloud.say("workers/slice0-worker0", "1 at work\n")
     watched.cloud.queue()
+    until(lambda: watched.cloud.says("workers/slice0-worker0"))  # else what a test changes could be undone by its coming
     return watched
 
 
