@@ -52,6 +52,8 @@ def record(file: Path, key: list[Any], found: rehearsal.Rehearsal, planned: conf
         "microbatches": planned.train.microbatches, "bytes": found.total_bytes, "used": used, "sent": sums,
         "best": roof.best, "worst": roof.worst, "roof": roof._asdict(),
         "mfu": [roofline.mfu(found, chip, s) for s in (roof.worst, roof.best)], "seconds": found.compile_seconds,
+        "matmuls": found.matmul_flops * found.devices / found.flops, "traffic": found.traffic,
+        "fusions": found.fusions, "copies": found.copies,
     }  # fmt: skip
     with file.open("a") as f:
         f.write(json.dumps(line) + "\n")

@@ -125,6 +125,9 @@ def get_config() -> ConfigDict:
     c.train.phases = ""
     c.train.global_batch_size = 256  # B, rows per step over all devices
     c.train.microbatches = 1  # gradient accumulation: the batch is taken in this many parts
+    # the predicted tokens' scores are made in so many parts, and again in the backward pass: where the vocabulary is
+    # large, or each token is predicted (clm), they are most of the memory; of mlm and clm
+    c.train.loss_chunks = 1
     c.train.reproducible = False  # the same parameters, bit for bit, on any number of devices; slower (README)
     c.train.batch_groups = 8  # with reproducible: parts of the batch, added in order; a multiple of the devices
     c.train.log_every = 20  # steps

@@ -163,6 +163,7 @@ class TrainConfig:
     phases: str
     global_batch_size: int
     microbatches: int
+    loss_chunks: int
     reproducible: bool
     batch_groups: int
     log_every: int
@@ -449,6 +450,7 @@ _AT_LEAST = {
     "train.price_per_chip_hour": 0.0,
     "train.global_batch_size": 1,
     "train.microbatches": 1,
+    "train.loss_chunks": 1,
     "train.batch_groups": 1,
     "train.log_every": 1,
     "train.eval_every": 0,
@@ -649,6 +651,10 @@ def _check_generator(c: Config, need: Callable[[bool, str], None]) -> None:
     need(not c.init_from, "init_from is set; objective.name = 'rtd' begins anew, for no folder holds both its models")
     need(
         c.train.cloze_every == 0, f"train.cloze_every is {c.train.cloze_every}; an encoder trained with rtd fills none"
+    )
+    need(
+        c.train.loss_chunks == 1,
+        f"train.loss_chunks is {c.train.loss_chunks}; with rtd, which draws from the generator's scores, it must be 1",
     )
     need(
         m.embedding_size != m.hidden_size,

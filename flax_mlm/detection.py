@@ -39,7 +39,8 @@ def replaced_tokens(generator: Model, discriminator: Model, vocab_size: int, con
             filled = score(scores_BKV, t.labels_BK, t.weights_BK)
             drawn_BK = draw(scores_BKV, t.sample_keys_B, vocab_size)
         corrupted_BL, replaced_BL = corrupt(t, drawn_BK)
-        scores_BL = discriminator.apply(params, corrupted_BL, *context, dropout_keys_B=dropout_keys_B)
+        x_BLD = discriminator.encode(params, corrupted_BL, *context, dropout_keys_B=dropout_keys_B)
+        scores_BL = discriminator.head(params, x_BLD)
         with jax.named_scope("loss"):
             return Detected(
                 filled,

@@ -1,4 +1,4 @@
-"""What a compiled program does in one call: its collectives, and its traffic with the chip's memory.
+"""What a compiled program does in one call: its collectives, its matmuls, and its traffic with the chip's memory.
 
 Read from XLA's text of the optimised program (`jax.stages.Compiled.as_text`), for XLA's own cost analysis counts the
 body of a loop once. What a loop contains counts as often as it turns.
@@ -98,6 +98,48 @@ class Program:
 
     def _size(self, computation: str) -> int:
         return sum(self.traffic_of(i, computation) for i in self.computations[computation])
+
+    def count(self, *operations: str) -> int:
+        """How often one device executes one of these in a step, each fusion as one."""
+        total = 0
+
+        def visit(instruction: Instruction, computation: str, times: int) -> None:
+            nonlocal total
+            total += times * (instruction.operation in operations)
+
+        self.walk(visit)
+        return total
+
+    def flops(self) -> float:
+        """Additions and multiplications in one device's matmuls in a step; the text has none of a Pallas kernel's."""
+        total = 0.0
+
+        def visit(instruction: Instruction, computation: str, times: int) -> None:
+            nonlocal total
+            total += times * self._flops_of(instruction, computation)
+
+        self.walk(visit)
+        return total
+
+    def _flops_of(self, i: Instruction, computation: str) -> float:
+        if i.operation == "fusion":
+            fused = _called(i.attributes, "calls")[0]
+            return sum(self._flops_of(inner, fused) for inner in self.computations[fused])
+        if i.operation not in ("dot", "convolution"):
+            return 0.0
+        left, right, out = (*(_dims(self.named(computation)[name].shape) for name in i.operands), _dims(i.shape))
+        if i.operation == "dot":
+            contracted = _find(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
+            return 2.0 * math.prod(out) * math.prod(left[int(d)] for d in contracted.split(",") if d)
+        # The TPU compiler's matmuls; dimensions that both sides have are among the spatial ones.
+        of_left, of_right, of_out = re.split("_|->", _find(r"dim_labels=([^\s,]+)", i.attributes))
+        sides, window = ((left, of_left), (right, of_right), (out, of_out)), _find(r"window=\{([^}]*)\}", i.attributes)
+        positions = 1
+        for at, letter in enumerate(sorted(filter(str.isdigit, of_left))):
+            positions *= _products([sizes[labels.index(letter)] for sizes, labels in sides], at, window)
+        parts = [int(_find(rf"{kind}_group_count=(\d+)", i.attributes) or 1) for kind in ("feature", "batch")]
+        inner = left[of_left.index("f")] * left[of_left.index("b")] // math.prod(parts)
+        return 2.0 * inner * right[of_right.index("o")] * positions
 
     def traffic(self) -> int:
         """Bytes that one device reads from and writes to its memory (HBM) in a step, tiles included.
@@ -289,6 +331,26 @@ def _logical(shape: str) -> list[int]:
         if kind in _BITS:
             sizes.append(math.prod(int(d) for d in dims.split(",") if d) * _BITS[kind] // 8)
     return sizes
+
+
+def _dims(shape: str) -> list[int]:
+    """The sizes of an array."""
+    match = _ARRAY.search(shape)
+    return [int(d) for d in match[2].split(",") if d] if match else []
+
+
+def _products(sizes: list[int], at: int, window: str) -> int:
+    """How many pairs of an element and a kernel's element a convolution multiplies along its spatial dimension `at`,
+    of which these are the sizes in its input, kernel and output."""
+    size, kernel, out = sizes
+
+    def of(name: str, default: str) -> str:
+        return _find(rf"\b{name}=(\S+)", window).split("x")[at] if f"{name}=" in window else default
+
+    stride, widened, spread = (int(of(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    before = int(of("pad", "0_0").split("_")[0])
+    places = [o * stride + k * spread - before for o in range(out) for k in range(kernel)]
+    return sum(0 <= place <= (size - 1) * widened and place % widened == 0 for place in places)
 
 
 def _padded(shape: str) -> int:

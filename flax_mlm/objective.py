@@ -98,21 +98,33 @@ def targets(
     return sharding.per_row(of_rows, rows, key, vocab, rates)
 
 
-def language_modelling(model: Model, config: ObjectiveConfig) -> Loss:
-    """The mean cross-entropy of the predicted tokens, + `z_loss` × the mean of their (log Z)²."""
+def language_modelling(model: Model, config: ObjectiveConfig, chunks: int = 1) -> Loss:
+    """The mean cross-entropy of the predicted tokens, + `z_loss` × the mean of their (log Z)².
+
+    Args:
+      chunks: Into how many parts a row's slots are taken. Of several, a part's scores are made again for the backward
+        pass, and never are there those of more than one.
+    """
 
     def predict(params: Any, t: Targets, dropout_keys_B: Any) -> Scored:
-        scores_BKV = model.apply(
-            params,
-            t.inputs_BL,
-            t.segment_ids_BL,
-            t.positions_BL,
-            predict_BK=t.predict_BK,
-            causal=config.name == "clm",
-            dropout_keys_B=dropout_keys_B,
-        )
-        with jax.named_scope("loss"):
-            return score(scores_BKV, t.labels_BK, t.weights_BK)
+        context = t.segment_ids_BL, t.positions_BL
+        x_BLD = model.encode(params, t.inputs_BL, *context, causal=config.name == "clm", dropout_keys_B=dropout_keys_B)
+        scores_at = model.head(params, x_BLD)
+
+        def of(slots: tuple[jax.Array, jax.Array, jax.Array]) -> Scored:
+            predict_BK, labels_BK, weights_BK = slots
+            scores_BKV = scores_at(predict_BK)
+            with jax.named_scope("loss"):
+                return score(scores_BKV, labels_BK, weights_BK)
+
+        slots = t.predict_BK, t.labels_BK, t.weights_BK
+        number = t.labels_BK.shape[1]
+        if (count := min(chunks, number)) == 1:
+            return of(slots)
+        fill = ((0, 0), (0, -number % count))  # with slots that are not in use
+        parts = [jnp.stack(jnp.split(jnp.pad(x, fill), count, axis=1)) for x in slots]
+        found = jax.lax.map(jax.checkpoint(of), tuple(parts))
+        return jax.tree.map(lambda x: jnp.concatenate(list(x), axis=1)[:, :number], found)
 
     def total(scored: Scored, counts: tuple[jax.Array, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
         (count,) = counts

@@ -60,7 +60,9 @@ def main(config: Config) -> int:
         if change := smallest_change(config, vocab_size, target, chip):
             print(f"the smallest change that fits: {' '.join(f'--config.{k}={v}' for k, v in change.items())}")
         else:
-            print("no change of train.microbatches, model.remat and mesh.fsdp, or of two of them, fits")
+            print(
+                "no change of train.microbatches, train.loss_chunks, model.remat and mesh.fsdp, or of two of them, fits"
+            )
         result["smallest_change"] = change
     else:
         for line in [*tiling(config, found, target), *movement(found), *cost(config, found, chip)]:
@@ -131,7 +133,7 @@ def what_runs(config: Config, found: Rehearsal, target: Target) -> Iterator[str]
     )
     yield (
         f"            attention {found.attention}, remat {config.model.remat}, "
-        f"{config.train.microbatches} microbatch(es), {config.model.dtype}"
+        f"{config.train.microbatches} microbatch(es), {config.train.loss_chunks} loss chunk(s), {config.model.dtype}"
     )
 
 
@@ -195,6 +197,10 @@ def movement(found: Rehearsal) -> Iterator[str]:
         total = sums.setdefault(key, [0, 0.0, 0.0])
         for i, value in enumerate((one["times"], one["times"] * one["bytes"], one["sent"])):
             total[i] += value
+    ratio = found.matmul_flops * found.devices / found.flops
+    beside = ", besides those of the attention kernel" if found.attention != "plain" else ""
+    yield f"matmuls     {ratio:.2f} × the FLOPs of the model, as compiled{beside}"
+    yield f"operations  {found.fusions:,} fusions and {found.copies:,} copies by each device in a step"
     yield f"traffic     {found.traffic / 1e9:,.1f} GB of memory read and written by each device in a step"
     if not sums:
         return
@@ -283,6 +289,8 @@ def smallest_change(config: Config, vocab_size: int, target: Target, chip: chips
     micro, fsdp = config.train.microbatches, config.mesh.fsdp
     stronger = _REMATS[_REMATS.index(config.model.remat) + 1 :]
     one: list[dict[str, Any]] = [{"train.microbatches": micro * n} for n in (2, 4, 8)]
+    if config.objective.name != "rtd":
+        one += [{"train.loss_chunks": config.train.loss_chunks * 8}]
     one += [{"model.remat": remat} for remat in stronger if remat == "dots"]
     one += [{"mesh.data": -1, "mesh.fsdp": fsdp * n} for n in (2, 4, 8, 16, 32)]
     one += [{"model.remat": remat} for remat in stronger if remat == "full"]

@@ -80,6 +80,9 @@ class Rehearsal:
     argument_bytes: int = 0
     temporary_bytes: int = 0  # beside the arguments, when most is in use
     traffic: int = 0  # bytes read from and written to memory in a step
+    matmul_flops: float = 0.0  # of a step, recomputed ones included, those of Pallas kernels not
+    fusions: int = 0  # that a step executes
+    copies: int = 0
     collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     error: str = ""  # the compiler's, if the step does not fit
 
@@ -195,7 +198,8 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
     if target.is_tpu:  # where it is known; temporaries may lie where something donated was, and do not just add up
         found.temporary_bytes = memory.peak_memory_in_bytes - found.argument_bytes
     program = hlo.Program(text)
-    found.traffic = program.traffic()
+    found.traffic, found.matmul_flops = program.traffic(), program.flops()
+    found.fusions, found.copies = program.count("fusion"), program.count("copy", "copy-start")
     grid = np.asarray(mesh.devices).reshape(-1)
     for one in program.collectives(found.mesh, target.slices):
         links = _links([grid[i] for i in one.group], target) if target.is_tpu and one.group else 0.0

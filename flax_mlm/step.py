@@ -73,7 +73,11 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
     phase = phase or phases.whole(config)
     if config.train.reproducible:
         # Unrolled or recomputed, XLA simplifies the layers otherwise on one device than on several, and rounds so.
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True, remat="none"))
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, scan_layers=True, remat="none"),
+            train=dataclasses.replace(config.train, loss_chunks=1),
+        )
     platform = mesh.devices.flat[0].platform
     model_config = dataclasses.replace(
         config.model,
@@ -89,7 +93,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
         flops = electra.flops_per_row(config, slots, rows)
     else:
         model = language_model(config.model, vocab_size)
-        loss = objective.language_modelling(model, config.objective)
+        loss = objective.language_modelling(model, config.objective, config.train.loss_chunks)
         flops = flops_per_row(config.model, config.data.seq_len, slots, rows)
     tx = optimizer.make(config.optimizer, model.dims)
 

@@ -125,7 +125,7 @@ def test_the_loss_is_the_one_of_the_paper():
             scores_BKV = generator.apply(params, t.inputs_BL, *context, predict_BK=t.predict_BK)
             corrupted_BL, _ = detection.corrupt(t, detection.draw(scores_BKV, t.sample_keys_B, V))
             found = steps.loss.predict(params, t, None)
-            x_BL = discriminator.apply(params, corrupted_BL, *context)
+            x_BL = discriminator.head(params, discriminator.encode(params, corrupted_BL, *context))
             return found, steps.loss.total(found, steps.loss.counts(t)), scores_BKV, corrupted_BL, x_BL
 
         found, (loss, parts), scores_BKV, corrupted_BL, x_BL = jax.device_get(run(params))
@@ -269,6 +269,7 @@ def test_the_flops_are_those_of_both():
         ({"objective.generator_size": 0.25, "mesh.fsdp": 16}, "must divide the generator's width, 8"),
         ({"model.embedding_size": 32}, "model.embedding_size is 32"),
         ({"train.cloze_every": 10}, "train.cloze_every is 10"),
+        ({"train.loss_chunks": 2}, "train.loss_chunks is 2"),
         ({"init_from": "somewhere"}, "init_from is set"),
         ({"objective.name": "mlm", "train.phases": "50%: objective.name=rtd"}, "objective.name from mlm to rtd"),
         ({"train.phases": "50%: objective.name=clm"}, "objective.name from rtd to clm"),

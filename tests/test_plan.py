@@ -75,6 +75,33 @@ def test_traffic_of_elementwise_code_is_what_goes_in_and_out():
     assert compiled(lambda x, y: jnp.sin(x) + y, x, x).traffic() == 3 * x.nbytes
 
 
+def test_flops_of_matmuls_in_a_loop():
+    x = jnp.zeros((3, 50, 40))
+    program = compiled(lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0], x, jnp.zeros((7, 40, 40)))
+    assert program.flops() == 7 * 2 * 3 * 50 * 40 * 40
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"padding": "VALID"},
+        {"padding": [(11, 11), (0, 2)], "rhs_dilation": (1, 2)},
+        {"window_strides": (2, 3), "padding": "SAME"},
+        {"padding": [(1, 4), (3, 0)], "lhs_dilation": (2, 1)},
+        {"padding": "SAME", "feature_group_count": 2},
+    ],
+    ids=str,
+)
+def test_flops_of_convolutions_are_those_that_xla_counts(how):
+    """The TPU compiler makes convolutions, some with paddings such as these, of all matmuls."""
+    x = jax.ShapeDtypeStruct((2, 4, 12, 9), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((6, 4 // how.get("feature_group_count", 1), 5, 3), jnp.float32)
+    how = {"window_strides": (1, 1), **how}
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        done = jax.jit(lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, **how)).lower(x, kernel).compile()
+    assert Program(done.as_text()).flops() == done.cost_analysis()["flops"]
+
+
 def test_a_part_of_an_array_that_is_read_or_written_counts_alone():
     big, small = jnp.zeros((1000, 128)), jnp.zeros((1, 128))
     reads = compiled(lambda x, i: jax.lax.dynamic_slice(x, (i, 0), (1, 128)) + 1.0, big, 3)

@@ -35,10 +35,10 @@ def make_config(mesh: tuple[int, int, int], overrides: tuple = ()) -> config_lib
     return config_lib.build(c)
 
 
-def vocabulary() -> masking.Vocabulary:
-    special = np.arange(V) < 5
-    starts = np.arange(V) % 3 == 0
-    return masking.Vocabulary(jnp.asarray(special), jnp.asarray(starts), jnp.arange(5, V, dtype=jnp.int32), 0, 2, 4)
+def vocabulary(size: int = V) -> masking.Vocabulary:
+    special = np.arange(size) < 5
+    starts = np.arange(size) % 3 == 0
+    return masking.Vocabulary(jnp.asarray(special), jnp.asarray(starts), jnp.arange(5, size, dtype=jnp.int32), 0, 2, 4)
 
 
 def host_batch(i: int) -> dict[str, np.ndarray]:
@@ -105,6 +105,37 @@ def test_accumulation_is_the_whole_batch_whose_parts_have_unequal_counts(mesh, p
     assert len({int((host_batch(0)["tokens"][m::parts] > 4).sum()) for m in range(parts)}) > 1
     for a, b in zip(train(mesh)[0], train(mesh, (("train.microbatches", parts),))[0], strict=True):
         assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
+
+
+CLM = (("objective.name", "clm"), ("objective.z_loss", 0.1))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "chunks", "overrides"),
+    [((1, 1, 1), 2, BERT), ((2, 2, 2), 3, CLM), ((1, 1, 1), 4, (*CLM, ("train.microbatches", 2)))],
+    ids=["mlm", "clm-all", "clm-microbatches"],
+)
+def test_scores_in_parts_train_as_all_at_once(mesh, chunks, overrides):
+    """Also where the slots, here 31 and 5, are no multiple of the parts."""
+    expected, _, answers = train(mesh, overrides)
+    got, _, other_answers = train(mesh, (*overrides, ("train.loss_chunks", chunks)))
+    for a, b in zip(expected, got, strict=True):
+        assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), answers, other_answers)
+
+
+def test_of_scores_in_parts_one_part_is_there_at_a_time():
+    """8,000 pieces, and each position predicts one: 16 rows have 16 MB of scores."""
+    used = []
+    for chunks in (1, 8):
+        config = make_config((1, 1, 1), (*CLM, ("train.loss_chunks", chunks)))
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            steps = step.make_steps(config, 8000, mesh)
+            batch = sharding.abstract_batch(B, L, mesh)
+            compiled = steps.train.lower(steps.abstract, batch, vocabulary(8000)).compile()
+        used.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert used[1] < 0.4 * used[0]
 
 
 REPRODUCIBLE = (("train.reproducible", True), ("optimizer.spike_action", "clip"), ("optimizer.spike_threshold", 0.5))

@@ -472,7 +472,7 @@ def long_run(watched) -> Desk:
     """A run that is at work, and goes on and on."""
     watched.cloud.on_active = lambda: watched.cloud.say("workers/slice0-worker0", "1 at work\n")
     watched.cloud.queue()
-    until(lambda: watched.cloud.says("workers/slice0-worker0"))  # else what a test changes could be undone by its coming
+    until(lambda: watched.cloud.says("workers/slice0-worker0"))  # before that, its coming undoes what a test changes
     return watched
 
 

@@ -121,8 +121,9 @@ def outputs(model: Trained) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarr
     @jax.jit
     def forward(params: Any, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:
         *tokens, predict = batch
-        causal, slots = objective == "clm", {} if objective == "rtd" else {"predict_BK": predict}
-        return net.encode(params, *tokens, causal=causal), net.apply(params, *tokens, causal=causal, **slots)
+        x_BLD = net.encode(params, *tokens, causal=objective == "clm")
+        scores = net.head(params, x_BLD)
+        return x_BLD, scores if objective == "rtd" else scores(predict)
 
     def run(tokens_BL: np.ndarray, real_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, length = tokens_BL.shape

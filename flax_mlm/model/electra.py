@@ -10,6 +10,7 @@ generator under `generator`. Its token and position embeddings are (`objective.e
     (DeBERTaV3, arXiv:2111.09543 §3.3).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,9 +49,8 @@ class Discriminator(nnx.Module):
         self.encoder = Encoder(config, vocab_rows, rngs)
         self.head = DetectionHead(config, rngs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        """Scores (B, L). The arguments are those of `Encoder`."""
-        x_BLD = self.encoder(*args, **kwargs)
+    def scores(self, x_BLD: jax.Array) -> jax.Array:
+        """Scores (B, L)."""
         with jax.named_scope("head"):
             head = sharding.gather_fsdp(nnx.state(self.head), x_BLD.dtype)
             return nnx.merge(nnx.graphdef(self.head), head)(x_BLD)
@@ -84,21 +84,15 @@ def networks(config: Config, vocab_size: int) -> tuple[Model, Model]:
     def of_discriminator(params: Any) -> Any:
         return {name: tree for name, tree in untied(params, sharing).items() if name != "generator"}
 
-    dims = join(large.dims, small.dims)
-    return (
-        Model(
+    def of_both(net: Model, own: Callable[[Any], Any]) -> Model:
+        return Model(
             init,
-            apply=lambda params, *args, **kwargs: small.apply(of_generator(params), *args, **kwargs),
-            encode=lambda params, *args, **kwargs: small.encode(of_generator(params), *args, **kwargs),
-            dims=dims,
-        ),
-        Model(
-            init,
-            apply=lambda params, *args, **kwargs: large.apply(of_discriminator(params), *args, **kwargs),
-            encode=lambda params, *args, **kwargs: large.encode(of_discriminator(params), *args, **kwargs),
-            dims=dims,
-        ),
-    )
+            encode=lambda params, *args, **kwargs: net.encode(own(params), *args, **kwargs),
+            head=lambda params, x_BLD: net.head(own(params), x_BLD),
+            dims=join(large.dims, small.dims),
+        )
+
+    return of_both(small, of_generator), of_both(large, of_discriminator)
 
 
 def untied(params: Any, sharing: str) -> Any:

@@ -42,26 +42,32 @@ class LanguageModel(nnx.Module):
         self.encoder = Encoder(config, vocab_rows, rngs)
         self.head = VocabularyHead(config, vocab_rows, rngs)
 
-    def __call__(self, tokens_BL: jax.Array, *args: Any, predict_BK: jax.Array, **kwargs: Any) -> jax.Array:
-        """Scores (B, K, V) at the positions `predict_BK`; only these reach the vocabulary matmul.
-
-        The other arguments are those of `Encoder`.
-        """
-        x_BLD = self.encoder(tokens_BL, *args, **kwargs)
+    def scores(self, x_BLD: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """What gives the scores (B, K, V) at positions `predict_BK`; only these reach the vocabulary matmul."""
         with jax.named_scope("head"):
-            x_BKD = jnp.take_along_axis(x_BLD, predict_BK[..., None], axis=1)
-            head = sharding.gather_fsdp(nnx.state(self.head), x_BKD.dtype)
+            head = sharding.gather_fsdp(nnx.state(self.head), x_BLD.dtype)
             head = nnx.merge(nnx.graphdef(self.head), head)
-            return head(x_BKD, sharding.gather_fsdp(self.encoder.embeddings.token[...], x_BKD.dtype))
+            embedding_VE = sharding.gather_fsdp(self.encoder.embeddings.token[...], x_BLD.dtype)
+
+        @jax.named_scope("head")
+        def at(predict_BK: jax.Array) -> jax.Array:
+            return head(jnp.take_along_axis(x_BLD, predict_BK[..., None], axis=1), embedding_VE)
+
+        return at
 
 
 class Model(NamedTuple):
     """A module as pure functions. Parameters are nested dicts of arrays."""
 
     init: Callable[[jax.Array], Any]  # key -> parameters
-    apply: Callable[..., jax.Array]  # (parameters, *args) -> scores, (B, K, V) of a language model
-    encode: Callable[..., jax.Array]  # (parameters, *args) -> hidden states (B, L, D)
+    encode: Callable[..., jax.Array]  # (parameters, *args of Encoder) -> hidden states (B, L, D)
+    # (parameters, hidden states) -> scores: of a language model a function of `predict_BK`, see LanguageModel.scores
+    head: Callable[..., Any]
     dims: Any  # per parameter, the letters of its trailing dimensions
+
+    def apply(self, params: Any, *args: Any, predict_BK: jax.Array, **kwargs: Any) -> jax.Array:
+        """Scores (B, K, V) of a language model; the other arguments are those of `encode`."""
+        return self.head(params, self.encode(params, *args, **kwargs))(predict_BK)
 
 
 def vocab_rows(config: ModelConfig, vocab_size: int) -> int:
@@ -75,7 +81,7 @@ def language_model(config: ModelConfig, vocab_size: int) -> Model:
 
 
 def functions(new: Callable[[nnx.Rngs], Any]) -> Model:
-    """Of a module with an `encoder`."""
+    """Of a module with an `encoder`, and `scores` of its hidden states."""
 
     def make(key: jax.Array) -> Any:
         return new(nnx.Rngs(params=key))
@@ -89,8 +95,8 @@ def functions(new: Callable[[nnx.Rngs], Any]) -> Model:
 
     return Model(
         init=lambda key: nnx.to_pure_dict(nnx.state(make(key))),
-        apply=lambda params, *args, **kwargs: bind(params)(*args, **kwargs),
         encode=lambda params, *args, **kwargs: bind(params).encoder(*args, **kwargs),
+        head=lambda params, x_BLD: bind(params).scores(x_BLD),
         dims=nnx.to_pure_dict(abstract, lambda v: v.get_metadata("dims")),
     )
 
