@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import case, turns
-from flax_mlm import command, files, tables
+from flax_mlm import command, files, metrics, tables
 from flax_mlm.config import Config
 from flax_mlm.errors import Failure, UserError
 
@@ -137,11 +137,9 @@ def ours(folder: Path, seconds: float) -> list[dict[str, float]]:
         code = subprocess.run([*line, f"--workdir={workdir}"], stdout=sys.stderr, env=turns.ENVIRONMENT).returncode
         if code:
             raise Failure(f"our training failed ({code})")
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
         {"step": line["step"], "seconds": line["train_seconds"], "loss": line["loss"], "accuracy": line["accuracy"]}
-        for line in lines
-        if line["kind"] == "validation"
+        for line in metrics.lines(workdir, "validation")
     ]
 
 

@@ -7,7 +7,6 @@
 Run from the repository, with launch/tpu-requirements.txt installed. What is in the file already is not done again.
 """
 
-import bisect
 import importlib
 import json
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from flax_mlm import chips, config, rehearsal, roofline
+from flax_mlm.errors import Failure
 
 MODELS = {
     "BERT-base, 128": ("bert_base", {}),
@@ -64,24 +64,21 @@ def fewest_parts(
     name: str, changes: dict[str, Any], target: rehearsal.Target
 ) -> tuple[rehearsal.Rehearsal, config.Config]:
     """The model in the fewest microbatches that fit the target, and its config; layers recomputed as that says."""
-    tried: dict[int, tuple[rehearsal.Rehearsal, config.Config]] = {}
-
-    def fits(micro: int) -> bool:
-        planned = of(name, changes | {"train.microbatches": micro})
+    planned = of(name, changes)
+    mesh = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False).mesh
+    rows = planned.train.global_batch_size // (mesh["data"] * mesh["fsdp"])
+    for parts in (p for p in range(1, rows + 1) if rows % p == 0):
+        planned = of(name, changes | {"train.microbatches": parts})
         traced = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False)
         chip = chips.of_kind(traced.device_kind)
         assert chip
         if traced.least_bytes > 1.1 * chip.memory * traced.chips / traced.devices:
-            return False
-        tried[micro] = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target), planned
-        print(name, target, micro, tried[micro][0].error[:200] or "fits", flush=True)
-        return not tried[micro][0].error
-
-    planned = of(name, changes)
-    mesh = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False).mesh
-    rows = planned.train.global_batch_size // (mesh["data"] * mesh["fsdp"])
-    parts = [m for m in range(1, rows + 1) if rows % m == 0]
-    return tried[parts[bisect.bisect_left(parts, True, key=fits)]]  # more parts do not need more memory
+            continue  # the compiler does with less, but not by so much
+        found = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target)
+        print(name, target, parts, found.error[:200] or "fits", flush=True)
+        if not found.error:
+            return found, planned
+    raise Failure(f"{name} does not fit {target}, row by row")
 
 
 def compile_all(file: Path, done: list[Any]) -> None:

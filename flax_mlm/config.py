@@ -6,13 +6,11 @@
 
 import dataclasses
 import difflib
-import itertools
 import math
 import os
 import re
 import runpy
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +259,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run. Built by `build`, so every instance has passed `check`."""
+    """A whole run. Built by `build`, so every instance has passed `limits.check`."""
 
     seed: int
     init_from: str
@@ -328,10 +326,10 @@ def build(config_dict: ConfigDict) -> Config:
     if values:
         raise UserError(f"config has an unknown section '{min(values)}'; see configs/base.py")
     config = Config(**sections)
-    check(config)
 
-    from flax_mlm import phases  # which are made of configs
+    from flax_mlm import limits, phases  # which are made of configs
 
+    limits.check(config)
     phases.of(config)
     return config
 
@@ -397,282 +395,3 @@ def parse(kind: type, path: str, text: str) -> Any:
         wanted = {bool: "true or false", float: "a number", int: "a whole number"}[kind]
         raise UserError(f"--config.{path} is '{text}'; it takes {wanted}") from None
     return text
-
-
-_CHOICES = {
-    "data.packing": ("best_fit", "sequential"),
-    "tokenizer.model_type": ("bpe", "unigram"),
-    "tokenizer.normalization": ("nmt_nfkc", "nmt_nfkc_cf", "identity"),
-    "model.positions": ("learned", "rope"),
-    "model.norm_position": ("post", "pre"),
-    "model.attention": ("auto", "plain", "splash", "cudnn", "interpreted"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
-    "objective.name": ("mlm", "clm", "rtd"),
-    "objective.masking": ("token", "whole_word", "span"),
-    "objective.embedding_sharing": ("none", "shared", "gradient_disentangled"),
-    "finetune.method": ("full", "probe"),
-    "finetune.pooling": ("cls", "mean", "last"),
-    "optimizer.name": ("adamw", "stable_adamw", "schedule_free", "lamb", "muon"),
-    "optimizer.schedule": ("linear", "cosine", "wsd", "constant"),
-    "optimizer.spike_action": ("none", "clip", "skip", "rewind"),
-    "optimizer.averaging": ("none", "ema", "lawa"),
-}
-_AT_LEAST = {
-    "seed": 0,
-    "data.seq_len": 4,
-    "data.validation_every": 2,
-    "data.num_workers": 0,
-    "tokenizer.vocab_size": 1,
-    "tokenizer.sample_bytes": 1,
-    "model.num_layers": 1,
-    "model.hidden_size": 1,
-    "model.num_heads": 1,
-    "model.intermediate_size": 1,
-    "model.max_positions": 1,
-    "model.type_vocab_size": 0,
-    "model.embedding_size": 0,
-    "model.global_attention_every": 1,
-    "model.local_window": 2,
-    "model.vocab_multiple_of": 1,
-    "objective.span_max_words": 1,
-    "objective.z_loss": 0.0,
-    "optimizer.weight_decay": 0.0,
-    "optimizer.max_grad_norm": 0.0,
-    "optimizer.max_skipped_steps": 1,
-    "optimizer.lawa_every": 1,
-    "optimizer.lawa_count": 1,
-    "train.steps": 1,
-    "train.tokens": 0.0,
-    "train.budget_minutes": 0.0,
-    "train.budget_chip_hours": 0.0,
-    "train.budget_cost": 0.0,
-    "train.price_per_chip_hour": 0.0,
-    "train.global_batch_size": 1,
-    "train.microbatches": 1,
-    "train.loss_chunks": 1,
-    "train.batch_groups": 1,
-    "train.log_every": 1,
-    "train.eval_every": 0,
-    "train.cloze_every": 0,
-    "train.checkpoint_every": 1,
-    "train.keep_last": 1,
-    "train.keep_every": 0,
-    "train.max_failed_saves": 1,
-    "train.stall_timeout": 0.0,
-    "eval.batch_size": 1,
-    "eval.max_rows": 0,
-    "finetune.epochs": 1,
-    "finetune.patience": 1,
-    "finetune.batch_size": 1,
-    "finetune.seeds": 1,
-    "finetune.max_length": 4,
-    "finetune.weight_decay": 0.0,
-    "finetune.hard_negatives": 0,
-    "mesh.fsdp": 1,
-    "mesh.tensor": 1,
-}
-# (low, high, low itself allowed, high itself allowed)
-_BETWEEN = {
-    "tokenizer.character_coverage": (0.0, 1.0, False, True),
-    "model.dropout_rate": (0.0, 1.0, True, False),
-    "model.attention_dropout_rate": (0.0, 1.0, True, False),
-    "model.norm_eps": (0.0, 1.0, False, False),
-    "model.init_stddev": (0.0, 1.0, False, True),
-    "model.rope_theta_global": (1.0, float("inf"), False, False),
-    "model.rope_theta_local": (1.0, float("inf"), False, False),
-    "objective.mask_rate": (0.0, 1.0, False, True),
-    "objective.replace_mask": (0.0, 1.0, True, True),
-    "objective.replace_random": (0.0, 1.0, True, True),
-    "objective.span_stop": (0.0, 1.0, False, True),
-    "objective.generator_size": (0.0, 1.0, False, True),
-    "objective.generator_depth": (0.0, 1.0, False, True),
-    "objective.discriminator_weight": (0.0, float("inf"), False, False),
-    "optimizer.learning_rate": (0.0, float("inf"), False, False),
-    "optimizer.warmup_fraction": (0.0, 1.0, True, True),
-    "optimizer.decay_fraction": (0.0, 1.0, True, True),
-    "optimizer.final_lr_fraction": (0.0, 1.0, True, True),
-    "optimizer.beta1": (0.0, 1.0, True, False),
-    "optimizer.beta2": (0.0, 1.0, True, False),
-    "optimizer.eps": (0.0, 1.0, False, False),
-    "optimizer.spike_threshold": (0.0, float("inf"), False, False),
-    "optimizer.ema_decay": (0.0, 1.0, False, False),
-    "eval.mask_rate": (0.0, 1.0, False, True),
-    "finetune.dropout_rate": (0.0, 1.0, True, False),
-    "finetune.warmup_fraction": (0.0, 1.0, True, True),
-    "finetune.temperature": (0.0, float("inf"), False, False),
-}
-
-
-def check(c: Config) -> None:
-    """Raises UserError for a value that cannot work."""
-
-    def value_of(path: str) -> Any:
-        node: Any = c
-        for name in path.split("."):
-            node = getattr(node, name)
-        return node
-
-    for path, (kind, _) in field_types().items():
-        value = value_of(path)
-        if kind is float and value is not None and not math.isfinite(value):
-            raise UserError(f"{path} is {value}; it must be a finite number")
-        if kind is int and value is not None and abs(value) >= 2**31:
-            raise UserError(f"{path} is {value}; it must be less than 2**31")
-    for path, choices in _CHOICES.items():
-        if value_of(path) not in choices:
-            raise UserError(f"{path} is '{value_of(path)}'; it can be {', '.join(choices)}")
-    for path, low in _AT_LEAST.items():
-        if value_of(path) < low:
-            raise UserError(f"{path} is {value_of(path)}; it must be at least {low}")
-    for path, (low, high, low_ok, high_ok) in _BETWEEN.items():
-        value = value_of(path)
-        if value is None:
-            continue
-        if not (low <= value <= high) or (value == low and not low_ok) or (value == high and not high_ok):
-            bounds = f"{'[' if low_ok else '('}{low}, {high}{']' if high_ok else ')'}"
-            raise UserError(f"{path} is {value}; it must lie in {bounds}")
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise UserError(message)
-
-    c.data.folders()
-    c.finetune.rates()
-    c.finetune.sizes(c.model.hidden_size)
-    m, t = c.model, c.train
-    if m.attention in ("splash", "cudnn", "interpreted"):
-        tile = 2 if m.attention == "cudnn" else 128
-        for name, value, ok, what in (
-            ("data.seq_len", c.data.seq_len, c.data.seq_len % tile == 0, f"a multiple of {tile}"),
-            ("model.dtype", m.dtype, m.attention != "cudnn" or m.dtype == "bfloat16", "bfloat16"),
-            ("model.attention_dropout_rate", m.attention_dropout_rate, m.attention_dropout_rate == 0.0, "0"),
-            ("train.reproducible", t.reproducible, not t.reproducible, "False"),
-        ):
-            need(ok, f"{name} is {value}; with model.attention = '{m.attention}' it must be {what}")
-    need(
-        m.hidden_size % m.num_heads == 0,
-        f"model.hidden_size is {m.hidden_size}; it must be divisible by model.num_heads, {m.num_heads}",
-    )
-    need(
-        m.positions == "learned" or (m.hidden_size // m.num_heads) % 2 == 0,
-        f"model.hidden_size / model.num_heads is {m.hidden_size // m.num_heads}; rope needs it even",
-    )
-    need(
-        not (m.share_layers and m.norm_position == "pre"),
-        "model.share_layers is True; it needs model.norm_position = 'post', since pre-norm layers are not all alike",
-    )
-    need(
-        not c.init_new_head or bool(c.init_from),
-        "init_new_head is True, but init_from is empty; it names the Hugging Face folder to start from",
-    )
-    need(
-        not c.tokenizer.extend or bool(c.tokenizer.path),
-        "tokenizer.extend is set, but there is no tokenizer to extend; set tokenizer.path or init_from",
-    )
-    need(
-        c.data.seq_len <= m.max_positions,
-        f"data.seq_len is {c.data.seq_len}, longer than model.max_positions, {m.max_positions}; raise the latter",
-    )
-    need(
-        m.num_heads % c.mesh.tensor == 0,
-        f"mesh.tensor is {c.mesh.tensor}; it must divide model.num_heads, {m.num_heads}",
-    )
-    need(
-        m.intermediate_size % c.mesh.tensor == 0,
-        f"mesh.tensor is {c.mesh.tensor}; it must divide model.intermediate_size, {m.intermediate_size}",
-    )
-    need(
-        m.vocab_multiple_of % c.mesh.tensor == 0,
-        f"mesh.tensor is {c.mesh.tensor}; it must divide model.vocab_multiple_of, {m.vocab_multiple_of} (128 will do)",
-    )
-    need(
-        m.hidden_size % c.mesh.fsdp == 0,
-        f"mesh.fsdp is {c.mesh.fsdp}; it must divide model.hidden_size, {m.hidden_size}",
-    )
-    if c.objective.name == "rtd":
-        _check_generator(c, need)
-    lengths = [f"train.{name}" for name in LENGTHS if getattr(t, name)]
-    need(len(lengths) < 2, f"{' and '.join(lengths)} are set; a run has one length")
-    for name, other in itertools.permutations(("budget_cost", "price_per_chip_hour")):
-        need(
-            not getattr(t, name) or getattr(t, other) > 0,
-            f"train.{name} is {getattr(t, name):g}; it needs train.{other}, too",
-        )
-    if t.has_budget:
-        for name, wrong in (
-            ("name = 'schedule_free'", c.optimizer.name == "schedule_free"),
-            ("averaging = 'lawa'", c.optimizer.averaging == "lawa"),
-        ):
-            need(not wrong, f"train.{t.unit} is set; optimizer.{name} has to know the number of steps beforehand")
-    need(
-        c.mesh.data == -1 or c.mesh.data >= 1,
-        f"mesh.data is {c.mesh.data}; it must be at least 1, or -1 for all devices left",
-    )
-    need(
-        t.global_batch_size % t.microbatches == 0,
-        f"train.global_batch_size is {t.global_batch_size}; it must be divisible by train.microbatches, "
-        f"{t.microbatches}",
-    )
-    if t.reproducible:
-        need(
-            t.microbatches == 1,
-            f"train.microbatches is {t.microbatches}; with train.reproducible the batch is taken in "
-            f"train.batch_groups parts already, and it must be 1",
-        )
-        need(c.mesh.tensor == 1, f"mesh.tensor is {c.mesh.tensor}; train.reproducible needs it to be 1")
-        for name, rows in (("train.global_batch_size", t.global_batch_size), ("eval.batch_size", c.eval.batch_size)):
-            need(
-                rows % t.batch_groups == 0,
-                f"{name} is {rows}; with train.reproducible it must be divisible by train.batch_groups, "
-                f"{t.batch_groups}",
-            )
-    need(
-        c.objective.replace_mask + c.objective.replace_random <= 1.0,
-        f"objective.replace_mask + objective.replace_random is "
-        f"{c.objective.replace_mask + c.objective.replace_random:g}; it must be at most 1",
-    )
-    if c.optimizer.name == "schedule_free":
-        for name, value, ok, what in (
-            ("schedule", c.optimizer.schedule, c.optimizer.schedule == "constant", "constant"),
-            ("averaging", c.optimizer.averaging, c.optimizer.averaging == "none", "none, since it averages by itself"),
-            ("beta1", c.optimizer.beta1, c.optimizer.beta1 > 0.0, "above 0"),
-        ):
-            need(ok, f"optimizer.{name} is {value}; with optimizer.name = 'schedule_free' it must be {what}")
-    need(
-        c.optimizer.schedule != "wsd" or c.optimizer.warmup_fraction + c.optimizer.decay_fraction <= 1.0,
-        f"optimizer.warmup_fraction + optimizer.decay_fraction is "
-        f"{c.optimizer.warmup_fraction + c.optimizer.decay_fraction:g}; it must be at most 1",
-    )
-
-
-def _check_generator(c: Config, need: Callable[[bool, str], None]) -> None:
-    m, g, size, tensor = c.model, c.generator, c.objective.generator_size, c.mesh.tensor
-    need(not c.init_from, "init_from is set; objective.name = 'rtd' begins anew, for no folder holds both its models")
-    need(
-        c.train.cloze_every == 0, f"train.cloze_every is {c.train.cloze_every}; an encoder trained with rtd fills none"
-    )
-    need(
-        c.train.loss_chunks == 1,
-        f"train.loss_chunks is {c.train.loss_chunks}; with rtd, which draws from the generator's scores, it must be 1",
-    )
-    need(
-        m.embedding_size != m.hidden_size,
-        f"model.embedding_size is {m.embedding_size}, as model.hidden_size is; with rtd write 0 for that",
-    )
-    need(
-        g.num_heads >= 1 and abs(m.num_heads * size - g.num_heads) < 0.05,
-        f"objective.generator_size is {size:g}; of model.num_heads, {m.num_heads}, it must leave a whole number, as "
-        f"{max(1, g.num_heads) / m.num_heads:.4g} does",
-    )
-    for name, value in (("heads", g.num_heads), ("MLP width", g.intermediate_size)):
-        need(
-            value % tensor == 0,
-            f"mesh.tensor is {tensor}; it must divide the generator's {name}, {value} (objective.generator_size "
-            f"{size:g})",
-        )
-    need(
-        g.hidden_size % c.mesh.fsdp == 0,
-        f"mesh.fsdp is {c.mesh.fsdp}; it must divide the generator's width, {g.hidden_size} (objective.generator_size "
-        f"{size:g})",
-    )

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from flax_mlm import buckets, files
 from flax_mlm.config import Config, ModelConfig
@@ -107,6 +108,16 @@ def train_line(step: str, m: dict[str, float]) -> str:
     if "generator_loss" in m:
         parts[2:2] = [f"generator {m['generator_loss']:.4f}", f"discriminator {m['discriminator_loss']:.4f}"]
     return "  ".join(parts + ([f"skipped {m['skipped']:.0f}"] if m["skipped"] else []))
+
+
+def lines(workdir: Path, kind: str = "") -> list[dict[str, Any]]:
+    """What a run has logged so far, in a folder; of one kind (train, validation, ...), or of all. Half a line, written
+    when the run was killed, is left out."""
+    file, found = workdir / _METRICS, []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if kind in ("", line["kind"])]
 
 
 class Writers:

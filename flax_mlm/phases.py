@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from flax_mlm.config import Config, check, field_types, parse
+from flax_mlm import limits
+from flax_mlm.config import Config, field_types, parse
 from flax_mlm.errors import UserError
 
 MOVING = (
@@ -115,8 +116,8 @@ def _changed(before: Phase, begin: float, changes: str) -> Phase:
             if path not in MOVING:
                 raise _wrong(f"'{path}' does not move; of what changes, {', '.join(MOVING)} do")
             last[path] = final
-    check(config)
-    check(_with(config, last))
+    limits.check(config)
+    limits.check(_with(config, last))
     for name in _FIXED_WITH_RTD:
         old, new = (getattr(c.objective, name) for c in (before.config, config))
         if begin > 0 and "rtd" in (before.config.objective.name, config.objective.name) and old != new:

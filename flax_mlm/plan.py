@@ -131,9 +131,10 @@ def what_runs(config: Config, found: Rehearsal, target: Target) -> Iterator[str]
         f"step        {rows:,} rows of {length:,} = {rows * length:,} tokens; {found.flops / rows / length / 1e6:,.1f} "
         f"MFLOPs per token, {found.flops / 1e12:,.1f} TFLOPs per step"
     )
+    kernel = f"{found.attention} (cuDNN's where it can, which keeps less)" if found.cudnn else found.attention
     yield (
-        f"            attention {found.attention}, remat {config.model.remat}, "
-        f"{config.train.microbatches} microbatch(es), {config.train.loss_chunks} loss chunk(s), {config.model.dtype}"
+        f"            attention {kernel}, remat {config.model.remat}, {config.train.microbatches} microbatch(es), "
+        f"{config.train.loss_chunks} loss chunk(s), {config.model.dtype}"
     )
 
 

@@ -75,6 +75,7 @@ class Rehearsal:
     parameter_bytes: int
     optimizer_bytes: int  # an average of the weights, where one is kept, included
     activation_bytes: int  # kept by the forward pass for the backward pass
+    cudnn: bool = False  # on a GPU whose cuDNN has a kernel for it, that is taken instead; it keeps less
     # Of the compiled program; absent where nothing was compiled, or it does not fit.
     compile_seconds: float = 0.0
     argument_bytes: int = 0
@@ -140,8 +141,7 @@ def rehearse(config: Config, vocab_size: int, target: Target, compiles: bool = T
 
 def _child(asked: dict[str, Any]) -> dict[str, Any]:
     phase = phases.of(config_lib.build(config_lib.from_dict(asked["config"])))[0]
-    config = phase.config
-    target, vocab_size = Target(**asked["target"]), asked["vocab_size"]
+    config, target, vocab_size = phase.config, Target(**asked["target"]), asked["vocab_size"]
 
     import jax
     import numpy as np
@@ -152,6 +152,10 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
     from flax_mlm.step import make_steps
 
     jax.config.update("jax_compilation_cache_dir", None)
+    cudnn = target.kind == "gpu" and attention.choose(config, "gpu", lambda width: True) == "cudnn"
+    if cudnn:  # which cannot even be traced here
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="plain"))
+        phase = phase._replace(config=config)
     devices = _devices(target)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch("train.global_batch_size", config.train.global_batch_size, mesh, config.train.microbatches)
@@ -176,6 +180,7 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
             vocab_rows=vocab_rows(config.model, vocab_size),
             flops=steps.flops,
             attention="plain" if kernel is attention.plain else "splash",
+            cudnn=cudnn,
             parameter_bytes=_on_one(steps.abstract.params),
             optimizer_bytes=_on_one((steps.abstract.opt_state, steps.abstract.average)),
             activation_bytes=_kept(phase, steps, mesh, vocab),

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm import buckets, claim, command, files, grid, phases, tables
+from flax_mlm import buckets, claim, command, files, grid, metrics, phases, tables
 from flax_mlm.config import Config
 from flax_mlm.errors import UserError
 from flax_mlm.grid import Setting, said, spelt
@@ -58,13 +58,7 @@ class Run(NamedTuple):
 
     def curve(self) -> list[dict[str, Any]]:
         """The evaluations so far, as metrics.jsonl has them."""
-        file = self.workdir / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):  # half a line, written when the run was killed
-                found.append(json.loads(line))
-        return [line for line in found if line["kind"] == "validation"]
+        return metrics.lines(self.workdir, "validation")
 
     def result(self) -> dict[str, Any] | None:
         """The last evaluation, of a run that is finished."""

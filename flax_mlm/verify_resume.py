@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm import buckets, command
+from flax_mlm import buckets, command, metrics
 from flax_mlm.config import LENGTHS, Config
 from flax_mlm.errors import Failure, UserError
 
@@ -203,8 +203,7 @@ def hashes(workdir: Path, step: int) -> Found:
     from flax_mlm import checkpoint
 
     arrays = checkpoint.read_meta(epath.Path(workdir) / "checkpoints" / str(step))["arrays"]
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "train"]
+    lines, steps = metrics.lines(workdir), metrics.lines(workdir, "train")
     return Found(
         digest([[line[name] for name in _BATCHES] for line in steps]),
         digest(sorted(item for item in arrays.items() if item[0].startswith("params/"))),

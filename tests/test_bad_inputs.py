@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
-from flax_mlm import command, environment
+from flax_mlm import command, environment, limits
 from flax_mlm import config as config_lib
 
 FIELDS = config_lib.field_types()
@@ -96,7 +96,7 @@ def test_negative_numbers_are_refused(path, value):
     assert path in refused(f"--config.{path}={int(value // 1) if kind is int else value}")
 
 
-CHOICES = sorted(config_lib._CHOICES)
+CHOICES = sorted(limits.CHOICES)
 
 
 @pytest.mark.parametrize("path", CHOICES)
@@ -104,7 +104,7 @@ CHOICES = sorted(config_lib._CHOICES)
 def test_unknown_choices_are_answered_with_the_known(path, text):
     line = refused(f"--config.{path}={text}")
     assert path in line and f"'{text}'" in line
-    assert all(choice in line for choice in config_lib._CHOICES[path])
+    assert all(choice in line for choice in limits.CHOICES[path])
 
 
 @settings(max_examples=200, deadline=None)

@@ -351,6 +351,10 @@ def test_the_command_plans_for_cpus_and_gpus(toy, tmp_path):
     done = toy.run("plan", *toy.flags(), "--topology=gpu:h100:2", "--price=2", "--token_budget=1e9")
     assert done.returncode == 0, done.stderr
     assert "not compiled" in done.stdout and "989 TFLOP/s" in done.stdout and "at 2 a chip and hour" in done.stdout
+    assert "attention plain, " in done.stdout
+    more = toy.flags(model__attention="cudnn", model__dtype="bfloat16", model__attention_dropout_rate=0.0)
+    done = toy.run("plan", *more, "--topology=gpu:h100")
+    assert done.returncode == 0 and "attention plain (cuDNN's where it can, which keeps less)" in done.stdout
 
 
 @pytest.mark.parametrize(

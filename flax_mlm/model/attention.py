@@ -20,8 +20,11 @@ Drop = Callable[[jax.Array], jax.Array]  # applied to the probabilities
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Drop], jax.Array]
 
 
-def choose(config: Config, platform: str) -> str:
+def choose(config: Config, platform: str, cudnn_works: Callable[[int], bool] | None = None) -> str:
     """What `model.attention` comes to on devices of a platform: plain, splash, cudnn or interpreted.
+
+    Args:
+      cudnn_works: says of heads of a width whether cuDNN's kernel can be taken; None: it is tried.
 
     Raises:
       UserError: a kernel was asked for, and these are not the devices for it.
@@ -36,7 +39,11 @@ def choose(config: Config, platform: str) -> str:
         return "plain" if name == "auto" else name
     if platform == "gpu":
         fits = config.model.dtype == "bfloat16" and config.model.attention_dropout_rate == 0.0
-        return "cudnn" if fits and _cudnn_works(config.model.hidden_size // config.model.num_heads) else "plain"
+        return (
+            "cudnn"
+            if fits and (cudnn_works or _cudnn_works)(config.model.hidden_size // config.model.num_heads)
+            else "plain"
+        )
     return "splash" if platform == "tpu" else "plain"
 
 
