@@ -108,8 +108,12 @@ def scaling(file: Path, done: list[Any]) -> None:
 
 
 def table(lines: list[dict[str, Any]]) -> None:
-    print("| model | target | data × fsdp | rows a device, in parts | attention, remat | GiB | best to worst | MFU |")
-    print("|---|---|---|---|---|--:|--:|--:|")
+    print(
+        "| model | target | data × fsdp | rows a device, in parts | attention, remat | GiB | best to worst | MFU",
+        end="",
+    )
+    print(" | matmuls | GB | fusions, copies |")
+    print("|---|---|---|---|---|--:|--:|--:|--:|--:|--:|")
     for m in lines:
         if m["key"][0] == "scaling":
             continue
@@ -118,7 +122,8 @@ def table(lines: list[dict[str, Any]]) -> None:
         print(
             f"| {model} | {where} | {m['mesh'][0]} × {m['mesh'][1]} | {m['rows']:,} in {m['microbatches']} "
             f"| {m['attention']}, {m['remat']} | {m['bytes'] / 2**30:.1f} ({m['used']:.0%}) "
-            f"| {1e3 * m['best']:,.0f} to {1e3 * m['worst']:,.0f} ms | {m['mfu'][0]:.0%} to {m['mfu'][1]:.0%} |"
+            f"| {1e3 * m['best']:,.0f} to {1e3 * m['worst']:,.0f} ms | {m['mfu'][0]:.0%} to {m['mfu'][1]:.0%} "
+            f"| {m['matmuls']:.2f} | {m['traffic'] / 1e9:,.1f} | {m['fusions']:,}, {m['copies']:,} |"
         )
     print("\n| fsdp | chips | MB on links | MB between slices | ms on links | ms between slices | best to worst |")
     print("|--:|---|--:|--:|--:|--:|--:|")

@@ -188,7 +188,7 @@ class Program:
             for i in self.computations[fused]:
                 if not names & set(i.operands):
                     continue
-                if i.operation == "bitcast":
+                if i.operation == "bitcast" or self._only_tiles(i):
                     names.add(i.name)
                 elif i.operation == "fusion":  # one inside the other
                     inner = self._parts_of(_called(i.attributes, "calls")[0])
@@ -202,6 +202,15 @@ class Program:
             if not whole:
                 parts[int(parameter.operands[0])] = total
         return parts
+
+    def _only_tiles(self, i: Instruction) -> bool:
+        """Whether an instruction of a fusion has the array it is given, with other tiles (from tpu7x on)."""
+        if i.operation != "fusion" or "output_to_operand_aliasing" not in i.attributes:
+            return False
+        return [inner.operation for inner in self.computations[_called(i.attributes, "calls")[0]]] == [
+            "parameter",
+            "copy",
+        ]
 
     @functools.cache  # noqa: B019
     def _updates_of(self, fused: str) -> list[tuple[int, int]]:

@@ -155,6 +155,28 @@ def test_a_part_that_a_fusion_inside_another_reads_or_writes_counts_alone():
     assert Program(NESTED).traffic() == 2 * part + index
 
 
+def test_a_part_that_is_read_or_written_with_other_tiles_counts_alone():
+    """As the compiler writes the same for tpu7x."""
+    text = NESTED.replace(
+        "ROOT %part = f32[1,128]{1,0} dynamic-slice(%x,",
+        "%tiled = f32[1000,128]{1,0} fusion(%x), output_to_operand_aliasing={{}: (0, {})}, calls=%tile\n"
+        "  ROOT %part = f32[1,128]{1,0} dynamic-slice(%tiled,",
+    ).replace(
+        "ROOT %all = f32[1000,128]{1,0} dynamic-update-slice(%x,",
+        "%tiled = f32[1000,128]{1,0} fusion(%x), output_to_operand_aliasing={{}: (0, {})}, calls=%tile\n"
+        "  ROOT %all = f32[1000,128]{1,0} dynamic-update-slice(%tiled,",
+    )
+    tile = """%tile (x: f32[1000,128]) -> f32[1000,128] {
+  %x = f32[1000,128]{1,0} parameter(0)
+  ROOT %y = f32[1000,128]{1,0} copy(%x)
+}
+
+%read"""
+    text = text.replace("%read", tile, 1)
+    assert text.count("calls=%tile\n") == 2
+    assert Program(text).traffic() == Program(NESTED).traffic()
+
+
 def test_a_room_that_is_only_made_moves_nothing():
     """As the TPU compiler makes what a scan writes its layers into."""
     entry = """ENTRY %main (x: f32[8,128]) -> f32[8,128] {
