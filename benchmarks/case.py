@@ -23,7 +23,6 @@ from flax_mlm import config as config_lib
 from flax_mlm.errors import UserError
 
 BATCHES = 4  # taken in turn
-FAMILIES = ("bert", "modernbert")
 
 
 class Ids(NamedTuple):

@@ -75,7 +75,7 @@ def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
     return seconds, sum(len(text.encode()) for _, text in parts)
 
 
-def readers(config: Config, corpus: Any) -> dict[str, Callable[[], float]]:
+def readers(corpus: Any) -> dict[str, Callable[[], float]]:
     """Tokens a second, padding included, of ways to read the prepared rows."""
     from flax_mlm.data.corpus import Rows
     from flax_mlm.data.pipeline import train_batches
@@ -132,7 +132,7 @@ def main(config: Config) -> None:
         (folder / "phases").mkdir()
         by_phase, size = phases(config, folder / "phases")
         corpus = Corpus.open(folder / "corpus")
-        kinds = readers(config, corpus)
+        kinds = readers(corpus)
         for step in (0, 0, _LATE.value):
             first_batch(corpus, step)  # the first one imports TensorFlow
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}

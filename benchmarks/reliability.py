@@ -58,7 +58,7 @@ def main(config: Config) -> None:
 
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         plain = Loop(config)
-        meta = {"format": 2, "config": config.to_dict(), "corpus": "", "text": {}, "tokenizer": {}}
+        meta = {"format": 3, "config": config.to_dict(), "corpus": "", "text": {}, "tokenizer": {}}
         checkpoints = checkpoint.Checkpoints(Path(folder), config, meta, plain.steps.fingerprint)
         checkpoints.save(0, plain.state)  # compiles
         exact = Loop(dataclasses.replace(config, train=dataclasses.replace(config.train, reproducible=True)))

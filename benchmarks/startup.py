@@ -25,7 +25,10 @@ from flax_mlm.errors import Failure
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "starts of each kind", lower_bound=1)
 _COMMANDS = flags.DEFINE_list(
     "commands",
-    ["prepare", "audit", "plan", "train", "evaluate", "compare", "embed", "fill_mask", "export", "verify_resume"],
+    [
+        *("prepare", "audit", "plan", "train", "sweep", "evaluate", "compare", "embed", "fill_mask", "export"),
+        "verify_resume",
+    ],
     "whose --help is asked for",
 )
 _JSON = flags.DEFINE_string("json", "", "file for all that was measured")

@@ -75,6 +75,7 @@ def get_config() -> ConfigDict:
     c.objective.replace_random = 0.1  # share shown as a random token; what is left is shown unchanged
     c.objective.span_stop = 0.2  # a span ends after each word with this probability (SpanBERT)
     c.objective.span_max_words = 10
+    c.objective.cross_documents = False  # attention and positions go over the whole row, and not each document's alone
     # × the mean of (log Z)², which keeps scores from drifting (PaLM, ST-MoE: 1e-4), is trained on too, and logged as
     # z_loss; `loss` stays the cross-entropy. 0.0: none
     c.objective.z_loss = 0.0
@@ -117,9 +118,9 @@ def get_config() -> ConfigDict:
     c.train.steps = 10_000
     c.train.tokens = 0.0  # without special ones and padding
     c.train.budget_minutes = 0.0  # of the wall clock
-    c.train.budget_chip_hours = 0.0  # over all devices
+    c.train.budget_chip_hours = 0.0  # over all chips
     c.train.budget_cost = 0.0  # in whatever money train.price_per_chip_hour is in
-    c.train.price_per_chip_hour = 0.0  # of one device
+    c.train.price_per_chip_hour = 0.0  # of one chip
     # what changes in the course of the run, from a share of it on (or step, or so much of the unit above):
     # `0%: objective.mask_rate=0.3->0.15; 90%: data.seq_len=512, train.global_batch_size=64` (README, "Phases")
     c.train.phases = ""

@@ -38,6 +38,7 @@ def main(config: Config) -> int:
     if config.objective.name == "clm":
         raise UserError("objective.name is 'clm', which masks nothing; the audit is for 'mlm' and 'rtd'")
     corpus = open_corpus(config)
+    (phase,) = phases.settled([phase], [corpus.seq_len], [corpus.tokens_per_row])
     batch_size = config.train.global_batch_size
     batches = pipeline.train_batches(
         corpus.split("train"),
@@ -66,7 +67,8 @@ def audit(
     for step, batch in enumerate(batches):
         tokens = batch["tokens"]
         slots = masking.num_slots(tokens.shape[1], phase.largest_mask_rate)
-        rates = rates_at(phase, min(step / (phase.num_steps or phase.config.train.steps), 1.0))
+        # Of a run with a budget nobody knows yet how many steps it has.
+        rates = rates_at(phase, min(step / phase.num_steps, 1.0) if phase.num_steps else 0.0)
         on_device = jnp.asarray(tokens), jnp.asarray(batch["row_ids"])
         masked = jax.device_get(masking.mask_tokens(*on_device, key, vocab, objective, rates, slots))
         if step == 0 and show:

@@ -37,7 +37,7 @@ class Budget:
                 f"--workdir: '{self._file}', the time used, cannot be read ({type(e).__name__}: {e}); without the file "
                 "the budget begins anew"
             ) from e
-        self._noted = time.monotonic()
+        self.note()  # what it took to get here is used, if nothing else comes of this start
         self._last_step: float | None = None
         self._step_seconds: float | None = None  # of a step, a running mean without pauses
         self._costs: dict[str, float] = {}
@@ -64,6 +64,10 @@ class Budget:
         self._noted = time.monotonic()
         with contextlib.suppress(OSError, buckets.Unreachable), buckets.errors(self._workdir):  # it will be tried again
             files.write_json(self._file, {"seconds": self.used()})
+
+    def forget(self, what: str) -> None:
+        """Keeps no time for it until it has been timed again."""
+        self._costs.pop(what, None)
 
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:

@@ -454,10 +454,7 @@ class Checkpoints:
                 if not self._is_alone:  # the others may have read it, and wait
                     raise Failure(f"{e}; it is moved to {where}; start again from the step before") from e
                 continue
-            if before is not None and self._is_main:
-                for later in steps_in(self._workdir):
-                    if later > step:
-                        self._shelf.discard(str(later))
+            self._discard_after(step, before)
             log(f"restored step {step} from {checkpoint}")
             self.so_far = {name: meta[name] for name in _SO_FAR if name in meta}
             return abstract._replace(**{**state.pop("rest"), **state})
@@ -467,7 +464,14 @@ class Checkpoints:
                 f"none of the checkpoints in '{self._workdir}' is sound (they are in checkpoints/.quarantine); "
                 "use another --workdir"
             )
+        self._discard_after(0, before)
         return None
+
+    def _discard_after(self, step: int, before: int | None) -> None:
+        if before is not None and self._is_main:
+            for later in steps_in(self._workdir):
+                if later > step:
+                    self._shelf.discard(str(later))
 
     def _candidate(self, before: int | None) -> int:
         steps = steps_in(self._workdir)
@@ -487,11 +491,12 @@ class Checkpoints:
     def _retain(self, newest: int) -> None:
         """Deletes what retention does not keep: the last scheduled steps, the newest, and every M-th stay. Not before
         the newest is on the disk, and not only in its cache."""
-        steps, train = steps_in(self._workdir), self._train
-        keep = {s for s in steps if train.keep_every and s % train.keep_every == 0} | {newest}
-        keep |= set([s for s in steps if s % train.checkpoint_every == 0][-train.keep_last :])
+        train = self._train
         try:
             with buckets.errors(self._folder):
+                steps = steps_in(self._workdir)
+                keep = {s for s in steps if train.keep_every and s % train.keep_every == 0} | {newest}
+                keep |= set([s for s in steps if s % train.checkpoint_every == 0][-train.keep_last :])
                 self._shelf.settle(str(newest))
                 for step in steps:
                     if step not in keep:

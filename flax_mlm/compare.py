@@ -3,9 +3,10 @@
 python -m flax_mlm.compare --checkpoints=masked=runs/mlm,causal=runs/clm --output=compared \\
     --tasks='mlm; cloze; blimp=minimal_pairs --data=blimp/; cola=classification --train=cola.tsv --metric=matthews'
 
-Each pair is `python -m flax_mlm.evaluate` in a process of its own, and its result a file in --output: what is there
-already is not done again. Differences to the first checkpoint come with 95% intervals of a bootstrap over the examples
-that both have answered.
+Each pair is `python -m flax_mlm.evaluate` in a process of its own, with the overrides that are given here and those of
+the task, and its result a file in --output: what is there already, of the same checkpoint and options, is not done
+again. Differences to the first checkpoint come with 95% intervals of a bootstrap over the examples that both have
+answered.
 """
 
 import hashlib
@@ -41,6 +42,13 @@ class Spec(NamedTuple):
     arguments: list[str]  # of evaluate
 
 
+class Checkpoint(NamedTuple):
+    """One that a path means, and what tells it from others that have been there."""
+
+    path: str
+    sha256: str  # of its content
+
+
 class Difference(NamedTuple):
     """Of a metric, to that of the first checkpoint, with its 95% interval."""
 
@@ -50,16 +58,20 @@ class Difference(NamedTuple):
 
 
 def main(config: Config) -> None:
-    checkpoints, specs = named(_CHECKPOINTS.value), parse_tasks(_TASKS.value)
+    paths, tasks, overrides = named(_CHECKPOINTS.value), parse_tasks(_TASKS.value), command.config_arguments(sys.argv)
+    if overrides and overrides[0].startswith("--config="):
+        raise UserError(f"{overrides[0]}: checkpoints have their own; override fields by --config.section.field=value")
+    specs = [spec._replace(arguments=[*overrides, *spec.arguments]) for spec in tasks]  # the last of two counts
     if not _OUTPUT.value:
         raise UserError("--output is missing; name a folder for the results")
     buckets.refuse("--output", _OUTPUT.value)
     output = Path(_OUTPUT.value).expanduser()
+    checkpoints = {name: find(path) for name, path in paths.items()}
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for spec in specs:
-        for name, path in checkpoints.items():
+        for name, checkpoint in checkpoints.items():
             print(f"{spec.name}: {name}", flush=True)
-            results.setdefault(spec.name, {})[name] = result_of(spec, name, path, output)
+            results.setdefault(spec.name, {})[name] = result_of(spec, name, checkpoint, output)
     rows = [row for task, some in results.items() for row in compared(task, some, _DRAWS.value)]
     text = table(list(checkpoints), rows)
     files.write_text(output / "table.md", text)
@@ -69,7 +81,7 @@ def main(config: Config) -> None:
 
 
 def named(items: list[str]) -> dict[str, str]:
-    """Name -> path, of `PATH` or `NAME=PATH`."""
+    """Name -> path, of `PATH` or `NAME=PATH`. Raises UserError: there is none, or two have the same name."""
     found: dict[str, str] = {}
     for item in items:
         name, _, path = item.rpartition("=") if not Path(item).exists() else ("", "", item)
@@ -101,22 +113,42 @@ def parse_tasks(text: str) -> list[Spec]:
     return specs
 
 
-def result_of(spec: Spec, name: str, path: str, output: Path) -> dict[str, Any]:
-    """What evaluate says, from the file of an earlier run where there is one.
+def find(path: str) -> Checkpoint:
+    """The checkpoint that a path means by now: the newest of a run, or a Hugging Face folder.
 
     Raises:
-      UserError: evaluate was not content with what it was given.
-      Failure: it failed.
+      UserError: there is none that is sound.
     """
     from flax_mlm import checkpoint
     from flax_mlm.hf import folder
 
-    newest = path if folder.is_one(path) else os.fspath(checkpoint.find(path)[0])
-    key = hashlib.sha256(json.dumps([newest, *spec.arguments]).encode()).hexdigest()[:12]
+    if not folder.is_one(path):
+        newest, meta = checkpoint.newest(path)
+        return Checkpoint(os.fspath(newest), meta["sha256"])
+    found, root = hashlib.sha256(), Path(path).expanduser()
+    for file in sorted([*root.glob("*"), *root.glob("*/config.json")]):
+        if file.suffix in (".json", ".model", ".safetensors", ".txt") and file.is_file():
+            with file.open("rb") as content:
+                found.update(hashlib.file_digest(content, "sha256").digest())
+    return Checkpoint(path, found.hexdigest())
+
+
+def result_of(spec: Spec, name: str, checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
+    """What evaluate says, from the file of an earlier run where there is one.
+
+    Raises:
+      UserError: evaluate was not content with what it was given, or `output` cannot be written.
+      Failure: it failed.
+    """
+    key = hashlib.sha256(json.dumps([*checkpoint, *spec.arguments]).encode()).hexdigest()[:12]
     file = output / "results" / f"{spec.name}-{name}-{key}.json"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        line = [sys.executable, "-m", "flax_mlm.evaluate", f"--checkpoint={newest}", *spec.arguments, f"--json={file}"]
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--output: '{output}' cannot be used: {e.strerror}") from e
+        arguments = [f"--checkpoint={checkpoint.path}", *spec.arguments, f"--json={file}"]
+        line = [sys.executable, "-m", "flax_mlm.evaluate", *arguments]
         done = subprocess.run(line, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -116,6 +116,7 @@ class ObjectiveConfig:
     replace_random: float
     span_stop: float
     span_max_words: int
+    cross_documents: bool
     z_loss: float
     generator_size: float
     generator_depth: float

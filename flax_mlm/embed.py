@@ -9,6 +9,7 @@ of `finetune.pooling`, of length 1.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -32,6 +33,7 @@ def main(config: Config) -> None:
     output = Path(_OUTPUT.value).expanduser()
     if output.suffix not in (".npy", ".parquet"):
         raise UserError(f"--output is '{_OUTPUT.value}'; it takes a name that ends in .npy or .parquet")
+    files.check_writable("--output", output)
     if not _INPUT.value:
         raise UserError("--input is missing; name a file of texts")
     size = config.model.hidden_size
@@ -39,8 +41,6 @@ def main(config: Config) -> None:
         raise UserError(f"--dimensions is {_DIMENSIONS.value}; the vectors of this encoder have {size}")
 
     import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     from rich.progress import Progress
 
     from flax_mlm import contrastive, finetune, trained
@@ -62,13 +62,21 @@ def main(config: Config) -> None:
             if output.suffix == ".npy":
                 np.save(file, vectors_ND)
             else:
-                width = vectors_ND.shape[1]
-                column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), width)
-                table = pa.Table.from_pylist([record for _, record in records])
-                pq.write_table(table.append_column("vector", column), file)
-    except (OSError, pa.ArrowException) as e:
+                _write_parquet(file, [record for _, record in records], vectors_ND)
+    except OSError as e:
         raise UserError(f"--output: '{output}' cannot be written: {e}") from e
     print(f"written to {output}: {vectors_ND.shape[0]:,} vectors of {vectors_ND.shape[1]}")
+
+
+def _write_parquet(file: Any, records: list[dict[str, Any]], vectors_ND: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), vectors_ND.shape[1])
+    try:
+        pq.write_table(pa.Table.from_pylist(records).append_column("vector", column), file)
+    except pa.ArrowException as e:
+        raise UserError(f"--input: '{_INPUT.value}' has columns that Parquet cannot hold: {e}") from e
 
 
 if __name__ == "__main__":

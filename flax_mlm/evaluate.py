@@ -75,8 +75,11 @@ def main(config: Config) -> None:
         "tagging": _tagging,
         "retrieval": _retrieval,
     }[_TASK.value]
+    output = Path(_JSON.value).expanduser()
     identity = {"--checkpoint": _CHECKPOINT.value, "--task": _TASK.value, **flatten(config.to_dict())}
     with processes.join(identity, config.train.stall_timeout) as roster:
+        if _JSON.value and roster.index == 0:
+            files.check_writable("--json", output)
         with roster.untimed("opening the checkpoint"):
             model = trained.restore(_CHECKPOINT.value, config)
 
@@ -90,7 +93,7 @@ def main(config: Config) -> None:
             print("\n".join(table))
             if _JSON.value:
                 about = {"task": _TASK.value, "objective": config.objective.name}
-                files.write_json(Path(_JSON.value), about | result)
+                files.write_json(output, about | result)
 
 
 Answer = tuple[dict[str, Any], list[str]]  # result, and as lines
@@ -144,7 +147,7 @@ def _rates(text: str) -> list[float]:
 def _cloze(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm.tasks import cloze
 
-    result = cloze.run(model, cloze.read(_DATA.value))
+    result = cloze.run(model, cloze.read(_DATA.value), poll)
     return result, cloze.table(result)
 
 

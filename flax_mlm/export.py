@@ -134,10 +134,9 @@ def _result(step: int) -> dict[str, float] | None:
     for folder in checkpoint.find(_CHECKPOINT.value):
         file = folder.parent.parent / "result.json"
         with buckets.errors(folder):
-            if folder.name == str(step) and file.exists():
-                config = json.loads((file.parent / "config.json").read_text())
-                if config["train"]["steps"] == step:
-                    return json.loads(file.read_text())
+            # A run that goes on removes the file, and what comes last is what it is of.
+            if checkpoint.steps_in(file.parent)[-1:] == [step] and file.exists():
+                return json.loads(file.read_text())
     return None
 
 

@@ -3,6 +3,7 @@ written appears whole anyway."""
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file} cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{file} is not UTF-8: {e}") from e
+
+
+def check_writable(flag: str, file: Path) -> None:
+    """Finds out whether a file can be written, before there is something to write. Raises UserError."""
+    try:
+        if file.is_dir():
+            raise UserError(f"{flag}: '{file}' is a folder; name a file")
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as e:
+        raise UserError(f"{flag}: '{file}' cannot be written: {e.strerror}") from e
 
 
 @contextlib.contextmanager

@@ -242,7 +242,12 @@ def search(config: FinetuneConfig, once: Callable[[float, int], tuple[float, Any
 
     Args:
       once: learning rate, seed -> score on the development set, and the outcome.
+
+    Raises:
+      UserError: `finetune.method` is probe, which trains no encoder.
     """
+    if config.method == "probe":
+        raise UserError("finetune.method is probe, which only --task=classification takes; use full")
     scores, first = {}, {}
     for rate in config.rates():
         name = f"{rate:g}"

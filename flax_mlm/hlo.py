@@ -99,27 +99,24 @@ class Program:
     def _size(self, computation: str) -> int:
         return sum(self.traffic_of(i, computation) for i in self.computations[computation])
 
-    def count(self, *operations: str) -> int:
-        """How often one device executes one of these in a step, each fusion as one."""
-        total = 0
-
-        def visit(instruction: Instruction, computation: str, times: int) -> None:
-            nonlocal total
-            total += times * (instruction.operation in operations)
-
-        self.walk(visit)
-        return total
-
-    def flops(self) -> float:
-        """Additions and multiplications in one device's matmuls in a step; the text has none of a Pallas kernel's."""
+    def _total(self, of: Callable[[Instruction, str], float]) -> float:
+        """The sum of `of(instruction, computation)` over all that one device executes in a step."""
         total = 0.0
 
         def visit(instruction: Instruction, computation: str, times: int) -> None:
             nonlocal total
-            total += times * self._flops_of(instruction, computation)
+            total += times * of(instruction, computation)
 
         self.walk(visit)
         return total
+
+    def count(self, *operations: str) -> int:
+        """How often one device executes one of these in a step, each fusion as one."""
+        return int(self._total(lambda i, _: i.operation in operations))
+
+    def flops(self) -> float:
+        """Additions and multiplications in one device's matmuls in a step; the text has none of a Pallas kernel's."""
+        return self._total(self._flops_of)
 
     def _flops_of(self, i: Instruction, computation: str) -> float:
         if i.operation == "fusion":
@@ -146,14 +143,7 @@ class Program:
 
         What the compiler keeps in on-chip memory does not count, nor does what a fusion hands on inside.
         """
-        total = 0
-
-        def visit(instruction: Instruction, computation: str, times: int) -> None:
-            nonlocal total
-            total += times * self.traffic_of(instruction, computation)
-
-        self.walk(visit)
-        return total
+        return int(self._total(self.traffic_of))
 
     def traffic_of(self, i: Instruction, computation: str) -> int:
         if i.operation in _FREE or i.operation.endswith("-done") or '"AllocateBuffer"' in i.attributes:
@@ -242,7 +232,7 @@ class Program:
         found: dict[Collective, int] = {}
         seen: set[tuple[str, ...]] = set()
 
-        def add(kind: str, i: Instruction, size_of: str, attributes: str, times: int) -> None:
+        def add(kind: str, size_of: str, attributes: str, times: int) -> None:
             group = _group(attributes, sizes)
             axes = tuple(axis for axis, c in zip(mesh_shape, np.unravel_index(group, sizes), strict=True) if np.ptp(c))
             if not axes:
@@ -256,7 +246,7 @@ class Program:
             if kind in _KINDS:
                 # The result of a -start names what goes in, too.
                 shape = i.shape if kind == i.operation else _second(i.shape)
-                add(kind, i, shape, i.attributes, times)
+                add(kind, shape, i.attributes, times)
             elif i.operation == "send" and "_xla_megascale_transfer_type" in i.attributes:
                 kind = _find(r'_transfer_type="(\w+)"', i.attributes).lower().replace("_", "-")
                 size = _logical(i.shape)[0]
@@ -273,7 +263,7 @@ class Program:
                     which = (computation, kind, _find(r"channel_id=(\d+)", inner.attributes), _scope(inner.attributes))
                     if scatters or which not in seen:
                         seen.add(which)
-                        add(kind, inner, i.shape if scatters else inner.shape, inner.attributes, times)
+                        add(kind, i.shape if scatters else inner.shape, inner.attributes, times)
 
         self.walk(visit)
         return [one._replace(times=times) for one, times in found.items()]

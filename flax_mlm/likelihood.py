@@ -5,8 +5,8 @@ of what was there are added. Where a word has several pieces, those that are lef
 pieces to its right too (Kauf & Ivanova 2023, arXiv:2305.10588) is the variant `within_word_l2r`.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,6 @@ from flax_mlm import sharding
 from flax_mlm.errors import UserError
 from flax_mlm.trained import Trained
 
-VARIANTS = ("original", "within_word_l2r")
 _TOKENS = 8192  # at a time
 
 
@@ -28,18 +27,17 @@ class Row(NamedTuple):
     labels: list[int]
 
 
-class Likelihoods(NamedTuple):
-    """Of N texts."""
-
-    total_N: np.ndarray  # float64, nats
-    tokens_N: np.ndarray  # int64, how many the total is over
-
-
-def of_texts(trained: Trained, texts: Sequence[str], variant: str = "within_word_l2r") -> Likelihoods:
-    """Log-likelihoods of texts, special tokens not counted.
+def of_texts(
+    trained: Trained,
+    texts: Sequence[str],
+    variant: str = "within_word_l2r",
+    poll: Callable[[], Any] = lambda: None,
+) -> np.ndarray:
+    """Log-likelihoods of N texts in nats, special tokens not counted: float64 (N,).
 
     Args:
-      variant: of the pseudo-log-likelihood, one of `VARIANTS`; a causal model has one only.
+      variant: of the pseudo-log-likelihood, `original` or `within_word_l2r`; a causal model has one only.
+      poll: called before every batch.
 
     Raises:
       UserError: a text is empty, or longer than the model's rows.
@@ -54,11 +52,9 @@ def of_texts(trained: Trained, texts: Sequence[str], variant: str = "within_word
             rows.append(Row(number, tokens, list(range(len(ids))), tokens[1:-1]))
         else:
             rows += _hidden_in_turn(number, tokens, t.starts_word[tokens], t.mask_id, variant)
-    totals, counts = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
-    for row, score in zip(rows, scores(trained, rows), strict=True):
-        totals[row.text] += score
-        counts[row.text] += len(row.labels)
-    return Likelihoods(totals, counts)
+    totals_N = np.zeros(len(texts))
+    np.add.at(totals_N, [row.text for row in rows], scores(trained, rows, poll))
+    return totals_N
 
 
 def _hidden_in_turn(number: int, tokens: list[int], starts: np.ndarray, mask: int, variant: str) -> Iterator[Row]:
@@ -69,8 +65,8 @@ def _hidden_in_turn(number: int, tokens: list[int], starts: np.ndarray, mask: in
         yield Row(number, tokens[:i] + [mask] * (end - i) + tokens[end:], [i], [tokens[i]])
 
 
-def scores(trained: Trained, rows: Sequence[Row]) -> np.ndarray:
-    """The sum of each row's log-probabilities, float64 (len(rows),)."""
+def scores(trained: Trained, rows: Sequence[Row], poll: Callable[[], Any]) -> np.ndarray:
+    """The sum of each row's log-probabilities, float64 (len(rows),). `poll` is called before every batch."""
     result, parts = np.zeros(len(rows)), sharding.batch_parts(trained.mesh)
     kinds: dict[tuple[int, int], list[int]] = {}  # rows by padded length and number of slots
     for i, row in enumerate(rows):
@@ -79,6 +75,7 @@ def scores(trained: Trained, rows: Sequence[Row]) -> np.ndarray:
     for (length, slots), numbers in sorted(kinds.items()):
         size = -(-max(_TOKENS // length, 1) // parts) * parts
         for batch in (numbers[begin : begin + size] for begin in range(0, len(numbers), size)):
+            poll()
             tokens_BL = np.full((size, length), trained.tokenizer.pad_id, np.int32)
             places_BK, labels_BK = np.zeros((2, size, slots), np.int32)
             used_BK = np.zeros((size, slots))

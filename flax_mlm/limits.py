@@ -124,9 +124,9 @@ def check(c: Config) -> None:
 
     for path, (kind, _) in field_types().items():
         value = value_of(path)
-        if kind is float and value is not None and not math.isfinite(value):
+        if kind is float and not math.isfinite(value):
             raise UserError(f"{path} is {value}; it must be a finite number")
-        if kind is int and value is not None and abs(value) >= 2**31:
+        if kind is int and abs(value) >= 2**31:
             raise UserError(f"{path} is {value}; it must be less than 2**31")
     for path, choices in CHOICES.items():
         if value_of(path) not in choices:
@@ -136,8 +136,6 @@ def check(c: Config) -> None:
             raise UserError(f"{path} is {value_of(path)}; it must be at least {low}")
     for path, (low, high, low_ok, high_ok) in _BETWEEN.items():
         value = value_of(path)
-        if value is None:
-            continue
         if not (low <= value <= high) or (value == low and not low_ok) or (value == high and not high_ok):
             bounds = f"{'[' if low_ok else '('}{low}, {high}{']' if high_ok else ')'}"
             raise UserError(f"{path} is {value}; it must lie in {bounds}")
@@ -224,6 +222,12 @@ def check(c: Config) -> None:
         f"{t.microbatches}",
     )
     if t.reproducible:
+        for name, value, ok, what in (
+            ("model.scan_layers", m.scan_layers, m.scan_layers is not False, "True"),
+            ("model.remat", m.remat, m.remat == "none", "none"),
+            ("train.loss_chunks", t.loss_chunks, t.loss_chunks == 1, "1"),
+        ):
+            need(ok, f"{name} is {value}; with train.reproducible it must be {what}, else roundings differ")
         need(
             t.microbatches == 1,
             f"train.microbatches is {t.microbatches}; with train.reproducible the batch is taken in "

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -140,9 +141,13 @@ class Writers:
             try:
                 import wandb
 
-                name = workdir.name
+                name, own = workdir.name, hashlib.sha256(str(workdir).encode()).hexdigest()[:8]
                 self._wandb = wandb.init(
-                    project=config.log.wandb_project, name=name, id=name, resume="allow", config=config.to_dict()
+                    project=config.log.wandb_project,
+                    name=name,
+                    id=f"{name}-{own}",
+                    resume="allow",
+                    config=config.to_dict(),
                 )
             except Exception as e:  # a missing package, account or network never stops a run
                 print(f"Weights & Biases is off: {type(e).__name__}: {e}")

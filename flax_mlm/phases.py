@@ -72,7 +72,7 @@ def of(config: Config) -> list[Phase]:
         if not match:
             raise _wrong(f"'{part}' is no phase")
         begin = float(match[1]) / (100 if match[2] else length)
-        if unit == "steps":
+        if unit == "steps" and begin < 1:
             begin = round(begin * length) / length
         is_first = begin == 0.0 and len(found) == 1 and not found[0].changes
         if not is_first and not found[-1].begin < begin < 1:

@@ -46,6 +46,8 @@ _HOPELESS = 1.5
 
 def main(config: Config) -> int:
     target = rehearsal.parse(_TOPOLOGY.value, _SLICES.value)
+    if _JSON.value:
+        files.check_writable("--json", Path(_JSON.value).expanduser())
     config = heaviest_phase(config)
     config, vocab_size = adopt_corpus(config)
     if _SWEEP.value:
@@ -70,7 +72,7 @@ def main(config: Config) -> int:
         if chip:
             result["roofline"] = roofline.estimate(found, config, chip)._asdict()
     if _JSON.value:
-        files.write_json(Path(_JSON.value), result)
+        files.write_json(Path(_JSON.value).expanduser(), result)
     return 1 if found.error else 0
 
 
@@ -350,7 +352,7 @@ def sweep(config: Config, vocab_size: int, target: Target) -> int:
     print(f"\nthe best, by the time with nothing at once:\n{line}")
     print(" ".join(f"--config.{name}={value}" for name, value in best.items()))
     if _JSON.value:
-        files.write_json(Path(_JSON.value), {"best": best, "seconds": {str(c): s for s, c, _ in results}})
+        files.write_json(Path(_JSON.value).expanduser(), {"best": best, "seconds": {str(c): s for s, c, _ in results}})
     return 0
 
 

@@ -69,15 +69,14 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
 
     Args:
       phase: The part of a run that `train` is for, of this config; None: it is the whole run.
+
+    Raises:
+      UserError: `model.attention` is a kernel that these devices do not have.
     """
     phase = phase or phases.whole(config)
     if config.train.reproducible:
-        # Unrolled or recomputed, XLA simplifies the layers otherwise on one device than on several, and rounds so.
-        config = dataclasses.replace(
-            config,
-            model=dataclasses.replace(config.model, scan_layers=True, remat="none"),
-            train=dataclasses.replace(config.train, loss_chunks=1),
-        )
+        # Unrolled, XLA simplifies the layers otherwise on one device than on several, and rounds so.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True))
     platform = mesh.devices.flat[0].platform
     model_config = dataclasses.replace(
         config.model,
@@ -132,18 +131,19 @@ def rates_at(phase: Phase, share: Any) -> masking.Rates:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
-def with_positions(state: TrainState, trained: int, wanted: int) -> TrainState:
-    """The state with so many learned positions to go on with, of which the first have been trained: those after them
-    begin as the first again (Longformer, arXiv:2004.05150, section 5). Of rotary positions there is nothing to do."""
+def at_phase(state: TrainState, trained: int, wanted: int) -> TrainState:
+    """The state to begin a further phase with: what its losses and gradients will be like is not known yet, and of the
+    `wanted` learned positions those after the `trained` ones begin as the first again (Longformer, arXiv:2004.05150,
+    section 5). Of rotary positions there is nothing to do."""
 
     def extend(path: Any, x: jax.Array) -> jax.Array:
-        if path[-1].key != "position":
+        if path[-1].key != "position" or wanted <= trained:
             return x
         copies = jnp.concatenate([x[:trained]] * -(-wanted // trained))
         return jnp.concatenate([copies[:wanted], x[wanted:]])
 
     params, average = (jax.tree_util.tree_map_with_path(extend, tree) for tree in (state.params, state.average))
-    return state._replace(params=params, average=average)
+    return state._replace(params=params, average=average, running=spikes.start())
 
 
 def _train_step(
@@ -273,7 +273,9 @@ def _eval_step(config: Config, loss: objective.Loss) -> Callable[..., tuple[Answ
     def eval_step(params: Any, batch: Batch, vocab: masking.Vocabulary) -> tuple[Answers, jax.Array]:
         o, key = config.objective, run_key(config, "eval")
         targets = objective.targets(o, batch, key, vocab, masking.rates(o, config.eval.mask_rate), slots)
-        if config.train.reproducible:
+        # Where it cannot be the same bit for bit, on more devices than there are groups, it is the same up to rounding.
+        divides = config.train.batch_groups % sharding.batch_parts(jax.sharding.get_abstract_mesh()) == 0
+        if config.train.reproducible and divides:
             scored = sharding.by_groups(
                 lambda params, part: loss.predict(params, part, None),
                 config.train.batch_groups,

@@ -9,7 +9,6 @@ goes on after a kill; with more settings or seeds in it, those that are missing 
 
 import contextlib
 import ctypes
-import dataclasses
 import fcntl
 import itertools
 import json
@@ -253,10 +252,12 @@ def summarise(runs: list[Run], errors: dict[str, str]) -> list[Row]:
 
 def asked(config: Config, result: dict[str, Any]) -> Any:
     """What a held-out loss is of: which tokens, hidden how. Losses of other questions do not compare."""
-    objective = dataclasses.asdict(phases.of(config)[-1].config.objective)
-    del objective["mask_rate"]
+    o = phases.of(config)[-1].config.objective
+    hidden = () if o.name == "clm" else (o.masking, o.replace_mask, o.replace_random)
+    spans = (o.span_stop, o.span_max_words) if hidden and o.masking == "span" else ()
+    question = o.name, hidden, spans
     # With rtd the generator sets the question, and no two runs' are the same.
-    return objective, config.eval.mask_rate, result.get("unigram_entropy"), result.get("generator_loss"), result["rows"]
+    return question, config.eval.mask_rate, result.get("unigram_entropy"), result.get("generator_loss"), result["rows"]
 
 
 def write(workdir: Path, runs: list[Run], errors: dict[str, str]) -> None:

@@ -46,7 +46,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
     from flax_mlm.data.stream import Place
     from flax_mlm.hf import start
     from flax_mlm.prepare import open_corpora
-    from flax_mlm.step import TrainState, make_steps, with_positions
+    from flax_mlm.step import TrainState, at_phase, make_steps
     from flax_mlm.tasks import cloze, mlm, rtd
     from flax_mlm.trained import Trained
 
@@ -61,6 +61,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         if config.train.reproducible:
             sharding.check_batch("train.batch_groups", config.train.batch_groups, mesh)
         at_exit.enter_context(jax.set_mesh(mesh))
+        devices = mesh.devices.flat[:]
         at_exit.enter_context(buckets.errors(workdir))
         buckets.check("--workdir", workdir)
 
@@ -119,16 +120,17 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             return 0
         # All that are to come, so that one that does not compile or fit is known now.
         to_come = range(phases.number(parts, step, progress), len(parts))
-        memory = max((program(i).memory_analysis() for i in to_come), key=lambda m: m.temp_size_in_bytes if m else 0)
+        memory = [m for i in to_come if (m := program(i).memory_analysis())]  # where it is known
         if is_main:
             result_file.unlink(missing_ok=True)
             print_banner(parts, corpora, mesh, steps, memory)
             writers = metrics.Writers(workdir, config, step)
             at_exit.callback(writers.close)
         totals = checkpoints.so_far.get("totals", {})
-        speed = metrics.Throughput(progress, chips.peak_flops(mesh.devices.flat[:]), totals)
-        clock = Budget(workdir, config.train.seconds(mesh.size), progress) if has_budget and is_main else None
-        if clock:
+        speed = metrics.Throughput(progress, chips.peak_flops(devices), totals)
+        clock = None
+        if has_budget and is_main:
+            clock = Budget(workdir, config.train.seconds(chips.count(devices)), progress)
             at_exit.callback(clock.note)
 
         def batches_from(place: Place) -> Generator[dict[str, Any]]:
@@ -166,7 +168,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
                 line |= speed.report(host["progress"]) | epochs(place, corpora[phase])
                 print(metrics.train_line(said(step, host["progress"]), line), flush=True)
                 writers.write(step, "train", line)
-            return {**host, "step": step, "place": place}
+            return {**host, "step": step, "phase": phase, "place": place}
 
         @contextlib.contextmanager
         def pause(what: str) -> Generator[None]:
@@ -196,6 +198,8 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
 
         def time_evaluation() -> None:
             """First one batch, to compile; so that a budget knows what the last evaluation will take."""
+            if clock:
+                clock.forget("evaluating")
             with contextlib.suppress(preemption.Stopped), roster.untimed("compiling"), speed.paused():
                 measured(lambda: True)
             evaluate()
@@ -207,7 +211,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             if not (clozes := cloze.fitting(model, cloze.BUILT_IN)):
                 return
             with pause("filling clozes"):
-                result = cloze.run(model, clozes)
+                result = cloze.run(model, clozes, lambda: roster.progress("filling clozes", step))
             if is_main:
                 numbers = {name: value for name, value in result.items() if name != "answers"}
                 ranks = f"top1 {result['top1']:.2f}  top5 {result['top5']:.2f}"
@@ -236,19 +240,22 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             nonlocal now, place, state, batches
             if corpora[phase] is not corpora[now]:
                 place = place.turned(corpora[now])
-            if phase > now and (trained_length := corpora[now].seq_len) < corpora[phase].seq_len:
-                state = with_positions(state, trained_length, corpora[phase].seq_len)
+            if phase > now:
+                had = max(corpus.seq_len for corpus in corpora[:phase])
+                trained_positions = config.model.max_positions if config.init_from else had  # a folder has them all
+                state = at_phase(state, trained_positions, corpora[phase].seq_len)
             now = phase
             batches.close()
             batches = batches_from(place)
 
-        def rewind(spiked: int, after: Place) -> None:
+        def rewind(seen: dict[str, Any]) -> None:
             """Takes up the last scheduled checkpoint before a spike, to go on from with the rows after it."""
-            nonlocal state, step, progress, place
+            nonlocal now, state, step, progress, place
+            spiked, now = seen["step"], seen["phase"]
             checkpoints.wait()
             with roster.untimed("restoring"):
                 state = checkpoints.restore_latest(steps.abstract, log, before=spiked) or new_state()
-            step, progress, place = int(state.step), float(state.progress), after
+            step, progress, place = int(state.step), float(state.progress), seen["place"]
             rewinds[step] += 1
             if rewinds[step] > config.optimizer.max_skipped_steps:
                 raise Failure(
@@ -308,17 +315,18 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
                     or phases.is_over(parts, step, progress)
                     or any(is_multiple(step, every) for every in (config.train.eval_every, config.train.cloze_every))
                 )
-                if not must_rewind(seen) and (is_pause or seen["stop"] or must_end(seen)):
+                ends = must_end(seen)
+                if not must_rewind(seen) and (is_pause or seen["stop"] or ends):
                     seen, unread = read(*unread), None
                     progress = seen["progress"]
                 if must_rewind(seen):
-                    rewind(seen["step"], seen["place"])
+                    rewind(seen)
                     unread = None
-                elif must_end(seen):
+                elif ends or must_end(seen):
                     save(is_last=True)
                     raise Failure(
-                        f"{seen['skipped_in_a_row']:.0f} steps in a row had a non-finite loss or gradient, or a spike; "
-                        f"their updates were skipped, and step {step} is saved. {_ADVICE}"
+                        f"{config.optimizer.max_skipped_steps} steps in a row had a non-finite loss or gradient, or a "
+                        f"spike; their updates were skipped, and step {step} is saved. {_ADVICE}"
                     )
                 elif seen["stop"]:
                     raise preemption.Stopped
@@ -345,7 +353,7 @@ def is_multiple(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def print_banner(parts: list[phases.Phase], corpora: list[Any], mesh: Any, steps: Any, memory: Any) -> None:
+def print_banner(parts: list[phases.Phase], corpora: list[Any], mesh: Any, steps: Any, memory: list[Any]) -> None:
     """What is about to run, and on what."""
     import jax
 
@@ -358,10 +366,12 @@ def print_banner(parts: list[phases.Phase], corpora: list[Any], mesh: Any, steps
     print(f"devices     {mesh.size} × {device.device_kind} ({device.platform}), {jax.process_count()} process(es)")
     print(f"mesh        {dict(mesh.shape)}")
     print(f"model       {num_params:,} parameters, {flops / 1e6:,.1f} MFLOPs per token")
-    print(
-        f"memory      {memory.argument_size_in_bytes / 2**20:,.0f} MiB of state and batch on each device, "
-        f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries"
-    )
+    if memory:
+        most = max(memory, key=lambda m: m.temp_size_in_bytes)
+        print(
+            f"memory      {most.argument_size_in_bytes / 2**20:,.0f} MiB of state and batch on each device, "
+            f"{most.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries"
+        )
     rows = [(p.num_steps or 0) * p.config.train.global_batch_size for p in parts]
     for corpus in {id(corpus): corpus for corpus in corpora}.values():  # phases may share one
         print_corpus(corpus, sum(n for c, n in zip(corpora, rows, strict=True) if c is corpus))

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from faults.runs import Watched, finish, metrics_of
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flax_mlm import budget
@@ -49,6 +49,7 @@ def simulate(clock: Clock, workdir, seconds: float, step: list[float], kills: se
 
 
 @settings(max_examples=20, deadline=None)
+@example(600.0, [1.0], {20, 21})  # killed again as soon as it had started
 @given(
     st.floats(600.0, 3600.0),
     st.lists(st.floats(0.2, 2.0), min_size=1, max_size=4),
@@ -72,6 +73,22 @@ def test_equal_steps_take_it_equally_far(monkeypatch, tmp_path):
     _, progress = simulate(Clock(monkeypatch), tmp_path, 1000.0, [1.0], set())
     gains = [b - a for a, b in itertools.pairwise(progress[1:-1])]
     assert min(gains) == pytest.approx(max(gains), rel=0.2)
+
+
+def test_time_is_kept_for_the_evaluation_of_the_phase_at_hand(monkeypatch, tmp_path):
+    """Of longer rows, say, and not for the quickest there has been."""
+    clock = Clock(monkeypatch)
+    clock.start()
+    run = budget.Budget(tmp_path, 1000.0, 0.0)
+    run.next_progress()
+    clock.now += 1.0
+    run.next_progress()  # a step takes a second
+    for seconds in (7.0, 100.0, 50.0):
+        run.forget("evaluating")
+        with run.pause("evaluating"):
+            clock.now += seconds
+        run.progress = 0.0
+        assert run.next_progress() == pytest.approx(1.0 / (budget._AIM * 1000.0 - seconds - run.used()))
 
 
 def test_time_that_cannot_be_read_is_an_error(tmp_path):

@@ -1,11 +1,13 @@
 """Comparing checkpoints: every number is evaluate's, every interval a paired bootstrap, nothing is done twice."""
 
 import json
+import shutil
 import subprocess
 
 import numpy as np
 import pytest
 
+from configs import base
 from flax_mlm import compare
 from flax_mlm.tasks import scores
 
@@ -47,6 +49,31 @@ def test_the_command(toy, trained_run, causal_run, tmp_path):
     again = toy.run("compare", *line)
     assert again.returncode == 0 and text in again.stdout
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out/results").iterdir()}, "nothing is done twice"
+
+
+def test_another_checkpoint_in_the_same_place_or_another_option_is_evaluated_anew(toy, trained_run, tmp_path):
+    place, losses = tmp_path / "run" / "checkpoints" / "300", []
+    line = [f"--checkpoints={tmp_path / 'run'}", "--tasks=mlm --mask_rates=", f"--output={tmp_path / 'out'}"]
+    for step, *options in ((200,), (300,), (300, "--config.eval.max_rows=5")):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(trained_run / "checkpoints" / str(step), place)
+        done = toy.run("compare", *line, *options)
+        assert done.returncode == 0, done.stderr
+        (row,) = json.loads((tmp_path / "out" / "comparison.json").read_text())
+        losses.append(row["values"]["run"][0])
+    assert losses[0] > losses[1] != losses[2]
+    results = [json.loads(file.read_text()) for file in (tmp_path / "out" / "results").iterdir()]
+    assert len(results) == 3 and min(result["rows"] for result in results) == 5
+
+
+def test_another_hugging_face_folder_in_the_same_place_is_seen(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("old")
+    before = compare.find(str(tmp_path))
+    (tmp_path / "table.md").write_text("no part of the model")
+    assert compare.find(str(tmp_path)) == before
+    (tmp_path / "model.safetensors").write_text("new")
+    assert compare.find(str(tmp_path)) != before
 
 
 def test_a_cloze_does_not_show_a_causal_model_what_comes_after(toy, causal_run, tmp_path):
@@ -101,6 +128,7 @@ def test_scores_of_labels(labels):
         (["--checkpoints=a=x,a=y"], "two are called 'a'"),
         (["--checkpoints=x"], "--output is missing"),
         (["--checkpoints=x", "--output=o"], "no checkpoint in"),
+        (["--checkpoints=x", "--output=o", f"--config={base.__file__}"], "have their own; override fields"),
         (["--checkpoints=x", "--tasks= ; "], "--tasks is empty"),
         (["--checkpoints=x", "--tasks=mlm; mlm"], "two are called 'mlm'; write NAME=mlm"),
         (["--checkpoints=x", "--tasks=mlm --json=a"], "has an option that is set here"),
@@ -114,8 +142,11 @@ def test_what_the_command_refuses(toy, tmp_path, flags, message):
 
 
 def test_a_task_that_refuses_is_named(toy, trained_run, tmp_path):
-    line = f"--checkpoints=a={trained_run}", "--tasks=pairs=minimal_pairs", f"--output={tmp_path / 'out'}"
-    done = toy.run("compare", *line)
+    line = f"--checkpoints=a={trained_run}", "--tasks=pairs=minimal_pairs"
+    done = toy.run("compare", *line, "--output=/proc/no")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+    assert done.stderr.startswith("error: --output: '/proc/no' cannot be used: No such file")
+    done = toy.run("compare", *line, f"--output={tmp_path / 'out'}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
     assert done.stderr.startswith("error: pairs of a: --data is missing")
     assert not list((tmp_path / "out" / "results").iterdir())

@@ -82,6 +82,15 @@ def test_the_command_on_eight_devices(toy, trained_run, result, tmp_path):
     assert older.returncode == 0 and older.stdout != done.stdout
 
 
+@pytest.mark.parametrize(
+    ("file", "message"), [("no/r.json", "'no/r.json' cannot be written: No such file"), (".", "'.' is a folder")]
+)
+def test_a_file_for_the_result_that_will_not_do_is_refused_at_the_start(toy, trained_run, tmp_path, file, message):
+    done = toy.run("evaluate", f"--checkpoint={trained_run}", "--task=tagging", f"--json={file}", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+    assert done.stderr.startswith(f"error: --json: {message}") and not list(tmp_path.iterdir())
+
+
 def test_every_row_is_counted_once(model, corpus, result):
     tokens_RL = held_out_tokens(corpus, model)
     maskable_R = (~model.tokenizer.is_special[tokens_RL]).sum(1)

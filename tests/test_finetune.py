@@ -128,6 +128,14 @@ def test_tables(tmp_path, name, content, columns):
     assert labelled.read(str(tmp_path / name), **columns) == labelled.Labelled(['a "quoted', "b"], None, ["1", "0"])
 
 
+@pytest.mark.parametrize("space", ["\u2028", "\x85", "\x0c"])
+def test_lines_end_at_newlines_alone(tmp_path, space):
+    (tmp_path / "a.txt").write_bytes(f"one{space}two\r\nthree\n".encode())
+    assert [record["text"] for _, record in labelled.records(str(tmp_path / "a.txt"))] == [f"one{space}two", "three"]
+    (tmp_path / "tags").write_bytes(f"New{space}York B-A\r\n\r\nis\tO\n".encode())
+    assert conll.read(str(tmp_path / "tags")) == conll.Tagged([[f"New{space}York"], ["is"]], [["B-A"], ["O"]])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -160,6 +168,8 @@ def test_labels_that_will_not_do(model):
         classification.run(model, some, some, None, "pearson", quiet, quiet)
     with pytest.raises(UserError, match="all labels of the training set are 'a'"):
         classification.run(model, as_labelled([("x", "a")] * 9), some, None, "accuracy", quiet, quiet)
+    with pytest.raises(UserError, match="--train holds 1 example; it takes two at least where there is no --dev"):
+        classification.run(model, as_labelled([("x", "a")]), None, None, "accuracy", quiet, quiet)
     for rates in ("", "fast", "0.1,2"):
         c = config_lib.from_dict(model.config.to_dict())
         c.finetune.learning_rates = rates
@@ -291,6 +301,14 @@ def test_unknown_tags(model, toy):
     other = conll.Tagged([["dog"]], [["B-C"]])
     with pytest.raises(UserError, match="--test: tag B-C is not among those of the training set: B-A, O"):
         tagging.run(model, part, part, other, quiet, quiet)
+
+
+def test_a_probe_has_no_tags(model):
+    finetuned = dataclasses.replace(model.config.finetune, method="probe")
+    model = model._replace(config=dataclasses.replace(model.config, finetune=finetuned))
+    part = conll.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
+    with pytest.raises(UserError, match="method is probe, which only --task=classification takes; use full"):
+        tagging.run(model, part, part, None, quiet, quiet)
 
 
 # The command

@@ -278,14 +278,14 @@ def test_a_packaged_sentence_encoder_gives_the_same_embeddings():
             assert mean @ vector / np.linalg.norm(mean) / np.linalg.norm(vector) >= 0.99999
 
 
-@pytest.mark.parametrize("variant", likelihood.VARIANTS)
+@pytest.mark.parametrize("variant", ["original", "within_word_l2r"])
 def test_pseudo_log_likelihoods_are_those_of_torch(variant):
     path = real_path("bert_tiny_splade")
     model = model_of(path)
     t, net = model.tokenizer, transformers.BertForMaskedLM.from_pretrained(path, attn_implementation="eager").eval()
     texts = sentences(12)
     found = likelihood.of_texts(model, texts, variant)
-    for ids, total in zip(t.encode(texts), found.total_N, strict=True):
+    for ids, total in zip(t.encode(texts), found, strict=True):
         tokens, expected = [t.cls_id, *ids.tolist(), t.sep_id], 0.0
         for i in range(1, len(tokens) - 1):
             hidden = [*tokens[:i], t.mask_id, *tokens[i + 1 :]]

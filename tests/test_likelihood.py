@@ -1,6 +1,8 @@
 """Likelihoods of texts, minimal pairs, clozes: what a plain loop over single questions finds."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -38,11 +40,11 @@ def log_probability(model: trained.Trained, tokens: list[int], place: int, label
         return float(model.steps.score(model.params, rows, places, model.vocab)[0, 0, label])
 
 
-@pytest.mark.parametrize("variant", likelihood.VARIANTS)
+@pytest.mark.parametrize("variant", ["original", "within_word_l2r"])
 def test_pseudo_log_likelihood_is_that_of_a_plain_loop(model, variant):
     t = model.tokenizer
     found = likelihood.of_texts(model, TEXTS, variant)
-    for text, total, count in zip(TEXTS[:3], found.total_N, found.tokens_N, strict=False):
+    for text, total in zip(TEXTS[:3], found, strict=False):
         ids = t.encode([text])[0].tolist()
         tokens, expected = [t.cls_id, *ids, t.sep_id], 0.0
         for i in range(1, len(tokens) - 1):
@@ -53,15 +55,15 @@ def test_pseudo_log_likelihood_is_that_of_a_plain_loop(model, variant):
                     break
                 hidden[j] = t.mask_id
             expected += log_probability(model, hidden, i, tokens[i])
-        assert count == len(ids) and abs(total - expected) < 1e-4 * count
-    np.testing.assert_allclose(found.total_N[:3], found.total_N[3:6], rtol=1e-6)
-    assert (found.total_N < 0).all()
+        assert abs(total - expected) < 1e-4 * len(ids)
+    np.testing.assert_allclose(found[:3], found[3:6], rtol=1e-6)
+    assert (found < 0).all()
 
 
 def test_the_likelihood_of_a_causal_model_is_the_sum_over_its_tokens(causal):
     t = causal.tokenizer
     found = likelihood.of_texts(causal, TEXTS[:3])
-    for text, total in zip(TEXTS[:3], found.total_N, strict=True):
+    for text, total in zip(TEXTS[:3], found, strict=True):
         tokens = [t.cls_id, *t.encode([text])[0].tolist(), t.sep_id]
         expected = sum(log_probability(causal, tokens, i, tokens[i + 1]) for i in range(len(tokens) - 2))
         assert abs(total - expected) < 1e-3
@@ -108,6 +110,32 @@ def test_clozes(model, toy, trained_run, tmp_path):
     done = toy.run("evaluate", f"--checkpoint={trained_run}", "--task=cloze", f"--data={tmp_path / 'clozes'}")
     assert done.returncode == 0 and "dog: rank 1, probability" in done.stdout, done
     assert cloze.read("") == list(cloze.BUILT_IN) and all(text.count("[MASK]") == 1 for text, _ in cloze.BUILT_IN)
+
+
+@pytest.mark.parametrize("task", ["cloze", "minimal_pairs"])
+def test_the_watch_sees_every_batch(trained_run, tmp_path, task):
+    """A long file is no stall: what would end the command is told of each cloze, and of each batch of pairs."""
+    lines = {
+        "cloze": ["The [MASK] barks in the garden.\tdog"] * 5,
+        "minimal_pairs": [json.dumps({"sentence_good": "The dog barks.", "sentence_bad": "Barks the dog."})] * 5,
+    }
+    (tmp_path / "data.jsonl").write_text("\n".join(lines[task]))
+    script = (
+        "from flax_mlm import command, evaluate, likelihood, processes\n"
+        "likelihood._TOKENS = 32\n"
+        "processes.Roster.progress = lambda self, doing, step=0: print(doing)\n"
+        "command.run(evaluate.main, from_checkpoint=True)"
+    )
+    line = [sys.executable, "-c", script, f"--checkpoint={trained_run}", f"--data={tmp_path / 'data.jsonl'}"]
+    done = subprocess.run([*line, f"--task={task}"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("evaluating\n") >= 5, done
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes('{"sentence_good": "a\u2028b", "sentence_bad": "c\x85d"}\r\n'.encode())
+    assert minimal_pairs.read(str(tmp_path / "data.jsonl")) == {"data": [("a\u2028b", "c\x85d")]}
+    (tmp_path / "clozes").write_bytes("A\u2028[MASK].\tdog\r\n\x0cThe [MASK].\tcat".encode())
+    assert cloze.read(str(tmp_path / "clozes")) == [("A\u2028[MASK].", ("dog",)), ("\x0cThe [MASK].", ("cat",))]
 
 
 @pytest.mark.parametrize(

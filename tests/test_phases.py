@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from faults.runs import assert_same_run, finish, metrics_of
@@ -117,6 +118,7 @@ def test_tokens_become_steps_phase_by_phase():
         ("0%: objective.mask_rate=0.1; 0%: objective.mask_rate=0.2", "begins at step 0, not between steps 0 and 1000"),
         ("50%: train.global_batch_size=100, train.microbatches=3", "must be divisible by train.microbatches, 3"),
         ("50%: objective.replace_random->0.5", "objective.replace_mask + objective.replace_random is 1.3"),
+        ("1e400: objective.mask_rate=0.2", "begins at step inf, not between steps 0 and 1000"),
         ("50%: model.num_layers=6", "'model.num_layers' is no field that may change within a run"),
     ],
 )
@@ -208,14 +210,19 @@ def test_longer_rows_begin_with_the_positions_there_are(mesh):
     config = make_config(mesh, (("optimizer.averaging", "ema"), ("model.max_positions", 64)))
     devices = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh))])
     with jax.set_mesh(devices):
-        state = step.make_steps(config, V, devices).init()
+        steps = step.make_steps(config, V, devices)
+        state, _ = steps.train(steps.init(), sharding.global_batch(host_batch(0), devices), vocabulary())
         before = jax.device_get(state)
-        after = jax.device_get(step.with_positions(state, 16, 40))
+        after = jax.device_get(step.at_phase(state, 16, 40))
+    assert before.running.steps == 1 and after.running.steps == 0, "what is a spike is learned anew"
     for tree, old in ((after.params, before.params), (after.average, before.average)):
         table, first = tree["encoder"]["embeddings"]["position"], old["encoder"]["embeddings"]["position"]
         np.testing.assert_array_equal(table[:40], np.concatenate([first[:16]] * 3)[:40])
         np.testing.assert_array_equal(table[40:], first[40:])
         np.testing.assert_array_equal(tree["encoder"]["embeddings"]["token"], old["encoder"]["embeddings"]["token"])
+    with jax.set_mesh(devices):
+        again = step.at_phase(jax.tree.map(jnp.asarray, after), 40, 32)  # as long as they have been
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.params), after.params)
 
 
 # The place in the text
@@ -240,16 +247,21 @@ class FakeMixture:
 def test_every_corpus_goes_on_where_it_was(turns):
     """However the corpora and their weights change, each gives its rows 0, 1, 2 ... in turn."""
     seen: dict[str, list[int]] = {name: [] for name in "abc"}
+    orders: dict[str, set[int]] = {name: set() for name in "abc"}
     place, before = Place(), None
     for rows, names in turns:
         now = FakeMixture({name: 1 + i for i, name in enumerate(names)})
         place = place if before is None else place.turned(before)
         place = Place(**json.loads(json.dumps(place.to_dict())))  # as if it had been killed here
-        corpus, position = place.stream(now).locate(np.arange(place.row, place.row + rows))
+        stream = place.stream(now)
+        corpus, position = stream.locate(np.arange(place.row, place.row + rows))
         for c, p in zip(corpus, position, strict=True):
             seen[names[c]].append(int(p))
+            orders[names[c]].add(stream.orders[c])
         place, before = place._replace(row=place.row + rows), now
     assert all(positions == list(range(len(positions))) for positions in seen.values())
+    kept = [order for found in orders.values() for order in found]
+    assert len(kept) == len(set(kept)) == sum(map(bool, orders.values())), "each in its own order, and always that"
 
 
 # Whole runs
@@ -300,3 +312,5 @@ def test_a_run_in_tokens(toy, tmp_path):
     assert lines[-1]["step"] == int(total) and lines[-1]["learning_rate"] < 1e-3
     special = 2 * lines[-1]["rows"]
     assert 0.8 * 5000 < lines[-1]["tokens_seen"] - special < 1.3 * 5000
+    done = toy.run("export", f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'exported'}")
+    assert done.returncode == 0 and "Not evaluated" not in (tmp_path / "exported" / "README.md").read_text(), done

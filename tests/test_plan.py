@@ -386,6 +386,7 @@ def test_the_command_plans_for_cpus_and_gpus(toy, tmp_path):
         (["--topology=cpu:3"], "train.global_batch_size is 16; it must be divisible by 3"),
         (["--topology=cpu", "--sweep"], "estimates, which are of TPUs only"),
         (["--topology=cpu", "--slices=2"], "slices are TPUs'"),
+        (["--json=/nowhere/at/all.json"], "--json"),
         pytest.param(
             ["--topology=v5e:4x4"],
             "pip install -r launch/tpu-requirements.txt",

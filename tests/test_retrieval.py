@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import random
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +144,13 @@ def test_similarity(model):
     assert result["score"] == pytest.approx(scipy.stats.spearmanr(cosines, [5, 3, 1])[0])
 
 
+def test_a_probe_trains_no_vectors(model, toy):
+    model, pairs = with_finetune(model, method="probe"), pairs_of(toy, 20, 1)
+    benchmark = retrieval.Benchmark({"d": "The dog."}, {"q": "dog?"}, {"q": {"d": 1}})
+    with pytest.raises(UserError, match="method is probe, which only --task=classification takes; use full"):
+        retrieval.run(model, pairs, pairs, benchmark, quiet, quiet)
+
+
 def test_normal_of_nothing():
     zeros = contrastive.normal(np.zeros((1, 4), np.float32))
     assert (zeros == 0).all() and np.isfinite(jax.grad(lambda x: contrastive.normal(x).sum())(jnp.zeros((1, 4)))).all()
@@ -253,6 +262,15 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("v")) == ["v.npy", "v.parquet"]
 
 
+def test_numpy_files_are_written_without_pyarrow(trained_run, tmp_path):
+    (tmp_path / "t.txt").write_text("The dog.\n")
+    script = "import sys; sys.modules['pyarrow'] = None\nfrom flax_mlm import command, embed\n"
+    script += "command.run(embed.main, from_checkpoint=True)"
+    options = [f"--checkpoint={trained_run}", f"--input={tmp_path / 't.txt'}", f"--output={tmp_path / 'v.npy'}"]
+    done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True)
+    assert done.returncode == 0 and "1 vectors of 32" in done.stdout, done
+
+
 @pytest.mark.parametrize(
     ("command", "flags", "message"),
     [
@@ -261,7 +279,8 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
         ("embed", ["--output=v.npy", "--input=none.txt"], "none.txt cannot be read"),
         ("embed", ["--output=v.npy", "--input=t.jsonl"], "t.jsonl:1 has no text (it has words)"),
         ("embed", ["--output=v.npy", "--input=t.jsonl", "--dimensions=33"], "--dimensions is 33; the vectors of this"),
-        ("embed", ["--output=no/v.npy", "--input=t.txt"], "--output: 'no/v.npy' cannot be written"),
+        ("embed", ["--output=no/v.npy", "--input=none.txt"], "--output: 'no/v.npy' cannot be written"),
+        ("embed", ["--output=v.parquet", "--input=mixed.jsonl"], "'mixed.jsonl' has columns that Parquet cannot hold"),
         ("evaluate", ["--task=retrieval"], "--test is missing"),
         ("evaluate", ["--task=retrieval", "--test=t.txt", "--save=new"], "--save needs --train"),
         ("evaluate", ["--task=retrieval", "--test=t.txt", "--save=.", "--train=t.txt"], "--save: '.' exists"),
@@ -271,7 +290,8 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
 def test_what_the_commands_refuse(toy, trained_run, tmp_path, command, flags, message):
     (tmp_path / "t.jsonl").write_text('{"words": "a"}')
     (tmp_path / "t.txt").write_text("The dog.\n")
+    (tmp_path / "mixed.jsonl").write_text('{"text": "a", "x": 1}\n{"text": "b", "x": "one"}')
     done = toy.run(command, f"--checkpoint={trained_run}", *flags, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
     assert message in done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"t.jsonl", "t.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"mixed.jsonl", "t.jsonl", "t.txt"}

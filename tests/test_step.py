@@ -160,6 +160,19 @@ def test_a_reproducible_run_has_the_same_bits_on_every_mesh(overrides, meshes):
         jax.tree.map(np.testing.assert_array_equal, *jax.device_get(((state, answers), (other, other_answers))))
 
 
+def test_a_reproducible_model_is_evaluated_on_any_number_of_devices():
+    """On more than there are groups it is the same up to rounding."""
+    config = make_config((8, 1, 1), (("train.reproducible", True), ("train.batch_groups", 2)))
+    found = []
+    for devices in (2, 8):
+        mesh = sharding.make_mesh(config_lib.MeshConfig(-1, 1, 1), jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            steps = step.make_steps(config, V, mesh)
+            batch = sharding.global_batch(host_batch(0), mesh)
+            found.append(jax.device_get(steps.evaluate(steps.init().params, batch, vocabulary())[0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
+
+
 def test_any_process_can_stop_all():
     config = make_config((8, 1, 1))
     mesh = sharding.make_mesh(config.mesh)
@@ -308,6 +321,23 @@ def test_the_mask_rate_moves_over_the_run():
     history, _, _ = train((1, 1, 1), moving)
     assert [h["mask_rate"] for h in history] == pytest.approx([0.15, 0.3, 0.45])
     assert history[2]["predicted_tokens"] > 2.5 * history[0]["predicted_tokens"]
+
+
+@pytest.mark.parametrize("crosses", [False, True])
+def test_documents_of_a_row_see_each_other_only_where_asked(crosses):
+    config = make_config((1, 1, 1), (("objective.name", "clm"), ("objective.cross_documents", crosses)))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    batch, other = host_batch(0), host_batch(0)
+    other["tokens"][:, 1:15] = host_batch(1)["tokens"][:, 1:15]  # another first document, of the same length
+    with jax.set_mesh(mesh):
+        steps = step.make_steps(config, V, mesh)
+        params = steps.init().params
+        a, b = (steps.evaluate(params, sharding.global_batch(rows, mesh), vocabulary())[0] for rows in (batch, other))
+    second = slice(16, L - 4)  # what is predicted in the second document, which is the same
+    assert (a.labels_BK[:-1, second] == b.labels_BK[:-1, second]).all() and a.weights_BK[:-1, second].all()
+    same = a.scored.loss_BK[:-1, second] == b.scored.loss_BK[:-1, second]
+    assert not same.any() if crosses else same.all()
+    assert a.positions_BK[0, 16] == (17 if crosses else 1)
 
 
 def test_a_batch_with_nothing_to_predict_gives_no_nan():

@@ -78,11 +78,12 @@ def train_batches(
             raise
 
     num_rows = tf.constant(order.num_rows, tf.int64)
+    orders = tf.constant(order.orders or range(len(order.num_rows)), tf.int64)
 
     def batch(step: Any) -> dict[str, Any]:
         row = first_row + step * global_batch_size + process_index * share + tf.range(share, dtype=tf.int64)
         corpus, position = tf.numpy_function(order.locate, [row], (tf.int64, tf.int64), stateful=False)
-        index = _permuted(tf, corpus, position, tf.gather(num_rows, corpus), seed)
+        index = _permuted(tf, tf.gather(orders, corpus), position, tf.gather(num_rows, corpus), seed)
         index += tf.gather(tf.cumsum(num_rows, exclusive=True), corpus)
         tokens = tf.numpy_function(read, [index], tf.int32, stateful=False)
         high, low = (tf.bitwise.right_shift(row, tf.constant(32, tf.int64)), row % (1 << 32))
@@ -106,9 +107,9 @@ def train_batches(
     return generator
 
 
-def _permuted(tf: Any, corpus: Any, position: Any, num_rows: Any, seed: int) -> Any:
-    """int64 (n,): positions in the streams of these corpora, which have so many rows -> row numbers in each."""
-    epoch = position // num_rows + tf.bitwise.left_shift(corpus, tf.constant(40, tf.int64))  # of this corpus alone
+def _permuted(tf: Any, order: Any, position: Any, num_rows: Any, seed: int) -> Any:
+    """int64 (n,): positions in the streams of corpora with these orders and so many rows -> row numbers in each."""
+    epoch = position // num_rows + tf.bitwise.left_shift(order, tf.constant(40, tf.int64))  # of this corpus alone
     # The op is a cipher that uses its key as it is: with small numbers for a key, a thousand epochs had only 256
     # orders among them, and four rounds left rows near their place. So: a key of random words, and more rounds.
     epochs, which = tf.unique(epoch, out_idx=tf.int64)

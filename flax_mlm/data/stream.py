@@ -31,12 +31,14 @@ class Stream:
       weights: Of each corpus, whole numbers (see `whole_numbers`) in proportion to its share; 0: it does not occur.
       first: The row of the stream that the weights hold from, and `starts` is the position of each corpus at.
       starts: How many of its rows each corpus has given before; empty: none.
+      orders: A number of each corpus's own that the order of its rows follows from, with the seed; empty: 0, 1, 2, ...
     """
 
     num_rows: tuple[int, ...]
     weights: tuple[int, ...] = (1,)
     first: int = 0
     starts: tuple[int, ...] = ()
+    orders: tuple[int, ...] = ()
 
     def locate(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the stream, int64 (B,) from `first` on -> the number of the corpus that each is from, int64 (B,),
@@ -76,9 +78,12 @@ class Place(NamedTuple):
         return {**self._asdict(), "taken": dict(self.taken)}
 
     def stream(self, corpus: "Mixture") -> Stream:
-        """The stream that is read here."""
-        starts = tuple(self.taken.get(part.fingerprint, 0) for part in corpus.corpora.values())
-        return dataclasses.replace(corpus.stream(), first=self.first, starts=starts)
+        """The stream that is read here. A corpus keeps its order, whichever others it is read with: that of its place
+        among all that the run has read, in the order in which they came."""
+        names = [part.fingerprint for part in corpus.corpora.values()]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys([*self.taken, *names]))}
+        starts, orders = tuple(self.taken.get(name, 0) for name in names), tuple(numbers[name] for name in names)
+        return dataclasses.replace(corpus.stream(), first=self.first, starts=starts, orders=orders)
 
     def turned(self, before: "Mixture") -> "Place":
         """The place from which on other corpora than before are read, or with other weights, each from where it was."""

@@ -257,7 +257,7 @@ def load(path: str | Path, extend: str | Path = "") -> Tokenizer:
     tokenizer: Tokenizer = kind(content, str(file))
     if extend:
         try:
-            lines = epath.Path(extend).expanduser().read_text().splitlines()
+            lines = epath.Path(extend).expanduser().read_text().split("\n")
         except (OSError, ValueError) as e:
             raise UserError(f"tokenizer.extend: {extend} cannot be read: {e}") from e
         words = [word for word in dict.fromkeys(line.strip() for line in lines) if word]
@@ -270,7 +270,7 @@ def _wordpiece(file: epath.Path) -> bytes:
     import tokenizers
 
     try:
-        pieces = file.read_text().splitlines()
+        pieces = file.read_text().removesuffix("\n").split("\n")  # and at nothing else: some pieces are odd spaces
         settings = file.parent / "tokenizer_config.json"
         lowers = json.loads(settings.read_text()).get("do_lower_case") if settings.exists() else None
     except (OSError, ValueError, AttributeError) as e:

@@ -73,8 +73,6 @@ BERT_CAUSAL = dataclasses.replace(
     theirs={**BERT.theirs, "is_decoder": (True, False)},
 )
 
-# Position p has row p + pad_token_id + 1.
-
 
 def _renamed(base: str, rows: Iterable[Row]) -> Iterator[Row]:
     """Rows of a BERT, for a model whose names begin otherwise."""
@@ -88,7 +86,8 @@ ROBERTA = dataclasses.replace(
     class_name="RobertaForMaskedLM",
     base="roberta.",
     rows=(
-        *(row._replace(theirs=row.theirs.replace("bert.", "roberta.")) for row in BERT.rows[:1]),
+        *_renamed("roberta.", BERT.rows[:1]),
+        # Position p has row p + pad_token_id + 1.
         Row("encoder/embeddings/position", "roberta.embeddings.position_embeddings.weight", Offset),
         *_renamed("roberta.", BERT.rows[2:10]),
         Row("head/dense", "lm_head.dense", Linear),

@@ -17,7 +17,6 @@ from flax_mlm.tasks import report
 from flax_mlm.tasks.labelled import Labelled
 from flax_mlm.trained import Trained
 
-METRICS = ("accuracy", "f1", "matthews", "spearman", "pearson")
 _REGRESSION = ("spearman", "pearson")
 
 
@@ -27,10 +26,11 @@ def run(
     """Fine-tunes and evaluates on `test`, or where there is none on `dev`.
 
     Args:
-      metric: one of `METRICS`; the last two mean regression.
+      metric: accuracy, f1 or matthews; or for regression spearman or pearson.
 
     Raises:
-      UserError: a label of `dev` or `test` is unknown in `train`, or no number for a regression.
+      UserError: a label of `dev` or `test` is unknown in `train`, or no number for a regression; or there is nothing to
+        learn, or to develop with.
 
     Returns:
       `report.summary` (chosen is the learning rate, or the penalty of a probe), metric, and of the median run stderr
@@ -113,8 +113,8 @@ def predictions(outputs: list[np.ndarray], is_number: bool) -> np.ndarray:
 
 
 def evaluate(metric: str, labels: np.ndarray, found: np.ndarray) -> float:
-    """One of `METRICS`; F1 is that of the second of two classes, or the mean over classes when there are more. Where a
-    correlation is not defined (all alike) it is 0."""
+    """The metric, one of those of `run`. F1 is that of the second of two classes, or the mean over classes when there
+    are more; a correlation that is not defined (all alike) is 0."""
     import scipy.stats
     import sklearn.metrics
 

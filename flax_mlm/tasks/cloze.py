@@ -4,7 +4,7 @@ A file of lines `text with [MASK]<TAB>answer` (several answers with `|` between:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def read(path: str) -> list[Cloze]:
         return list(BUILT_IN)
     file = Path(path).expanduser()
     clozes = []
-    for number, line in enumerate(files.read_text(file).splitlines(), 1):
+    for number, line in enumerate(files.read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         text, _, answers = line.partition("\t")
@@ -64,10 +64,13 @@ def fitting(trained: Trained, clozes: Sequence[Cloze]) -> list[Cloze]:
     return [cloze for cloze in clozes if length(cloze) <= trained.config.data.seq_len]
 
 
-def run(trained: Trained, clozes: list[Cloze]) -> dict[str, Any]:
+def run(trained: Trained, clozes: list[Cloze], poll: Callable[[], Any] = lambda: None) -> dict[str, Any]:
     """Where the answers stand among all pieces of the vocabulary.
 
     An answer of several pieces is given as many masks, filled from left to right; its rank is that of its first piece.
+
+    Args:
+      poll: called before every cloze.
 
     Returns:
       top1, top5 (shares of the clozes), mean_reciprocal_rank, log_probability (mean of the answers', nats), clozes,
@@ -76,6 +79,7 @@ def run(trained: Trained, clozes: list[Cloze]) -> dict[str, Any]:
     filler = Filler(trained)
     answers: list[dict[str, Any]] = []
     for text, words in clozes:
+        poll()
         best, probability = filler.targets(text, list(words))[0]
         ids = filler.ids(text)
         first = int(trained.tokenizer.encode([best])[0][0])

@@ -1,5 +1,6 @@
 """Tagged sentences in CoNLL format: a token a line, its tag in the last column, a blank line between sentences."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +32,8 @@ def read(path: str) -> Tagged:
     file = Path(path).expanduser()
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
-    for number, line in enumerate(files.read_text(file).splitlines(), 1):
-        fields = line.split()
+    for number, line in enumerate(files.read_text(file).split("\n"), 1):
+        fields = re.findall(r"[^ \t]+", line)  # a token may hold other kinds of space
         if not fields or fields[0] == "-DOCSTART-":
             words.append([])
             tags.append([])

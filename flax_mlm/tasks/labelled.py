@@ -82,9 +82,10 @@ def _names(record: dict[str, Any]) -> str:
 
 def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
     content = files.read_text(file)
+    lines = content.split("\n")  # and not at U+2028 and the like, which a text may hold
     if file.suffix in (".jsonl", ".json"):
         records = []
-        for number, line in enumerate(content.splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     record = json.loads(line)
@@ -95,7 +96,7 @@ def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
                 records.append((f"{file}:{number}", record))
         return records
     if file.suffix == ".txt":
-        return [(f"{file}:{i}", {"text": line}) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
+        return [(f"{file}:{i}", {"text": line}) for i, line in enumerate(lines, 1) if line.strip()]
     has_tabs = "\t" in content.partition("\n")[0]
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if has_tabs else {}
     csv.field_size_limit(1 << 24)

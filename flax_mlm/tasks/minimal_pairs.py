@@ -39,12 +39,12 @@ def read(path: str) -> dict[str, list[Pair]]:
     return pairs
 
 
-def run(trained: Trained, pairs: dict[str, list[Pair]], variant: str, poll: Callable[[], bool]) -> dict[str, Any]:
+def run(trained: Trained, pairs: dict[str, list[Pair]], variant: str, poll: Callable[[], Any]) -> dict[str, Any]:
     """Accuracy: the share of the pairs whose good sentence has the higher log-likelihood (a tie is half right).
 
     Args:
       variant: see `likelihood.of_texts`.
-      poll: called between paradigms.
+      poll: called before every batch.
 
     Returns:
       accuracy and accuracy_stderr (over pairs), pairs; and `paradigms`: name -> the same three, and `each` pair's.
@@ -52,9 +52,8 @@ def run(trained: Trained, pairs: dict[str, list[Pair]], variant: str, poll: Call
     results: dict[str, Any] = {}
     correct = []
     for name, some in pairs.items():
-        poll()
         texts = [text for pair in some for text in pair]
-        good, bad = likelihood.of_texts(trained, texts, variant).total_N.reshape(-1, 2).T
+        good, bad = likelihood.of_texts(trained, texts, variant, poll).reshape(-1, 2).T
         right = (good > bad) + 0.5 * (good == bad)
         results[name] = {**_summary(right), "each": right.tolist()}
         correct.append(right)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_mlm.errors import UserError
 from flax_mlm.finetune import Searched
 
 
@@ -50,7 +51,13 @@ def bootstrap_stderr(metric: Callable[[np.ndarray], float], size: int, draws: in
 
 
 def tenth(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of nine tenths of the examples to train on and of one tenth to develop with, the same ones every time."""
+    """Numbers of nine tenths of the examples to train on and of one tenth to develop with, the same ones every time.
+
+    Raises:
+      UserError: there are not two.
+    """
+    if count < 2:
+        raise UserError(f"--train holds {count} example; it takes two at least where there is no --dev")
     order = np.random.default_rng(0).permutation(count)
     cut = max(count // 10, 1)
     return order[cut:], order[:cut]

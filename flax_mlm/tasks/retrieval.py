@@ -104,6 +104,9 @@ def run(
       dev: pairs to choose learning rate and epoch by; None: a tenth of `train`.
       test: a benchmark, or pairs of sentences with scores.
 
+    Raises:
+      UserError: `test` has no pairs or no scores, `train` too few pairs, or `finetune.method` is probe.
+
     Returns:
       As `classification.run`, with ndcg@10 or spearman as the metric; for a benchmark with recall@10, recall@100 and
       mrr@10 too, and `each`, the metric of each of `queries`; for sentences with predictions (cosines) and labels.

@@ -25,7 +25,7 @@ def run(
     """Fine-tunes with each learning rate, then with every seed, and evaluates on `test`, or else on `dev`.
 
     Raises:
-      UserError: a tag of `dev` or `test` is unknown in `train`.
+      UserError: a tag of `dev` or `test` is unknown in `train`, or `finetune.method` is probe.
 
     Returns:
       as `classification.run`, with entity F1 as the metric, and `kinds`: precision, recall and F1 of each kind of

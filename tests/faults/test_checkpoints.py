@@ -502,6 +502,7 @@ def test_going_back_before_a_step_drops_what_follows(workdir):
     assert checkpoint.steps_in(workdir) == [10, 20, 30]
     assert int(checkpoints.restore_latest(abstract(state_at(0)), print, before=30).step) == 20
     assert checkpoints.restore_latest(abstract(state_at(0)), print, before=10) is None
+    assert checkpoint.steps_in(workdir) == [], "the run begins anew, and these are not of it"
     checkpoints.close()
 
 
