@@ -306,7 +306,8 @@ def test_a_phase_that_does_not_fit_the_corpus_is_known_at_once(toy, tmp_path):
 
 
 def test_a_run_in_tokens(toy, tmp_path):
-    out = finish(toy, tmp_path / "run", *toy.flags(train__tokens=5000, train__steps=7, train__checkpoint_every=5))
+    flags = toy.flags(train__tokens=5000, train__steps=7, train__checkpoint_every=5, model__positions="learned")
+    out = finish(toy, tmp_path / "run", *flags, "--config.model.norm_position=post")
     (total,) = {line.split()[1].split("/")[1] for line in out.splitlines() if line.startswith("step ")}
     lines = metrics_of(tmp_path / "run")
     assert lines[-1]["step"] == int(total) and lines[-1]["learning_rate"] < 1e-3
