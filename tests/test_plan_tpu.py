@@ -1,11 +1,14 @@
 """Planning with the real TPU compiler, which `bash launch/test.sh --references` installs. No TPU is needed."""
 
+import importlib
+import importlib.metadata
 import json
+from pathlib import Path
 
 import pytest
 from test_plan import TINY, bert
 
-from flax_mlm import rehearsal
+from flax_mlm import config, rehearsal
 
 pytest.importorskip("libtpu")
 
@@ -76,6 +79,41 @@ def test_long_rows_are_attended_to_by_the_kernel_in_less_memory():
     }
     assert (sizes["auto"].attention, sizes["plain"].attention) == ("splash", "plain")
     assert sizes["auto"].temporary_bytes < 0.7 * sizes["plain"].temporary_bytes
+
+
+GOLDEN = Path(__file__).parent / "golden" / "tpu.json"
+STEPS = {
+    "bert_base on v6e:16x16": {},
+    "bert_large on v5e:16x16": {"mesh.fsdp": 4},
+    "modernbert_base on v5e:16x16": {},
+}
+TOLERANCE = {"matmuls": 0.01, "gib": 0.03, "traffic_gb": 0.05, "fusions": 0.1, "copies": 0.1}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_what_the_compiler_makes_of_a_step_stays_as_it_was(name, request):
+    """Matmuls over the model's FLOPs, memory, traffic, fusions and copies, a chip; `--update_golden` where a difference
+    is meant. Other versions of the compiler do otherwise."""
+    held = json.loads(GOLDEN.read_text())
+    updates, libtpu = request.config.getoption("--update_golden"), importlib.metadata.version("libtpu")
+    if held["libtpu"] != libtpu and not updates:
+        pytest.skip(f"the numbers are those of libtpu {held['libtpu']}, and here is {libtpu}")
+    module, topology = name.split(" on ")
+    values = importlib.import_module(f"configs.{module}").get_config()
+    values.update_from_flattened_dict(STEPS[name])
+    built = config.build(values)
+    found = rehearsal.rehearse(built, built.tokenizer.vocab_size, rehearsal.parse(topology))
+    got = {
+        "matmuls": found.matmul_flops * found.devices / found.flops,
+        "gib": found.total_bytes / 2**30,
+        "traffic_gb": found.traffic / 1e9,
+        "fusions": found.fusions,
+        "copies": found.copies,
+    }
+    if updates:
+        held |= {"libtpu": libtpu, name: {key: round(value, 3) for key, value in got.items()}}
+        GOLDEN.write_text(json.dumps(held, indent=1) + "\n")
+    assert got == {key: pytest.approx(value, rel=TOLERANCE[key]) for key, value in held[name].items()}
 
 
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4", "tpu7x:2x2x2"])
