@@ -196,7 +196,8 @@ class FakeCloud:
         }  # fmt: skip
         self.machine_env = {
             "JAX_PLATFORMS": "cpu", "WORKER_EVERY": "1", "WORKER_PAUSE": "0", "TF_CPP_MIN_LOG_LEVEL": "2",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "TF_ENABLE_ONEDNN_OPTS": "0",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+            "TF_ENABLE_ONEDNN_OPTS": "0",
         }  # fmt: skip
 
     def __enter__(self) -> "FakeCloud":
