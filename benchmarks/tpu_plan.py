@@ -52,7 +52,7 @@ def record(file: Path, key: list[Any], found: rehearsal.Rehearsal, planned: conf
         "microbatches": planned.train.microbatches, "bytes": found.total_bytes, "used": used, "sent": sums,
         "best": roof.best, "worst": roof.worst, "roof": roof._asdict(),
         "mfu": [roofline.mfu(found, chip, s) for s in (roof.worst, roof.best)], "seconds": found.compile_seconds,
-        "matmuls": found.matmul_flops * found.devices / found.flops, "traffic": found.traffic,
+        "matmuls": found.matmul_ratio, "traffic": found.traffic,
         "fusions": found.fusions, "copies": found.copies,
     }  # fmt: skip
     with file.open("a") as f:
@@ -109,10 +109,9 @@ def scaling(file: Path, done: list[Any]) -> None:
 
 def table(lines: list[dict[str, Any]]) -> None:
     print(
-        "| model | target | data × fsdp | rows a device, in parts | attention, remat | GiB | best to worst | MFU",
-        end="",
+        "| model | target | data × fsdp | rows a device, in parts | attention, remat | GiB | best to worst | MFU "
+        "| matmuls | GB | fusions, copies |"
     )
-    print(" | matmuls | GB | fusions, copies |")
     print("|---|---|---|---|---|--:|--:|--:|--:|--:|--:|")
     for m in lines:
         if m["key"][0] == "scaling":

@@ -454,7 +454,8 @@ class Checkpoints:
                 if not self._is_alone:  # the others may have read it, and wait
                     raise Failure(f"{e}; it is moved to {where}; start again from the step before") from e
                 continue
-            self._discard_after(step, before)
+            if before is not None:
+                self._discard_after(step)
             log(f"restored step {step} from {checkpoint}")
             self.so_far = {name: meta[name] for name in _SO_FAR if name in meta}
             return abstract._replace(**{**state.pop("rest"), **state})
@@ -464,11 +465,12 @@ class Checkpoints:
                 f"none of the checkpoints in '{self._workdir}' is sound (they are in checkpoints/.quarantine); "
                 "use another --workdir"
             )
-        self._discard_after(0, before)
+        if before is not None:
+            self._discard_after(0)
         return None
 
-    def _discard_after(self, step: int, before: int | None) -> None:
-        if before is not None and self._is_main:
+    def _discard_after(self, step: int) -> None:
+        if self._is_main:
             for later in steps_in(self._workdir):
                 if later > step:
                     self._shelf.discard(str(later))

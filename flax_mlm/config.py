@@ -6,6 +6,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -333,6 +334,11 @@ def build(config_dict: ConfigDict) -> Config:
     limits.check(config)
     phases.of(config)
     return config
+
+
+def value_of(config: Config, path: str) -> Any:
+    """A field's value, by its dotted name."""
+    return functools.reduce(getattr, path.split("."), config)
 
 
 def field_types() -> dict[str, tuple[type, bool]]:

@@ -197,10 +197,8 @@ class Program:
         """Whether an instruction of a fusion has the array it is given, with other tiles (from tpu7x on)."""
         if i.operation != "fusion" or "output_to_operand_aliasing" not in i.attributes:
             return False
-        return [inner.operation for inner in self.computations[_called(i.attributes, "calls")[0]]] == [
-            "parameter",
-            "copy",
-        ]
+        (fused,) = _called(i.attributes, "calls")
+        return [inner.operation for inner in self.computations[fused]] == ["parameter", "copy"]
 
     @functools.cache  # noqa: B019
     def _updates_of(self, fused: str) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from flax_mlm.config import LENGTHS, Config, field_types
+from flax_mlm.config import LENGTHS, Config, field_types, value_of
 from flax_mlm.errors import UserError
 
 CHOICES = {
@@ -116,26 +116,20 @@ _BETWEEN = {
 def check(c: Config) -> None:
     """Raises UserError for a value that cannot work, or not together with another."""
 
-    def value_of(path: str) -> Any:
-        node: Any = c
-        for name in path.split("."):
-            node = getattr(node, name)
-        return node
-
     for path, (kind, _) in field_types().items():
-        value = value_of(path)
+        value = value_of(c, path)
         if kind is float and not math.isfinite(value):
             raise UserError(f"{path} is {value}; it must be a finite number")
         if kind is int and abs(value) >= 2**31:
             raise UserError(f"{path} is {value}; it must be less than 2**31")
     for path, choices in CHOICES.items():
-        if value_of(path) not in choices:
-            raise UserError(f"{path} is '{value_of(path)}'; it can be {', '.join(choices)}")
+        if value_of(c, path) not in choices:
+            raise UserError(f"{path} is '{value_of(c, path)}'; it can be {', '.join(choices)}")
     for path, low in _AT_LEAST.items():
-        if value_of(path) < low:
-            raise UserError(f"{path} is {value_of(path)}; it must be at least {low}")
+        if value_of(c, path) < low:
+            raise UserError(f"{path} is {value_of(c, path)}; it must be at least {low}")
     for path, (low, high, low_ok, high_ok) in _BETWEEN.items():
-        value = value_of(path)
+        value = value_of(c, path)
         if not (low <= value <= high) or (value == low and not low_ok) or (value == high and not high_ok):
             bounds = f"{'[' if low_ok else '('}{low}, {high}{']' if high_ok else ')'}"
             raise UserError(f"{path} is {value}; it must lie in {bounds}")
@@ -144,19 +138,23 @@ def check(c: Config) -> None:
         if not ok:
             raise UserError(message)
 
+    def need_with(cause: str, *rows: tuple[str, Any, bool, str]) -> None:
+        for name, value, ok, what in rows:
+            need(ok, f"{name} is {value}; with {cause} it must be {what}")
+
     c.data.folders()
     c.finetune.rates()
     c.finetune.sizes(c.model.hidden_size)
     m, t = c.model, c.train
     if m.attention in ("splash", "cudnn", "interpreted"):
         tile = 2 if m.attention == "cudnn" else 128
-        for name, value, ok, what in (
+        need_with(
+            f"model.attention = '{m.attention}'",
             ("data.seq_len", c.data.seq_len, c.data.seq_len % tile == 0, f"a multiple of {tile}"),
             ("model.dtype", m.dtype, m.attention != "cudnn" or m.dtype == "bfloat16", "bfloat16"),
             ("model.attention_dropout_rate", m.attention_dropout_rate, m.attention_dropout_rate == 0.0, "0"),
             ("train.reproducible", t.reproducible, not t.reproducible, "False"),
-        ):
-            need(ok, f"{name} is {value}; with model.attention = '{m.attention}' it must be {what}")
+        )
     need(
         m.hidden_size % m.num_heads == 0,
         f"model.hidden_size is {m.hidden_size}; it must be divisible by model.num_heads, {m.num_heads}",
@@ -222,12 +220,12 @@ def check(c: Config) -> None:
         f"{t.microbatches}",
     )
     if t.reproducible:
-        for name, value, ok, what in (
-            ("model.scan_layers", m.scan_layers, m.scan_layers is not False, "True"),
-            ("model.remat", m.remat, m.remat == "none", "none"),
-            ("train.loss_chunks", t.loss_chunks, t.loss_chunks == 1, "1"),
-        ):
-            need(ok, f"{name} is {value}; with train.reproducible it must be {what}, else roundings differ")
+        need_with(
+            "train.reproducible",
+            ("model.scan_layers", m.scan_layers, m.scan_layers is not False, "True, else roundings differ"),
+            ("model.remat", m.remat, m.remat == "none", "none, else roundings differ"),
+            ("train.loss_chunks", t.loss_chunks, t.loss_chunks == 1, "1, else roundings differ"),
+        )
         need(
             t.microbatches == 1,
             f"train.microbatches is {t.microbatches}; with train.reproducible the batch is taken in "
@@ -246,12 +244,13 @@ def check(c: Config) -> None:
         f"{c.objective.replace_mask + c.objective.replace_random:g}; it must be at most 1",
     )
     if c.optimizer.name == "schedule_free":
-        for name, value, ok, what in (
-            ("schedule", c.optimizer.schedule, c.optimizer.schedule == "constant", "constant"),
-            ("averaging", c.optimizer.averaging, c.optimizer.averaging == "none", "none, since it averages by itself"),
-            ("beta1", c.optimizer.beta1, c.optimizer.beta1 > 0.0, "above 0"),
-        ):
-            need(ok, f"optimizer.{name} is {value}; with optimizer.name = 'schedule_free' it must be {what}")
+        o = c.optimizer
+        need_with(
+            "optimizer.name = 'schedule_free'",
+            ("optimizer.schedule", o.schedule, o.schedule == "constant", "constant"),
+            ("optimizer.averaging", o.averaging, o.averaging == "none", "none, since it averages by itself"),
+            ("optimizer.beta1", o.beta1, o.beta1 > 0.0, "above 0"),
+        )
     need(
         c.optimizer.schedule != "wsd" or c.optimizer.warmup_fraction + c.optimizer.decay_fraction <= 1.0,
         f"optimizer.warmup_fraction + optimizer.decay_fraction is "

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flax_mlm import limits
-from flax_mlm.config import Config, field_types, parse
+from flax_mlm.config import Config, field_types, parse, value_of
 from flax_mlm.errors import UserError
 
 MOVING = (
@@ -44,7 +44,7 @@ class Phase(NamedTuple):
 
     def value(self, path: str, share: Any) -> Any:
         """A number of the config after this share of the phase (a float, or an array)."""
-        first = _get(self.config, path)
+        first = value_of(self.config, path)
         return first + share * (self.last[path] - first) if path in self.last else first
 
     @property
@@ -162,15 +162,10 @@ def _with(config: Config, values: Mapping[str, Any]) -> Config:
     """The config with some fields, given by dotted names."""
     for path, value in values.items():
         section, _, name = path.rpartition(".")
-        if section and getattr(getattr(config, section), name) != value:
+        if section and value_of(config, path) != value:
             changed = dataclasses.replace(getattr(config, section), **{name: value})
             config = dataclasses.replace(config, **{section: changed})
     return config
-
-
-def _get(config: Config, path: str) -> Any:
-    section, _, name = path.rpartition(".")
-    return getattr(getattr(config, section), name)
 
 
 def _wrong(why: str) -> UserError:

@@ -71,9 +71,14 @@ def main(config: Config) -> int:
             print(line)
         if chip:
             result["roofline"] = roofline.estimate(found, config, chip)._asdict()
-    if _JSON.value:
-        files.write_json(Path(_JSON.value).expanduser(), result)
+    save(result)
     return 1 if found.error else 0
+
+
+def save(found: dict[str, Any]) -> None:
+    """Writes `--json`, where it is asked for."""
+    if _JSON.value:
+        files.write_json(Path(_JSON.value).expanduser(), found)
 
 
 def heaviest_phase(config: Config) -> Config:
@@ -200,9 +205,8 @@ def movement(found: Rehearsal) -> Iterator[str]:
         total = sums.setdefault(key, [0, 0.0, 0.0])
         for i, value in enumerate((one["times"], one["times"] * one["bytes"], one["sent"])):
             total[i] += value
-    ratio = found.matmul_flops * found.devices / found.flops
     beside = ", besides those of the attention kernel" if found.attention != "plain" else ""
-    yield f"matmuls     {ratio:.2f} × the FLOPs of the model, as compiled{beside}"
+    yield f"matmuls     {found.matmul_ratio:.2f} × the FLOPs of the model, as compiled{beside}"
     yield f"operations  {found.fusions:,} fusions and {found.copies:,} copies by each device in a step"
     yield f"traffic     {found.traffic / 1e9:,.1f} GB of memory read and written by each device in a step"
     if not sums:
@@ -351,8 +355,7 @@ def sweep(config: Config, vocab_size: int, target: Target) -> int:
     _, best, line = min(results, key=lambda result: result[0])
     print(f"\nthe best, by the time with nothing at once:\n{line}")
     print(" ".join(f"--config.{name}={value}" for name, value in best.items()))
-    if _JSON.value:
-        files.write_json(Path(_JSON.value).expanduser(), {"best": best, "seconds": {str(c): s for s, c, _ in results}})
+    save({"best": best, "seconds": {str(c): s for s, c, _ in results}})
     return 0
 
 

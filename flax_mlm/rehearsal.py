@@ -92,6 +92,11 @@ class Rehearsal:
         return self.argument_bytes > 0
 
     @property
+    def matmul_ratio(self) -> float:
+        """FLOPs in the program's matmuls over those of the model: above 1 where something is computed again."""
+        return self.matmul_flops * self.devices / self.flops
+
+    @property
     def least_bytes(self) -> int:
         """What a device holds at the end of the forward pass as it is written. The compiler may do with less: it
         recomputes some of it, and keeps masks in fewer bits."""

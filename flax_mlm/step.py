@@ -274,8 +274,8 @@ def _eval_step(config: Config, loss: objective.Loss) -> Callable[..., tuple[Answ
         o, key = config.objective, run_key(config, "eval")
         targets = objective.targets(o, batch, key, vocab, masking.rates(o, config.eval.mask_rate), slots)
         # Where it cannot be the same bit for bit, on more devices than there are groups, it is the same up to rounding.
-        divides = config.train.batch_groups % sharding.batch_parts(jax.sharding.get_abstract_mesh()) == 0
-        if config.train.reproducible and divides:
+        parts = sharding.batch_parts(jax.sharding.get_abstract_mesh())
+        if config.train.reproducible and config.train.batch_groups % parts == 0:
             scored = sharding.by_groups(
                 lambda params, part: loss.predict(params, part, None),
                 config.train.batch_groups,

@@ -39,11 +39,8 @@ def choose(config: Config, platform: str, cudnn_works: Callable[[int], bool] | N
         return "plain" if name == "auto" else name
     if platform == "gpu":
         fits = config.model.dtype == "bfloat16" and config.model.attention_dropout_rate == 0.0
-        return (
-            "cudnn"
-            if fits and (cudnn_works or _cudnn_works)(config.model.hidden_size // config.model.num_heads)
-            else "plain"
-        )
+        works = cudnn_works or _cudnn_works
+        return "cudnn" if fits and works(config.model.hidden_size // config.model.num_heads) else "plain"
     return "splash" if platform == "tpu" else "plain"
 
 
