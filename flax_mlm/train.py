@@ -259,7 +259,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             rewinds[step] += 1
             if rewinds[step] > config.optimizer.max_skipped_steps:
                 raise Failure(
-                    f"the loss spikes again and again after step {step}, the last time at {spiked}; {_ADVICE}"
+                    f"the loss spikes again and again after step {step}, the last time at {spiked}. {_ADVICE}"
                 )
             if is_main:
                 print(f"the loss spiked at step {spiked}: back to step {step}, on with row {place.row}", flush=True)

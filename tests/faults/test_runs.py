@@ -432,6 +432,29 @@ def test_rewinds_are_the_same_every_time(toy, tmp_path, outcome):
 
 @pytest.mark.fault(48)
 @FULL
+def test_a_rewind_goes_back_into_an_earlier_phase(toy, tmp_path, outcome):
+    """The rate is so low that gradients stay as they are, and the threshold that some lie above it."""
+    changes = {"train__steps": 90, "train__checkpoint_every": 45, "optimizer__learning_rate": 1e-4}
+    phased = "46: objective.mask_rate=0.3, train.global_batch_size=32"
+    flags = toy.flags(**{**SPIKES, **changes, "train__phases": phased, "optimizer__spike_threshold": 1.5})
+    finish(toy, tmp_path / "straight", *flags)
+    back = [line for line in metrics_of(tmp_path / "straight", "rewind") if line["step"] < 46 < line["from_step"]]
+    assert back
+    lines = metrics_of(tmp_path / "straight")
+    assert [line["step"] for line in lines] == list(range(1, 91))
+    rows = np.diff([line["rows"] for line in lines])
+    assert rows[46:].min() == 32 and all(line["tokens"] < 600 for line in lines[:46])  # of its own phase
+    # Killed right after one.
+    run = Watched(toy, tmp_path / "killed", *flags)
+    run.until_line("the loss spiked at step ")
+    run.kill()
+    finish(toy, tmp_path / "killed", *flags)
+    assert_same_run(tmp_path / "killed", tmp_path / "straight", 90)
+    outcome("recovered", len(back), kills=1)
+
+
+@pytest.mark.fault(48)
+@FULL
 def test_spikes_without_end_stop_the_run(toy, tmp_path, outcome):
     flags = toy.flags(**{**SPIKES, "optimizer__spike_threshold": 0.01, "optimizer__max_skipped_steps": 3})
     run = Watched(toy, tmp_path / "run", *flags)
