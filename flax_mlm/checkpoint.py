@@ -14,7 +14,6 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from flax_mlm import buckets, shelf
+from flax_mlm import buckets, files, shelf
 from flax_mlm import config as config_lib
 from flax_mlm.errors import Failure, UserError
 
@@ -102,17 +101,12 @@ def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
             meta = json.loads(file.read_text())
         if isinstance(meta["format"], int) and meta["format"] != _FORMAT:
             raise UserError(f"checkpoint '{checkpoint}' has format {meta['format']}; this version reads {_FORMAT}")
-        if meta["sha256"] != _digest(meta):
+        if meta["sha256"] != files.digest(meta):
             raise ValueError("its checksum is not that of its content")
         _check_types(meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise Damaged(f"checkpoint '{checkpoint}': its meta is damaged ({type(e).__name__}: {e})") from e
     return meta
-
-
-def _digest(meta: dict[str, Any]) -> str:
-    content = {key: value for key, value in meta.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_types(meta: dict[str, Any]) -> None:
@@ -374,7 +368,7 @@ class Checkpoints:
             if not_finite:
                 raise Failure(f"step {step} is not saved: {not_finite} values of {name} are not finite")
         meta = {**self._meta, "step": step, **(so_far or {}), "arrays": table(items, fingerprints)}
-        meta["sha256"] = _digest(meta)
+        meta["sha256"] = files.digest(meta)
         args = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
         self._saving = step
         try:

@@ -2,6 +2,7 @@
 written appears whole anyway."""
 
 import contextlib
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -50,6 +51,12 @@ def write_text(file: buckets.AnyPath, text: str) -> None:
         return
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def digest(content: dict[str, Any]) -> str:
+    """SHA-256 of what will be a JSON object, in hexadecimal. An entry `sha256`, which holds it, does not count."""
+    counted = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(file: buckets.AnyPath, value: Any) -> None:

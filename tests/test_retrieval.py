@@ -284,6 +284,11 @@ def test_numpy_files_are_written_without_pyarrow(trained_run, tmp_path):
         ("evaluate", ["--task=retrieval"], "--test is missing"),
         ("evaluate", ["--task=retrieval", "--test=t.txt", "--save=new"], "--save needs --train"),
         ("evaluate", ["--task=retrieval", "--test=t.txt", "--save=.", "--train=t.txt"], "--save: '.' exists"),
+        (
+            "evaluate",
+            ["--task=retrieval", "--test=t.txt", "--save=t.txt/new", "--train=t.txt"],
+            "--save: 't.txt/new' cannot be written: Not a directory",
+        ),
         ("evaluate", ["--config.finetune.dimensions=64"], "it takes numbers below model.hidden_size, 32"),
     ],
 )

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flax_mlm import buckets
+from flax_mlm import buckets, files
 from flax_mlm.data import packing as packing_lib
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.data.tokenizer import Tokenizer
@@ -197,7 +197,7 @@ class Corpus:
                     "delete it and prepare again"
                 )
             corpus = cls._parse(folder, manifest)
-            if manifest["sha256"] != _digest(manifest):
+            if manifest["sha256"] != files.digest(manifest):
                 raise ValueError("its checksum is not that of its content")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{file} is damaged ({type(e).__name__}: {e}); {_REMEDY}") from e
@@ -281,14 +281,9 @@ _COUNTS = ("rows", "documents", "tokens", "words", "bytes", "padding")
 _NONE = {"rows": 0, "sha256": ""}  # keeps the last shard of a split from being taken for the first of the next
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes corpus.json, with its own checksum in it."""
-    sealed = {**manifest, "sha256": _digest(manifest)}
+    sealed = {**manifest, "sha256": files.digest(manifest)}
     write_file(folder / MANIFEST, json.dumps(sealed, indent=1).encode())
 
 
