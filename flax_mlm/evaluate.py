@@ -115,7 +115,7 @@ def _mlm(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     if config.objective.name == "rtd":
         rows = rtd.measure(model, corpus, poll)
         each_row = {name: getattr(rows, name).tolist() for name in ("loss", "tokens", "replaced")}
-        result = {**rtd.summary(rows), "corpus": corpus.fingerprint, "each_row": each_row}
+        result = {**rtd.summary(rows, corpus), "corpus": corpus.fingerprint, "each_row": each_row}
         return result, rtd.table(result)
     measured = mlm.measure(model, corpus, poll)
     count_R, loss_R, *_ = measured.row_R4.T

@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from flax_mlm import config as config_lib
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.errors import UserError
 from flax_mlm.model import electra
+from flax_mlm.tasks import rtd
 from flax_mlm.trained import restore
 
 SHARINGS = ("none", "shared", "gradient_disentangled")
@@ -348,6 +350,26 @@ def test_evaluation_finds_what_the_run_found(toy, rtd_run, tmp_path):
     assert sum(result["each_row"]["tokens"]) == result["tokens"]
     done = toy.run("compare", f"--checkpoints=a={rtd_run}@80,b={rtd_run}", "--tasks=mlm", f"--output={tmp_path / 'c'}")
     assert done.returncode == 0 and "replaced-token loss ↓" in done.stdout, done.stderr
+
+
+def test_each_corpus_of_several_has_its_own_loss():
+    """Two rows of one, one of another, none of a third, and one that only fills the batch."""
+    tokens, loss, correct = np.array([[4.0, 6, 5, 0], [2, 1, 4, 0], [3, 5, 1, 0]])
+    zero, one = np.zeros(4), np.ones(4)
+    measured = rtd.Measured([2, 1, 0], tokens, loss, correct, one, zero, one, one, zero)
+    result = rtd.summary(measured, SimpleNamespace(corpora={"a": None, "b": None, "c": None}))
+    assert result["loss"] == 7 / 15 and result["accuracy"] == 9 / 15 and result["rows"] == 3
+    shown = {key: value for key, value in result.items() if "/" in key and "stderr" not in key}
+    assert shown == {
+        "loss/a": 0.3, "accuracy/a": 0.8, "tokens/a": 10,
+        "loss/b": 0.8, "accuracy/b": 0.2, "tokens/b": 5,
+    }  # fmt: skip
+    assert rtd.table(result)[-2:] == [
+        f"    a  loss 0.3000 ± {result['loss_stderr/a']:.4f}  accuracy 0.8000         10 tokens",
+        "    b  loss 0.8000 ± 0.0000  accuracy 0.2000          5 tokens",
+    ]
+    alone = rtd.summary(measured._replace(rows_C=[3]), SimpleNamespace(corpora={"": None}))
+    assert not any("/" in key for key in alone) and not any("by corpus" in line for line in rtd.table(alone))
 
 
 def test_what_needs_words_is_refused(toy, rtd_run):

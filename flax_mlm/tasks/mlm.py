@@ -187,8 +187,7 @@ def table(result: dict[str, Any], objective: str = "mlm") -> list[str]:
         f"bits per byte              {result['bits_per_byte']:.3f}",
         f"over {result['predicted_tokens']:,} predicted tokens in {result['rows']:,} rows, each row once, fixed masks",
     ]
-    if names := of_each(result):
-        lines += ["by corpus:", *_rows({n: {key: result[f"{key}/{n}"] for key in _SHOWN} for n in names})]
+    lines += by_corpus(result, "predicted_tokens")
     for kind, groups in result.get("by", {}).items():
         lines += [f"by {kind}:" if kind != "word" else "by place in the word:", *_rows(groups)]
     if "rates" in result:
@@ -196,7 +195,11 @@ def table(result: dict[str, Any], objective: str = "mlm") -> list[str]:
     return lines
 
 
-_SHOWN = ("loss", "loss_stderr", "accuracy", "predicted_tokens")
+def by_corpus(result: dict[str, Any], counted: str) -> list[str]:
+    """Lines of what a result says of each of several corpora; `counted`: over what its losses are means."""
+    shown = {"loss": "loss", "loss_stderr": "loss_stderr", "accuracy": "accuracy", "predicted_tokens": counted}
+    groups = {name: {key: result[f"{what}/{name}"] for key, what in shown.items()} for name in of_each(result)}
+    return ["by corpus:", *_rows(groups)] if groups else []
 
 
 def of_each(result: dict[str, Any]) -> list[str]:

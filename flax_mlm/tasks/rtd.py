@@ -17,8 +17,9 @@ from flax_mlm.trained import Trained
 
 
 class Measured(NamedTuple):
-    """Sums of each row, float64 (R,)."""
+    """Sums of each row, float64 (R,): one corpus after another, and of the rows that fill the last batch."""
 
+    rows_C: list[int]  # how many rows of each corpus
     tokens: np.ndarray  # judged: all but special ones
     loss: np.ndarray
     correct: np.ndarray
@@ -36,9 +37,10 @@ def run(trained: Trained, corpus: Mixture, poll: Callable[[], bool] = lambda: Fa
       loss (nats per token that is not special) and accuracy of the discriminator with their standard errors over rows;
       recall_replaced and recall_original (shares of either kind that were called so); replaced (the share of the tokens
       that are), and of that the baselines replaced_entropy (nats) and majority_accuracy; generator_loss (nats per
-      masked token, with its standard error), generator_accuracy; rows, tokens, predicted_tokens.
+      masked token, with its standard error), generator_accuracy; rows, tokens, predicted_tokens. Of several corpora
+      also loss, loss_stderr, accuracy and tokens of each, as `loss/NAME`.
     """
-    return summary(measure(trained, corpus, poll))
+    return summary(measure(trained, corpus, poll), corpus)
 
 
 def measure(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Measured:
@@ -52,14 +54,15 @@ def measure(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Meas
             *(answers.weights_BK, found.generator.loss_BK, found.generator.correct_BK),
         )
         rows.append(np.stack([np.asarray(x, np.float64).sum(1) for x in sums]))
-    return Measured(*np.concatenate(rows, axis=1))
+    rows_C = [len(numbers) for numbers in corpus.held_out(trained.config.eval.max_rows)]
+    return Measured(rows_C, *np.concatenate(rows, axis=1))
 
 
-def summary(m: Measured) -> dict[str, float]:
+def summary(m: Measured, corpus: Mixture) -> dict[str, float]:
     """What `run` returns."""
     total, replaced, masked = m.tokens.sum(), m.replaced.sum(), m.masked.sum()
     share = replaced / total
-    return {
+    result = {
         "loss": m.loss.sum() / total,
         "loss_stderr": mlm.ratio_stderr(m.loss, m.tokens),
         "accuracy": m.correct.sum() / total,
@@ -76,6 +79,17 @@ def summary(m: Measured) -> dict[str, float]:
         "tokens": int(total),
         "predicted_tokens": int(masked),
     }
+    ends = np.cumsum(m.rows_C)
+    of_each = zip(*(np.split(sums, ends)[:-1] for sums in (m.tokens, m.loss, m.correct)), strict=True)
+    for name, (tokens, loss, correct) in zip(corpus.corpora, of_each, strict=True):
+        if len(corpus.corpora) > 1 and tokens.any():
+            result |= {
+                f"loss/{name}": loss.sum() / tokens.sum(),
+                f"loss_stderr/{name}": mlm.ratio_stderr(loss, tokens),
+                f"accuracy/{name}": correct.sum() / tokens.sum(),
+                f"tokens/{name}": int(tokens.sum()),
+            }
+    return result
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -91,4 +105,5 @@ def table(result: dict[str, Any]) -> list[str]:
         f"    accuracy              {result['generator_accuracy']:.4f}",
         f"over {result['tokens']:,} tokens in {result['rows']:,} rows, {result['predicted_tokens']:,} of them masked, "
         f"{result['replaced']:.1%} replaced; each row once, fixed masks and noise",
+        *mlm.by_corpus(result, "tokens"),
     ]
