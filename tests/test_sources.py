@@ -3,8 +3,8 @@
 import gzip
 import itertools
 import json
+import socket
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -74,10 +74,8 @@ def test_undecodable_bytes_are_replaced_and_counted(tmp_path):
 def test_one_long_line_is_one_document_in_bounded_parts(tmp_path, unit):
     text = unit * (3_000_000 // len(unit.encode()))
     (tmp_path / "a").write_text(text, encoding="utf8")
-    start = time.monotonic()
     texts, counts = read(f"text:{tmp_path}/a")
     assert texts == [text] and not counts["undecodable_bytes"]
-    assert time.monotonic() - start < 5
     if unit == "word ":
         parts = [t for _, t in sources.documents(f"text:{tmp_path}/a").parts(Counter())]
         assert len(parts) > 10 and all(p.startswith((" ", "word")) and p.endswith(("word", "word ")) for p in parts)
@@ -131,10 +129,11 @@ def test_jsonl(tmp_path):
 def test_wrong_sources(source, message, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     (tmp_path / "unfinished").mkdir()
-    start = time.monotonic()
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host))
     with pytest.raises(UserError, match=message):
         sources.documents(source)
-    assert time.monotonic() - start < 30  # a cache miss does not go to the network
+    assert not asked, "what is not prepared is not looked for on the network"
 
 
 def test_paths_are_relative_to_here_and_sorted(tmp_path, monkeypatch):
