@@ -1,6 +1,6 @@
 """What compiles and fits on which TPUs, and how many bytes move from 8 chips to 256: the tables of RESULTS.md.
 
-    python benchmarks/tpu_plan.py fits OUTPUT.jsonl        # about an hour on two cores
+    python benchmarks/tpu_plan.py fits OUTPUT.jsonl        # two to three hours on two cores
     python benchmarks/tpu_plan.py scaling OUTPUT.jsonl
     python benchmarks/tpu_plan.py table OUTPUT.jsonl
 
