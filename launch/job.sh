@@ -62,6 +62,7 @@ read_job() {
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1))
     line=${line%$'\r'}
+    line=${line#"${line%%[![:space:]]*}"}
     case $line in '' | \#*) continue ;; esac
     key=${line%%=*} value=${line#*=}
     case " ${_KEYS//$'\n'/ } " in

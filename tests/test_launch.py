@@ -45,6 +45,26 @@ def environment_with_everything(folder: Path, *requirements: str) -> Path:
     return folder
 
 
+# Job files
+
+
+def test_the_example_of_a_job_file_can_be_used_as_it_is():
+    shown = 'for key in $_KEYS; do echo "$key=${!key}"; done'
+    script = f". launch/job.sh; read_job launch/tpu.env.example; {shown}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    values = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    named = {
+        line.split("=")[0] for line in (ROOT / "launch" / "tpu.env.example").read_text().split("\n") if "=" in line
+    }
+    assert set(values) <= named, "the example has every setting"
+    assert {key: value for key, value in values.items() if value} == {
+        "RUN": "bert-wiki", "PROJECT": "my-project", "ZONE": "us-west4-a", "TPU": "v5e:4x4", "SLICES": "1",
+        "BUCKET": "my-bucket", "PROVISIONING": "spot", "MAX_RESTARTS": "20", "MAX_WAIT_HOURS": "24",
+        "NAMESPACE": "default",
+    }  # fmt: skip
+
+
 # Slurm
 
 SRUN = """#!{python}
