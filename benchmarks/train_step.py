@@ -38,18 +38,22 @@ class Program(NamedTuple):
     about: str = ""
 
 
-# glibc gives freed memory back to the system and takes it again in every step; these keep it (as we do for ourselves).
-_TUNED = {"GLIBC_TUNABLES": f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**64 - 1}:glibc.malloc.arena_max=1"}
+# What launch/local.sh sets for us. What we set for ourselves: glibc gives freed memory back to the system and takes it
+# again in every step, unless it is told to keep it.
+_HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+_OURS = {**turns.CPU, **_HUGE}
+_KEPT = f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**64 - 1}:glibc.malloc.arena_max=1"
+_TUNED = {"GLIBC_TUNABLES": f"{_KEPT}:{_HUGE['GLIBC_TUNABLES']}"}
 _TORCH = {"compile": False, "device": "cpu", "autocast": False, "more": {}}
 _SPARSE = {**_TORCH, "more": {"sparse_prediction": True}}
 
 PROGRAMS = {
-    "ours": Program("ours", "bert", {"scan_layers": False}, "", turns.CPU, "BERT, layers unrolled"),
-    "ours_scan": Program("ours", "bert", {"scan_layers": True}, "", turns.CPU, "BERT, layers scanned"),
+    "ours": Program("ours", "bert", {"scan_layers": False}, "", _OURS, "BERT, layers unrolled"),
+    "ours_scan": Program("ours", "bert", {"scan_layers": True}, "", _OURS, "BERT, layers scanned"),
     "bert_eager": Program("torch_step", "bert", _TORCH, "torch", about="BertForMaskedLM, torch"),
     "bert_compiled": Program("torch_step", "bert", {**_TORCH, "compile": True}, "torch", about="it, torch.compile"),
     "flax_bert": Program("flax_step", "bert", {}, "flax", turns.CPU, "FlaxBertForMaskedLM, transformers 4"),
-    "ours_modernbert": Program("ours", "modernbert", {"scan_layers": False}, "", turns.CPU, "ModernBERT"),
+    "ours_modernbert": Program("ours", "modernbert", {"scan_layers": False}, "", _OURS, "ModernBERT"),
     "modernbert_sparse": Program(
         "torch_step", "modernbert", _SPARSE, "torch", about="ModernBertForMaskedLM, torch, sparse_prediction"
     ),

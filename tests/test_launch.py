@@ -248,3 +248,13 @@ def test_dry_runs_run_nothing(tmp_path, line, expected):
     )
     assert done.returncode == 0 and not (tmp_path / "venv").exists()
     assert (done.stdout + done.stderr).splitlines()[-1] == expected
+
+
+def test_local_runs_have_huge_pages_beside_what_the_user_sets(tmp_path):
+    venv = environment_with_everything(tmp_path / "venv")
+    executable(venv / "bin" / "python", '#!/bin/bash\necho "$GLIBC_TUNABLES $*"\n')
+    env = os.environ | {"VENV": str(venv), "GLIBC_TUNABLES": "glibc.malloc.arena_max=3"}
+    done = subprocess.run(
+        ["bash", "launch/local.sh", "--workdir=x"], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "glibc.malloc.arena_max=3:glibc.malloc.hugetlb=1 -m flax_mlm.train --workdir=x\n"
