@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole test suite, in the same set-up as launch/local.sh. Arguments go to pytest.
+# The whole test suite, in the same set-up as launch/local.sh, by as many processes as there are processors, four at most.
+# Arguments go to pytest, which then is one process.
 #
 #   bash launch/test.sh
 #   bash launch/test.sh tests/test_masking.py -k whole_word
@@ -8,11 +9,14 @@
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh" requirements.txt tests/requirements.txt
+# A file's tests share what they train.
+shared=(-n logical --maxprocesses=4 --dist=loadfile)
 case " $* " in
 *" --references "*)
   . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt
-  exec python -m pytest tests/test_hf_reference.py tests/test_transformers_parity.py tests/test_plan_tpu.py "$@"
+  exec python -m pytest "${shared[@]}" tests/test_hf_reference.py tests/test_transformers_parity.py tests/test_plan_tpu.py "$@"
   ;;
+"  ") exec python -m pytest "${shared[@]}" ;;
 " --faults "*) exec python -m pytest tests/faults "$@" ;;
 *) exec python -m pytest "$@" ;;
 esac

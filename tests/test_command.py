@@ -14,6 +14,7 @@ import pytest
 from configs import base, quickstart
 from flax_mlm import command as command_lib
 from flax_mlm import config as config_lib
+from flax_mlm import files
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
@@ -245,14 +246,12 @@ def test_a_checkpoint_gives_its_config(toy, trained_run):
 
 
 def test_a_checkpoint_older_than_a_field_has_its_default(toy, trained_run, tmp_path):
-    from flax_mlm import checkpoint
-
     folder = tmp_path / "old"
     shutil.copytree(trained_run / "checkpoints" / "300", folder)
     file = folder / "meta" / "metadata"
     meta = json.loads(file.read_text())
     del meta["config"]["finetune"], meta["config"]["train"]["phases"]
-    meta["sha256"] = checkpoint._digest(meta)
+    meta["sha256"] = files.digest(meta)
     file.write_text(json.dumps(meta))
     done = toy.run("evaluate", f"--checkpoint={folder}", "--print_config")
     assert done.returncode == 0, done.stderr

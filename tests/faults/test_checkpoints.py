@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base
-from flax_mlm import checkpoint, fingerprint, sharding
+from flax_mlm import checkpoint, files, fingerprint, sharding
 from flax_mlm import config as config_lib
 from flax_mlm.config import MeshConfig
 from flax_mlm.errors import Failure, UserError
@@ -438,7 +438,7 @@ def test_hostile_metadata_is_refused(workdir, tmp_path, outcome, attack):
         else:
             name = "../" * 12 + str(canary)[1:] if attack == "path" else str(canary)
             meta["tokenizer"] = {"filename": name, "base64": "AAAA"}
-        meta["sha256"] = checkpoint._digest(meta)  # the attacker can do this too
+        meta["sha256"] = files.digest(meta)  # the attacker can do this too
         file.write_text(json.dumps(meta))
     folder = checkpoint.find(f"{workdir}@30")[0]
     with pytest.raises(checkpoint.Damaged, match=r"its meta is damaged \("):
