@@ -40,10 +40,10 @@ class Program(NamedTuple):
 
 # What launch/local.sh sets for us. What we set for ourselves: glibc gives freed memory back to the system and takes it
 # again in every step, unless it is told to keep it.
-_HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-_OURS = {**turns.CPU, **_HUGE}
+_HUGE = "glibc.malloc.hugetlb=1"
+_OURS = {**turns.CPU, "GLIBC_TUNABLES": _HUGE}
 _KEPT = f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**64 - 1}:glibc.malloc.arena_max=1"
-_TUNED = {"GLIBC_TUNABLES": f"{_KEPT}:{_HUGE['GLIBC_TUNABLES']}"}
+_TUNED = {"GLIBC_TUNABLES": f"{_KEPT}:{_HUGE}"}
 _TORCH = {"compile": False, "device": "cpu", "autocast": False, "more": {}}
 _SPARSE = {**_TORCH, "more": {"sparse_prediction": True}}
 

@@ -190,10 +190,12 @@ def _retrieval(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     save = Path(_SAVE.value).expanduser()
     if not _TEST.value:
         raise UserError("--test is missing; name a BEIR folder, or a file of pairs of sentences with scores")
-    if _SAVE.value and (not _TRAIN.value or save.exists()):
-        raise UserError(f"--save: '{save}' exists" if save.exists() else "--save needs --train: there is nothing new")
-    if _SAVE.value:  # with the folders that it is in
-        files.check_writable("--save", next(p for p in save.parents if p.exists()) / save.name)
+    if _SAVE.value:
+        if save.exists():
+            raise UserError(f"--save: '{save}' exists")
+        if not _TRAIN.value:
+            raise UserError("--save needs --train: there is nothing new")
+        files.check_writable("--save", save, makes_folders=True)
     train, dev = (retrieval.read_pairs(flag.value) if flag.value else None for flag in (_TRAIN, _DEV))
     is_folder = Path(_TEST.value).expanduser().is_dir()
     test = retrieval.read_benchmark(_TEST.value, "test") if is_folder else _labelled(_TEST.value)

@@ -23,12 +23,14 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file} is not UTF-8: {e}") from e
 
 
-def check_writable(flag: str, file: Path) -> None:
-    """Finds out whether a file can be written, before there is something to write. Raises UserError."""
+def check_writable(flag: str, file: Path, makes_folders: bool = False) -> None:
+    """Finds out whether a file can be written, before there is something to write; and the folders that it is in, where
+    they are going to be made. Raises UserError."""
+    folder = next(p for p in file.parents if p.exists()) if makes_folders else file.parent
     try:
         if file.is_dir():
             raise UserError(f"{flag}: '{file}' is a folder; name a file")
-        tempfile.TemporaryFile(dir=file.parent).close()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise UserError(f"{flag}: '{file}' cannot be written: {e.strerror}") from e
 

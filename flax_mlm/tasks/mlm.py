@@ -106,14 +106,22 @@ def summary(measured: Measured, corpus: Mixture) -> dict[str, float]:
         "rows": int((measured.row_R4[:, 0] > 0).sum()),
         "predicted_tokens": whole["predicted_tokens"],
     }
-    ends = np.cumsum(measured.rows_C)
-    for name, rows_R4, tokens, size in zip(
-        corpus.corpora, np.split(measured.row_R4, ends)[:-1], tokens_C, bytes_C, strict=True
-    ):
-        if len(corpus.corpora) > 1 and rows_R4[:, 0].any():
-            part = _of_rows(rows_R4, tokens, size)
-            result |= {f"{key}/{name}": part[key] for key in part if key != "accuracy_stderr"}
+    text = dict(zip(corpus.corpora, zip(tokens_C, bytes_C, strict=True), strict=True))
+    for name, rows_R4 in rows_of_each(measured.row_R4, measured.rows_C, corpus).items():
+        part = _of_rows(rows_R4, *text[name])
+        result |= {f"{key}/{name}": part[key] for key in part if key != "accuracy_stderr"}
     return result
+
+
+def rows_of_each(sums_RN: np.ndarray, rows_C: list[int], corpus: Mixture) -> dict[str, np.ndarray]:
+    """Of several corpora the rows of each whose count, the first of the sums, is not 0 in all; of a single one nothing.
+
+    Args:
+      sums_RN: of one corpus after another, and of the rows that fill the last batch.
+      rows_C: how many rows of each.
+    """
+    parts = zip(corpus.corpora, np.split(sums_RN, np.cumsum(rows_C))[:-1], strict=True)
+    return {name: rows for name, rows in parts if len(corpus.corpora) > 1 and rows[:, 0].any()}
 
 
 def ratio_stderr(sum_R: np.ndarray, count_R: np.ndarray) -> float:

@@ -79,16 +79,14 @@ def summary(m: Measured, corpus: Mixture) -> dict[str, float]:
         "tokens": int(total),
         "predicted_tokens": int(masked),
     }
-    ends = np.cumsum(m.rows_C)
-    of_each = zip(*(np.split(sums, ends)[:-1] for sums in (m.tokens, m.loss, m.correct)), strict=True)
-    for name, (tokens, loss, correct) in zip(corpus.corpora, of_each, strict=True):
-        if len(corpus.corpora) > 1 and tokens.any():
-            result |= {
-                f"loss/{name}": loss.sum() / tokens.sum(),
-                f"loss_stderr/{name}": mlm.ratio_stderr(loss, tokens),
-                f"accuracy/{name}": correct.sum() / tokens.sum(),
-                f"tokens/{name}": int(tokens.sum()),
-            }
+    for name, rows_R3 in mlm.rows_of_each(np.stack([m.tokens, m.loss, m.correct], axis=1), m.rows_C, corpus).items():
+        tokens, loss, correct = rows_R3.T
+        result |= {
+            f"loss/{name}": loss.sum() / tokens.sum(),
+            f"loss_stderr/{name}": mlm.ratio_stderr(loss, tokens),
+            f"accuracy/{name}": correct.sum() / tokens.sum(),
+            f"tokens/{name}": int(tokens.sum()),
+        }
     return result
 
 
