@@ -76,8 +76,9 @@ def test_one_long_line_is_one_document_in_bounded_parts(tmp_path, unit):
     (tmp_path / "a").write_text(text, encoding="utf8")
     texts, counts = read(f"text:{tmp_path}/a")
     assert texts == [text] and not counts["undecodable_bytes"]
+    parts = [t for _, t in sources.documents(f"text:{tmp_path}/a").parts(Counter())]
+    assert max(map(len, parts)) <= sources.PART
     if unit == "word ":
-        parts = [t for _, t in sources.documents(f"text:{tmp_path}/a").parts(Counter())]
         assert len(parts) > 10 and all(p.startswith((" ", "word")) and p.endswith(("word", "word ")) for p in parts)
 
 
