@@ -69,7 +69,7 @@ def measure(family: str, case: case_lib.Case, folder: Path) -> dict[str, Any]:
     """Ours and torch's step, in turns."""
     device = "cpu" if _SMOKE.value else "cuda"
     case.make(folder, family, SPECIAL._replace(vocab_size=case.vocab), rows_of(case))
-    ours = {"folder": str(folder), "scan_layers": True}
+    ours = {"folder": str(folder), "scan_layers": None}
     optimizer = case.config(family).to_dict()["optimizer"]
     torch = {"folder": str(folder), "compile": device == "cuda", "device": device, "autocast": True}
     torch |= {"optimizer": optimizer, "more": {"sparse_prediction": True} if family == "modernbert" else {}}

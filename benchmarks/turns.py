@@ -190,7 +190,7 @@ class Workers:
         for name, worker in list(self.ready.items()):
             with self._refusing(name):
                 turn = worker.run(3)  # warms up, and says how many steps make a turn
-                steps[name] = max(1, round(seconds / min(turn.seconds)))
+                steps[name] = max(1, round(seconds / statistics.median(turn.seconds)))
                 worker.started["first_results"] = [worker.started.pop("result"), *turn.results]
                 worker.turns.clear()
         for number in range(2 * rounds):

@@ -3,8 +3,6 @@
 A head is dropout and a linear map, of the pooled states (B, D) or of each state (B, L, D), as in BERT
 (arXiv:1810.04805 §4). AdamW with warm-up and linear decay, gradients clipped to norm 1, examples of like length
 together, the best epoch on the development set kept. The same seed gives the same result on the same devices.
-
-Beside step.py and hf/check.py the only file that calls jax.jit.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -140,10 +140,12 @@ def splits_parameters() -> bool:
     return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
 
 
-def save_all_but_gathered(*_: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint`: the backward pass gathers a layer's parameters again, for kept from the forward
-    pass they would be the whole model on every device."""
+def save_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: the backward pass gathers a layer's parameters again, and cuts them apart, for kept
+    from the forward pass they would be the whole model on every device."""
     inner = params.get("call_jaxpr")  # of `_gather`, a function with a derivative of its own
+    if primitive.name in ("split", "squeeze"):
+        return False
     return inner is None or all(equation.primitive.name != "reshard" for equation in inner.eqns)
 
 

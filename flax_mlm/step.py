@@ -1,4 +1,4 @@
-"""The train state and the jitted steps. Beside finetune.py and hf/check.py the only file that calls jax.jit."""
+"""The train state and the jitted steps. All that is jitted elsewhere: finetune.py, hf/check.py, a test of cuDNN."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
     model_config = dataclasses.replace(
         config.model,
         attention=attention.choose(config, platform),
-        scan_layers=encoder.scans_layers(config.model, platform),
+        scan_layers=encoder.scans_layers(config.model, platform, config.mesh.fsdp),
     )
     config = dataclasses.replace(config, model=model_config)
     rows = vocab_rows(config.model, vocab_size)

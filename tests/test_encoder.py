@@ -136,26 +136,30 @@ def test_every_way_of_computing_gives_the_same_gradients(shape, change):
 
 
 @pytest.mark.parametrize(
-    ("platform", "layers", "asked", "scans"),
-    [("cpu", 12, None, False), ("cpu", 24, None, True), ("tpu", 2, None, True), ("tpu", 2, False, False)],
-)
-def test_layers_are_scanned_where_that_pays(platform, layers, asked, scans):
+    ("platform", "fsdp", "layers", "asked", "scans"),
+    [
+        ("cpu", 8, 12, None, False), ("cpu", 1, 24, None, True), ("tpu", 1, 2, None, True), ("tpu", 1, 2, False, False),
+        ("gpu", 1, 24, None, False), ("gpu", 1, 28, None, True), ("gpu", 2, 12, None, True),
+    ],
+)  # fmt: skip
+def test_layers_are_scanned_where_that_pays(platform, fsdp, layers, asked, scans):
     shape = dataclasses.replace(BERT, num_layers=layers, scan_layers=asked)
-    assert encoder.scans_layers(shape, platform) is scans
+    assert encoder.scans_layers(shape, platform, fsdp) is scans
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("kernel", "parts"),
-    [("interpreted", (1, 1, 1)), ("interpreted", (2, 2, 2)), ("cudnn", (2, 2, 2))],
-    ids=["splash", "splash-split", "cudnn-split"],
+    ("kernel", "parts", "window"),
+    [("interpreted", (1, 1, 1), 32), ("interpreted", (2, 2, 2), 40), ("cudnn", (2, 2, 2), 32)],
+    ids=["splash-blocks", "splash-split", "cudnn-blocks-split"],
 )
 @SHAPES
-def test_kernels_compute_what_plain_attention_does(shape, kernel, parts, causal, monkeypatch):
-    """Splash, interpreted, and what cuDNN is asked for, computed by XLA: packed rows, windows, padding; rows and heads
-    split over devices; in the scan, recomputed. Hidden states of real tokens and gradients."""
+def test_kernels_compute_what_plain_attention_does(shape, kernel, parts, window, causal, monkeypatch):
+    """Splash, interpreted, and what cuDNN is asked for, computed by XLA: packed rows, padding, windows that plain
+    attention takes in blocks and whole; rows and heads split over devices; in the scan, recomputed. Hidden states of
+    real tokens and gradients."""
     monkeypatch.setattr(attention, "cudnn", functools.partial(attention.cudnn, implementation="xla"))
-    shape = dataclasses.replace(shape, max_positions=256, local_window=40, remat="dots")
+    shape = dataclasses.replace(shape, max_positions=256, local_window=window, remat="dots")
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, V, (4, 256)).astype(np.int32)
     segments = np.sort(rng.integers(1, 6, (4, 256)), axis=1).astype(np.int32)
@@ -183,18 +187,50 @@ def test_kernels_compute_what_plain_attention_does(shape, kernel, parts, causal,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), *gradients)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "window"), [(128, 16), (100, 11), (24, 3), (144, 17), (68, 8)])
+def test_a_window_taken_in_blocks_is_that_of_whole_rows(length, window, causal):
+    rng = np.random.default_rng(length)
+    segments = np.sort(rng.integers(0, 4, (2, length)), axis=1)[:, ::-1].astype(np.int32)  # padding at the end
+    q, k, v = rng.standard_normal((3, 2, length, 2, 4), np.float32)
+    attend = attention.plain(segments, causal, [None, window])
+    traced = str(jax.make_jaxpr(lambda *qkv: attend(1, *qkv, lambda p: p))(q, k, v))
+    assert ("cond[" in traced) is (length % (2 * (window // 2)) == 0), "which it is"
+    distance = np.arange(length)[:, None] - np.arange(length)
+    seen = (segments[:, :, None] == segments[:, None]) & (distance >= 0 if causal else True)
+    for kind, mask in enumerate((seen, seen & (np.abs(distance) <= window // 2))):
+        scores = np.where(mask[:, None], np.einsum("BLHd,BMHd->BHLM", q, k) / 2, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        expected = np.einsum("BHLM,BMHd->BLHd", weights / weights.sum(-1, keepdims=True), v)
+        np.testing.assert_allclose(attend(kind, q, k, v, lambda p: p), expected, atol=1e-5)
+
+
+def test_cudnn_is_taken_where_it_computes_what_plain_attention_does(monkeypatch, capsys):
+    assert not attention._cudnn_works(64)
+    assert capsys.readouterr().err.startswith("model.attention: plain, for cuDNN's cannot be taken: ")
+    by_xla = functools.partial(attention.cudnn, implementation="xla")
+    monkeypatch.setattr(attention, "cudnn", by_xla)
+    with jax.numpy_dtype_promotion("standard"):  # needed by XLA's code, not by cuDNN's
+        assert attention._cudnn_works(32) and not capsys.readouterr().err
+        monkeypatch.setattr(attention, "cudnn", lambda segments, *args: by_xla(segments * 0, *args))
+        assert not attention._cudnn_works(96)
+    assert "its gradients are wrong by" in capsys.readouterr().err
+
+
 def test_which_attention_is_taken(monkeypatch):
     c = base.get_config()
     c.data.seq_len = c.model.max_positions = 512
     config = config_lib.build(c)
-    short = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=128))
+    short = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=256))
     exact = dataclasses.replace(config, train=dataclasses.replace(config.train, reproducible=True))
     for one, expected in ((config, "splash"), (short, "plain"), (exact, "plain")):
         assert [attention.choose(one, platform) for platform in ("tpu", "gpu", "cpu")] == [expected, "plain", "plain"]
     c.model.dtype, c.model.attention_dropout_rate = "bfloat16", 0.0
     assert attention.choose(config_lib.build(c), "gpu") == "plain", "there is no cuDNN here, which is found out"
     monkeypatch.setattr(attention, "_cudnn_works", lambda width: width == 64)
-    assert attention.choose(config_lib.build(c), "gpu") == "cudnn"
+    for length, expected in ((512, "cudnn"), (128, "cudnn"), (64, "plain")):
+        c.data.seq_len = length
+        assert attention.choose(config_lib.build(c), "gpu") == expected
     c.model.attention = "cudnn"
     with pytest.raises(UserError, match="cudnn, which runs on GPUs; the devices here are of kind cpu"):
         attention.choose(config_lib.build(c), "cpu")

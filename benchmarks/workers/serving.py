@@ -3,6 +3,7 @@ the environments of all peers.
 """
 
 import importlib.metadata
+import itertools
 import json
 import os
 import resource
@@ -32,8 +33,8 @@ def serve(
     """Talks with `benchmarks.turns.Worker`.
 
     Args:
-      build: (spec) -> a function that makes one step and returns what is to be reported of it, a loss say; it returns
-        when the step is done.
+      build: (spec) -> a function that makes one step and returns what is to be reported of it, a loss say; or, where
+        a device works on by itself, a function that waits for that. It is called when the next step has begun.
       packages: whose versions are reported.
       device_peak_bytes: most memory ever held on an accelerator.
     """
@@ -48,7 +49,7 @@ def serve(
         start = time.perf_counter()
         step = build(json.loads(sys.argv[1]))
         built = time.perf_counter()
-        result = step()
+        result = _read(step())
         tell(
             {
                 "build_seconds": built - start,
@@ -60,18 +61,20 @@ def serve(
         )
         for line in sys.stdin:
             before = resource.getrusage(resource.RUSAGE_SELF)
-            seconds, results = [], []
-            for _ in range(int(line)):
-                start = time.perf_counter()
-                results.append(step())
-                seconds.append(time.perf_counter() - start)
-            after = resource.getrusage(resource.RUSAGE_SELF)
+            results, times, steps = [], [time.perf_counter()], int(line)
+            unread = step()
+            for number in range(steps):
+                following = step() if number + 1 < steps else None
+                results.append(_read(unread))
+                times.append(time.perf_counter())
+                unread = following
+            used = resource.getrusage(resource.RUSAGE_SELF)
             tell(
                 {
-                    "seconds": seconds,
+                    "seconds": [after - before for before, after in itertools.pairwise(times)],
                     "results": results,
-                    "user": after.ru_utime - before.ru_utime,
-                    "system": after.ru_stime - before.ru_stime,
+                    "user": used.ru_utime - before.ru_utime,
+                    "system": used.ru_stime - before.ru_stime,
                     "peak_bytes": _peak_bytes(),
                     "device_peak_bytes": device_peak_bytes(),
                 }
@@ -81,6 +84,10 @@ def serve(
     except Exception as e:
         tell({"error": f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"})
         raise
+
+
+def _read(result: Any) -> Any:
+    return result() if callable(result) else result
 
 
 def _peak_bytes() -> int:

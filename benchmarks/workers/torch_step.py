@@ -14,7 +14,7 @@ import transformers
 from benchmarks.workers.serving import serve
 
 
-def build(spec: dict[str, Any]) -> Callable[[], float]:
+def build(spec: dict[str, Any]) -> Callable[[], Any]:
     """spec: `folder` of the case; `compile`; `device`; `optimizer`, our config of it; `more` settings of the model."""
     folder, device, settings = Path(spec["folder"]), torch.device(spec["device"]), spec["optimizer"]
     transformers.utils.logging.disable_progress_bar()
@@ -40,14 +40,14 @@ def build(spec: dict[str, Any]) -> Callable[[], float]:
         for inputs, labels in zip(arrays["inputs"], arrays["labels"], strict=True)
     )
 
-    def step() -> float:
+    def step() -> Any:
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=spec["autocast"]):
             loss = forward(**next(batches)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), settings["max_grad_norm"])
         optimizer.step()
-        return loss.item()
+        return loss.item() if device.type == "cpu" else loss.item
 
     return step
 

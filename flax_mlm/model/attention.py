@@ -1,18 +1,20 @@
 """Self-attention that stays inside segments: masks, rotary positions, the plain implementation, and which to take."""
 
 import functools
+import math
+import sys
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from flax_mlm import sharding
-from flax_mlm.config import Config
+from flax_mlm.config import Config, MeshConfig
 from flax_mlm.errors import UserError
 from flax_mlm.model.elementwise import softmax
 
-_LONG = 512  # tokens from which on the (L, L) scores cost more than the kernel
+_LONG = {"tpu": 512, "gpu": 128}  # tokens from which on the (L, L) scores cost more than the kernel
 SAVED = "attention"  # what a kernel keeps for the backward pass has this name, for policies of recomputation
 
 Drop = Callable[[jax.Array], jax.Array]  # applied to the probabilities
@@ -35,33 +37,43 @@ def choose(config: Config, platform: str, cudnn_works: Callable[[int], bool] | N
             raise UserError(
                 f"model.attention is {kernel}, which runs on {where.upper()}s; the devices here are of kind {platform}"
             )
-    if name != "auto" or config.data.seq_len < _LONG or config.train.reproducible:
+    if name != "auto" or config.data.seq_len < _LONG.get(platform, math.inf) or config.train.reproducible:
         return "plain" if name == "auto" else name
     if platform == "gpu":
         fits = config.model.dtype == "bfloat16" and config.model.attention_dropout_rate == 0.0
         works = cudnn_works or _cudnn_works
         return "cudnn" if fits and works(config.model.hidden_size // config.model.num_heads) else "plain"
-    return "splash" if platform == "tpu" else "plain"
+    return "splash"
 
 
 @functools.cache
 def _cudnn_works(width: int) -> bool:
     """Whether cuDNN is here, new enough for heads of this width, and computes what plain attention does: it depends on
-    the GPU, and on which cuDNN is installed."""
-    q_BLHd = jax.random.normal(jax.random.key(0), (2, 128, 2, width), jnp.bfloat16)
-    segment_ids_BL = jnp.broadcast_to(jnp.arange(128) // 48, (2, 128))
+    the GPU, and on which cuDNN is installed. Says why not."""
 
-    def loss(q_BLHd: jax.Array, implementation: Literal["cudnn", "xla"]) -> jax.Array:
-        mask = attention_mask(segment_ids_BL, causal=False)
-        y_BLHd = jax.nn.dot_product_attention(q_BLHd, q_BLHd, q_BLHd, mask=mask, implementation=implementation)
-        return jnp.square(y_BLHd.astype(jnp.float32)).mean()
+    def gradient(implementation: Callable[..., Attend]) -> jax.Array:
+        segment_ids_BL = jax.reshard(jnp.broadcast_to(jnp.arange(128) // 48, (2, 128)), sharding.batch_spec(None))
+        q_BLHd = jax.random.normal(jax.random.key(0), (2, 128, 2, width), jnp.bfloat16)
+        q_BLHd = jax.reshard(q_BLHd, sharding.batch_spec(None, "H", None))
+        attend = implementation(segment_ids_BL, False, [None])
+
+        def loss(q_BLHd: jax.Array) -> jax.Array:
+            y_BLHd = attend(jnp.int32(0), q_BLHd, q_BLHd, q_BLHd, lambda probabilities: probabilities)
+            return jnp.square(y_BLHd.astype(jnp.float32)).mean()
+
+        return jax.jit(jax.grad(loss))(q_BLHd)
 
     try:
-        with jax.set_mesh(jax.make_mesh((), (), devices=jax.local_devices()[:1])):
-            plain, cudnn = jax.grad(loss)(q_BLHd, "xla"), jax.grad(loss)(q_BLHd, "cudnn")
-            return bool(jnp.abs(plain - cudnn).max() <= jnp.abs(plain).max() * jnp.bfloat16(0.05))
-    except Exception:  # of whatever kind: missing, too old, a shape that it does not know
-        return False
+        with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])):
+            expected, found = gradient(plain), gradient(cudnn)
+        error = jnp.abs(found - expected).max() / jnp.abs(expected).max()
+        if error <= 0.05:
+            return True
+        reason = f"its gradients are wrong by {float(error):.0%}"
+    except Exception as e:  # of whatever kind: missing, too old, a shape that it does not know
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+    print(f"model.attention: plain, for cuDNN's cannot be taken: {reason}", file=sys.stderr, flush=True)
+    return False
 
 
 def implementation(name: str, length: int, drops: bool) -> Callable[[jax.Array, bool, Sequence[int | None]], Attend]:
@@ -78,27 +90,30 @@ def implementation(name: str, length: int, drops: bool) -> Callable[[jax.Array, 
     return functools.partial(splash, interpret=name == "interpreted")
 
 
-def attention_mask(segment_ids_BL: jax.Array, causal: bool, window: int | None = None) -> jax.Array:
+def attention_mask(
+    queries: jax.Array, keys: jax.Array, causal: bool, window: int | None = None, first_key: int = 0
+) -> jax.Array:
     """Which keys each query may see.
 
     Args:
-      segment_ids_BL: int32; 0 at padding, so that padding sees only padding and no row of the mask is empty.
+      queries, keys: segment ids, int32 (..., L) and (..., M); 0 at padding, so that padding sees only padding and no
+        row of the mask is empty.
       causal: a query sees itself and what comes before it.
       window: when given, a query sees keys at most `window // 2` away (ModernBERT's local layers,
         arXiv:2412.13663 §2.1.2).
+      first_key: place of the first key, counted from the first query.
 
     Returns:
-      bool (B, 1, L, L).
+      bool (..., 1, L, M).
     """
-    length = segment_ids_BL.shape[1]
-    distance_LL = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    allowed_LL = jnp.ones((length, length), bool)
+    distance_LM = jnp.arange(queries.shape[-1])[:, None] - (jnp.arange(keys.shape[-1]) + first_key)[None, :]
+    allowed_LM = jnp.ones(distance_LM.shape, bool)
     if causal:
-        allowed_LL &= distance_LL >= 0
+        allowed_LM &= distance_LM >= 0
     if window is not None:
-        allowed_LL &= jnp.abs(distance_LL) <= window // 2
-    same_BLL = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
-    return (same_BLL & allowed_LL[None])[:, None]
+        allowed_LM &= jnp.abs(distance_LM) <= window // 2
+    same = queries[..., :, None] == keys[..., None, :]
+    return (same & jnp.broadcast_to(allowed_LM, same.shape))[..., None, :, :]
 
 
 def rotary_table(positions_BL: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -111,8 +126,11 @@ def rotary_table(positions_BL: jax.Array, head_width: int, theta: float) -> tupl
 def rotate(x_BLHd: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turns each pair (x[i], x[i + d/2]) by its position's angle; computed in float32, returned as x's dtype."""
     cos, sin = table
-    a, b = jnp.split(x_BLHd.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHd.dtype)
+    wide = x_BLHd.astype(jnp.float32)
+    a, b = jnp.split(wide, 2, axis=-1)
+    # A sum, not two halves put together, which XLA:CPU would leave to one core: 3% of a step of 4 layers of 256.
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (wide * cos + jnp.concatenate([b, a], axis=-1) * sin).astype(x_BLHd.dtype)
 
 
 def plain(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None]) -> Attend:
@@ -122,13 +140,14 @@ def plain(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None]
       segment_ids_BL: int32; see `attention_mask`.
       windows: of each kind of layer; None: all keys of the segment.
     """
-    masks = jnp.stack([attention_mask(segment_ids_BL, causal, window) for window in windows])
 
     def attend(kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop) -> jax.Array:
-        scores = jnp.einsum("BLHd,BMHd->BHLM", q_BLHd, k_BLHd) * jnp.asarray(q_BLHd.shape[-1] ** -0.5, q_BLHd.dtype)
-        scores = jnp.where(masks[kind], scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-        probabilities = drop(softmax(scores, v_BLHd.dtype))
-        return jnp.einsum("BHLM,BMHd->BLHd", probabilities, v_BLHd)
+        def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+            scores = jnp.einsum("...LHd,...MHd->...HLM", q, k) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+            scores = jnp.where(mask, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+            return jnp.einsum("...HLM,...MHd->...LHd", drop(softmax(scores, v.dtype)), v)
+
+        return by_kind(masked, causal, windows)(q_BLHd, k_BLHd, v_BLHd, segment_ids_BL, kind)
 
     return attend
 
@@ -141,18 +160,69 @@ def cudnn(
 ) -> Attend:
     """As `plain`, but without dropout: flash attention (arXiv:2205.14135) of cuDNN, in bfloat16.
 
-    It knows neither segments nor windows on both sides, so masks are made and handed over: (B, 1, L, L), one for all
-    heads.
+    It knows neither segments nor windows on both sides, so masks are made and handed over, one for all heads.
 
     Args:
       implementation: xla computes the same on any device.
     """
-    masks = jnp.stack([attention_mask(segment_ids_BL, causal, window) for window in windows])
+
+    def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        rows_q, rows_k, rows_v, rows_mask = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v, mask))  # a block is a row
+        y = jax.nn.dot_product_attention(rows_q, rows_k, rows_v, mask=rows_mask, implementation=implementation)
+        return y.reshape(q.shape)
 
     def attend(kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop) -> jax.Array:
-        def local(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, mask_B1LL: jax.Array) -> jax.Array:
-            return jax.nn.dot_product_attention(q_BLHd, k_BLHd, v_BLHd, mask=mask_B1LL, implementation=implementation)
-
-        return sharding.per_row_and_head(local, (q_BLHd, k_BLHd, v_BLHd), masks[kind])
+        local = by_kind(masked, causal, windows)
+        return sharding.per_row_and_head(local, (q_BLHd, k_BLHd, v_BLHd), segment_ids_BL, kind)
 
     return attend
+
+
+def by_kind(masked: Callable[..., jax.Array], causal: bool, windows: Sequence[int | None]) -> Callable[..., jax.Array]:
+    """Attention for layers of several kinds: (q, k, v (B, L, H, d), segment ids (B, L), kind) -> (B, L, H, d).
+
+    In a window of at most an eighth of the row, queries are taken in blocks, with the two blocks of keys around each.
+
+    Args:
+      masked: (q (..., L, H, d), k, v (..., M, H, d), mask (..., 1, L, M)) -> (..., L, H, d).
+      windows: of each kind; None: all keys of the segment.
+    """
+
+    def attend(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, segments_BL: jax.Array, kind: Any) -> jax.Array:
+        length = segments_BL.shape[1]
+
+        def whole_rows(q: jax.Array, k: jax.Array, v: jax.Array, kinds: Sequence[int | None], kind: Any) -> jax.Array:
+            masks = jnp.stack([attention_mask(segments_BL, segments_BL, causal, window) for window in kinds])
+            return masked(q, k, v, masks[kind])
+
+        def blocks(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
+            half = window // 2
+            queries_BN, keys_BN = _blocks(segments_BL, half), _keys_of_blocks(segments_BL, half, -1)
+            mask = attention_mask(queries_BN, keys_BN, causal, window, -half)
+            y = masked(_blocks(q, half), _keys_of_blocks(k, half), _keys_of_blocks(v, half), mask)
+            return y.reshape(q.shape)
+
+        def branch(window: int | None) -> functools.partial[jax.Array]:
+            if window and 8 * window <= length and length % (2 * (window // 2)) == 0:
+                return functools.partial(blocks, window=window)
+            return functools.partial(whole_rows, kinds=[window], kind=0)
+
+        branches = [branch(window) for window in windows]
+        if all(one.func is whole_rows for one in branches):
+            return whole_rows(q_BLHd, k_BLHd, v_BLHd, windows, kind)
+        return jax.lax.switch(kind, branches, q_BLHd, k_BLHd, v_BLHd)
+
+    return attend
+
+
+def _blocks(x: jax.Array, half: int) -> jax.Array:
+    """(B, L, ...) -> (B, N, 2 half, ...)."""
+    return x.reshape(x.shape[0], -1, 2 * half, *x.shape[2:])
+
+
+def _keys_of_blocks(x: jax.Array, half: int, filler: int = 0) -> jax.Array:
+    """(B, L, ...) -> (B, N, 4 half, ...): each of `_blocks` with half a block before and after it."""
+    around = [(0, 0)] * x.ndim
+    around[1] = (half, half)
+    blocks = _blocks(jnp.pad(x, around, constant_values=filler), half)
+    return jnp.concatenate([blocks[:, :-1], blocks[:, 1:]], axis=2)

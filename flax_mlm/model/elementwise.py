@@ -57,18 +57,19 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 @jax.custom_vjp
-def geglu(x_BL2F: jax.Array) -> jax.Array:
-    """GELU of the first half times the second (arXiv:2002.05202), (B, L, F), computed in float32."""
-    gate, up = x_BL2F[:, :, 0].astype(jnp.float32), x_BL2F[:, :, 1].astype(jnp.float32)
-    return (gate * _normal_cdf(gate) * up).astype(x_BL2F.dtype)
+def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """GELU of one times the other (arXiv:2002.05202), computed in float32."""
+    wide = gate.astype(jnp.float32)
+    return (wide * _normal_cdf(wide) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
-def _geglu_backward(x_BL2F: jax.Array, g_BLF: jax.Array) -> tuple[jax.Array]:
-    gate, up, g = x_BL2F[:, :, 0].astype(jnp.float32), x_BL2F[:, :, 1].astype(jnp.float32), g_BLF.astype(jnp.float32)
-    return (jnp.stack([g * up * _gelu_slope(gate), g * gate * _normal_cdf(gate)], axis=2).astype(x_BL2F.dtype),)
+def _geglu_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gate, up, g = (x.astype(jnp.float32) for x in (*kept, g))
+    ggate, gup = g * up * _gelu_slope(gate), g * gate * _normal_cdf(gate)
+    return ggate.astype(kept[0].dtype), gup.astype(kept[1].dtype)
 
 
-geglu.defvjp(lambda x_BL2F: (geglu(x_BL2F), x_BL2F), _geglu_backward)
+geglu.defvjp(lambda gate, up: (geglu(gate, up), (gate, up)), _geglu_backward)
 
 
 @jax.custom_vjp

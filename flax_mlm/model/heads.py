@@ -11,6 +11,7 @@ from flax_mlm import sharding
 from flax_mlm.config import ModelConfig
 from flax_mlm.model.elementwise import gelu, plus
 from flax_mlm.model.encoder import Encoder, Kernel, LayerNorm
+from flax_mlm.model.projection import project
 
 
 class VocabularyHead(nnx.Module):
@@ -25,13 +26,8 @@ class VocabularyHead(nnx.Module):
     def __call__(self, x_BKD: jax.Array, embedding_VE: jax.Array) -> jax.Array:
         """Scores (B, K, V), float32."""
         x_BKE = self.norm(gelu(self.dense("BKD,DE->BKE", x_BKD, "KE")))
-        scores_BKV = jnp.einsum(
-            "BKE,VE->BKV",
-            x_BKE,
-            embedding_VE.astype(x_BKE.dtype),
-            out_sharding=sharding.batch_spec("K", "V"),
-            preferred_element_type=jnp.float32,
-        )
+        embedding_VE, spec = embedding_VE.astype(x_BKE.dtype), sharding.batch_spec("K", "V")
+        scores_BKV = project("BKE,VE->BKV", x_BKE, embedding_VE, spec, jnp.float32)
         return plus(scores_BKV, self.decoder_bias[...])
 
 
