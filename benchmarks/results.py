@@ -15,7 +15,6 @@ SECTIONS = {
     "masking": "Masking",
     "input": "Preparing and reading, one core",
     "startup": "Starting",
-    "gpu": "On a GPU",
 }
 _MARKED = re.compile(r"(<!-- speed: begin[^\n]*-->\n).*(\n<!-- speed: end -->)", re.DOTALL)
 

@@ -4,8 +4,7 @@
 #   bash benchmarks/run.sh --config.data.source='text:wiki.txt.gz'
 #
 # Arguments, such as the text (default: the built-in corpus), go to each. What was measured lies in runs/benchmarks/, or
-# the folder OUT; the sizes of the train step that are there are not measured again, all else is. A table of the GPU
-# (benchmarks/gpu.sh), put there as gpu.md, is taken along.
+# the folder OUT; the sizes of the train step that are there are not measured again, all else is.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/../launch/setup.sh" requirements.txt
