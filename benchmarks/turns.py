@@ -223,8 +223,9 @@ class Workers:
 def machine() -> str:
     """What this ran on, in a line."""
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    wide = ", AVX-512" if any(" avx512f " in line for line in _lines("/proc/cpuinfo")) else ""  # ratios depend on it
     memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo")), 0)
-    return f"{os.cpu_count()} × {names[0] if names else 'processor'}, {memory / 2**20:.0f} GiB"
+    return f"{os.cpu_count()} × {names[0] if names else 'processor'}{wide}, {memory / 2**20:.0f} GiB"
 
 
 def say(line: str) -> None:
