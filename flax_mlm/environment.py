@@ -20,7 +20,7 @@ _GPU_FLAG = "--xla_gpu_deterministic_ops=true"
 
 
 def prepare(reproducible: int = 0) -> None:
-    """Makes CPU results right, and steps fast. Call before anything imports jax; safe to call twice.
+    """Makes CPU results right and CPU steps fast. Call before anything imports jax; safe to call twice.
 
     Args:
       reproducible: when positive, results are the same on up to so many devices of a kind.
