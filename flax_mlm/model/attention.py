@@ -140,6 +140,7 @@ def plain(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None]
       segment_ids_BL: int32; see `attention_mask`.
       windows: of each kind of layer; None: all keys of the segment.
     """
+    masks = _masks(segment_ids_BL, causal, windows)
 
     def attend(kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop) -> jax.Array:
         def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -147,7 +148,7 @@ def plain(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None]
             scores = jnp.where(mask, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
             return jnp.einsum("...HLM,...MHd->...LHd", drop(softmax(scores, v.dtype)), v)
 
-        return by_kind(masked, causal, windows)(q_BLHd, k_BLHd, v_BLHd, segment_ids_BL, kind)
+        return _by_kind(masked, q_BLHd, k_BLHd, v_BLHd, masks, kind)
 
     return attend
 
@@ -165,6 +166,7 @@ def cudnn(
     Args:
       implementation: xla computes the same on any device.
     """
+    masks = _masks(segment_ids_BL, causal, windows)
 
     def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
         rows_q, rows_k, rows_v, rows_mask = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v, mask))  # a block is a row
@@ -172,47 +174,46 @@ def cudnn(
         return y.reshape(q.shape)
 
     def attend(kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop) -> jax.Array:
-        local = by_kind(masked, causal, windows)
-        return sharding.per_row_and_head(local, (q_BLHd, k_BLHd, v_BLHd), segment_ids_BL, kind)
+        local = functools.partial(_by_kind, masked)
+        return sharding.per_row_and_head(local, (q_BLHd, k_BLHd, v_BLHd), masks, kind)
 
     return attend
 
 
-def by_kind(masked: Callable[..., jax.Array], causal: bool, windows: Sequence[int | None]) -> Callable[..., jax.Array]:
-    """Attention for layers of several kinds: (q, k, v (B, L, H, d), segment ids (B, L), kind) -> (B, L, H, d).
+def _masks(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None]) -> list[jax.Array]:
+    """Of each kind of layer: bool (B, 1, L, L); or, where a window is at most an eighth of the row, of queries in
+    blocks as wide as the window, each with twice as many keys around it: (B, blocks, 1, 2 half, 4 half)."""
+    length = segment_ids_BL.shape[1]
 
-    In a window of at most an eighth of the row, queries are taken in blocks, with the two blocks of keys around each.
+    def mask(window: int | None) -> jax.Array:
+        half = window // 2 if window else 0
+        if not half or 16 * half > length or length % (2 * half):
+            return attention_mask(segment_ids_BL, segment_ids_BL, causal, window)
+        queries, keys = _blocks(segment_ids_BL, half), _keys_of_blocks(segment_ids_BL, half, -1)
+        return attention_mask(queries, keys, causal, window, -half)
+
+    return [mask(window) for window in windows]
+
+
+def _by_kind(
+    masked: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, masks: Sequence[jax.Array], kind: Any
+) -> jax.Array:
+    """Attention (B, L, H, d) under the mask of a kind of layer.
 
     Args:
       masked: (q (..., L, H, d), k, v (..., M, H, d), mask (..., 1, L, M)) -> (..., L, H, d).
-      windows: of each kind; None: all keys of the segment.
+      masks: of `_masks`.
     """
 
-    def attend(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, segments_BL: jax.Array, kind: Any) -> jax.Array:
-        length = segments_BL.shape[1]
+    def under(mask: jax.Array) -> jax.Array:
+        if mask.ndim == q.ndim:
+            return masked(q, k, v, mask)
+        half = mask.shape[-2] // 2
+        return masked(_blocks(q, half), _keys_of_blocks(k, half), _keys_of_blocks(v, half), mask).reshape(q.shape)
 
-        def whole_rows(q: jax.Array, k: jax.Array, v: jax.Array, kinds: Sequence[int | None], kind: Any) -> jax.Array:
-            masks = jnp.stack([attention_mask(segments_BL, segments_BL, causal, window) for window in kinds])
-            return masked(q, k, v, masks[kind])
-
-        def blocks(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-            half = window // 2
-            queries_BN, keys_BN = _blocks(segments_BL, half), _keys_of_blocks(segments_BL, half, -1)
-            mask = attention_mask(queries_BN, keys_BN, causal, window, -half)
-            y = masked(_blocks(q, half), _keys_of_blocks(k, half), _keys_of_blocks(v, half), mask)
-            return y.reshape(q.shape)
-
-        def branch(window: int | None) -> functools.partial[jax.Array]:
-            if window and 8 * window <= length and length % (2 * (window // 2)) == 0:
-                return functools.partial(blocks, window=window)
-            return functools.partial(whole_rows, kinds=[window], kind=0)
-
-        branches = [branch(window) for window in windows]
-        if all(one.func is whole_rows for one in branches):
-            return whole_rows(q_BLHd, k_BLHd, v_BLHd, windows, kind)
-        return jax.lax.switch(kind, branches, q_BLHd, k_BLHd, v_BLHd)
-
-    return attend
+    if all(mask.ndim == q.ndim for mask in masks):
+        return under(jax.lax.select_n(kind, *masks))
+    return jax.lax.switch(kind, [functools.partial(under, mask) for mask in masks])
 
 
 def _blocks(x: jax.Array, half: int) -> jax.Array:
