@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from flax_mlm import masking, sharding
 from flax_mlm.config import ObjectiveConfig
+from flax_mlm.model.elementwise import largest
 from flax_mlm.model.heads import Model
 
 
@@ -162,7 +163,7 @@ def _below_best(scores_BKV: jax.Array, labels_BK: jax.Array) -> tuple[jax.Array,
 
     Written with reductions over V alone (no gather), so that V may be split over devices.
     """
-    best_BK = jax.lax.stop_gradient(scores_BKV.max(-1))
+    best_BK = largest(scores_BKV)
     shifted_BKV = scores_BKV - best_BK[..., None]
     ids_V = jax.lax.broadcasted_iota(jnp.int32, scores_BKV.shape, 2)
     label_BK = jnp.where(ids_V == labels_BK[..., None], shifted_BKV, 0.0).sum(-1)

@@ -45,28 +45,23 @@ CASES = {
         norm,
         [(B, L, D), (D,)],
     ),
-    "softmax": (None, jax.nn.softmax, [(B, 3, L, L)]),
     "plus": (elementwise.plus, jnp.add, [(B, L, 3, D), (3, D)]),
 }
 
 
 def arguments(name, shapes, dtype):
-    """The norms' scale and bias, and scores, are always float32."""
+    """The norms' scale and bias are always float32."""
     given = [3 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
-    narrow = {"softmax": 0, "plus": 2}.get(name, 1)
+    narrow = {"plus": 2}.get(name, 1)
     return [x.astype(dtype) if i < narrow else x for i, x in enumerate(given)]
-
-
-def function(name, dtype):
-    return CASES[name][0] or (lambda scores: elementwise.softmax(scores, dtype))
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.02)])
 def test_values_and_gradients_are_those_of_the_definition(name, dtype, tolerance):
-    _, definition, shapes = CASES[name]
+    function, definition, shapes = CASES[name]
     given = arguments(name, shapes, dtype)
-    y, backward = jax.vjp(function(name, dtype), *given)
+    y, backward = jax.vjp(function, *given)
     assert y.dtype == dtype
     cotangent = jax.random.normal(jax.random.key(9), y.shape).astype(dtype)
     exact, exact_backward = jax.vjp(definition, *(x.astype(jnp.float32) for x in given))
@@ -79,12 +74,12 @@ def test_values_and_gradients_are_those_of_the_definition(name, dtype, tolerance
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_more_is_kept_for_the_backward_pass_than_the_input(name):
-    """Or, of softmax, the result; in bfloat16, though float32 stands between."""
-    _, _, shapes = CASES[name]
+    """In bfloat16, though float32 stands between."""
+    function, _, shapes = CASES[name]
     shape = (64, 64, *shapes[0][2:])
     others = [(64, 64, *other[2:]) if other[:2] == (B, L) else other for other in shapes[1:]]
     given = arguments(name, [shape, *others], "bfloat16")
-    _, backward = jax.vjp(function(name, "bfloat16"), *given)
+    _, backward = jax.vjp(function, *given)
     kept = sum(x.nbytes for x in jax.tree.leaves(backward))
     of_rows = 2 * 4 * 64 * 64  # LayerNorm's means and deviations
     assert kept <= 2 * math.prod(shape) + of_rows + sum(x.nbytes for x in given[1:])
@@ -94,3 +89,11 @@ def test_no_more_is_kept_for_the_backward_pass_than_the_input(name):
 def test_gelu_far_out(x):
     assert float(elementwise.gelu(jnp.float32(x))) == max(x, 0.0)
     assert float(jax.grad(elementwise.gelu)(jnp.float32(x))) == (0.5 if x == 0.0 else float(x > 0.0))
+
+
+@pytest.mark.parametrize("length", [1, 32, 33, 100, 257])
+def test_the_largest_is_found_wherever_it_is(length):
+    x = np.random.default_rng(0).permutation(np.arange(3 * length, dtype=np.float32)).reshape(3, length)
+    np.testing.assert_array_equal(jax.jit(elementwise.largest)(x), x.max(-1))
+    x = np.eye(length, dtype=np.float32)
+    np.testing.assert_array_equal(jax.jit(elementwise.largest)(x), np.ones(length))

@@ -194,15 +194,37 @@ def test_a_window_taken_in_blocks_is_that_of_whole_rows(length, window, causal):
     segments = np.sort(rng.integers(0, 4, (2, length)), axis=1)[:, ::-1].astype(np.int32)  # padding at the end
     q, k, v = rng.standard_normal((3, 2, length, 2, 4), np.float32)
     attend = attention.plain(segments, causal, [None, window])
-    traced = str(jax.make_jaxpr(lambda *qkv: attend(1, *qkv, lambda p: p))(q, k, v))
-    assert ("cond[" in traced) is (length % (2 * (window // 2)) == 0), "which it is"
+    (_, mask) = attention._masks(segments, causal, [None, window])
+    assert (mask.ndim == 5) is (length % (2 * (window // 2)) == 0), "which it is"
     distance = np.arange(length)[:, None] - np.arange(length)
     seen = (segments[:, :, None] == segments[:, None]) & (distance >= 0 if causal else True)
     for kind, mask in enumerate((seen, seen & (np.abs(distance) <= window // 2))):
         scores = np.where(mask[:, None], np.einsum("BLHd,BMHd->BHLM", q, k) / 2, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         expected = np.einsum("BHLM,BMHd->BLHd", weights / weights.sum(-1, keepdims=True), v)
-        np.testing.assert_allclose(attend(kind, q, k, v, lambda p: p), expected, atol=1e-5)
+        np.testing.assert_allclose(attend(kind, q, k, v, None), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.03)])
+def test_plain_attention_and_its_gradients_are_those_of_the_definition(dtype, tolerance, drops):
+    segments = jnp.array([[1] * 7 + [2] * 4 + [0]] * 2)
+    kept = jnp.where(jax.random.bernoulli(jax.random.key(3), 0.8, (2, 3, 12, 12)), 1.25, 0.0) if drops else None
+    q, k, v, g = (2 * jax.random.normal(jax.random.key(i), (2, 12, 3, 4)).astype(dtype) for i in range(4))
+
+    def definition(q, k, v):
+        scores = jnp.einsum("BLHd,BMHd->BHLM", q, k) / 2
+        scores = jnp.where((segments[:, :, None] == segments[:, None])[:, None], scores, -1e30)
+        return jnp.einsum("BHLM,BMHd->BLHd", jax.nn.softmax(scores) * (kept if drops else 1.0), v)
+
+    attend = attention.plain(segments, False, [None])
+    drop = (lambda weights: weights * kept.astype(dtype)) if drops else None
+    y, backward = jax.vjp(lambda *qkv: attend(jnp.int32(0), *qkv, drop), q, k, v)
+    exact, exact_backward = jax.vjp(definition, *(x.astype(jnp.float32) for x in (q, k, v)))
+    assert y.dtype == dtype
+    for found, right in zip((y, *backward(g)), (exact, *exact_backward(g.astype(jnp.float32))), strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_allclose(np.float32(found) / np.abs(right).max(), right / np.abs(right).max(), atol=tolerance)
 
 
 def test_cudnn_is_taken_where_it_computes_what_plain_attention_does(monkeypatch, capsys):

@@ -232,7 +232,8 @@ class Encoder(nnx.Module):
             tables = jax.tree.map(lambda t: t[is_local], rotary)
 
             def attend(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array) -> jax.Array:
-                return attention_of_kind(is_local, q_BLHd, k_BLHd, v_BLHd, lambda p: drop(p, 2))
+                drop_weights = (lambda weights: drop(weights, 2)) if drops else None
+                return attention_of_kind(is_local, q_BLHd, k_BLHd, v_BLHd, drop_weights)
 
             return layer(x_BLD, attention_norm, attend, tables, drop), None
 
