@@ -1,4 +1,4 @@
-"""What stands between the matmuls, with derivatives of its own: GELU, GeGLU, LayerNorm, a bias.
+"""What stands between the matmuls, with derivatives of its own: GELU, GeGLU, LayerNorm, a bias. And a row's maximum.
 
 Derived by JAX, each keeps its float32 intermediates for the backward pass. Here it keeps its input, which is kept
 anyway as some matmul's result, and computes the rest again: of a step of BERT-base at 128 tokens, 64 rows on a v5e
