@@ -141,11 +141,11 @@ class Case:
 
     def flops(self, family: str = "bert") -> float:
         """Useful FLOPs of one step; only predicted tokens are scored, and a window is all that its layers look at."""
-        from flax_mlm.metrics import flops_per_row
+        from flax_mlm import flops
         from flax_mlm.model.heads import vocab_rows
 
         model = self.config(family).model
-        return self.rows * flops_per_row(model, self.length, self.slots, vocab_rows(model, self.vocab))
+        return self.rows * flops.per_row(model, self.length, self.slots, vocab_rows(model, self.vocab))
 
     def describe(self, folder: Path, family: str, ids: Ids, tokens: np.ndarray) -> None:
         """Puts case.json and tokens.npy into a new folder. `tokens`: BATCHES × rows."""

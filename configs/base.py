@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "builtin"  # builtin | text:GLOB | jsonl:GLOB#field | tfds:NAME[/config][:split]
     # A folder made by `prepare`, or several and how much of each ("wiki:0.7,books:0.3"; without weights: in proportion
-    # to their rows). When set, source, packing and tokenizer are not used.
+    # to their rows). Then seq_len is that of their rows, and source, packing and validation_every are not used;
+    # tokenizer.path may be left out, or names the one that they were made with.
     c.data.corpus = ""
     c.data.cache_dir = "~/.cache/flax_mlm"  # where corpora prepared by `train` itself are kept
     c.data.seq_len = 128  # L, tokens per row, [CLS] and [SEP] included
@@ -49,9 +50,9 @@ def get_config() -> ConfigDict:
     c.model.embedding_size = 0  # E, width of the embeddings, projected to hidden_size (ALBERT); 0: hidden_size itself
     c.model.share_layers = False  # all layers use the weights of one (ALBERT)
     c.model.global_attention_every = 1  # every n-th layer sees the whole segment, the others a window; 1: all do
-    c.model.attention = (
-        "auto"  # plain | splash (TPU) | cudnn (GPU) | interpreted (splash, slow) | auto: kernels from L 512
-    )
+    # plain | splash (TPU) | cudnn (GPU) | interpreted (splash, slow) | auto: kernels where there is no dropout of
+    # probabilities, on TPUs from L 512 on, on GPUs from 128
+    c.model.attention = "auto"
     c.model.local_window = 128  # tokens a windowed layer sees, half on each side
     c.model.rope_theta_global = 10_000.0
     c.model.rope_theta_local = 10_000.0
@@ -97,12 +98,12 @@ def get_config() -> ConfigDict:
     c.optimizer.warmup_fraction = 0.05  # of the run
     c.optimizer.decay_fraction = 0.2  # of the run, at the end, with wsd only
     c.optimizer.final_lr_fraction = 0.0  # of the peak, at the last step
-    c.optimizer.beta1 = 0.9
+    c.optimizer.beta1 = 0.9  # of AdamW and LAMB; Muon's momentum is 0.95
     c.optimizer.beta2 = 0.98
     c.optimizer.eps = 1e-6
     c.optimizer.weight_decay = 0.01  # on matrices and embeddings; never on norms and biases
     c.optimizer.max_grad_norm = 1.0  # global-norm clip; 0.0: none
-    c.optimizer.max_skipped_steps = 10  # updates left out in a row (loss or gradient not finite) that stop the run
+    c.optimizer.max_skipped_steps = 10  # updates left out in a row (not finite, or a spike) that stop the run
     c.optimizer.spike_action = "none"  # none | clip (ZClip) | skip (the update) | rewind (to the last checkpoint)
     c.optimizer.spike_threshold = 4.0  # standard deviations of loss or grad norm above its mean; ZClip takes 2.5
     # none | ema | lawa: an average of the weights over the steps, kept beside them (4 bytes a parameter), is what is
@@ -110,7 +111,7 @@ def get_config() -> ConfigDict:
     c.optimizer.averaging = "none"
     c.optimizer.ema_decay = 0.999  # of the average a step, at most: (1 + step) / (10 + step) while that is less
     c.optimizer.lawa_every = 200  # steps from one snapshot to the next, counted back from the last step
-    c.optimizer.lawa_count = 5  # the last so many make the final average; in the course of the run, 1 to so many
+    c.optimizer.lawa_count = 5  # snapshots in the final average; during the run, 1 to this many
 
     c.train = ConfigDict()
     # How long the run is: so many steps, or where one of the next four is not 0, that, on whatever machine. A budget
@@ -129,7 +130,9 @@ def get_config() -> ConfigDict:
     # the predicted tokens' scores are made in so many parts, and again in the backward pass: where the vocabulary is
     # large, or each token is predicted (clm), they are most of the memory; of mlm and clm
     c.train.loss_chunks = 1
-    c.train.reproducible = False  # the same parameters, bit for bit, on any number of devices; slower (README)
+    c.train.reproducible = (
+        False  # the same parameters, bit for bit, on any number of devices that batch_groups allows; slower
+    )
     c.train.batch_groups = 8  # with reproducible: parts of the batch, added in order; a multiple of the devices
     c.train.log_every = 20  # steps
     c.train.eval_every = 1000  # steps; 0: only at the end
@@ -161,7 +164,7 @@ def get_config() -> ConfigDict:
     c.finetune.weight_decay = 0.01  # on matrices and embeddings
     c.finetune.temperature = 0.05  # of the cosines that --task=retrieval learns from
     c.finetune.hard_negatives = 0  # of each query in a batch, drawn from those that the file gives; it may have fewer
-    c.finetune.dimensions = ""  # `32,64`: the first so many of a vector are trained to do alone, too (Matryoshka)
+    c.finetune.dimensions = ""  # `32,64`: a vector's first 32 and 64 numbers also learn to do alone (Matryoshka)
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices that split the batch; -1: all that are left

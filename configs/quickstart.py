@@ -2,8 +2,8 @@
 
     bash launch/local.sh
 
-A ModernBERT in small, with Muon, which at this size learns several times as much in the time as the BERT of 2018
-does (see benchmarks/RESULTS.md). Expect a held-out loss of 3.14 nats, where the unigram entropy is 6.59.
+A ModernBERT in small, with Muon (what each is worth at this size is in benchmarks/RESULTS.md). Expect a held-out loss
+of 3.14 nats, where the unigram entropy is 6.59.
 """
 
 from ml_collections import ConfigDict

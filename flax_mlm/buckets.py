@@ -46,7 +46,7 @@ def parse(what: str, text: str) -> epath.Path | None:
       text: as the user wrote it.
 
     Raises:
-      UserError: it is no such path, or gcsfs is not installed.
+      UserError: it is not such a path, or gcsfs is not installed.
     """
     if "://" not in text:
         return None
@@ -54,7 +54,7 @@ def parse(what: str, text: str) -> epath.Path | None:
         raise UserError(f"{what}: '{text}' cannot be used; it can be a folder, or gs://BUCKET/FOLDER")
     names = text.removeprefix("gs://").rstrip("/").split("/")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+", names[0]) or {"", ".", ".."} & {*names}:
-        raise UserError(f"{what}: '{text}' is no path in a bucket; it looks like gs://BUCKET/FOLDER")
+        raise UserError(f"{what}: '{text}' is not a path in a bucket; it looks like gs://BUCKET/FOLDER")
     if found := re.search(r"[*?\[\]#\x00-\x1f]", text):
         raise UserError(f"{what}: '{text}' has {found[0]!r} in it, which means other things to Cloud Storage's clients")
     if importlib.util.find_spec("gcsfs") is None:
@@ -145,7 +145,7 @@ def check(what: str, path: AnyPath) -> None:
         with errors(path):
             client().call("GET", "b/{}/o", bucket, prefix=f"{name}/", maxResults=1)
     except FileNotFoundError:
-        raise UserError(f"{what}: there is no bucket '{bucket}'; make it, or mend the name") from None
+        raise UserError(f"{what}: there is no bucket '{bucket}'; make it, or correct the name") from None
 
 
 def together(function: Callable[[_T], _R], items: Sequence[_T], where: AnyPath) -> list[_R]:

@@ -241,7 +241,7 @@ def _bound_retries() -> None:
     tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT["gcs_request_retries"] = _RETRIES
 
 
-class Encoder(NamedTuple):
+class FineTuned(NamedTuple):
     """The weights of a model that goes on from no step, with the step of the run that they come from."""
 
     params: Any
@@ -268,7 +268,7 @@ def save_encoder(workdir: buckets.AnyPath, trained: Any, encoder: Any, examples:
     config = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, max_failed_saves=1))
     step = before.get("step", 0)
     checkpoints = Checkpoints(workdir, config, meta, trained.steps.fingerprint)
-    checkpoints.save(step, Encoder({**trained.params, "encoder": encoder}, jnp.int32(step)))
+    checkpoints.save(step, FineTuned({**trained.params, "encoder": encoder}, jnp.int32(step)))
     checkpoints.close()
 
 

@@ -20,7 +20,6 @@ from flax_mlm import environment
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.hf import folder
 
-PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)

@@ -39,7 +39,7 @@ class DataConfig:
         """Folder (or path in a bucket) -> weight as it was written, of each that `corpus` names; "" where it has none.
 
         Raises:
-          UserError: a weight is no positive number, some have none, or a folder is named twice.
+          UserError: a weight is not a positive number, some have none, or a folder is named twice.
         """
 
         def wrong(why: str) -> UserError:

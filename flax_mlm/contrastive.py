@@ -66,7 +66,7 @@ def make_loss(trained: Trained) -> Callable[..., jax.Array]:
     """(parameters, tokens and token types int32 (B, G, L), text numbers int32 (B, G), key) -> scalar.
 
     Each group is a query, its positive and its hard negatives (number -1: none). Texts equal to the query or to its
-    positive are no wrong answers, wherever in the batch they are.
+    positive are not wrong answers, wherever in the batch they are.
     """
     config = trained.config.finetune
     sizes = config.sizes(trained.config.model.hidden_size)

@@ -76,7 +76,7 @@ def draw(scores_BKV: jax.Array, keys_B: Any, vocab_size: int) -> jax.Array:
     """A piece for every slot, int32 (B, K), as likely as the generator finds it: the best after Gumbel noise.
 
     Args:
-      scores_BKV: float32; rows of V from `vocab_size` on are no pieces.
+      scores_BKV: float32; rows of V from `vocab_size` on are not pieces.
       keys_B: one a row, so that a row's do not depend on how the batch is split.
     """
     noise_BKV = jax.vmap(lambda key: jax.random.gumbel(key, scores_BKV.shape[1:]))(keys_B)

@@ -1,4 +1,7 @@
-"""The two exceptions that end a command with one line instead of a traceback."""
+"""The two exceptions that end a command with one line instead of a traceback; and the exit code of a run to be started
+again."""
+
+PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h
 
 
 class UserError(Exception):

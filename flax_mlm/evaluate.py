@@ -28,7 +28,12 @@ _TASK = flags.DEFINE_enum(
     "of a text or pair; tagging: fine-tuning for tags of words; retrieval: vectors for search, as they are or "
     "fine-tuned",
 )
-_DATA = flags.DEFINE_string("data", "", "cloze: a file of lines `text with [MASK]<TAB>answer`; minimal_pairs: .jsonl")
+_DATA = flags.DEFINE_string(
+    "data",
+    "",
+    "cloze: a file of lines `text with [MASK]<TAB>answer`; minimal_pairs: a .jsonl file, a folder of them, or "
+    "tfds:blimp/NAME",
+)
 _MASK_RATES = flags.DEFINE_string(
     "mask_rates", "0.05,0.15,0.3,0.5", "mlm: at these too; empty: none but eval.mask_rate"
 )

@@ -4,6 +4,7 @@ written appears whole anyway."""
 import contextlib
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,13 +47,20 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(file: Path, content: bytes | memoryview) -> None:
+    """Writes a whole file, or none; once this returns it also survives a power cut."""
+    with replacing(file) as temporary, temporary.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
 def write_text(file: buckets.AnyPath, text: str) -> None:
-    """Writes a whole file, or none."""
-    if not isinstance(file, Path):
+    """The same with text, as UTF-8; also into a bucket."""
+    if isinstance(file, Path):
+        write_bytes(file, text.encode())
+    else:
         file.write_text(text, encoding="utf-8")
-        return
-    with replacing(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def digest(content: dict[str, Any]) -> str:

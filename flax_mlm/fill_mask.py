@@ -11,7 +11,7 @@ from flax_mlm.config import Config
 from flax_mlm.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, or a folder"
+    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a folder, or a Hugging Face folder"
 )
 _TEXT = flags.DEFINE_string("text", "", "the text, when it is not given as the last argument")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "words shown for each [MASK]", lower_bound=1)

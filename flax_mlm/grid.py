@@ -45,7 +45,7 @@ def parse(text: str) -> list[Setting]:
     if twice := [path for path in fields if fields.count(path) > 1]:
         raise UserError(f"--grid: {twice[0]} is there twice")
     if "seed" in fields:
-        raise UserError("--grid: seed is no setting, but what a setting is repeated with; use --seeds=3")
+        raise UserError("--grid: seed is not a setting, but what a setting is repeated with; use --seeds=3")
     return [{path: value for part in parts for path, value in part.items()} for parts in itertools.product(*axes)]
 
 

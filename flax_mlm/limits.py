@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 from flax_mlm.config import LENGTHS, Config, field_types, value_of
@@ -115,7 +114,23 @@ _BETWEEN = {
 
 def check(c: Config) -> None:
     """Raises UserError for a value that cannot work, or not together with another."""
+    _check_values(c)
+    c.data.folders()
+    c.finetune.rates()
+    c.finetune.sizes(c.model.hidden_size)
+    _check_model(c)
+    if c.model.attention in ("splash", "cudnn", "interpreted"):
+        _check_kernel(c)
+    _check_mesh(c)
+    if c.objective.name == "rtd":
+        _check_generator(c)
+    _check_length(c)
+    if c.train.reproducible:
+        _check_reproducible(c)
+    _check_optimizer(c)
 
+
+def _check_values(c: Config) -> None:
     for path, (kind, _) in field_types().items():
         value = value_of(c, path)
         if kind is float and not math.isfinite(value):
@@ -134,156 +149,177 @@ def check(c: Config) -> None:
             bounds = f"{'[' if low_ok else '('}{low}, {high}{']' if high_ok else ')'}"
             raise UserError(f"{path} is {value}; it must lie in {bounds}")
 
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise UserError(message)
 
-    def need_with(cause: str, *rows: tuple[str, Any, bool, str]) -> None:
-        for name, value, ok, what in rows:
-            need(ok, f"{name} is {value}; with {cause} it must be {what}")
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
 
-    c.data.folders()
-    c.finetune.rates()
-    c.finetune.sizes(c.model.hidden_size)
-    m, t = c.model, c.train
-    if m.attention in ("splash", "cudnn", "interpreted"):
-        tile = 2 if m.attention == "cudnn" else 128
-        need_with(
-            f"model.attention = '{m.attention}'",
-            ("data.seq_len", c.data.seq_len, c.data.seq_len % tile == 0, f"a multiple of {tile}"),
-            ("model.dtype", m.dtype, m.attention != "cudnn" or m.dtype == "bfloat16", "bfloat16"),
-            ("model.attention_dropout_rate", m.attention_dropout_rate, m.attention_dropout_rate == 0.0, "0"),
-            ("train.reproducible", t.reproducible, not t.reproducible, "False"),
-        )
-    need(
+
+def _need_with(cause: str, *rows: tuple[str, Any, bool, str]) -> None:
+    for name, value, ok, what in rows:
+        _need(ok, f"{name} is {value}; with {cause} it must be {what}")
+
+
+def _check_model(c: Config) -> None:
+    m = c.model
+    _need(
         m.hidden_size % m.num_heads == 0,
         f"model.hidden_size is {m.hidden_size}; it must be divisible by model.num_heads, {m.num_heads}",
     )
-    need(
+    _need(
         m.positions == "learned" or (m.hidden_size // m.num_heads) % 2 == 0,
         f"model.hidden_size / model.num_heads is {m.hidden_size // m.num_heads}; rope needs it even",
     )
-    need(
+    _need(
         not (m.share_layers and m.norm_position == "pre"),
         "model.share_layers is True; it needs model.norm_position = 'post', since pre-norm layers are not all alike",
     )
-    need(
+    _need(
         not c.init_new_head or bool(c.init_from),
         "init_new_head is True, but init_from is empty; it names the Hugging Face folder to start from",
     )
-    need(
+    _need(
         not c.tokenizer.extend or bool(c.tokenizer.path),
         "tokenizer.extend is set, but there is no tokenizer to extend; set tokenizer.path or init_from",
     )
-    need(
+    _need(
         c.data.seq_len <= m.max_positions,
         f"data.seq_len is {c.data.seq_len}, longer than model.max_positions, {m.max_positions}; raise the latter",
     )
-    need(
-        m.num_heads % c.mesh.tensor == 0,
-        f"mesh.tensor is {c.mesh.tensor}; it must divide model.num_heads, {m.num_heads}",
-    )
-    need(
-        m.intermediate_size % c.mesh.tensor == 0,
-        f"mesh.tensor is {c.mesh.tensor}; it must divide model.intermediate_size, {m.intermediate_size}",
-    )
-    need(
-        m.vocab_multiple_of % c.mesh.tensor == 0,
-        f"mesh.tensor is {c.mesh.tensor}; it must divide model.vocab_multiple_of, {m.vocab_multiple_of} (128 will do)",
-    )
-    need(
-        m.hidden_size % c.mesh.fsdp == 0,
-        f"mesh.fsdp is {c.mesh.fsdp}; it must divide model.hidden_size, {m.hidden_size}",
-    )
-    if c.objective.name == "rtd":
-        _check_generator(c, need)
-    lengths = [f"train.{name}" for name in LENGTHS if getattr(t, name)]
-    need(len(lengths) < 2, f"{' and '.join(lengths)} are set; a run has one length")
-    for name, other in itertools.permutations(("budget_cost", "price_per_chip_hour")):
-        need(
-            not getattr(t, name) or getattr(t, other) > 0,
-            f"train.{name} is {getattr(t, name):g}; it needs train.{other}, too",
-        )
-    if t.has_budget:
-        for name, wrong in (
-            ("name = 'schedule_free'", c.optimizer.name == "schedule_free"),
-            ("averaging = 'lawa'", c.optimizer.averaging == "lawa"),
-        ):
-            need(not wrong, f"train.{t.unit} is set; optimizer.{name} has to know the number of steps beforehand")
-    need(
-        c.mesh.data == -1 or c.mesh.data >= 1,
-        f"mesh.data is {c.mesh.data}; it must be at least 1, or -1 for all devices left",
-    )
-    need(
-        t.global_batch_size % t.microbatches == 0,
-        f"train.global_batch_size is {t.global_batch_size}; it must be divisible by train.microbatches, "
-        f"{t.microbatches}",
-    )
-    if t.reproducible:
-        need_with(
-            "train.reproducible",
-            ("model.scan_layers", m.scan_layers, m.scan_layers is not False, "True, else roundings differ"),
-            ("model.remat", m.remat, m.remat == "none", "none, else roundings differ"),
-            ("train.loss_chunks", t.loss_chunks, t.loss_chunks == 1, "1, else roundings differ"),
-        )
-        need(
-            t.microbatches == 1,
-            f"train.microbatches is {t.microbatches}; with train.reproducible the batch is taken in "
-            f"train.batch_groups parts already, and it must be 1",
-        )
-        need(c.mesh.tensor == 1, f"mesh.tensor is {c.mesh.tensor}; train.reproducible needs it to be 1")
-        for name, rows in (("train.global_batch_size", t.global_batch_size), ("eval.batch_size", c.eval.batch_size)):
-            need(
-                rows % t.batch_groups == 0,
-                f"{name} is {rows}; with train.reproducible it must be divisible by train.batch_groups, "
-                f"{t.batch_groups}",
-            )
-    need(
+    _need(
         c.objective.replace_mask + c.objective.replace_random <= 1.0,
         f"objective.replace_mask + objective.replace_random is "
         f"{c.objective.replace_mask + c.objective.replace_random:g}; it must be at most 1",
     )
-    if c.optimizer.name == "schedule_free":
-        o = c.optimizer
-        need_with(
+
+
+def _check_kernel(c: Config) -> None:
+    m, t = c.model, c.train
+    tile = 2 if m.attention == "cudnn" else 128
+    _need_with(
+        f"model.attention = '{m.attention}'",
+        ("data.seq_len", c.data.seq_len, c.data.seq_len % tile == 0, f"a multiple of {tile}"),
+        ("model.dtype", m.dtype, m.attention != "cudnn" or m.dtype == "bfloat16", "bfloat16"),
+        ("model.attention_dropout_rate", m.attention_dropout_rate, m.attention_dropout_rate == 0.0, "0"),
+        ("train.reproducible", t.reproducible, not t.reproducible, "False"),
+    )
+
+
+def _check_mesh(c: Config) -> None:
+    m, t = c.model, c.train
+    _need(
+        m.num_heads % c.mesh.tensor == 0,
+        f"mesh.tensor is {c.mesh.tensor}; it must divide model.num_heads, {m.num_heads}",
+    )
+    _need(
+        m.intermediate_size % c.mesh.tensor == 0,
+        f"mesh.tensor is {c.mesh.tensor}; it must divide model.intermediate_size, {m.intermediate_size}",
+    )
+    _need(
+        m.vocab_multiple_of % c.mesh.tensor == 0,
+        f"mesh.tensor is {c.mesh.tensor}; it must divide model.vocab_multiple_of, {m.vocab_multiple_of} (128 will do)",
+    )
+    _need(
+        m.hidden_size % c.mesh.fsdp == 0,
+        f"mesh.fsdp is {c.mesh.fsdp}; it must divide model.hidden_size, {m.hidden_size}",
+    )
+    _need(
+        c.mesh.data == -1 or c.mesh.data >= 1,
+        f"mesh.data is {c.mesh.data}; it must be at least 1, or -1 for all devices left",
+    )
+    _need(
+        t.global_batch_size % t.microbatches == 0,
+        f"train.global_batch_size is {t.global_batch_size}; it must be divisible by train.microbatches, "
+        f"{t.microbatches}",
+    )
+
+
+def _check_length(c: Config) -> None:
+    t = c.train
+    lengths = [f"train.{name}" for name in LENGTHS if getattr(t, name)]
+    _need(len(lengths) < 2, f"{' and '.join(lengths)} are set; a run has one length")
+    for name, other in itertools.permutations(("budget_cost", "price_per_chip_hour")):
+        _need(
+            not getattr(t, name) or getattr(t, other) > 0,
+            f"train.{name} is {getattr(t, name):g}; it needs train.{other}, too",
+        )
+
+
+def _check_reproducible(c: Config) -> None:
+    m, t = c.model, c.train
+    _need_with(
+        "train.reproducible",
+        ("model.scan_layers", m.scan_layers, m.scan_layers is not False, "True, else roundings differ"),
+        ("model.remat", m.remat, m.remat == "none", "none, else roundings differ"),
+        ("train.loss_chunks", t.loss_chunks, t.loss_chunks == 1, "1, else roundings differ"),
+    )
+    _need(
+        t.microbatches == 1,
+        f"train.microbatches is {t.microbatches}; with train.reproducible the batch is taken in "
+        f"train.batch_groups parts already, and it must be 1",
+    )
+    _need(c.mesh.tensor == 1, f"mesh.tensor is {c.mesh.tensor}; train.reproducible needs it to be 1")
+    for name, rows in (("train.global_batch_size", t.global_batch_size), ("eval.batch_size", c.eval.batch_size)):
+        _need(
+            rows % t.batch_groups == 0,
+            f"{name} is {rows}; with train.reproducible it must be divisible by train.batch_groups, {t.batch_groups}",
+        )
+
+
+def _check_optimizer(c: Config) -> None:
+    o, t = c.optimizer, c.train
+    if o.averaging == "lawa" and t.unit == "steps":
+        _need(
+            (o.lawa_count - 1) * o.lawa_every < t.steps,
+            f"optimizer.lawa_count is {o.lawa_count}; a run of {t.steps} steps has not as many snapshots, "
+            f"{o.lawa_every} steps apart (optimizer.lawa_every)",
+        )
+    if t.has_budget:
+        for name, wrong in (
+            ("name = 'schedule_free'", o.name == "schedule_free"),
+            ("averaging = 'lawa'", o.averaging == "lawa"),
+        ):
+            _need(not wrong, f"train.{t.unit} is set; optimizer.{name} has to know the number of steps beforehand")
+    if o.name == "schedule_free":
+        _need_with(
             "optimizer.name = 'schedule_free'",
             ("optimizer.schedule", o.schedule, o.schedule == "constant", "constant"),
             ("optimizer.averaging", o.averaging, o.averaging == "none", "none, since it averages by itself"),
             ("optimizer.beta1", o.beta1, o.beta1 > 0.0, "above 0"),
         )
-    need(
-        c.optimizer.schedule != "wsd" or c.optimizer.warmup_fraction + c.optimizer.decay_fraction <= 1.0,
-        f"optimizer.warmup_fraction + optimizer.decay_fraction is "
-        f"{c.optimizer.warmup_fraction + c.optimizer.decay_fraction:g}; it must be at most 1",
+    _need(
+        o.schedule != "wsd" or o.warmup_fraction + o.decay_fraction <= 1.0,
+        f"optimizer.warmup_fraction + optimizer.decay_fraction is {o.warmup_fraction + o.decay_fraction:g}; it must be "
+        f"at most 1",
     )
 
 
-def _check_generator(c: Config, need: Callable[[bool, str], None]) -> None:
+def _check_generator(c: Config) -> None:
     m, g, size, tensor = c.model, c.generator, c.objective.generator_size, c.mesh.tensor
-    need(not c.init_from, "init_from is set; objective.name = 'rtd' begins anew, for no folder holds both its models")
-    need(
+    _need(not c.init_from, "init_from is set; objective.name = 'rtd' begins anew, for no folder holds both its models")
+    _need(
         c.train.cloze_every == 0, f"train.cloze_every is {c.train.cloze_every}; an encoder trained with rtd fills none"
     )
-    need(
+    _need(
         c.train.loss_chunks == 1,
         f"train.loss_chunks is {c.train.loss_chunks}; with rtd, which draws from the generator's scores, it must be 1",
     )
-    need(
+    _need(
         m.embedding_size != m.hidden_size,
         f"model.embedding_size is {m.embedding_size}, as model.hidden_size is; with rtd write 0 for that",
     )
-    need(
+    _need(
         g.num_heads >= 1 and abs(m.num_heads * size - g.num_heads) < 0.05,
         f"objective.generator_size is {size:g}; of model.num_heads, {m.num_heads}, it must leave a whole number, as "
         f"{max(1, g.num_heads) / m.num_heads:.4g} does",
     )
     for name, value in (("heads", g.num_heads), ("MLP width", g.intermediate_size)):
-        need(
+        _need(
             value % tensor == 0,
             f"mesh.tensor is {tensor}; it must divide the generator's {name}, {value} (objective.generator_size "
             f"{size:g})",
         )
-    need(
+    _need(
         g.hidden_size % c.mesh.fsdp == 0,
         f"mesh.fsdp is {c.mesh.fsdp}; it must divide the generator's width, {g.hidden_size} (objective.generator_size "
         f"{size:g})",

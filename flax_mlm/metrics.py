@@ -10,24 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from flax_mlm import buckets, files
-from flax_mlm.config import Config, ModelConfig
+from flax_mlm.config import Config
 from flax_mlm.mirror import Mirror
 
 _METRICS = "metrics.jsonl"
 _NO_TOTALS = {"tokens_seen": 0, "train_seconds": 0.0}
-
-
-def flops_per_row(model: ModelConfig, seq_len: int, slots: int, vocab_rows: int) -> float:
-    """Model FLOPs of one row of a training step: 2 per multiply-add, 3 times the forward pass. Recomputation
-    (remat) does not count; windowed layers count their window."""
-    d, f = model.hidden_size, model.intermediate_size
-    matmuls = 4 * d * d + (3 if model.glu else 2) * d * f
-    num_global = -(-model.num_layers // model.global_attention_every)
-    seen = num_global * seq_len + (model.num_layers - num_global) * min(seq_len, model.local_window + 1)
-    e = model.embedding_size or d
-    embed = d * e if model.embedding_size else 0
-    forward = 2 * seq_len * (embed + model.num_layers * matmuls + 2 * d * seen) + 2 * slots * (d * e + e * vocab_rows)
-    return 3.0 * forward
 
 
 class Throughput:

@@ -46,13 +46,15 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: _DECAYS[path[-1].key], params)
 
 
-def make(config: OptimizerConfig, dims: Any) -> optax.GradientTransformation:
+def make(config: OptimizerConfig, dims: Any, weight_decay: Any = None) -> optax.GradientTransformation:
     """The optimizer without its learning rate, by whose negative the train step multiplies the result, and without
     gradient clipping, which the train step does before.
 
     Args:
       dims: per parameter, the letters of its trailing dimensions (see `model.heads.Model`).
+      weight_decay: an array, of a decay that moves; None: that of the config.
     """
+    decay = config.weight_decay if weight_decay is None else weight_decay
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     direction = {
         "adamw": lambda: adam,  # arXiv:1711.05101
@@ -64,8 +66,9 @@ def make(config: OptimizerConfig, dims: Any) -> optax.GradientTransformation:
     }
     return optax.chain(
         direction[config.name](),
-        optax.add_decayed_weights(config.weight_decay, decay_mask),
-        _trust_ratio_per_layer() if config.name == "lamb" else optax.identity(),
+        optax.add_decayed_weights(decay, decay_mask),
+        # As in the authors' code, for what decays alone: a bias begins at 0, and would stay near it.
+        optax.masked(_trust_ratio_per_layer(), decay_mask) if config.name == "lamb" else optax.identity(),
     )
 
 

@@ -7,6 +7,7 @@ by its share of the run, so that it does not matter whether a run's length is gi
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -70,7 +71,7 @@ def of(config: Config) -> list[Phase]:
     for part in filter(None, map(str.strip, config.train.phases.split(";"))):
         match = re.fullmatch(rf"({_NUMBER})(%?)\s*:(.+)", part, re.S)
         if not match:
-            raise _wrong(f"'{part}' is no phase")
+            raise _wrong(f"'{part}' is not a phase")
         begin = float(match[1]) / (100 if match[2] else length)
         if unit == "steps" and begin < 1:
             begin = round(begin * length) / length
@@ -85,6 +86,7 @@ def of(config: Config) -> list[Phase]:
         if not is_first:
             found.append(before._replace(end=begin))
         found.append(_changed(before, begin, match[3].strip()))
+    _check_average(config, found)
     if unit != "steps":
         return found
     return [p._replace(first_step=round(p.begin * length), num_steps=round((p.end - p.begin) * length)) for p in found]
@@ -102,11 +104,11 @@ def _changed(before: Phase, begin: float, changes: str) -> Phase:
     for part in parts:
         match = re.fullmatch(r"([^=>]*?)\s*(?:=(.*?))?(?:->(.*))?", part.strip(), re.S)
         if not match or match[2] is match[3] is None:
-            raise _wrong(f"'{part.strip()}' is no change")
+            raise _wrong(f"'{part.strip()}' is not a change")
         path, *texts = (text.strip() if text is not None else None for text in match.groups())
         assert path is not None
         if path not in types or not path.startswith(_CHANGING):
-            raise _wrong(f"'{path}' is no field that may change within a run")
+            raise _wrong(f"'{path}' cannot change within a run")
         if path == "data.seq_len" and config.data.corpus:
             raise _wrong("'data.seq_len' is that of data.corpus; name a corpus that was prepared with other rows")
         first, final = (None if text is None else parse(types[path][0], path, text) for text in texts)
@@ -116,14 +118,33 @@ def _changed(before: Phase, begin: float, changes: str) -> Phase:
             if path not in MOVING:
                 raise _wrong(f"'{path}' does not move; of what changes, {', '.join(MOVING)} do")
             last[path] = final
-    limits.check(config)
-    limits.check(_with(config, last))
+    # A rate may end at 0, but not begin there.
+    moved = {path: value for path, value in last.items() if (path, value) != ("optimizer.learning_rate", 0.0)}
+    for changed in (config, _with(config, moved)):
+        try:
+            limits.check(changed)
+        except UserError as e:
+            raise UserError(f"train.phases: '{changes}': {e}") from e
     for name in _FIXED_WITH_RTD:
         old, new = (getattr(c.objective, name) for c in (before.config, config))
         if begin > 0 and "rtd" in (before.config.objective.name, config.objective.name) and old != new:
             why = "with rtd the parameters depend on it"
             raise _wrong(f"'{changes}' changes objective.{name} from {old} to {new}, but {why}")
     return Phase(config, begin, 1.0, last, changes)
+
+
+def _check_average(config: Config, found: Sequence[Phase]) -> None:
+    """Schedule-free's average goes by the number of steps and by a rate that only the warm-up changes."""
+    if config.optimizer.name != "schedule_free":
+        return
+    fixed = ["optimizer.learning_rate"]
+    if config.train.unit == "tokens":
+        fixed += ["train.global_batch_size", "data.seq_len", "data.corpus"]
+    for path, phase in itertools.product(fixed, found):
+        if path in phase.last or value_of(phase.config, path) != value_of(config, path):
+            raise _wrong(
+                f"'{phase.changes}' changes {path}, which optimizer.name = 'schedule_free' needs the same throughout"
+            )
 
 
 def settled(phases: Sequence[Phase], seq_len: Sequence[int], tokens_per_row: Sequence[float]) -> list[Phase]:
@@ -144,6 +165,11 @@ def settled(phases: Sequence[Phase], seq_len: Sequence[int], tokens_per_row: Seq
         p._replace(config=_with(p.config, {"train.steps": sum(counts)}), first_step=sum(counts[:i]), num_steps=n)
         for i, (p, n) in enumerate(zip(phases, counts, strict=True))
     ]
+
+
+def in_shares(phases: Sequence[Phase]) -> str:
+    """`train.phases`, for a run of any length."""
+    return "; ".join(f"{100 * p.begin:g}%: {p.changes}" for p in phases if p.changes)
 
 
 def number(phases: Sequence[Phase], step: int, progress: float) -> int:

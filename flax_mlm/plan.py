@@ -112,7 +112,7 @@ def adopt_corpus(config: Config) -> tuple[Config, int]:
     if config.tokenizer.path:
         from flax_mlm.data import tokenizer
 
-        return config, tokenizer.load(config.tokenizer.path).vocab_size
+        return config, tokenizer.load(config.tokenizer.path, config.tokenizer.extend).vocab_size
     return config, config.tokenizer.vocab_size
 
 
@@ -185,7 +185,7 @@ def tiling(config: Config, found: Rehearsal, target: Target) -> Iterator[str]:
     if head < side:
         notes.append(f"attention's heads are {head} wide, of the {side} that a matmul takes at once")
     if rows * config.data.seq_len % 16:
-        notes.append(f"{rows} rows of {config.data.seq_len} on each device are no multiple of 16 tokens")
+        notes.append(f"{rows} rows of {config.data.seq_len} on each device are not a multiple of 16 tokens")
     if rows * config.data.seq_len < 4096:
         notes.append(f"{rows * config.data.seq_len:,} tokens on each device at a time are few: matmuls wait for memory")
     yield f"tiles       {rows} rows, {model.num_heads // mesh['tensor']} heads on each device at a time" + (
@@ -258,9 +258,9 @@ def cost(config: Config, found: Rehearsal, chip: chips.Chip | None) -> Iterator[
     yield f"a day       {span([86.4e-6 / s * tokens for s in reversed(bounds)], ',.2f', ' billion tokens')}"
     hours = [budget / tokens * s / 3600 for s in bounds]
     yield f"the run     {budget / 1e9:,.2f} billion tokens: {span([h / 24 for h in hours], ',.2f', ' days')}"
-    if _PRICE.value is not None:
-        money = span([h * found.chips * _PRICE.value for h in hours], ",.2f", f", at {_PRICE.value:g} a chip and hour")
-        yield f"            {money}"
+    price = _PRICE.value if _PRICE.value is not None else t.price_per_chip_hour
+    if price or _PRICE.value is not None:
+        yield f"            {span([h * found.chips * price for h in hours], ',.2f', f', at {price:g} per chip-hour')}"
 
 
 def gib(size: float) -> str:
@@ -363,7 +363,7 @@ def meshes(asked: str, config: Config, devices: int, slices: int) -> list[tuple[
     """Those asked for, or all with an fsdp that is a power of two and stays inside a slice.
 
     Raises:
-      UserError: `--meshes` is no list of meshes of so many devices.
+      UserError: `--meshes` is not a list of meshes of so many devices.
     """
     if not asked:
         tensor = config.mesh.tensor

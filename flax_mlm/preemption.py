@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-from flax_mlm import command
+from flax_mlm.errors import PREEMPTED
 
 
 class Stopped(Exception):
@@ -18,7 +18,7 @@ class Stopped(Exception):
 def leave(reason: str) -> NoReturn:
     """Ends the process as one to be started again."""
     print(reason, file=sys.stderr, flush=True)
-    os._exit(command.PREEMPTED)
+    os._exit(PREEMPTED)
 
 
 class Stop:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from flax_mlm import files
 from flax_mlm.config import Config
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.data import sources
@@ -381,7 +382,7 @@ def _tokenise(chunk: Chunk, file: Path) -> None:
     buffer = io.BytesIO()
     dtype = corpus_lib.row_dtype(tokenizer.vocab_size)
     np.savez(buffer, ids=np.concatenate(ids).astype(dtype), table=np.array(table, np.int64))
-    corpus_lib.write_file(file, buffer.getbuffer())
+    files.write_bytes(file, buffer.getbuffer())
 
 
 def _progress(what: str, source: sources.Source, counts: Counter[str], log: Log) -> Iterator[sources.Part]:

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from flax_mlm.errors import Failure, UserError
+from flax_mlm.errors import PREEMPTED, Failure, UserError
 
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where it waits for the others")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "how many processes run together", lower_bound=0)
@@ -40,7 +40,6 @@ _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat", 15, "seconds of silence after which a process counts as lost", lower_bound=1, upper_bound=300
 )
 
-_PREEMPTED = 75  # as in command.py
 _MAX_LINE = 64 * 1024
 _LINGER = 4.0  # seconds: for the others to hear why we leave, and for a stranger to say who it is
 _HELLO = {"id": int, "count": int, "host": str, "pid": int, "identity": dict}
@@ -190,7 +189,7 @@ class Roster:
         _exit(code, reason, self._at_leave)
 
     def _left(self, code: int, reason: str) -> str:
-        how = "stopped after a preemption" if code == _PREEMPTED else f"left with exit code {code}"
+        how = "stopped after a preemption" if code == PREEMPTED else f"left with exit code {code}"
         return f"{self._name} {how}" + (f": {' '.join(reason.split())[:1000]}" if reason else "")
 
     def _finish(self) -> None:
@@ -300,7 +299,7 @@ class Roster:
 
     def _end(self, kind: str, code: int, reason: str) -> NoReturn:
         self._tell(kind, code, reason)
-        _exit(_PREEMPTED if code == _PREEMPTED else 1, reason, self._at_leave, stacks=kind == "lost")
+        _exit(PREEMPTED if code == PREEMPTED else 1, reason, self._at_leave, stacks=kind == "lost")
 
 
 def _place() -> tuple[str, int, int]:

@@ -44,7 +44,7 @@ def parse(text: str, slices: int = 1) -> Target:
     """Reads `--topology`.
 
     Raises:
-      UserError: it is no name of devices.
+      UserError: it does not name devices.
     """
     kind, *rest = text.split(":")
     if kind in ("cpu", "gpu"):
@@ -264,18 +264,15 @@ def _kept(phase: phases.Phase, steps: Any, mesh: Any, vocab: Any) -> int:
     """Bytes that one device keeps from the forward pass of a (micro)batch for the backward pass."""
     import jax
 
-    from flax_mlm import masking, objective, sharding
-    from flax_mlm.step import rates_at, run_key
+    from flax_mlm import objective, sharding
+    from flax_mlm.step import inputs, rates_at
 
     config = phase.config
 
     def forward(params: Any, batch: Any, vocab: Any) -> Any:
-        rates = rates_at(phase, 0.0)
         slots = objective.num_slots(config.objective, config.data.seq_len, phase.largest_mask_rate)
-        targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
-        counts, keys_B = steps.loss.counts(targets), None
-        if config.model.dropout_rate or config.model.attention_dropout_rate:
-            keys_B = jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])
+        targets, keys_B = inputs(config, batch, vocab, rates_at(phase, 0.0), slots)
+        counts = steps.loss.counts(targets)
         _, backward = jax.vjp(lambda p: steps.loss.total(steps.loss.predict(p, targets, keys_B), counts)[0], params)
         return backward
 
@@ -283,8 +280,8 @@ def _kept(phase: phases.Phase, steps: Any, mesh: Any, vocab: Any) -> int:
     rows = config.train.global_batch_size // (config.train.microbatches * pieces)
     batch = sharding.abstract_batch(rows, config.data.seq_len, mesh)
     jaxpr = jax.make_jaxpr(forward)(steps.abstract.params, batch, vocab).jaxpr
-    inputs = {id(v) for v in jaxpr.invars}
-    kept = {id(v): v.aval for v in jaxpr.outvars if id(v) not in inputs and hasattr(v.aval, "sharding")}
+    given = {id(v) for v in jaxpr.invars}
+    kept = {id(v): v.aval for v in jaxpr.outvars if id(v) not in given and hasattr(v.aval, "sharding")}
     arrays = [x for x in kept.values() if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)]
     return _on_one(sharding.concrete(arrays, mesh))
 

@@ -42,8 +42,12 @@ def largest_norm(running: Running, values_2: jax.Array, threshold: float) -> jax
 
 
 def updated(running: Running, values_2: jax.Array, threshold: float) -> Running:
-    """The statistics with one more step. A spike counts as if it lay at the threshold; a step that is not finite
-    does not count."""
+    """The statistics with one more step. A spike counts as if it lay at the threshold, so that they follow losses that
+    have risen for good; a step that is not finite does not count.
+
+    Args:
+      values_2: loss and gradient norm, with ZClip after it was cut.
+    """
     limit_2 = running.mean_2 + threshold * jnp.sqrt(running.variance_2)
     value_2 = jnp.where(scores(running, values_2) > threshold, limit_2, values_2)
     # A plain average at first, then an exponential one.

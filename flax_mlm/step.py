@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flax_mlm import averaging, detection, fingerprint, masking, objective, optimizer, phases, sharding, spikes
+from flax_mlm import averaging, detection, fingerprint, flops, masking, objective, optimizer, phases, sharding, spikes
 from flax_mlm.config import Config
 from flax_mlm.errors import UserError
-from flax_mlm.metrics import flops_per_row
 from flax_mlm.model import attention, electra, encoder
 from flax_mlm.model.heads import Model, language_model, vocab_rows
 from flax_mlm.phases import Phase
@@ -23,7 +22,7 @@ Batch = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything a run needs to go on; nothing random is kept, since keys follow from the step and the rows."""
+    """Everything a run needs to go on; nothing random is kept, since keys follow from the seed and the rows."""
 
     step: jax.Array  # int32, updates tried so far
     progress: jax.Array  # float32, the share of the run that they are
@@ -89,11 +88,11 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
     if config.objective.name == "rtd":
         generator, model = electra.networks(config, vocab_size)
         loss = detection.replaced_tokens(generator, model, vocab_size, config.objective)
-        flops = electra.flops_per_row(config, slots, rows)
+        per_row = flops.per_row_of_rtd(config, slots, rows)
     else:
         model = language_model(config.model, vocab_size)
         loss = objective.language_modelling(model, config.objective, config.train.loss_chunks)
-        flops = flops_per_row(config.model, config.data.seq_len, slots, rows)
+        per_row = flops.per_row(config.model, config.data.seq_len, slots, rows)
     tx = optimizer.make(config.optimizer, model.dims)
 
     def init(params: Any = None) -> TrainState:
@@ -107,7 +106,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
         abstract = sharding.concrete(jax.eval_shape(init), mesh)
     return Steps(
         model,
-        flops=config.train.global_batch_size * flops,
+        flops=config.train.global_batch_size * per_row,
         init=jax.jit(init),
         abstract=abstract,
         loss=loss,
@@ -130,6 +129,16 @@ def rates_at(phase: Phase, share: Any) -> masking.Rates:
     return masking.Rates(*(phase.value(f"objective.{name}", share) for name in names))
 
 
+def inputs(
+    config: Config, batch: Batch, vocab: masking.Vocabulary, rates: masking.Rates, slots: int
+) -> tuple[objective.Targets, jax.Array | None]:
+    """What a batch is in training: inputs and targets, and each row's key for dropout, if there is any."""
+    targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
+    if config.model.dropout_rate == config.model.attention_dropout_rate == 0.0:
+        return targets, None
+    return targets, jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
 def at_phase(state: TrainState, trained: int, wanted: int) -> TrainState:
     """The state to begin a further phase with: what its losses and gradients will be like is not known yet, and of the
@@ -149,7 +158,7 @@ def at_phase(state: TrainState, trained: int, wanted: int) -> TrainState:
 def _train_step(
     config: Config, phase: Phase, objective_loss: objective.Loss, dims: Any, slots: int, platform: str
 ) -> Callable[..., Any]:
-    total, accumulate = config.train.steps, config.train.microbatches
+    accumulate = config.train.microbatches
     action, spike_threshold = config.optimizer.spike_action, config.optimizer.spike_threshold
     barrier = jax.lax.optimization_barrier if config.train.reproducible else lambda tree: tree
 
@@ -159,30 +168,14 @@ def _train_step(
         arithmetic."""
         return barrier(sharding.replicate(tree)) if config.train.reproducible else tree
 
-    has_dropout = config.model.dropout_rate > 0.0 or config.model.attention_dropout_rate > 0.0
-
-    def train_step(state: TrainState, batch: Batch, vocab: masking.Vocabulary) -> tuple[TrainState, dict[str, Any]]:
-        begin = state.progress
-        if phase.num_steps is None:
-            end = jnp.maximum(begin, batch["progress"].max())
-        else:
-            done = (state.step - phase.first_step + 1).astype(jnp.float32) / phase.num_steps
-            end = phase.begin + (phase.end - phase.begin) * done
-        share = jnp.clip((begin - phase.begin) / (phase.end - phase.begin), 0.0, 1.0)  # of the phase
-        rates = rates_at(phase, share)
-        targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
-        counts = objective_loss.counts(targets)  # over the whole global batch
-        dropout_keys_B = None
-        if has_dropout:
-            dropout_keys_B = jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])
+    def gradients(at: Any, counts: Any, parts: Any) -> tuple[dict[str, jax.Array], Any]:
+        """The means over the global batch, of which `counts` are the numbers, and the gradient of the loss at some
+        parameters."""
 
         def part_loss(params: Any, counts: Any, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             return objective_loss.total(objective_loss.predict(params, *part), counts)
 
-        gradient, at = jax.value_and_grad(part_loss, has_aux=True), state.params
-        if config.optimizer.averages == "schedule_free":
-            at = barrier(averaging.gradient_at(config.optimizer, *whole((state.params, state.average))))
-        parts = (targets, dropout_keys_B)
+        gradient = jax.value_and_grad(part_loss, has_aux=True)
         if config.train.reproducible:
             (_, means), grads = sharding.by_groups(
                 lambda shared, part: gradient(*shared, part),
@@ -202,39 +195,44 @@ def _train_step(
                 return jax.tree.map(jnp.add, total, gradient(at, counts, part)), None
 
             ((_, means), grads), _ = jax.lax.scan(add, zeros, parts)
+        return means, grads
 
-        with jax.named_scope("optimizer"):
-            grad_norm = optimizer.global_norm(grads)
-            old, average = whole(((state.params, state.opt_state), state.average))
-            grads = sharding.like(grads, old[0])
-            values_2 = jnp.stack([means["loss"], grad_norm])
-            spike = (spikes.scores(state.running, values_2) > spike_threshold).any()
-            largest = jnp.float32(config.optimizer.max_grad_norm or jnp.inf)
-            if action == "clip":
-                largest = jnp.minimum(largest, spikes.largest_norm(state.running, values_2, spike_threshold))
-            scale = jnp.where(grad_norm > largest, largest / grad_norm, 1.0)
-            lr = phase.value("optimizer.learning_rate", share) * optimizer.learning_rate(config.optimizer, begin, end)
-            decay = phase.value("optimizer.weight_decay", share)
-            tx = optimizer.make(dataclasses.replace(config.optimizer, weight_decay=decay), dims)
-            good = jnp.isfinite(values_2).all()
-            if action in ("skip", "rewind"):
-                good &= ~spike
+    @jax.named_scope("optimizer")
+    def updated(
+        state: TrainState, grads: Any, loss: jax.Array, share: Any, begin: Any, end: Any
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state after the step, and what became of the gradient."""
+        grad_norm = optimizer.global_norm(grads)
+        old, average = whole(((state.params, state.opt_state), state.average))
+        grads = sharding.like(grads, old[0])
+        values_2 = jnp.stack([loss, grad_norm])
+        spike = (spikes.scores(state.running, values_2) > spike_threshold).any()
+        largest, counted_2 = jnp.float32(config.optimizer.max_grad_norm or jnp.inf), values_2
+        if action == "clip":
+            cut = spikes.largest_norm(state.running, values_2, spike_threshold)
+            largest, counted_2 = jnp.minimum(largest, cut), counted_2.at[1].min(cut)
+        scale = jnp.where(grad_norm > largest, largest / grad_norm, 1.0)
+        lr = phase.value("optimizer.learning_rate", share) * optimizer.learning_rate(config.optimizer, begin, end)
+        tx = optimizer.make(config.optimizer, dims, weight_decay=phase.value("optimizer.weight_decay", share))
+        good = jnp.isfinite(values_2).all()
+        if action in ("skip", "rewind"):
+            good &= ~spike
 
-            def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
-                clipped = jax.tree.map(lambda g: g * scale, grads)
-                with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-                    at = averaging.gradient_at(config.optimizer, params, average)
-                    updates, opt_state = tx.update(clipped, opt_state, at)
-                return jax.tree.map(lambda p, u: p - lr * u, params, updates), opt_state
+        def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
+            clipped = jax.tree.map(lambda g: g * scale, grads)
+            with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+                at = averaging.gradient_at(config.optimizer, params, average)
+                updates, opt_state = tx.update(clipped, opt_state, at)
+            return jax.tree.map(lambda p, u: p - lr * u, params, updates), opt_state
 
-            if platform == "cpu":  # a choice of the results would copy the moments: 4% of a step of 12 layers of 768
-                new = jax.lax.cond(good, update, lambda *old: old, *old)
-            else:  # and here a choice beforehand would move more: 5% of a step of BERT-base on v5e, by its compiler
-                new = jax.tree.map(lambda n, o: jnp.where(good, n, o), update(*old), old)
-            new = barrier(new)
-            average = averaging.updated(config.optimizer, total, state.step, average, new[0])
-            held = (state.params, state.opt_state), state.average
-            (params, opt_state), average = sharding.like(barrier((new, average)), held)
+        if platform == "cpu":  # a choice of the results would copy the moments: 4% of a step of 12 layers of 768
+            new = jax.lax.cond(good, update, lambda *old: old, *old)
+        else:  # and here a choice beforehand would move more: 5% of a step of BERT-base on v5e, by its compiler
+            new = jax.tree.map(lambda n, o: jnp.where(good, n, o), update(*old), old)
+        new = barrier(new)
+        average = averaging.updated(config.optimizer, config.train.steps, state.step, average, new[0])
+        held = (state.params, state.opt_state), state.average
+        (params, opt_state), average = sharding.like(barrier((new, average)), held)
         bad = 1 - good.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
@@ -243,18 +241,34 @@ def _train_step(
             opt_state=opt_state,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
-            running=spikes.updated(state.running, values_2, spike_threshold),
+            running=spikes.updated(state.running, counted_2, spike_threshold),
             average=average,
         )
+        return state, {"learning_rate": lr, "grad_norm": grad_norm, "spike": spike}
+
+    def train_step(state: TrainState, batch: Batch, vocab: masking.Vocabulary) -> tuple[TrainState, dict[str, Any]]:
+        begin = state.progress
+        if phase.num_steps is None:
+            end = jnp.maximum(begin, batch["progress"].max())
+        else:
+            done = (state.step - phase.first_step + 1).astype(jnp.float32) / phase.num_steps
+            end = phase.begin + (phase.end - phase.begin) * done
+        share = jnp.clip((begin - phase.begin) / (phase.end - phase.begin), 0.0, 1.0)  # of the phase
+        rates = rates_at(phase, share)
+        targets, dropout_keys_B = inputs(config, batch, vocab, rates, slots)
+        counts = objective_loss.counts(targets)  # over the whole global batch
+        at = state.params
+        if config.optimizer.averages == "schedule_free":
+            at = barrier(averaging.gradient_at(config.optimizer, *whole((state.params, state.average))))
+        means, grads = gradients(at, counts, (targets, dropout_keys_B))
+        state, update = updated(state, grads, means["loss"], share, begin, end)
         metrics = {
             **means,
-            "learning_rate": lr,
-            "grad_norm": grad_norm,
+            **update,
             "mask_rate": jnp.float32(rates.mask),
             "predicted_tokens": counts[0],
             "tokens": (targets.segment_ids_BL > 0).sum(),
             "progress": end,
-            "spike": spike,
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
             # The same on any number of devices and hosts, and after any restart.

@@ -27,7 +27,7 @@ from absl import flags
 
 from flax_mlm import buckets, claim, command, files, grid, metrics, phases, tables
 from flax_mlm.config import Config
-from flax_mlm.errors import UserError
+from flax_mlm.errors import PREEMPTED, UserError
 from flax_mlm.grid import Setting, said, spelt
 
 _GRID = flags.DEFINE_string("grid", "", "field=value,value; field=value,...: all combinations; a&b=1&2,3&4: together")
@@ -94,9 +94,9 @@ def sweep(runs: list[Run], trainer: "Trainer", workdir: Path) -> int:
     for number, run in enumerate(runs, 1):
         is_new = not run.result()
         code = trainer.train(run) if is_new else 0
-        if code == command.PREEMPTED or (code and trainer.stopped):
+        if code == PREEMPTED or (code and trainer.stopped):
             print("stopped by a signal. The same command goes on from there", flush=True)
-            return command.PREEMPTED
+            return PREEMPTED
         if result := run.result():
             outcome = f"loss {result['loss']:.4f}  accuracy {result['accuracy']:.4f}"
             outcome += f"  {result['tokens_seen']:,} tokens  {result['train_seconds']:,.1f} s"
@@ -172,7 +172,7 @@ class Trainer:
     def train(self, run: Run) -> int:
         """Trains to the end, with all that is said in WORKDIR/train.log. Returns the exit code."""
         if self.stopped:
-            return command.PREEMPTED
+            return PREEMPTED
         run.workdir.mkdir(exist_ok=True)
         line = [sys.executable, "-m", "flax_mlm.train", *run.arguments]
         with (run.workdir / "train.log").open("a") as log:
@@ -307,13 +307,20 @@ def table(rows: list[Row]) -> str:
     return tables.markdown(header, lines, len(fields)) + "".join(f"\n\n{note}" for note in notes) + "\n"
 
 
+def shared(curves: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """What can be averaged: the lines of the same steps, and last the ends, which with a budget are not of one step."""
+    before = [{line["step"]: line for line in curve[:-1]} for curve in curves]
+    steps = sorted(set.intersection(*map(set, before)))
+    return [[lines[step] for lines in before] for step in steps] + [[curve[-1] for curve in curves]]
+
+
 def plot(file: Path, runs: list[Run]) -> None:
     """Held-out loss against tokens and against seconds: of each setting, the mean of the runs that are finished, and
     their standard deviation as a band."""
-    curves: dict[str, list[dict[int, dict[str, Any]]]] = {}
+    curves: dict[str, list[list[dict[str, Any]]]] = {}
     for run in runs:
         if run.result():
-            curves.setdefault(said(run.setting), []).append({line["step"]: line for line in run.curve()})
+            curves.setdefault(said(run.setting), []).append(run.curve())
     if not curves:
         file.unlink(missing_ok=True)  # of other settings
         return
@@ -323,8 +330,7 @@ def plot(file: Path, runs: list[Run]) -> None:
         ):
             for number, (setting, some) in enumerate(curves.items()):
                 means = []
-                for step in sorted(set.intersection(*map(set, some))):
-                    lines = [curve[step] for curve in some]
+                for lines in shared(some):
                     losses = [line["loss"] for line in lines]
                     mean, sd = statistics.fmean(losses), statistics.stdev(losses) if len(losses) > 1 else 0.0
                     means.append((statistics.fmean(line[name] for line in lines), mean, mean - sd, mean + sd))

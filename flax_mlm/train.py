@@ -13,17 +13,16 @@ import json
 import sys
 import time
 from collections.abc import Callable, Generator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from rich.progress import Progress
 
-from flax_mlm import buckets, claim, command, files, phases, preemption, processes
+from flax_mlm import buckets, claim, command, console, files, phases, preemption, processes
 from flax_mlm.budget import Budget
 from flax_mlm.config import Config, flatten
-from flax_mlm.errors import Failure, UserError
+from flax_mlm.errors import PREEMPTED, Failure, UserError
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "folder of the run, or gs://BUCKET/FOLDER: checkpoints, metrics.jsonl, config.json"
@@ -67,32 +66,36 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
 
         # The folder, to which the first process alone writes, and the text of one corpus or several, as rows of tokens.
         is_main, log = roster.index == 0, print if roster.index == 0 else lambda *_: None
-        stop.leave = lambda reason: roster.leave(command.PREEMPTED, reason)
+        stop.leave = lambda reason: roster.leave(PREEMPTED, reason)
         if is_main:
             held = lease.Lease(workdir, roster.run_id)
             at_exit.callback(held.release)
             roster.at_leave(held.release)
             held.take(log)
         with roster.untimed("opening the corpus"):
-            corpora = open_corpora([part.config for part in parts], log)
-        fingerprint = mixture.fingerprint_of(corpora)
+            mixtures = open_corpora([part.config for part in parts], log)
+        fingerprint = mixture.fingerprint_of(mixtures)
         roster.check_same("corpus", fingerprint)
         roster.check_same("--workdir", lease.holder(workdir))
+        clock = None
         if is_main:
             claim.take(workdir, config)
-        parts = phases.settled(parts, [c.seq_len for c in corpora], [c.tokens_per_row for c in corpora])
-        tokenizer = corpora[0].tokenizer()
+            if has_budget:
+                clock = Budget(workdir, config.train.seconds(chips.count(devices)))
+                at_exit.callback(clock.close)
+        parts = phases.settled(parts, [c.seq_len for c in mixtures], [c.tokens_per_row for c in mixtures])
+        tokenizer = mixtures[0].tokenizer()
 
         # The model and its optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.
         # Phases differ in much, but not in their parameters.
-        steps_of = [make_steps(part.config, corpora[0].vocab_size, mesh, part) for part in parts]
+        steps_of = [make_steps(part.config, mixtures[0].vocab_size, mesh, part) for part in parts]
         steps = steps_of[0]
 
         def new_state() -> TrainState:
             return start.state(parts[0].config, steps, tokenizer, log) if config.init_from else steps.init()
 
         vocab = masking.vocabulary(tokenizer)
-        meta = checkpoint.make_meta(parts[0].config, tokenizer, fingerprint, mixture.about_of(corpora))
+        meta = checkpoint.make_meta(parts[0].config, tokenizer, fingerprint, mixture.about_of(mixtures))
         checkpoints = checkpoint.Checkpoints(workdir, config, meta, steps.fingerprint)
         with roster.untimed("restoring"):
             state = checkpoints.restore_latest(steps.abstract, log) or new_state()
@@ -109,42 +112,38 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             """The compiled step of a phase."""
             with roster.untimed("compiling"):
                 size = parts[phase].config.train.global_batch_size
-                rows = sharding.abstract_batch(size, corpora[phase].seq_len, mesh, has_budget)
+                rows = sharding.abstract_batch(size, mixtures[phase].seq_len, mesh, has_budget)
                 return steps_of[phase].train.lower(steps.abstract, rows, vocab).compile()
 
         result_file = workdir / "result.json"
         if phases.is_over(parts, step, progress) and result_file.exists():
             if is_main:
                 print(f"this run is finished: {step} steps are done")
-                print_summary(workdir, trained(), json.loads(result_file.read_text()))
+                console.summary(workdir, trained(), json.loads(result_file.read_text()))
             return 0
         # All that are to come, so that one that does not compile or fit is known now.
         to_come = range(phases.number(parts, step, progress), len(parts))
         memory = [m for i in to_come if (m := program(i).memory_analysis())]  # where it is known
         if is_main:
             result_file.unlink(missing_ok=True)
-            print_banner(parts, corpora, mesh, steps, memory)
+            console.banner(parts, mixtures, mesh, steps, memory)
             writers = metrics.Writers(workdir, config, step)
             at_exit.callback(writers.close)
         totals = checkpoints.so_far.get("totals", {})
         speed = metrics.Throughput(progress, chips.peak_flops(devices), totals)
-        clock = None
-        if has_budget and is_main:
-            clock = Budget(workdir, config.train.seconds(chips.count(devices)), progress)
-            at_exit.callback(clock.note)
+        if clock:
+            clock.progress = progress
 
         def batches_from(place: Place) -> Generator[dict[str, Any]]:
             """A function of (corpora, seed, place), so that there is no iterator to save."""
             return train_batches(
-                corpora[now].split("train"),
+                mixtures[now].split("train"),
                 seed=config.seed,
                 global_batch_size=parts[now].config.train.global_batch_size,
-                start_step=0,
-                stop_step=1 << 32,
                 first_row=place.row,
                 process_index=roster.index,
                 process_count=roster.count,
-                stream=place.stream(corpora[now]),
+                stream=place.stream(mixtures[now]),
             )
 
         batches = batches_from(place)
@@ -165,7 +164,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             speed.add(host["tokens"], steps_of[phase].flops)
             if is_main and (step % config.train.log_every == 0 or phases.is_over(parts, step, host["progress"])):
                 line = {name: value for name, value in host.items() if name != "stop"} | {"rows": place.row}
-                line |= speed.report(host["progress"]) | epochs(place, corpora[phase])
+                line |= speed.report(host["progress"]) | epochs(place, mixtures[phase])
                 print(metrics.train_line(said(step, host["progress"]), line), flush=True)
                 writers.write(step, "train", line)
             return {**host, "step": step, "phase": phase, "place": place}
@@ -179,7 +178,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         def measured(poll: Callable[[], bool]) -> dict[str, float]:
             """The held-out loss, and more."""
             task = rtd if parts[now].config.objective.name == "rtd" else mlm
-            return task.run(trained(), corpora[now], poll)
+            return task.run(trained(), mixtures[now], poll)
 
         def evaluate() -> dict[str, float]:
             def poll() -> bool:
@@ -192,7 +191,8 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
                 each = "".join(f"  {name} {result[f'loss/{name}']:.4f}" for name in mlm.of_each(result))
                 loss, accuracy = f"{result['loss']:.4f}", f"{result['accuracy']:.4f}"
                 print(f"{said(step, progress)}  validation loss {loss}  accuracy {accuracy}{each}")
-                writers.write(step, "validation", result | speed.totals())
+                used = {"budget_seconds": clock.used()} if clock else {}
+                writers.write(step, "validation", result | speed.totals() | used)
                 writers.flush()
             return result
 
@@ -222,28 +222,29 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             held.check()
             writers.flush()
 
-        def save(is_last: bool = False) -> None:
+        def save(waits: bool = False, is_last: bool = False) -> None:
             def is_done() -> bool:
-                return checkpoints.save(step, state, before_save, so_far) and (not is_last or checkpoints.wait())
+                started = checkpoints.save(step, state, before_save, so_far)
+                return started and (not (waits or is_last) or checkpoints.wait())
 
             told = dataclasses.replace(parts[now].config.train, phases=config.train.phases)
             so_far = {
                 "config": dataclasses.replace(parts[now].config, train=told).to_dict(),
                 **{"totals": speed.totals(), "phase": now, "place": place.to_dict()},
             }
-            with pause("saving"), roster.untimed("saving"):
+            with pause("saving" if waits else "handing over what to save"), roster.untimed("saving"):
                 while not is_done() and is_last:
                     time.sleep(1)  # and again, for this is the last occasion; it gives up by itself
 
         def enter(phase: int) -> None:
             """Turns to another phase: the next, or when the run has gone back to an earlier one."""
             nonlocal now, place, state, batches
-            if corpora[phase] is not corpora[now]:
-                place = place.turned(corpora[now])
+            if mixtures[phase] is not mixtures[now]:
+                place = place.turned(mixtures[now])
             if phase > now:
-                had = max(corpus.seq_len for corpus in corpora[:phase])
+                had = max(corpus.seq_len for corpus in mixtures[:phase])
                 trained_positions = config.model.max_positions if config.init_from else had  # a folder has them all
-                state = at_phase(state, trained_positions, corpora[phase].seq_len)
+                state = at_phase(state, trained_positions, mixtures[phase].seq_len)
             now = phase
             batches.close()
             batches = batches_from(place)
@@ -276,12 +277,12 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             return seen["skipped_in_a_row"] >= config.optimizer.max_skipped_steps
 
         # ORDER MATTERS: dispatch step n, only then read step n - 1, so that the devices never wait for us.
-        unread, rewinds = None, collections.Counter[int]()
+        unread, rewinds, first = None, collections.Counter[int](), step + 1
         progress_bar = at_exit.enter_context(Progress(disable=not (is_main and sys.stdout.isatty())))
         bar = progress_bar.add_task("training", total=1.0)
         stop.hold()
         try:
-            if has_budget:
+            if has_budget and not phases.is_over(parts, step, progress):
                 time_evaluation()
             while not phases.is_over(parts, step, progress):
                 if is_multiple(step, config.train.eval_every):
@@ -309,7 +310,8 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
                 unread = step, now, place, values
                 progress_bar.update(bar, completed=progress)
 
-                is_due = is_multiple(step, config.train.checkpoint_every)
+                times_save = has_budget and step == first  # the last one has to fit into the budget, too
+                is_due = times_save or is_multiple(step, config.train.checkpoint_every)
                 is_pause = (
                     is_due
                     or phases.is_over(parts, step, progress)
@@ -331,11 +333,11 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
                 elif seen["stop"]:
                     raise preemption.Stopped
                 elif is_due or phases.is_over(parts, step, progress):
-                    save(is_last=phases.is_over(parts, step, progress))
+                    save(times_save, is_last=phases.is_over(parts, step, progress))
         except preemption.Stopped:
             save(is_last=True)
             log(f"stopped by a signal; step {step} is saved. The same command goes on from there")
-            return command.PREEMPTED
+            return PREEMPTED
         stop.release()
         batches.close()
         checkpoints.close()
@@ -344,87 +346,13 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
             result = evaluate()
         if is_main:
             files.write_json(result_file, result)
-            print_summary(workdir, trained(), result)
+            console.summary(workdir, trained(), result)
     return 0
 
 
 def is_multiple(step: int, every: int) -> bool:
     """Whether something done every so many steps (0: never) is due."""
     return every > 0 and step > 0 and step % every == 0
-
-
-def print_banner(parts: list[phases.Phase], corpora: list[Any], mesh: Any, steps: Any, memory: list[Any]) -> None:
-    """What is about to run, and on what."""
-    import jax
-
-    versions = "  ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
-    device = mesh.devices.flat[0]
-    num_params = sum(x.size for x in jax.tree.leaves(steps.abstract.params))
-    first = parts[0].config
-    flops = steps.flops / first.train.global_batch_size / corpora[0].seq_len
-    print(f"python {sys.version.split()[0]}  {versions}")
-    print(f"devices     {mesh.size} × {device.device_kind} ({device.platform}), {jax.process_count()} process(es)")
-    print(f"mesh        {dict(mesh.shape)}")
-    print(f"model       {num_params:,} parameters, {flops / 1e6:,.1f} MFLOPs per token")
-    if memory:
-        most = max(memory, key=lambda m: m.temp_size_in_bytes)
-        print(
-            f"memory      {most.argument_size_in_bytes / 2**20:,.0f} MiB of state and batch on each device, "
-            f"{most.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries"
-        )
-    rows = [(p.num_steps or 0) * p.config.train.global_batch_size for p in parts]
-    for corpus in {id(corpus): corpus for corpus in corpora}.values():  # phases may share one
-        print_corpus(corpus, sum(n for c, n in zip(corpora, rows, strict=True) if c is corpus))
-    budget = f"{first.train.length:g} {first.train.unit.removeprefix('budget_').replace('_', ' ')}"
-    length = budget if first.train.has_budget else f"{first.train.steps:,} steps"
-    tokens = sum(n * c.tokens_per_row for n, c in zip(rows, corpora, strict=True))
-    average = first.optimizer.averages
-    averaged = f" (evaluated: the {average} average of its weights)" if average != "none" else ""
-    of_rows = f" of {first.train.global_batch_size} rows" + f" = {tokens:,.0f} tokens" * bool(tokens)
-    print(f"run         {first.objective.name}, {length}{of_rows}, {first.optimizer.name}{averaged}")
-    for part in filter(lambda part: part.changes, parts):
-        at = f"step {part.first_step:,} ({part.begin:.0%})" if part.num_steps else f"{part.begin:.0%}"
-        print(f"            from {at} on {part.changes}")
-    sys.stdout.flush()
-
-
-def print_corpus(corpus: Any, rows: int) -> None:
-    """One corpus or several, of which so many rows are going to be read; 0: that is not known."""
-    for (name, part), times in zip(corpus.corpora.items(), corpus.stream().epochs(rows), strict=True):
-        counts, share = part.counts["train"], corpus.shares[name]
-        read = f", {share:.1%} of the rows" * (share < 1) + f" ({times:.2f} epochs)" * bool(rows)
-        print(f"corpus      {part.path} ({part.source})")
-        print(
-            f"            {counts['rows']:,} rows of {corpus.seq_len}, {counts['tokens']:,} tokens, vocabulary "
-            f"{corpus.vocab_size:,}{read}"
-        )
-
-
-def print_summary(workdir: buckets.AnyPath, trained: Any, result: dict[str, float]) -> None:
-    """How the run ended, and how to go on."""
-    import jax
-
-    from flax_mlm import filler as filler_lib
-    from flax_mlm.tasks import mlm, rtd
-
-    objective = trained.config.objective.name
-    lines = rtd.table(result) if objective == "rtd" else mlm.table(result, objective)
-    print("\n" + "\n".join(lines) + "\n")
-    if objective == "mlm" and jax.process_count() == 1:  # one process alone could not ask the model
-        filler = filler_lib.Filler(trained)
-        for sentence in filler_lib.EXAMPLES:
-            with contextlib.suppress(UserError):  # longer than a row
-                words = ", ".join(f"{word} {probability:.2f}" for word, probability in filler.top(sentence, 5)[0])
-                print(f"{sentence}\n    {words}")
-    if workdir.is_relative_to(Path.cwd()):
-        workdir = workdir.relative_to(Path.cwd())
-    print(f"\nwritten to {workdir}: checkpoints/  metrics.jsonl  config.json  result.json", end="")
-    print("  tensorboard/" if trained.config.log.tensorboard else "")
-    print("go on with")
-    print(f"    python -m flax_mlm.evaluate --checkpoint={workdir} --task=mlm")
-    if objective == "mlm":
-        print(f'    python -m flax_mlm.fill_mask --checkpoint={workdir} "The [MASK] of the United States."')
-    print(f"    python -m flax_mlm.export --checkpoint={workdir} --output=exported")
 
 
 def main(config: Config) -> int:

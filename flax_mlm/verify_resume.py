@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm import buckets, command, metrics
+from flax_mlm import buckets, command, metrics, phases
 from flax_mlm.config import LENGTHS, Config
 from flax_mlm.errors import Failure, UserError
 
@@ -70,9 +70,12 @@ def main(config: Config) -> int:
         shapes = []
     every = max(2, _STEPS.value // 3)
     in_steps: dict[str, Any] = {**dict.fromkeys(LENGTHS, 0.0), "price_per_chip_hour": 0.0, "steps": _STEPS.value}
+    in_steps["phases"] = phases.in_shares(phases.of(config))
     often: dict[str, Any] = {"log_every": 1, "eval_every": every, "checkpoint_every": every, "keep_last": 9}
+    o = config.optimizer
     config = dataclasses.replace(
         config,
+        optimizer=dataclasses.replace(o, lawa_every=min(o.lawa_every, max(1, (_STEPS.value - 1) // o.lawa_count))),
         train=dataclasses.replace(config.train, **in_steps, **often),
         eval=dataclasses.replace(config.eval, max_rows=config.eval.max_rows or 2 * config.eval.batch_size),
         log=dataclasses.replace(config.log, tensorboard=False, wandb_project=""),
@@ -108,7 +111,7 @@ def main(config: Config) -> int:
         raise Failure("; ".join(broken))
     print("every promise is kept: what must be the same is the same, bit for bit")
     if shapes and not exact:
-        print("with train.reproducible the parameters would be too, on any number of devices")
+        print("with train.reproducible the parameters would be too, on all numbers of devices that batch_groups allows")
     return 0
 
 

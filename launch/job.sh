@@ -67,7 +67,7 @@ read_job() {
     key=${line%%=*} value=${line#*=}
     case " ${_KEYS//$'\n'/ } " in
     *" $key "*) ;;
-    *) mistake "$file, line $number: '$key' is no setting; these are: ${_KEYS//$'\n' /}" ;;
+    *) mistake "$file, line $number: '$key' is not a setting; these are: ${_KEYS//$'\n' /}" ;;
     esac
     if [ "$key" = "$line" ]; then mistake "$file, line $number: '$line'; a line is KEY=VALUE"; fi
     value=${value%%[[:space:]]#*}

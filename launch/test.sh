@@ -4,19 +4,20 @@
 #
 #   bash launch/test.sh
 #   bash launch/test.sh tests/test_masking.py -k whole_word
+#   bash launch/test.sh --full       # also what is too long for every commit
 #   bash launch/test.sh --faults     # every fault of tests/faults, under 20 minutes on two cores
 #   bash launch/test.sh --references # what needs torch, transformers or the TPU compiler, which are installed for it
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh" requirements.txt tests/requirements.txt
 # A file's tests share what they train.
-shared=(-n logical --maxprocesses=4 --dist=loadfile)
+shared=(-n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder)
 case " $* " in
 *" --references "*)
   . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt
   exec python -m pytest "${shared[@]}" tests/test_hf_reference.py tests/test_transformers_parity.py tests/test_plan_tpu.py "$@"
   ;;
-"  ") exec python -m pytest "${shared[@]}" ;;
+"  " | "  --full ") exec python -m pytest "${shared[@]}" "$@" ;;
 " --faults "*) exec python -m pytest tests/faults "$@" ;;
 *) exec python -m pytest "$@" ;;
 esac

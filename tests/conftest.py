@@ -26,6 +26,7 @@ jax.config.update("jax_compilation_cache_dir", None)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update_golden", action="store_true", help="rewrite tests/golden/ with what is found now")
+    parser.addoption("--full", action="store_true", help="run also what is too long for every commit")
     parser.addoption("--faults", action="store_true", help="run the whole fault suite, not only its quick part")
     parser.addoption("--references", action="store_true", help="run what needs torch, transformers or the TPU compiler")
     parser.addoption("--fault_report", help="write the fault suite's table, Markdown, to this file")
@@ -37,11 +38,28 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if is_reference and not config.getoption("--references") else None
 
 
+# Seconds that files take. The long ones begin, so that not one of them is left to a single process in the end.
+_LONG = {
+    **{"test_tpu.py": 900, "test_step.py": 350, "test_detection.py": 330, "test_buckets.py": 300, "test_train.py": 250},
+    **{"test_hf.py": 180, "test_sweep.py": 140, "faults/test_runs.py": 170, "test_encoder.py": 120},
+    **{"test_phases.py": 150, "test_launch.py": 110, "test_compare.py": 110, "test_command.py": 100},
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: -_LONG.get(str(item.path.relative_to(Path(__file__).parent)), 0))
+    if not (config.getoption("--full") or config.getoption("--faults")):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="only with --full, or of faults with --faults"))
+
+
 def pytest_configure() -> None:
     assert len(jax.devices()) == 8, f"tests need 8 simulated devices, found {len(jax.devices())}"
 
 
 ROOT = Path(__file__).parent.parent
+_QUICKLY = "--xla_backend_optimization_level=0"
 _ANIMALS = {
     "dog": "barks in the garden",
     "cat": "sleeps near the river",
@@ -84,7 +102,7 @@ class Toy:
 
     def start(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen:
         """Starts `python -m flax_mlm.COMMAND` in a process of its own."""
-        env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {_QUICKLY}"}
         env |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "2"}
         env |= {"TF_ENABLE_ONEDNN_OPTS": "0"}
@@ -123,5 +141,6 @@ def causal_run(toy) -> Path:
     workdir = toy.folder / "causal"
     done = toy.run("train", f"--workdir={workdir}", *toy.flags(objective__name="clm", train__steps=40))
     assert done.returncode == 0, done.stderr
+    assert "next-token accuracy" in done.stdout
     assert "flax_mlm.fill_mask" not in done.stdout, "a causal model fills no masks"
     return workdir

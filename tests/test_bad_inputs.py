@@ -142,6 +142,7 @@ def test_a_misspelt_field_is_answered_with_a_real_one(path, data):
         (["train.reproducible=True", "eval.batch_size=12"], "eval.batch_size"),
         (["objective.replace_mask=0.9", "objective.replace_random=0.2"], "objective.replace_mask"),
         (["optimizer.schedule=wsd", "optimizer.warmup_fraction=0.9"], "optimizer.warmup_fraction"),
+        (["optimizer.averaging=lawa", "train.steps=800"], "optimizer.lawa_count"),
         (["optimizer.name=schedule_free"], "optimizer.schedule"),
         (
             ["optimizer.name=schedule_free", "optimizer.schedule=constant", "optimizer.averaging=ema"],

@@ -43,6 +43,7 @@ def run(tmp_path_factory, toy):
     return run
 
 
+@pytest.mark.full
 def test_train_step_runs_ours_and_says_which_peers_are_missing(run):
     shape = ("--sizes=1x64", "--tokens=128", "--lengths=32", "--vocabs=400", "--seconds=0.01")
     record, printed = run("train_step", "--peers=ours_scan,bert_eager", *shape)
@@ -67,12 +68,14 @@ def test_input(run):
     assert "| tokenising |" in printed
 
 
+@pytest.mark.full
 def test_startup(run):
     record, printed = run("startup", "--commands=train")
     assert set(record["seconds"]) == {"train --help", "a config error", "first step, cold", "first step, warm"}
     assert "| a config error |" in printed
 
 
+@pytest.mark.full
 def test_packing(run):
     record, printed = run("packing", "--steps=1")
     assert record["ratio"] > 0 and "| padded |" in printed

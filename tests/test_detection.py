@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from faults.runs import assert_same_run, finish, metrics_of
 from test_hf import started
-from test_step import MODERN, V, host_batch, make_config, vocabulary
+from test_step import MODERN, STILL, V, host_batch, make_config, vocabulary
+from test_step import answers as answers_of
 from test_step import train as train_steps
 
 from configs import electra_small
-from flax_mlm import checkpoint, detection, masking, metrics, objective, phases, sharding, step
+from flax_mlm import checkpoint, detection, flops, masking, metrics, objective, phases, sharding, step
 from flax_mlm import config as config_lib
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.errors import UserError
@@ -34,6 +35,7 @@ def sharing(name: str) -> tuple:
 
 
 SHARED = sharing("shared")
+NARROW = (("optimizer.name", "lamb"), ("model.embedding_size", 16))
 
 # What is drawn
 
@@ -76,9 +78,7 @@ def test_only_other_tokens_count_as_replaced():
 @functools.cache
 def built(name: str):
     """Steps, parameters (none of them 0) and targets, on one device, without dropout."""
-    config = make_config(
-        (1, 1, 1), (*sharing(name), ("model.dropout_rate", 0.0), ("model.attention_dropout_rate", 0.0))
-    )
+    config = make_config((1, 1, 1), (*sharing(name), *STILL))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         steps = step.make_steps(config, V, mesh)
@@ -210,25 +210,26 @@ def test_what_is_drawn_changes_with_the_row_and_not_with_the_masks():
     ("mesh", "overrides"),
     [
         ((2, 2, 2), SHARED),
-        ((2, 2, 2), (*sharing("gradient_disentangled"), ("optimizer.name", "muon"), *MODERN.items())),
-        ((1, 4, 2), (*sharing("gradient_disentangled"), ("optimizer.name", "lamb"), ("model.embedding_size", 16))),
+        ((2, 2, 2), (*sharing("gradient_disentangled"), ("optimizer.name", "muon"), *MODERN.items(), *STILL)),
+        pytest.param((1, 4, 2), (*sharing("gradient_disentangled"), *NARROW, *STILL), marks=pytest.mark.full),
     ],
     ids=["shared", "muon", "lamb"],
 )
 def test_every_mesh_trains_as_one_device(mesh, overrides):
-    expected, state, answers = train_steps((1, 1, 1), overrides)
-    got, sharded, sharded_answers = train_steps(mesh, overrides)
+    expected, state = train_steps((1, 1, 1), overrides)
+    got, sharded = train_steps(mesh, overrides)
     for a, b in zip(expected, got, strict=True):
         assert a == pytest.approx(b, rel=5e-5, abs=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state.params, sharded.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5), answers, sharded_answers)
+    both = answers_of((1, 1, 1), overrides), answers_of(mesh, overrides)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5), *both)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         (("train.microbatches", 4),),
-        (("model.scan_layers", False), ("model.remat", "dots")),
+        pytest.param((("model.scan_layers", False), ("model.remat", "dots")), marks=pytest.mark.full),
     ],
     ids=["microbatches", "unrolled"],
 )
@@ -239,11 +240,13 @@ def test_the_same_in_other_ways(changes):
 
 
 def test_a_reproducible_run_has_the_same_bits_on_every_mesh():
-    overrides = (*sharing("gradient_disentangled"), ("train.reproducible", True))
-    expected, state, answers = train_steps((1, 1, 1), overrides)
-    got, other, other_answers = train_steps((2, 4, 1), overrides)
+    overrides = (*sharing("gradient_disentangled"), *STILL, ("train.reproducible", True))
+    expected, state = train_steps((1, 1, 1), overrides)
+    got, other = train_steps((2, 4, 1), overrides)
     assert got == expected
-    jax.tree.map(np.testing.assert_array_equal, *jax.device_get(((state, answers), (other, other_answers))))
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state, other)))
+    both = answers_of((1, 1, 1), overrides), answers_of((2, 4, 1), overrides)
+    jax.tree.map(np.testing.assert_array_equal, *both)
 
 
 def test_the_flops_are_those_of_both():
@@ -253,7 +256,7 @@ def test_the_flops_are_those_of_both():
     encoder, generator = 12 * (4 * 256**2 + 2 * 256 * 1024) + 128 * 256, 12 * (4 * 64**2 + 2 * 64 * 256) + 128 * 64
     expected = 6 * (encoder + generator + 256**2 + 256) * length + 12 * 12 * (256 + 64) * length**2
     expected += 6 * slots * (64 * 128 + 128 * vocab)
-    assert electra.flops_per_row(config, slots, vocab) == pytest.approx(expected)
+    assert flops.per_row_of_rtd(config, slots, vocab) == pytest.approx(expected)
     params = jax.eval_shape(electra.discriminator(config.model, 30_522).init, jax.random.key(0))
     rows_more = 70 * 128  # the vocabulary is rounded up
     assert sum(x.size for x in jax.tree.leaves(params)) - rows_more == 13_549_057, "as published"

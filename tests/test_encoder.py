@@ -147,18 +147,27 @@ def test_layers_are_scanned_where_that_pays(platform, fsdp, layers, asked, scans
     assert encoder.scans_layers(shape, platform, fsdp) is scans
 
 
-@pytest.mark.parametrize("causal", [False, True])
+BLOCKS, SPLIT, CUDNN = ("interpreted", (1, 1, 1), 32), ("interpreted", (2, 2, 2), 40), ("cudnn", (2, 2, 2), 32)
+OFTEN = [(BERT, BLOCKS, True), (BERT, SPLIT, False), (BERT, CUDNN, False), (MODERN, BLOCKS, False)]
+OFTEN += [(MODERN, SPLIT, True), (MODERN, CUDNN, False), (MODERN, CUDNN, True)]
+RARELY = [
+    (BERT, BLOCKS, False),
+    (BERT, SPLIT, True),
+    (BERT, CUDNN, True),
+    (MODERN, BLOCKS, True),
+    (MODERN, SPLIT, False),
+]
+
+
 @pytest.mark.parametrize(
-    ("kernel", "parts", "window"),
-    [("interpreted", (1, 1, 1), 32), ("interpreted", (2, 2, 2), 40), ("cudnn", (2, 2, 2), 32)],
-    ids=["splash-blocks", "splash-split", "cudnn-blocks-split"],
+    ("shape", "how", "causal"), [*OFTEN, *(pytest.param(*row, marks=pytest.mark.full) for row in RARELY)]
 )
-@SHAPES
-def test_kernels_compute_what_plain_attention_does(shape, kernel, parts, window, causal, monkeypatch):
+def test_kernels_compute_what_plain_attention_does(shape, how, causal, monkeypatch):
     """Splash, interpreted, and what cuDNN is asked for, computed by XLA: packed rows, padding, windows that plain
     attention takes in blocks and whole; rows and heads split over devices; in the scan, recomputed. Hidden states of
     real tokens and gradients."""
     monkeypatch.setattr(attention, "cudnn", functools.partial(attention.cudnn, implementation="xla"))
+    kernel, parts, window = how
     shape = dataclasses.replace(shape, max_positions=256, local_window=window, remat="dots")
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, V, (4, 256)).astype(np.int32)

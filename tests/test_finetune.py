@@ -164,7 +164,7 @@ def test_labels_that_will_not_do(model):
     some = as_labelled([("the dog", "a"), ("the cat", "b")] * 8)
     with pytest.raises(UserError, match="--test: label 'c' is not among those of the training set: a, b"):
         classification.run(model, some, some, as_labelled([("x", "c")]), "accuracy", quiet, quiet)
-    with pytest.raises(UserError, match="--train: a label is no number"):
+    with pytest.raises(UserError, match="--train: a label is not a number"):
         classification.run(model, some, some, None, "pearson", quiet, quiet)
     with pytest.raises(UserError, match="all labels of the training set are 'a'"):
         classification.run(model, as_labelled([("x", "a")] * 9), some, None, "accuracy", quiet, quiet)

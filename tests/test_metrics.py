@@ -10,7 +10,7 @@ import pytest
 
 from configs import base, bert_base
 from flax_mlm import config as config_lib
-from flax_mlm import metrics
+from flax_mlm import flops, metrics
 
 CONFIG = config_lib.build(base.get_config())
 
@@ -107,7 +107,7 @@ def test_flops_of_bert_base_are_six_per_parameter_and_token_plus_attention_and_h
     length, slots, vocab = 512, 76, 30_522
     blocks = 12 * (4 * 768**2 + 2 * 768 * 3072)
     expected = 6 * blocks * length + 12 * 12 * 768 * length**2 + 6 * slots * (768**2 + 768 * vocab)
-    assert metrics.flops_per_row(shape, length, slots, vocab) == pytest.approx(expected)
+    assert flops.per_row(shape, length, slots, vocab) == pytest.approx(expected)
 
 
 def test_throughput_leaves_out_pauses():

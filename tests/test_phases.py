@@ -107,9 +107,9 @@ def test_tokens_become_steps_phase_by_phase():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("0%: optimizer.beta1=0.8->0.9", "'optimizer.beta1' is no field that may change within a run"),
+        ("0%: optimizer.beta1=0.8->0.9", "'optimizer.beta1' cannot change within a run"),
         ("0%: data.seq_len=64->128", "'data.seq_len' does not move; of what changes, objective.mask_rate,"),
-        ("0%: objective.mask_rate", "'objective.mask_rate' is no change"),
+        ("0%: objective.mask_rate", "'objective.mask_rate' is not a change"),
         ("0%: objective.mask_rate=0.1->2", "objective.mask_rate is 2.0; it must lie in"),
         ("0%: objective.mask_rate->much", "objective.mask_rate is 'much'; it takes a number"),
         ("50%: data.seq_len=1024", "data.seq_len is 1024, longer than model.max_positions, 512"),
@@ -119,13 +119,46 @@ def test_tokens_become_steps_phase_by_phase():
         ("50%: train.global_batch_size=100, train.microbatches=3", "must be divisible by train.microbatches, 3"),
         ("50%: objective.replace_random->0.5", "objective.replace_mask + objective.replace_random is 1.3"),
         ("1e400: objective.mask_rate=0.2", "begins at step inf, not between steps 0 and 1000"),
-        ("50%: model.num_layers=6", "'model.num_layers' is no field that may change within a run"),
+        ("50%: model.num_layers=6", "'model.num_layers' cannot change within a run"),
+        ("50%: optimizer.learning_rate=0", "train.phases: 'optimizer.learning_rate=0': optimizer.learning_rate is 0.0"),
     ],
 )
 def test_what_cannot_be_is_refused(text, said):
     with pytest.raises(UserError) as e:
         parts_of(text)
     assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_rate_may_end_at_nothing():
+    assert parts_of("80%: optimizer.learning_rate->0")[1].value("optimizer.learning_rate", 1.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "train"),
+    [
+        ("optimizer.learning_rate->1e-5", {}),
+        ("optimizer.learning_rate=1e-5", {}),
+        ("train.global_batch_size=64", {"tokens": 1e6}),
+        ("data.seq_len=64", {"tokens": 1e6}),
+    ],
+)
+def test_the_average_of_schedule_free_bears_no_change_of_its_weights(change, train):
+    def of(name: str) -> list[phases.Phase]:
+        c = base.get_config()
+        c.optimizer.update({"name": name, "schedule": "constant"})
+        c.train.update({"phases": f"50%: {change}", **train})
+        return phases.of(config_lib.build(c))
+
+    assert len(of("adamw")) == 2
+    path = change.replace("->", "=").split("=")[0]
+    with pytest.raises(UserError, match=f"changes {path}, which optimizer.name = 'schedule_free' needs the same"):
+        of("schedule_free")
+
+
+def test_begins_as_shares_do_for_a_run_of_any_length():
+    parts = parts_of("0: objective.mask_rate=0.3->0.2; 250: objective.name=clm; 62.5%: objective.name=mlm")
+    short = parts_of(phases.in_shares(parts), steps=80)
+    assert [(p.begin, p.changes) for p in short] == [(p.begin, p.changes) for p in parts]
 
 
 @pytest.mark.parametrize(

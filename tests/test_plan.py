@@ -372,7 +372,7 @@ def test_the_command_plans_for_cpus_and_gpus(toy, tmp_path):
     assert json.loads(file.read_text())["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
     done = toy.run("plan", *toy.flags(), "--topology=gpu:h100:2", "--price=2", "--token_budget=1e9")
     assert done.returncode == 0, done.stderr
-    assert "not compiled" in done.stdout and "989 TFLOP/s" in done.stdout and "at 2 a chip and hour" in done.stdout
+    assert "not compiled" in done.stdout and "989 TFLOP/s" in done.stdout and "at 2 per chip-hour" in done.stdout
     assert "attention plain, " in done.stdout
     more = toy.flags(model__attention="cudnn", model__dtype="bfloat16", model__attention_dropout_rate=0.0)
     done = toy.run("plan", *more, "--topology=gpu:h100")

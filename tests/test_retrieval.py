@@ -64,7 +64,7 @@ GROUPS = [["The dog.", "The dog barks.", "The cat."], ["The cat.", "The cat slee
 
 @pytest.mark.parametrize("dimensions", ["", "8,16"])
 def test_the_loss_is_that_of_its_formula_on_any_mesh(trained_run, model, dimensions):
-    """Against NumPy on the vectors; texts that are the query's own or its positive are no wrong answers."""
+    """Against NumPy on the vectors; texts that are the query's own or its positive are not wrong answers."""
     found = []
     for one in (with_finetune(model, dimensions=dimensions), restored(trained_run, 8, 1)):
         one = with_finetune(one, dimensions=dimensions)
@@ -213,8 +213,8 @@ def test_files_of_pairs_that_will_not_do(tmp_path, name, content, message):
     [
         ("", "holds no examples"),
         ("q1\td1\t0\n", "holds no relevant documents"),
-        ("q1\td9\t1\n", "test.tsv:2 is no query-id, corpus-id and score"),
-        ("q1\td1\tyes\n", "test.tsv:2 is no query-id"),
+        ("q1\td9\t1\n", "test.tsv:2 is not a query-id, corpus-id and score"),
+        ("q1\td1\tyes\n", "test.tsv:2 is not a query-id"),
     ],
 )
 def test_folders_that_will_not_do(tmp_path, qrels, message):

@@ -97,7 +97,7 @@ def test_each_point_is_a_config_with_its_values(grid, seed):
         ("train.steps=100,1e2", "train.steps=100 is there twice"),
         ("train.steps=1;train.steps=2", "train.steps is there twice"),
         ("train.steps&train.steps=1&2", "train.steps is there twice"),
-        ("train.steps&seed=1&2", "seed is no setting"),
+        ("train.steps&seed=1&2", "seed is not a setting"),
         ("train.steps&optimizer.name=1&muon,2", "'2' gives 1 of the 2 values of train.steps&optimizer.name"),
         ('data.source="text:a', "a quote is not closed"),
     ],
@@ -134,11 +134,11 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(toy, tmp_path):
 
 GRID = "--grid=optimizer.learning_rate=1e-2,1e-4"
 NAMES = [f"optimizer.learning_rate-{rate}+seed-0" for rate in ("0.01", "0.0001")]
-STEPS = 200
+STEPS = 300  # as others have, whose programs are compiled then
 
 
 def flags(toy) -> list[str]:
-    return toy.flags(train__steps=STEPS, train__eval_every=50, eval__max_rows=16, model__num_layers=1)
+    return toy.flags(train__steps=STEPS, train__eval_every=50, eval__max_rows=16)
 
 
 def wait_for(file: Path, text: str, process) -> None:
@@ -222,8 +222,8 @@ def test_another_base_config_is_refused(toy, swept, name, value):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="elsewhere a run outlives the sweep")
 def test_a_sweep_that_is_killed_takes_its_run_along(toy, tmp_path):
     workdir = tmp_path / "w"
-    killed = Watched(toy, workdir, *flags(toy), "--grid=train.steps=3000", command="sweep")
-    log = workdir / "train.steps-3000+seed-0" / "train.log"
+    killed = Watched(toy, workdir, *flags(toy), "--grid=train.log_every=1", command="sweep")
+    log = workdir / "train.log_every-1+seed-0" / "train.log"
     wait_for(log, "\nstep 3/", killed.process)
     killed.kill()
     folder = os.open(workdir, os.O_RDONLY)
@@ -235,7 +235,7 @@ def test_a_sweep_that_is_killed_takes_its_run_along(toy, tmp_path):
 
 def test_a_run_that_fails_does_not_stop_the_others(toy, tmp_path):
     grid = f"--grid=data.corpus={tmp_path / 'none'},{toy.corpus}"
-    done = toy.run("sweep", *flags(toy), "--config.train.steps=3", grid, f"--workdir={tmp_path / 'w'}")
+    done = toy.run("sweep", *flags(toy), grid, f"--workdir={tmp_path / 'w'}")
     assert done.returncode == 1 and not done.stderr, done
     assert re.search(r"^1/2  data.corpus=\S+, seed=0  FAILED: .*none.* \(exit code 2; ", done.stdout, re.MULTILINE)
     assert re.search(r"^2/2  .*  loss \d", done.stdout, re.MULTILINE)
@@ -247,6 +247,13 @@ def test_a_run_that_fails_does_not_stop_the_others(toy, tmp_path):
 
 
 # The table, of runs that are written down here
+
+
+def test_the_ends_of_runs_are_one_point_though_they_are_not_of_one_step():
+    """As with a budget."""
+    curves = [[{"step": step} for step in steps] for steps in ((0, 100, 200, 253), (0, 100, 149))]
+    found = [[line["step"] for line in lines] for lines in sweep.shared(curves)]
+    assert found == [[0, 0], [100, 100], [253, 149]]
 
 
 def pretend(workdir: Path, setting: dict, seed: int, losses: dict[int, float], entropy: float = 6.0) -> sweep.Run:

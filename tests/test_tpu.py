@@ -1,6 +1,5 @@
 """launch/tpu.sh, driven through the real gcloud against a stand-in for the cloud, with processes for machines."""
 
-import concurrent.futures
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_cloud import BUCKET, ROOT, FakeCloud, Machine
+from faults.runs import finish
 
 needs_gcloud = pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
 JOB = {"RUN": "run", "PROJECT": "p", "ZONE": "us-central1-a", "TPU": "v5e:2x4", "BUCKET": BUCKET}
@@ -92,7 +92,7 @@ WAIT = "trap 'exit 75' TERM; echo at work; while :; do sleep 0.1; done"
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({"RUNN": "x"}, [], "'RUNN' is no setting; these are: RUN PROJECT"),
+        ({"RUNN": "x"}, [], "'RUNN' is not a setting; these are: RUN PROJECT"),
         ({"RUN": "My Run"}, [], "RUN is 'My Run'; it takes lower-case letters"),
         ({"RUN": ""}, [], "RUN is ''"),
         ({"ZONE": ""}, [], "ZONE is missing"),
@@ -156,25 +156,27 @@ def test_dry_runs_print_what_would_be_run(desk, name, request):
     assert not desk.cloud.calls and not desk.cloud.gcs.requests, "a dry run asks nobody"
 
 
-def lint(line: str) -> str:
-    """What the real gcloud finds wrong with a command line."""
-    command = ["gcloud", "meta", "lint-gcloud-commands", f"--command-string={line}"]
-    (answer,) = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
-    return "" if answer["success"] else answer["error_message"]
+def lint(folder: Path, *lines: str) -> list[str]:
+    """What the real gcloud finds wrong with each command line; empty: nothing."""
+    file = folder / "commands.json"
+    file.write_text(json.dumps([{"command_string": line} for line in lines]))
+    command = ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={file}"]
+    answers = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+    return ["" if answer["success"] else answer["error_message"] for answer in answers]
 
 
 @needs_gcloud
-def test_gcloud_knows_every_command():
+def test_gcloud_knows_every_command(tmp_path):
     files = [ROOT / "README.md", *(ROOT / "tests" / "golden" / "launch" / f"tpu_{name}.txt" for name in CASES)]
     lines = {line for file in files for line in file.read_text().splitlines() if line.startswith("gcloud ")}
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for line, error in zip(lines, pool.map(lint, lines), strict=True):
-            assert not error, f"{line}: {error}"
+    for line, error in zip(lines, lint(tmp_path, *lines), strict=True):
+        assert not error, f"{line}: {error}"
 
 
 @needs_gcloud
-def test_the_linter_finds_what_is_wrong():
-    assert lint("gcloud compute tpus queued-resources create r --node-id=r --node-count=2 --zone=z --best-effort")
+def test_the_linter_finds_what_is_wrong(tmp_path):
+    wrong = "gcloud compute tpus queued-resources create r --node-id=r --node-count=2 --zone=z --best-effort"
+    assert lint(tmp_path, wrong, "gcloud storage ls gs://bucket")[0]
 
 
 # Faults before anything is made: one line, exit code 2, nothing made
@@ -535,7 +537,7 @@ def test_a_bucket_that_is_denied_ends_the_run(long_run):
 
 
 @needs_gcloud
-def test_a_preempted_run_is_made_anew_and_ends_as_one_that_was_left_alone(desk, toy):
+def test_a_preempted_run_is_made_anew_and_ends_as_one_that_was_left_alone(desk, toy, tmp_path):
     flags = [f.replace(str(ROOT) + "/", "") for f in toy.flags(train__steps=30, train__checkpoint_every=10)]
     for file in toy.corpus.rglob("*"):
         if file.is_file():
@@ -543,21 +545,16 @@ def test_a_preempted_run_is_made_anew_and_ends_as_one_that_was_left_alone(desk, 
             desk.cloud.gcs.put(BUCKET, name, file.read_bytes())
     flags = [f for f in flags if "data.corpus" not in f and "cache_dir" not in f]
     flags += ["--config.data.corpus=gs://bucket/corpora/toy", "--service_port=0"]
-    desk.cloud.machine_env |= {"PYTHONUNBUFFERED": "1"}
-
-    def run(name: str, preempt: bool) -> dict:
-        desk.write(RUN=name)
-        desk.run("submit", "--", *flags)
-        babysitter = desk.start("babysit")
-        if preempt:
-            until(lambda: "step 12/30" in desk.cloud.logs(), 240)
-            desk.cloud.take_away(name)
-        out, err = babysitter.communicate(timeout=400)
-        assert babysitter.returncode == 0, out + err + desk.cloud.logs()
-        assert ("was taken away: making it anew" in err) == preempt
-        assert nothing_is_left(desk)
-        return json.loads(desk.cloud.gcs.buckets[BUCKET][f"runs/{name}/result.json"].content)
-
-    preempted = run("run", True)
-    assert "restored step" in desk.cloud.gcs.buckets[BUCKET]["flax_mlm/run/logs/slice0-worker0.log"].content.decode()
-    assert run("alone", False) == preempted
+    desk.cloud.machine_env |= {"PYTHONUNBUFFERED": "1", "WORKER_EVERY": "5"}
+    desk.run("submit", "--", *flags)
+    babysitter = desk.start("babysit", POLL="3")
+    until(lambda: "step 12/30" in desk.cloud.logs(), 240)
+    desk.cloud.take_away("run")
+    out, err = babysitter.communicate(timeout=400)
+    assert babysitter.returncode == 0, out + err + desk.cloud.logs()
+    assert "was taken away: making it anew" in err and nothing_is_left(desk)
+    files = desk.cloud.gcs.buckets[BUCKET]
+    assert "restored step" in files["flax_mlm/run/logs/slice0-worker0.log"].content.decode()
+    alone = tmp_path / "alone"
+    finish(toy, alone, *toy.flags(train__steps=30, train__checkpoint_every=10), processes=2)
+    assert json.loads((alone / "result.json").read_text()) == json.loads(files["runs/run/result.json"].content)

@@ -284,7 +284,7 @@ _NONE = {"rows": 0, "sha256": ""}  # keeps the last shard of a split from being 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes corpus.json, with its own checksum in it."""
     sealed = {**manifest, "sha256": files.digest(manifest)}
-    write_file(folder / MANIFEST, json.dumps(sealed, indent=1).encode())
+    files.write_bytes(folder / MANIFEST, json.dumps(sealed, indent=1).encode())
 
 
 def row_dtype(vocab_size: int) -> np.dtype:
@@ -343,18 +343,8 @@ class Writer:
         buffer = io.BytesIO()
         np.save(buffer, array)
         data = buffer.getbuffer()
-        write_file(self._folder / name, data)
+        files.write_bytes(self._folder / name, data)
         return {"file": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file under another name, then renames it: it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def _whole(entry: dict[str, Any], key: str, least: int = 0) -> int:

@@ -280,7 +280,7 @@ def _wordpiece(file: epath.Path) -> bytes:
     vocab = {piece: i for i, piece in enumerate(pieces)}
     special = {"unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]"}
     if lacking := [piece for piece in special.values() if piece not in vocab]:
-        raise UserError(f"{file} has no {lacking[0]} piece; it is no vocabulary of a BERT")
+        raise UserError(f"{file} has no {lacking[0]} piece; it is not a BERT vocabulary")
     return tokenizers.BertWordPieceTokenizer(vocab, lowercase=bool(lowers)).to_str().encode()
 
 

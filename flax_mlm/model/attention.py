@@ -17,9 +17,9 @@ from flax_mlm.model.elementwise import largest
 _LONG = {"tpu": 512, "gpu": 128}  # tokens from which on the (L, L) scores cost more than the kernel
 SAVED = "attention"  # what a kernel keeps for the backward pass has this name, for policies of recomputation
 
-Drop = Callable[[jax.Array], jax.Array] | None  # dropout of the probabilities, if any
+DropProbabilities = Callable[[jax.Array], jax.Array] | None  # None: there is no dropout
 # kind of layer (index into the windows), q, k, v (B, L, H, d), drop -> (B, L, H, d)
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Drop], jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, DropProbabilities], jax.Array]
 
 
 def choose(config: Config, platform: str, cudnn_works: Callable[[int], bool] | None = None) -> str:
@@ -141,7 +141,9 @@ def plain(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None]
     """
     masks = _masks(segment_ids_BL, causal, windows)
 
-    def attend(kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop) -> jax.Array:
+    def attend(
+        kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: DropProbabilities
+    ) -> jax.Array:
         def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
             *rows, length, heads, _ = q.shape
             kept = drop(jnp.ones((*rows, heads, length, k.shape[-3]), q.dtype)) if drop else None
@@ -228,7 +230,9 @@ def cudnn(
         y = jax.nn.dot_product_attention(rows_q, rows_k, rows_v, mask=rows_mask, implementation=implementation)
         return y.reshape(q.shape)
 
-    def attend(kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop) -> jax.Array:
+    def attend(
+        kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: DropProbabilities
+    ) -> jax.Array:
         local = functools.partial(_by_kind, masked)
         return sharding.per_row_and_head(local, (q_BLHd, k_BLHd, v_BLHd), masks, kind)
 

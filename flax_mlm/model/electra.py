@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_mlm import metrics, sharding
+from flax_mlm import sharding
 from flax_mlm.config import Config, ModelConfig
-from flax_mlm.model.encoder import Encoder, Kernel, gelu, plus
+from flax_mlm.model.elementwise import gelu, plus
+from flax_mlm.model.encoder import Encoder, Linear
 from flax_mlm.model.heads import Model, functions, language_model, vocab_rows
 
 _TABLES = ("token", "position")
@@ -30,7 +31,7 @@ class DetectionHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.dense = Kernel("DE", (width, width), 1, config, rngs)
+        self.dense = Linear("DE", (width, width), 1, config, rngs)
         self.detector = nnx.Param(config.init_stddev * jax.random.normal(rngs.params(), (1, width)), dims="1D")
         self.detector_bias = nnx.Param(jnp.zeros(1), dims="1")
 
@@ -107,13 +108,6 @@ def untied(params: Any, sharing: str) -> Any:
 
         return _with_tables(params, jax.tree.map(add, _tables(generator), _tables(params)))
     return params
-
-
-def flops_per_row(config: Config, slots: int, rows: int) -> float:
-    """As `metrics.flops_per_row`, of both."""
-    length, d = config.data.seq_len, config.model.hidden_size
-    encoders = metrics.flops_per_row(config.generator, length, slots, rows)
-    return encoders + metrics.flops_per_row(config.model, length, 0, rows) + 3.0 * 2 * length * (d * d + d)
 
 
 def _tables(params: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def dropout(x: jax.Array, keys_B: jax.Array | None, rate: float, site: int) -> j
     return x * jnp.where(keep, 1.0 / (1.0 - rate), 0.0).astype(x.dtype)
 
 
-class Kernel(nnx.Module):
+class Linear(nnx.Module):
     """Weights (and biases) of a projection. `dims` are the letters of its dimensions, inputs first."""
 
     def __init__(self, dims: str, shape: tuple[int, ...], num_inputs: int, config: ModelConfig, rngs: nnx.Rngs):
@@ -83,12 +83,12 @@ class Layer(nnx.Module):
         c = self.config = config
         width, heads, inner = c.hidden_size, c.num_heads, c.intermediate_size
         head = width // heads
-        self.qkv = Kernel("D3Hd", (width, 3, heads, head), 1, c, rngs)
-        self.attention_out = Kernel("HdD", (heads, head, width), 2, c, rngs)
+        self.qkv = Linear("D3Hd", (width, 3, heads, head), 1, c, rngs)
+        self.attention_out = Linear("HdD", (heads, head, width), 2, c, rngs)
         if c.norm_position == "post":
             self.attention_norm = LayerNorm(c)  # pre-norm: see Encoder.attention_norms
-        self.mlp_in = Kernel("D2F" if c.glu else "DF", (width, 2, inner) if c.glu else (width, inner), 1, c, rngs)
-        self.mlp_out = Kernel("FD", (inner, width), 1, c, rngs)
+        self.mlp_in = Linear("D2F" if c.glu else "DF", (width, 2, inner) if c.glu else (width, inner), 1, c, rngs)
+        self.mlp_out = Linear("FD", (inner, width), 1, c, rngs)
         self.mlp_norm = LayerNorm(c)
 
     def __call__(self, x_BLD: jax.Array, attention_norm: Any, attend: Any, rotary: Any, drop: Drop) -> jax.Array:
@@ -160,7 +160,7 @@ class Encoder(nnx.Module):
         c = self.config = config
         self.embeddings = Embeddings(c, vocab_rows, rngs)
         if c.embedding_size:
-            self.projection = Kernel("ED", (c.embedding_size, c.hidden_size), 1, c, rngs)
+            self.projection = Linear("ED", (c.embedding_size, c.hidden_size), 1, c, rngs)
         self.layers = _stack(lambda r: Layer(c, r), 1 if c.share_layers else c.num_layers, rngs)
         if c.norm_position == "pre":
             # Layer 0 has no attention norm: the embeddings are normalised already (arXiv:2412.13663 §2.1.1).

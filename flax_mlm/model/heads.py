@@ -10,7 +10,7 @@ from flax import nnx
 from flax_mlm import sharding
 from flax_mlm.config import ModelConfig
 from flax_mlm.model.elementwise import gelu, plus
-from flax_mlm.model.encoder import Encoder, Kernel, LayerNorm
+from flax_mlm.model.encoder import Encoder, LayerNorm, Linear
 from flax_mlm.model.projection import project
 
 
@@ -19,7 +19,7 @@ class VocabularyHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, vocab_rows: int, rngs: nnx.Rngs):
         width = config.embedding_size or config.hidden_size
-        self.dense = Kernel("DE", (config.hidden_size, width), 1, config, rngs)
+        self.dense = Linear("DE", (config.hidden_size, width), 1, config, rngs)
         self.norm = LayerNorm(config, width)
         self.decoder_bias = nnx.Param(jnp.zeros(vocab_rows), dims="V")
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from flax_mlm import sharding
-from flax_mlm.model.attention import SAVED, Attend, Drop
+from flax_mlm.model.attention import SAVED, Attend, DropProbabilities
 
 _BLOCKS = (512, 256, 128)  # the largest that divides L
 
@@ -39,7 +39,9 @@ def splash(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None
             residual_checkpoint_name=SAVED, interpret=interpret,
         )  # fmt: skip
 
-    def attend(kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop) -> jax.Array:
+    def attend(
+        kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: DropProbabilities
+    ) -> jax.Array:
         def local(q, k, v, segments, kind):  # one device's rows and heads
             def run(window):
                 attention = make(q.shape[2], window)

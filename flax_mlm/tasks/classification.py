@@ -103,7 +103,7 @@ def numbers(part: Labelled, name: str) -> np.ndarray:
     try:
         return np.array([float(label) for label in part.labels], np.float32)
     except ValueError as e:
-        raise UserError(f"--{name}: a label is no number ({e}); regression needs numbers") from e
+        raise UserError(f"--{name}: a label is not a number ({e}); regression needs numbers") from e
 
 
 def predictions(outputs: list[np.ndarray], is_number: bool) -> np.ndarray:

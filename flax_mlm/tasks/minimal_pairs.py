@@ -34,7 +34,7 @@ def read(path: str) -> dict[str, list[Pair]]:
         for line, record in labelled.records(source):
             good, bad = record.get("sentence_good"), record.get("sentence_bad")
             if not (isinstance(good, str) and isinstance(bad, str) and good.strip() and bad.strip()):
-                raise UserError(f"--data: {line} is no pair: it takes texts sentence_good and sentence_bad")
+                raise UserError(f"--data: {line} is not a pair: it takes texts sentence_good and sentence_bad")
             pairs.setdefault(str(record.get("UID") or Path(source).stem), []).append((good, bad))
     return pairs
 

@@ -82,7 +82,7 @@ def read_benchmark(folder: str, split: str) -> Benchmark:
     for where, record in labelled.records(str(path / "qrels" / f"{split}.tsv")):
         query, document, grade = (str(record.get(name)) for name in ("query-id", "corpus-id", "score"))
         if query not in queries or document not in documents or not grade.lstrip("-").isdigit():
-            raise UserError(f"{where} is no query-id, corpus-id and score of this folder")
+            raise UserError(f"{where} is not a query-id, corpus-id and score of this folder")
         relevance.setdefault(query, {})[document] = int(grade)
     relevance = {query: grades for query, grades in relevance.items() if max(grades.values()) > 0}
     if not relevance:

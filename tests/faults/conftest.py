@@ -1,7 +1,7 @@
 """Counts the faults that the suite injects and what became of each, and prints the table by kind.
 
 A test is marked `@pytest.mark.fault(kind)` (see kinds.py) and records with the fixture `outcome`. Tests marked
-`full` run only with `--faults`; then the totals that the suite promises are checked too.
+`full` run only with `--faults` (or `--full`); with it the totals that the suite promises are checked too.
 """
 
 import collections
@@ -32,14 +32,6 @@ def outcome(request: pytest.FixtureRequest) -> Callable[..., None]:
         _totals.update(faults=count, kills=kills, damages=damages)
 
     return record
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--faults"):
-        skip = pytest.mark.skip(reason="only with --faults")
-        for item in items:
-            if item.get_closest_marker("full"):
-                item.add_marker(skip)
 
 
 @pytest.hookimpl(hookwrapper=True)
