@@ -115,7 +115,8 @@ def measure(case: case_lib.Case, names: list[str], folder: Path) -> dict[str, An
         programs: dict[str, Any] = {name: {"refused": why} for name, why in refused.items() if name != "matmul"}
         for name, worker in ready.items():
             if name != "matmul" and name not in refused:
-                programs[name] = worker.summary() | {"ratio": worker.median() / ready["ours"].median()}
+                reference = ready[_REFERENCE[PROGRAMS[name].family]]
+                programs[name] = worker.summary() | {"ratio": worker.median() / reference.median()}
         top = case_lib.ceiling(case.matmuls(), ready["matmul"]) if "matmul" in ready else None
         return {"programs": programs, "ceiling": top, "discarded": workers.discarded}
 

@@ -1,9 +1,10 @@
 """transformers' own training of a masked language model: its Trainer, its collator and a BertForMaskedLM of its default
-settings, for a given time; AdamW, and a learning rate that falls linearly to 0 at the end of it.
+settings, for as many steps as fit in a given time; AdamW, and a learning rate that falls linearly to 0 by the last.
 
     python -m benchmarks.workers.trainer SPEC > lines     # JSON: {"step", "seconds", "loss", "accuracy"}
 
-Seconds are of training alone, without evaluations and start.
+The last line has `loss_of_blocks`, too, of held-out text that was cut as that for training is. Seconds are of training
+alone, without evaluations and start.
 """
 
 import json
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 
-_TIMED, _WARM = 30, 10  # steps that are timed before, to know how many fit; and of these, left out
+_TIMED, _WARM = 100, 20  # steps that are timed before, to know how many fit; and of these, left out
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -34,6 +35,7 @@ class Blocks(torch.utils.data.Dataset):
 
 def held_out(net: Any, questions: Any) -> dict[str, float]:
     """Mean loss and accuracy of the hidden tokens."""
+    questions = dict(questions)  # an archive would be read at every look
     net.eval()
     loss = correct = count = 0.0
     with torch.no_grad():
@@ -52,10 +54,10 @@ def held_out(net: Any, questions: Any) -> dict[str, float]:
 
 
 class Clock(transformers.TrainerCallback):
-    """Evaluates every so often, off the clock, and ends the training when the time is up."""
+    """Evaluates every so often, off the clock."""
 
-    def __init__(self, questions: Any, seconds: float, every: float):
-        self._questions, self._limit, self._every = questions, seconds, every
+    def __init__(self, folder: Path | None, every: float):
+        self._folder, self._every = folder, every
         self.seconds, self._next, self._since = 0.0, every, 0.0
         self.times: list[float] = []
 
@@ -66,10 +68,11 @@ class Clock(transformers.TrainerCallback):
         now = time.perf_counter()
         self.times.append(now - self._since)
         self.seconds, self._since = self.seconds + now - self._since, now
-        control.should_training_stop = self.seconds >= self._limit
-        is_last = control.should_training_stop or state.global_step == state.max_steps
-        if self._questions is not None and (is_last or self.seconds >= self._next):
-            found = held_out(model, self._questions)
+        is_last = state.global_step == state.max_steps
+        if self._folder and (is_last or self.seconds >= self._next):
+            found = held_out(model, np.load(self._folder / "rows.npz"))
+            if is_last:
+                found["loss_of_blocks"] = held_out(model, np.load(self._folder / "blocks.npz"))["loss"]
             print(json.dumps({"step": state.global_step, "seconds": self.seconds, **found}), flush=True)
             self._next += self._every
         self._since = time.perf_counter()
@@ -80,7 +83,7 @@ def trainer(spec: dict[str, Any], steps: int, clock: Clock) -> transformers.Trai
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     config = transformers.BertConfig(**spec["bert"], vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     transformers.set_seed(spec["seed"])
-    return transformers.Trainer(
+    made = transformers.Trainer(
         model=transformers.BertForMaskedLM(config),
         args=transformers.TrainingArguments(
             output_dir=spec["scratch"],
@@ -101,15 +104,16 @@ def trainer(spec: dict[str, Any], steps: int, clock: Clock) -> transformers.Trai
         train_dataset=Blocks(np.load(folder / "blocks.npy", mmap_mode="r")),
         callbacks=[clock],
     )
+    made.remove_callback(transformers.PrinterCallback)  # what is printed are our lines
+    return made
 
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    timed = Clock(None, float("inf"), float("inf"))
+    timed = Clock(None, float("inf"))
     trainer(spec, _TIMED, timed).train()
     steps = max(2, round(spec["seconds"] / float(np.mean(timed.times[_WARM:]))))
-    questions = np.load(Path(spec["folder"]) / "questions.npz")
-    trainer(spec, steps, Clock(dict(questions), spec["seconds"], spec["every"])).train()
+    trainer(spec, steps, Clock(Path(spec["folder"]), spec["every"])).train()
 
 
 if __name__ == "__main__":
