@@ -137,24 +137,27 @@ def standard(config: Config, folder: Path, rate: float, seconds: float) -> list[
 
 def ours(folder: Path, seconds: float) -> list[dict[str, float]]:
     """Our curve. Raises Failure."""
-    workdir = folder / "flax_mlm"
-    if not (workdir / "result.json").exists():
-        shutil.rmtree(workdir, ignore_errors=True)
-        budget = f"--config.train.budget_minutes={seconds / 60!r}"
-        line = [sys.executable, "-m", "flax_mlm.train", *command.config_arguments(sys.argv), budget]
-        code = subprocess.run([*line, f"--workdir={workdir}"], stdout=sys.stderr, env=turns.ENVIRONMENT).returncode
-        if code:
-            raise Failure(f"our training failed ({code})")
+    workdir, file = folder / "flax_mlm", folder / "flax_mlm.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    shutil.rmtree(workdir, ignore_errors=True)
+    budget = f"--config.train.budget_minutes={seconds / 60!r}"
+    line = [sys.executable, "-m", "flax_mlm.train", *command.config_arguments(sys.argv), budget]
+    code = subprocess.run([*line, f"--workdir={workdir}"], stdout=sys.stderr, env=turns.ENVIRONMENT).returncode
+    if code:
+        raise Failure(f"our training failed ({code})")
     lines = metrics.lines(workdir, "validation")
     asked = int((np.load(folder / "rows.npz")["labels"] >= 0).sum())
     if lines[-1]["predicted_tokens"] != asked:
         raise Failure(
             f"ours was evaluated on {lines[-1]['predicted_tokens']:,} hidden tokens, the standard on {asked:,}"
         )
-    return [
+    curve = [
         {"step": line["step"], "seconds": line["budget_seconds"], "loss": line["loss"], "accuracy": line["accuracy"]}
         for line in lines
     ]
+    files.write_json(file, curve)
+    return curve
 
 
 def table(curves: dict[str, list[dict[str, Any]]], best: str) -> str:
