@@ -48,7 +48,6 @@ def main(config: Config) -> None:
     curves = {f"transformers, {rate}": standard(config, folder, float(rate), seconds) for rate in _RATES.value}
     best = min(curves, key=lambda name: curves[name][-1]["loss"])
     curves["flax_mlm"] = ours(folder, seconds * _SHARE.value)
-    files.write_json(folder / "curves.json", curves)
     plot(folder / "equal_clock.png", curves)
     print(table(curves, best))
 

@@ -17,7 +17,7 @@ case " $* " in
   . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt
   exec python -m pytest "${shared[@]}" tests/test_hf_reference.py tests/test_transformers_parity.py tests/test_plan_tpu.py "$@"
   ;;
-"  " | "  --full ") exec python -m pytest "${shared[@]}" "$@" ;;
+"  " | " --full ") exec python -m pytest "${shared[@]}" "$@" ;;
 " --faults "*) exec python -m pytest tests/faults "$@" ;;
 *) exec python -m pytest "$@" ;;
 esac

@@ -40,10 +40,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 # Seconds that files take. The long ones begin, so that not one of them is left to a single process in the end.
 _LONG = {
-    **{"test_tpu.py": 900, "test_step.py": 350, "test_detection.py": 330, "test_buckets.py": 300, "test_train.py": 250},
-    **{"test_hf.py": 180, "test_sweep.py": 140, "faults/test_runs.py": 170, "test_encoder.py": 120},
-    **{"test_phases.py": 150, "test_launch.py": 110, "test_compare.py": 110, "test_command.py": 100},
-}
+    "test_tpu.py": 900, "test_step.py": 350, "test_detection.py": 330, "test_buckets.py": 300, "test_train.py": 250,
+    "test_hf.py": 180, "faults/test_runs.py": 170, "test_phases.py": 150, "test_sweep.py": 140, "test_encoder.py": 120,
+    "test_launch.py": 110, "test_compare.py": 110, "test_command.py": 100,
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -77,10 +77,11 @@ def vocabulary() -> tokenizer_lib.Tokenizer:
     ("architecture", "file", "fields"),
     [
         (bert.BERT, bert_base, {}),
+        pytest.param(bert.BERT, bert_base, {"num_layers": 2}, marks=pytest.mark.full),
         (bert.ROBERTA, bert_base, {"type_vocab_size": 1}),
         (modernbert.MODERNBERT, modernbert_base, {"local_window": 32, "rope_theta_global": 160_000.0}),
     ],
-    ids=["bert_base", "roberta_base", "modernbert_base"],
+    ids=["bert_base", "bert_2_layers", "roberta_base", "modernbert_base"],
 )
 def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, tmp_path):
     """64 sentences, first each alone, then packed into rows of several."""

@@ -224,8 +224,8 @@ def test_a_run_says_what_it_takes_from_each(toy, both, straight):
     assert result["bits_per_byte/more"] == pytest.approx(bits) and "by corpus:" in out
 
 
-def test_it_goes_on_as_if_it_had_not_been_stopped(toy, both, straight, tmp_path):
-    step = 4
+@pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.full)])
+def test_it_goes_on_as_if_it_had_not_been_stopped(toy, both, straight, tmp_path, step):
     workdir = shutil.copytree(straight, tmp_path / "copy")
     for later in checkpoint.steps_in(workdir):
         if later > step:

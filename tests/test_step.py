@@ -382,8 +382,9 @@ def test_the_step_is_compiled_once():
         assert all(jax.tree.leaves(same))
 
 
-def test_nothing_is_gathered_or_scattered_where_parameters_are_whole():
-    _, mesh, steps = built((4, 1, 1))
+@pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.full), (4, 1, 1)], ids=str)
+def test_nothing_is_gathered_or_scattered_where_parameters_are_whole(shape):
+    _, mesh, steps = built(shape)
     with jax.set_mesh(mesh):
         lowered = steps.train.lower(steps.abstract, sharding.abstract_batch(B, L, mesh), vocabulary())
         text = lowered.compile().as_text()
