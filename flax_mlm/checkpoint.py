@@ -298,6 +298,7 @@ class Checkpoints:
             ocp.CompositeCheckpointHandler(), atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
         )
         self._saving: int | None = None
+        self._newest: int | None = None  # of those that were committed
         self.failed_in_a_row, self.so_far = 0, dict[str, Any]()
         self._tidy = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         # What it has to say it also raises, and we report that.
@@ -397,9 +398,9 @@ class Checkpoints:
             self._failed(e)
             return False
         self.failed_in_a_row = 0
+        self._newest, self._saving = self._saving, None
         if self._is_main:
-            self._tidy.submit(self._retain, self._saving)
-        self._saving = None
+            self._tidy.submit(self._retain, self._newest)
         return True
 
     def _failed(self, e: Exception) -> None:
@@ -486,7 +487,9 @@ class Checkpoints:
 
     def _retain(self, newest: int) -> None:
         """Deletes what retention does not keep: the last scheduled steps, the newest, and every M-th stay. Not before
-        the newest is on the disk, and not only in its cache."""
+        the newest is on the disk, and not only in its cache. Where saves come faster than that, the last one counts."""
+        if newest != self._newest:
+            return
         train = self._train
         try:
             with buckets.errors(self._folder):

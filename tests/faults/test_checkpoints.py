@@ -493,6 +493,19 @@ def test_retention_in_two_tiers(tmp_path):
     assert list((tmp_path / "checkpoints" / ".trash").iterdir()) == []
 
 
+def test_tidying_up_does_not_fall_behind(tmp_path, monkeypatch):
+    """Where it is slower than the saving, what is superseded is passed over, and a run does not wait at its end."""
+    checkpoints = opened(tmp_path, keep_last=2)
+    settled, goes_on = [], threading.Event()
+    monkeypatch.setattr(checkpoints._shelf, "settle", lambda name: (settled.append(name), goes_on.wait(60)))
+    for step in (10, 20, 30, 40, 50):
+        checkpoints.save(step, state_at(step))
+        checkpoints.wait()
+    goes_on.set()
+    checkpoints.close()
+    assert len(settled) == 2 and settled[-1] == "50" and checkpoint.steps_in(tmp_path) == [40, 50]
+
+
 def test_going_back_before_a_step_drops_what_follows(workdir):
     checkpoints = opened(workdir, keep_last=9)
     checkpoints.save(37, state_at(37))
