@@ -42,12 +42,15 @@ def main(config: Config) -> None:
         raise UserError("--output is missing; name a folder, such as --output=runs/equal_clock")
     folder = Path(_OUTPUT.value).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "case.json").exists():
+    case_file = folder / "case.json"
+    if not case_file.exists():
         write_case(config, folder)
+    if json.loads(case_file.read_text()) != json.loads(json.dumps(phases.of(config)[-1].config.to_dict())):
+        raise UserError(f"--output: {case_file} is of another config; name a new folder")
     seconds = 60 * _MINUTES.value
     curves = {f"transformers, {rate}": standard(config, folder, float(rate), seconds) for rate in _RATES.value}
     best = min(curves, key=lambda name: curves[name][-1]["loss"])
-    curves["flax_mlm"] = ours(folder, seconds * _SHARE.value)
+    curves["flax_mlm"] = ours(config, folder, seconds * _SHARE.value)
     plot(folder / "equal_clock.png", curves)
     print(table(curves, best))
 
@@ -111,34 +114,44 @@ def standard(config: Config, folder: Path, rate: float, seconds: float) -> list[
             "num_attention_heads": m.num_heads,
         },
     }  # fmt: skip
+    if curve := kept(file, spec):
+        return curve
+    python, curve = turns.python_of("torch"), []
+    with tempfile.TemporaryDirectory() as scratch:
+        told = json.dumps({**spec, "folder": str(folder), "scratch": scratch})
+        line = [python, "-m", "benchmarks.workers.trainer", told]
+        try:
+            run = subprocess.Popen(line, cwd=turns.ROOT, stdout=subprocess.PIPE, text=True, env=turns.ENVIRONMENT)
+        except FileNotFoundError:
+            raise UserError(f"{python} is missing; run `bash benchmarks/setup.sh`") from None
+        assert run.stdout
+        for point in map(json.loads, run.stdout):
+            turns.say(f"transformers, {rate:g}: {point}")
+            curve.append(point)
+    if run.wait():
+        raise Failure(f"transformers' training with learning rate {rate:g} failed ({run.returncode})")
+    files.write_json(file, {"spec": spec, "curve": curve})
+    return curve
+
+
+def kept(file: Path, spec: dict[str, Any]) -> list[dict[str, float]]:
+    """The curve that was measured before, or none. Raises UserError: with other settings."""
     if not file.exists():
-        python = turns.python_of("torch")
-        with tempfile.TemporaryDirectory() as scratch:
-            told = json.dumps({**spec, "folder": str(folder), "scratch": scratch})
-            line = [python, "-m", "benchmarks.workers.trainer", told]
-            try:
-                run = subprocess.Popen(line, cwd=turns.ROOT, stdout=subprocess.PIPE, text=True, env=turns.ENVIRONMENT)
-            except FileNotFoundError:
-                raise UserError(f"{python} is missing; run `bash benchmarks/setup.sh`") from None
-            assert run.stdout
-            curve = []
-            for point in map(json.loads, run.stdout):
-                turns.say(f"transformers, {rate:g}: {point}")
-                curve.append(point)
-        if run.wait():
-            raise Failure(f"transformers' training with learning rate {rate:g} failed ({run.returncode})")
-        files.write_json(file, {"spec": spec, "curve": curve})
+        return []
     found = json.loads(file.read_text())
-    if found["spec"] != spec:
+    if found["spec"] != json.loads(json.dumps(spec)):
         raise UserError(f"--output: {file} is of other settings; name a new folder")
     return found["curve"]
 
 
-def ours(folder: Path, seconds: float) -> list[dict[str, float]]:
+def ours(config: Config, folder: Path, seconds: float) -> list[dict[str, float]]:
     """Our curve. Raises Failure."""
     workdir, file = folder / "flax_mlm", folder / "flax_mlm.json"
-    if file.exists():
-        return json.loads(file.read_text())
+    told = config.to_dict()
+    told["data"]["source"] = Path(config.data.source).name  # a curve may be kept where the text lies elsewhere
+    spec = {"seconds": seconds, "config": told}
+    if curve := kept(file, spec):
+        return curve
     shutil.rmtree(workdir, ignore_errors=True)
     budget = f"--config.train.budget_minutes={seconds / 60!r}"
     line = [sys.executable, "-m", "flax_mlm.train", *command.config_arguments(sys.argv), budget]
@@ -155,7 +168,7 @@ def ours(folder: Path, seconds: float) -> list[dict[str, float]]:
         {"step": line["step"], "seconds": line["budget_seconds"], "loss": line["loss"], "accuracy": line["accuracy"]}
         for line in lines
     ]
-    files.write_json(file, curve)
+    files.write_json(file, {"spec": spec, "curve": curve})
     return curve
 
 
