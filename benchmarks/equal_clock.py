@@ -34,7 +34,7 @@ from flax_mlm.errors import Failure, UserError
 _OUTPUT = flags.DEFINE_string("output", "", "folder for all that was measured")
 _MINUTES = flags.DEFINE_float("minutes", 60.0, "of training, of the standard", lower_bound=0.1)
 _SHARE = flags.DEFINE_float("share", 1 / 3, "of that time, ours", lower_bound=0.01)
-_RATES = flags.DEFINE_list("rates", ["3e-4", "1e-3", "3e-3"], "learning rates of the standard")
+_RATES = flags.DEFINE_list("rates", ["1e-4", "3e-4", "1e-3"], "learning rates of the standard")
 
 
 def main(config: Config) -> None:
