@@ -160,8 +160,8 @@ def mask_tokens(
         order_L = (sorted_L & ((1 << place_bits) - 1)).astype(jnp.int32)
         if objective.masking == "whole_word":
             taken_L = _whole_units(length_L[order_L], (place_L - start_L)[order_L], maskable_L[order_L], wanted)
-        else:
-            taken_L = place_L < wanted
+        else:  # the first, so that there are no more than K to be sorted
+            order_L, taken_L = order_L[:num_slots], place_L[:num_slots] < wanted
         ascending_K = lax.sort(jnp.where(taken_L, order_L, tokens_L.size))[:num_slots]
 
         used_K = ascending_K < tokens_L.size

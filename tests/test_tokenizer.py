@@ -182,6 +182,7 @@ def test_long_text_is_encoded_as_if_at_once(text, limit):
     whole = tok._sp.encode(text)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(tokenizer_lib, "_ENCODE_LINE", limit)
+        tok._known.clear()  # as it was with another limit
         # Inside a word longer than the limit there is no place to cut; that takes 4096 characters in earnest.
         if all(len(w) < limit for w in re.split("[ \\n]", text)):
             assert tok.encode([text])[0].tolist() == whole
@@ -190,6 +191,30 @@ def test_long_text_is_encoded_as_if_at_once(text, limit):
 
 
 SMALL = tokenizer_lib.train(TEXT, configured(vocab_size=380))
+
+
+def test_words_that_are_known_no_more_are_encoded_again(tok, monkeypatch):
+    monkeypatch.setattr(tokenizer_lib, "_KNOWN_WORDS", 5)
+    first = [tok.encode([text])[0].tolist() for text in TEXT]
+    assert first == [ids.tolist() for ids in tok.encode(TEXT)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"normalization_rule_name": "identity"}, {"remove_extra_whitespaces": False}, {"split_by_whitespace": False}],
+    ids=str,
+)
+def test_text_whose_words_depend_on_each_other_is_encoded_whole(tmp_path, settings):
+    """By a model to which a line feed is no space, that keeps every space, or whose pieces go across them."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 3), model_prefix=str(tmp_path / "m"), vocab_size=315, byte_fallback=True,
+        pad_id=0, pad_piece="[PAD]", unk_id=1, bos_id=2, bos_piece="[CLS]", eos_id=3, eos_piece="[SEP]",
+        control_symbols=["[MASK]"], minloglevel=2, **settings,
+    )  # fmt: skip
+    tok = tokenizer_lib.load(tmp_path / "m.model")
+    assert tok._separable == (not settings)
+    for text in (" two  spaces\nand a line ", *TEXT[:3]):
+        assert tok.encode([text])[0].tolist() == tok._sp.encode(text)
 
 
 def test_bad_files(tmp_path):

@@ -6,8 +6,9 @@ import io
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ _NAMES = {
 }
 _TRAIN_LINE = 2000  # characters; SentencePiece drops training lines of more than max_sentence_length bytes
 _ENCODE_LINE = 4096  # characters; SentencePiece's time per character grows with the length of the text
+_KNOWN_WORDS = 1 << 18  # whose pieces are remembered: some 50 MB
 
 
 class Tokenizer(abc.ABC):
@@ -136,16 +138,27 @@ class _SentencePiece(Tokenizer):
             raise UserError(f"{path} is not a SentencePiece model: {e}") from e
         types = {i for i, p in enumerate(proto.pieces) if p.type in (p.UNKNOWN, p.CONTROL, p.UNUSED)}
         super().__init__(content, [p.piece for p in proto.pieces], types, "▁", path)
-        # Pieces do not cross whitespace in nearly every model; long texts are then encoded in short parts.
-        self._separable = all(
-            self._sp.encode(f"a b{space}c") == self._sp.encode("a") + self._sp.encode("b") + self._sp.encode("c")
-            for space in " \n"
+        # In nearly every model a word's pieces depend on nothing else; most words of a text have then been seen before.
+        self._separable = not any("▁" in piece.piece.lstrip("▁") for piece in proto.pieces) and all(
+            self._sp.encode(f" a b{space}c ") == self._sp.encode("a") + self._sp.encode("b") + self._sp.encode("c")
+            for space in (" ", "\n", "  ")
         )
+        self._known: dict[str, bytes] = {}  # word -> ids, int32
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        parts = [list(cut(t, _ENCODE_LINE)) if self._separable else [t] for t in texts]
-        ids = iter(self._sp.encode(list(chain(*parts)), num_threads=self.num_threads or -1))
-        return [np.array(list(chain(*(next(ids) for _ in p))), np.int32) for p in parts]
+        if not self._separable:
+            return [np.array(ids, np.int32) for ids in self._encoded(texts)]
+        words = [text.replace("\n", " ").split(" ") for text in texts]
+        if len(self._known) > _KNOWN_WORDS:
+            self._known.clear()
+        new = list(set(chain(*words)).difference(self._known))
+        parts = [[word] if len(word) <= _ENCODE_LINE else list(cut(word, _ENCODE_LINE)) for word in new]
+        ids = (array("i", i).tobytes() for i in self._encoded(list(chain(*parts))))
+        self._known.update((word, b"".join(islice(ids, len(p)))) for word, p in zip(new, parts, strict=True))
+        return [np.frombuffer(b"".join(map(self._known.__getitem__, ws)), np.int32) for ws in words]
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._sp.encode(list(texts), num_threads=self.num_threads or -1)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._sp.decode([int(i) for i in ids])
