@@ -38,10 +38,9 @@ class Run:
       phase: the number of the one that the last step was of.
       place: that of the next batch in its text.
       steps_of: the jitted functions of each phase; what they have in common are the parameters.
-      checkpoints: those of the run.
     """
 
-    speed: metrics.Throughput
+    _speed: metrics.Throughput
     _batches: Generator[dict[str, Any]]
 
     def __init__(
@@ -75,11 +74,11 @@ class Run:
         self.steps_of = [make_steps(part.config, mixtures[0].vocab_size, mesh, part) for part in parts]
         about, fingerprint = mixture.about_of(mixtures), mixture.fingerprint_of(mixtures)
         meta = checkpoint.make_meta(parts[0].config, self._tokenizer, fingerprint, about)
-        self.checkpoints = checkpoint.Checkpoints(workdir, config, meta, self.steps_of[0].fingerprint)
+        self._checkpoints = checkpoint.Checkpoints(workdir, config, meta, self.steps_of[0].fingerprint)
         with roster.untimed("restoring"):
-            restored = self.checkpoints.restore_latest(self.steps_of[0].abstract, log)
+            restored = self._checkpoints.restore_latest(self.steps_of[0].abstract, log)
             self._take(restored or self._new_state())
-        so_far = self.checkpoints.so_far
+        so_far = self._checkpoints.so_far
         self.phase, self.place = so_far.get("phase", 0), Place(**so_far.get("place", {}))
 
     def _new_state(self) -> TrainState:
@@ -127,8 +126,8 @@ class Run:
     def begin(self, writers: metrics.Writers | None) -> None:
         """Starts the clocks. `writers` are those of the first process."""
         self._writers = writers
-        totals = self.checkpoints.so_far.get("totals", {})
-        self.speed = metrics.Throughput(self.progress, chips.peak_flops(self._mesh.devices.flat[:]), totals)
+        totals = self._checkpoints.so_far.get("totals", {})
+        self._speed = metrics.Throughput(self.progress, chips.peak_flops(self._mesh.devices.flat[:]), totals)
         if self._clock:
             self._clock.progress = self.progress
         self._batches = self._batches_from_here()
@@ -162,7 +161,7 @@ class Run:
     def next_batch(self) -> dict[str, jax.Array]:
         """That of all processes, with whether one is to stop and how far it takes the run, where the clock decides."""
         self._roster.progress("waiting for a batch", self.step)
-        with self.speed.waiting():
+        with self._speed.waiting():
             rows = next(self._batches)
         share = None
         if self._config.train.has_budget:
@@ -184,11 +183,11 @@ class Run:
         """Takes a step's numbers from the devices, and logs them when it is time."""
         host = {name: float(value) for name, value in jax.device_get(values).items()}
         self.progress = host["progress"]
-        self.speed.add(host["tokens"], self.steps_of[phase].flops)
+        self._speed.add(host["tokens"], self.steps_of[phase].flops)
         is_last = phases.is_over(self._parts, step, self.progress)
         if self._writers and (step % self._config.train.log_every == 0 or is_last):
             line = {name: value for name, value in host.items() if name != "stop"} | {"rows": place.row}
-            line |= self.speed.report(self.progress) | _epochs(place, self._mixtures[phase])
+            line |= self._speed.report(self.progress) | _epochs(place, self._mixtures[phase])
             print(metrics.train_line(self._said(step), line), flush=True)
             self._writers.write(step, "train", line)
         return {**host, "step": step, "phase": phase, "place": place}
@@ -203,7 +202,7 @@ class Run:
     @contextlib.contextmanager
     def _pause(self, what: str) -> Generator[None]:
         """Around what is no step."""
-        with self.speed.paused(), self._clock.pause(what) if self._clock else contextlib.nullcontext():
+        with self._speed.paused(), self._clock.pause(what) if self._clock else contextlib.nullcontext():
             yield
 
     def _measured(self, poll: Callable[[], bool]) -> dict[str, float]:
@@ -225,7 +224,7 @@ class Run:
             loss, accuracy = f"{result['loss']:.4f}", f"{result['accuracy']:.4f}"
             print(f"{self._said(self.step)}  validation loss {loss}  accuracy {accuracy}{each}")
             used = {"budget_seconds": self._clock.used()} if self._clock else {}
-            self._writers.write(self.step, "validation", result | self.speed.totals() | used)
+            self._writers.write(self.step, "validation", result | self._speed.totals() | used)
             self._writers.flush()
         return result
 
@@ -233,7 +232,7 @@ class Run:
         """First one batch, to compile; so that a budget knows what the last evaluation will take."""
         if self._clock:
             self._clock.forget("evaluating")
-        with contextlib.suppress(Stopped), self._roster.untimed("compiling"), self.speed.paused():
+        with contextlib.suppress(Stopped), self._roster.untimed("compiling"), self._speed.paused():
             self._measured(lambda: True)
         self.evaluate()
 
@@ -264,14 +263,14 @@ class Run:
             self._writers.flush()
 
         def is_done() -> bool:
-            started = self.checkpoints.save(self.step, self.state, before, so_far)
-            return started and (not (waits or is_last) or self.checkpoints.wait())
+            started = self._checkpoints.save(self.step, self.state, before, so_far)
+            return started and (not (waits or is_last) or self._checkpoints.wait())
 
         now = self._parts[self.phase].config
         told = dataclasses.replace(now.train, phases=self._config.train.phases)
         so_far = {
             "config": dataclasses.replace(now, train=told).to_dict(),
-            **{"totals": self.speed.totals(), "phase": self.phase, "place": self.place.to_dict()},
+            **{"totals": self._speed.totals(), "phase": self.phase, "place": self.place.to_dict()},
         }
         with self._pause("saving" if waits else "handing over what to save"), self._roster.untimed("saving"):
             while not is_done() and is_last:
@@ -283,9 +282,9 @@ class Run:
     def rewind(self, seen: dict[str, Any]) -> None:
         """Takes up the last scheduled checkpoint before a spike, to go on with the rows after it. Raises Failure."""
         spiked, self.phase = seen["step"], seen["phase"]
-        self.checkpoints.wait()
+        self._checkpoints.wait()
         with self._roster.untimed("restoring"):
-            restored = self.checkpoints.restore_latest(self.steps_of[0].abstract, self._log, before=spiked)
+            restored = self._checkpoints.restore_latest(self.steps_of[0].abstract, self._log, before=spiked)
             self._take(restored or self._new_state())
         self.place = seen["place"]
         self._rewinds[self.step] += 1
@@ -301,7 +300,7 @@ class Run:
             self._writers.write(self.step, "rewind", {"from_step": spiked, "rows": self.place.row})
         if self._clock:
             self._clock.progress = self.progress
-        self.enter(self.checkpoints.so_far.get("phase", 0) if self.step else 0)
+        self.enter(self._checkpoints.so_far.get("phase", 0) if self.step else 0)
 
     def must_end(self, seen: dict[str, Any]) -> bool:
         """Whether too many updates in a row were skipped."""
@@ -318,7 +317,7 @@ class Run:
     def close(self) -> None:
         """Waits until the last save is whole. Raises Failure."""
         self._batches.close()
-        self.checkpoints.close()
+        self._checkpoints.close()
 
 
 def _epochs(place: Place, corpus: mixture.Mixture) -> dict[str, float]:
