@@ -4,6 +4,7 @@ TPUs: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and tpu7x. GPU
 without sparsity.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,12 +44,12 @@ CHIPS = (
 def of_kind(device_kind: str) -> Chip | None:
     """The chip of a device; None if it is not known."""
     kind = device_kind.lower()
-    return next((chip for chip in CHIPS if chip.kind in kind), None)
+    return next((chip for chip in CHIPS if re.search(rf"\b{chip.kind}\b", kind)), None)
 
 
 def count(devices: Sequence[Any] | np.ndarray) -> int:
     """Chips that these devices are on: some TPUs show two devices a chip."""
-    if not hasattr(devices[0], "coords"):
+    if devices[0].platform != "tpu":  # a GPU's coordinates are within its process
         return len(devices)
     return len({(getattr(device, "slice_index", 0), *device.coords) for device in devices})
 

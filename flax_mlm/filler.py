@@ -16,11 +16,13 @@ class Filler:
     """Answers questions about masked texts with a trained model. A causal one answers from what is left of a mask."""
 
     def __init__(self, trained):
-        self._trained = trained
+        self._trained, config = trained, trained.config
+        # Tokens that a text may have: of a Hugging Face folder all positions are trained.
+        self.limit = config.model.max_positions if config.init_from else config.data.seq_len
 
     def ids(self, text: str) -> list[int]:
         """[CLS] text [SEP]. Raises UserError when it has no [MASK] or is too long."""
-        tokenizer, limit = self._trained.tokenizer, self._trained.config.data.seq_len
+        tokenizer, limit = self._trained.tokenizer, self.limit
         ids = [tokenizer.cls_id, *tokenizer.encode_with_mask(text), tokenizer.sep_id]
         if tokenizer.mask_id not in ids:
             raise UserError(f"the text '{text}' has no [MASK]; put one where a word is wanted")
@@ -44,12 +46,13 @@ class Filler:
         ahead = int(t.config.objective.name == "clm")  # a causal model stands before what it predicts
         places = [self.masks(row) for row in rows]
         parts = sharding.batch_parts(t.mesh)
-        tokens_BL = np.full((-(-len(rows) // parts) * parts, t.config.data.seq_len), t.tokenizer.pad_id, np.int32)
+        shape = -(-len(rows) // parts) * parts, t.padded_length(max(map(len, rows)))
+        tokens_BL = np.full(shape, t.tokenizer.pad_id, np.int32)
         predict_BK = np.zeros((len(tokens_BL), max(map(len, places))), np.int32)
         for b, row in enumerate(rows):
             tokens_BL[b, : len(row)] = row
             predict_BK[b, : len(places[b])] = np.array(places[b], np.int32) - ahead
-        tokens, predict = sharding.split_rows([tokens_BL, predict_BK], t.mesh)
+        tokens, predict = sharding.share_rows([tokens_BL, predict_BK], t.mesh)
         with jax.set_mesh(t.mesh):
             scores_BKV = np.array(t.steps.score(t.params, tokens, predict, t.vocab))[..., : t.tokenizer.vocab_size]
         scores_BKV[..., t.tokenizer.is_special] = -np.inf
@@ -94,13 +97,12 @@ class Filler:
         if len(self.masks(ids)) != 1:
             raise UserError(f"--targets needs exactly one [MASK]; the text has {len(self.masks(ids))}")
         (place,) = self.masks(ids)
-        pieces = {word: [int(p) for p in self._trained.tokenizer.encode([word])[0]] for word in words}
+        pieces = {word: self._trained.tokenizer.encode_answer(word, text) for word in words}
         for word, spelled in pieces.items():
             if not spelled:
                 raise UserError(f"--targets: '{word}' is empty; give words separated by commas")
         rows = [ids[:place] + [ids[place]] * len(spelled) + ids[place + 1 :] for spelled in pieces.values()]
-        if (longest := max(map(len, rows))) > self._trained.config.data.seq_len:
-            limit = self._trained.config.data.seq_len
+        if (longest := max(map(len, rows))) > (limit := self.limit):
             raise UserError(f"the text with its longest target has {longest} tokens; this model takes at most {limit}")
         totals = dict.fromkeys(pieces, 0.0)
         for depth in range(max(map(len, pieces.values()))):

@@ -296,7 +296,7 @@ def epoch_batches(lengths: Sequence[int], size: int, rng: np.random.Generator) -
 def tokenised(trained: Trained, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Texts:
     """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], cut to `finetune.max_length`, the longer of a pair first."""
     t, config = trained.tokenizer, trained.config
-    limit = min(config.finetune.max_length, config.model.max_positions)
+    limit = min(config.finetune.max_length, trained.max_length)
     rows = Texts([], [])
     seconds = [None] * len(texts) if pairs is None else t.encode(pairs)
     for first, second in zip(t.encode(texts), seconds, strict=True):

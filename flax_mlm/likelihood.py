@@ -40,9 +40,9 @@ def of_texts(
       poll: called before every batch.
 
     Raises:
-      UserError: a text is empty, or longer than the model's rows.
+      UserError: a text is empty, or longer than what the model was trained on.
     """
-    t, limit = trained.tokenizer, trained.config.model.max_positions
+    t, limit = trained.tokenizer, trained.max_length
     rows: list[Row] = []
     for number, (text, ids) in enumerate(zip(texts, t.encode(texts), strict=True)):
         if not 0 < len(ids) <= limit - 2:
@@ -84,7 +84,7 @@ def scores(trained: Trained, rows: Sequence[Row], poll: Callable[[], Any]) -> np
                 tokens_BL[b, : len(row.tokens)] = row.tokens
                 places_BK[b, :count], labels_BK[b, :count], used_BK[b, :count] = row.places, row.labels, 1.0
             with jax.set_mesh(trained.mesh):
-                tokens, places, labels = sharding.split_rows([tokens_BL, places_BK, labels_BK], trained.mesh)
+                tokens, places, labels = sharding.share_rows([tokens_BL, places_BK, labels_BK], trained.mesh)
                 found_BK = trained.steps.score_labels(trained.params, tokens, places, labels, trained.vocab)
             result[batch] = (np.asarray(found_BK, np.float64) * used_BK).sum(1)[: len(batch)]
     return result

@@ -68,7 +68,7 @@ class Run:
         self._roster, self._stop, self._log, self._held, self._clock = roster, stop, log, held, clock
         self._writers: metrics.Writers | None = None
         self._programs: dict[int, jax.stages.Compiled] = {}
-        self._rewinds = collections.Counter[int]()
+        self._rewinds, self._evaluated = collections.Counter[int](), set[int]()
         self._tokenizer = mixtures[0].tokenizer()
         self._vocab = masking.vocabulary(self._tokenizer)
         self.steps_of = [make_steps(part.config, mixtures[0].vocab_size, mesh, part) for part in parts]
@@ -134,14 +134,13 @@ class Run:
 
     def _batches_from_here(self) -> Generator[dict[str, Any]]:
         """A function of (corpora, seed, place), so that there is no iterator to save."""
-        corpus = self._mixtures[self.phase]
+        corpus, size = self._mixtures[self.phase], self._parts[self.phase].config.train.global_batch_size
         return train_batches(
             corpus.split("train"),
             seed=self._config.seed,
-            global_batch_size=self._parts[self.phase].config.train.global_batch_size,
+            global_batch_size=size,
             first_row=self.place.row,
-            process_index=self._roster.index,
-            process_count=self._roster.count,
+            slots=sharding.own_rows(self._mesh, size),
             stream=self.place.stream(corpus),
         )
 
@@ -217,6 +216,10 @@ class Run:
             self._roster.progress("evaluating", self.step)
             return self._stop.requested
 
+        if self.phase not in self._evaluated:  # first one batch, to compile, which may take any time
+            with self._roster.untimed("compiling"), self._pause("compiling"), contextlib.suppress(Stopped):
+                self._measured(lambda: True)
+            self._evaluated.add(self.phase)
         with self._pause("evaluating"):
             result = self._measured(poll)
         if self._writers:
@@ -229,11 +232,9 @@ class Run:
         return result
 
     def time_evaluation(self) -> None:
-        """First one batch, to compile; so that a budget knows what the last evaluation will take."""
+        """So that a budget knows what the last evaluation will take."""
         if self._clock:
             self._clock.forget("evaluating")
-        with contextlib.suppress(Stopped), self._roster.untimed("compiling"), self._speed.paused():
-            self._measured(lambda: True)
         self.evaluate()
 
     def look(self) -> None:
@@ -276,13 +277,21 @@ class Run:
             while not is_done() and is_last:
                 time.sleep(1)  # it gives up by itself
 
-    def must_rewind(self, seen: dict[str, Any]) -> bool:
-        return self._config.optimizer.spike_action == "rewind" and seen.get("spike", 0) > 0
+    def asks(self, seen: dict[str, Any]) -> str:
+        """What a step's numbers ask for: "rewind" after a spike, "end" where too many updates in a row were skipped,
+        "stop" after a signal, or nothing."""
+        o = self._config.optimizer
+        if o.spike_action == "rewind" and seen.get("spike", 0) > 0:
+            return "rewind"
+        if seen.get("skipped_in_a_row", 0) >= o.max_skipped_steps:
+            return "end"
+        return "stop" if seen.get("stop") else ""
 
     def rewind(self, seen: dict[str, Any]) -> None:
         """Takes up the last scheduled checkpoint before a spike, to go on with the rows after it. Raises Failure."""
         spiked, self.phase = seen["step"], seen["phase"]
         self._checkpoints.wait()
+        del self.state  # two would be in memory
         with self._roster.untimed("restoring"):
             restored = self._checkpoints.restore_latest(self.steps_of[0].abstract, self._log, before=spiked)
             self._take(restored or self._new_state())
@@ -301,10 +310,6 @@ class Run:
         if self._clock:
             self._clock.progress = self.progress
         self.enter(self._checkpoints.so_far.get("phase", 0) if self.step else 0)
-
-    def must_end(self, seen: dict[str, Any]) -> bool:
-        """Whether too many updates in a row were skipped."""
-        return seen.get("skipped_in_a_row", 0) >= self._config.optimizer.max_skipped_steps
 
     def give_up(self) -> NoReturn:
         """Saves what there is. Raises Failure."""

@@ -44,7 +44,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"but there are {len(devices)} devices; the product must equal that"
         )
     axis_types = (AxisType.Explicit,) * 3
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    is_tpu = devices[0].platform == "tpu"  # elsewhere each machine counts as a slice
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
     if slices == 1:
         shape = (data, config.fsdp, config.tensor)
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -274,6 +275,15 @@ def abstract_batch(
     }
 
 
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch lie on this process's devices: int64 (n,), in order. Of a TPU slice they need not follow
+    each other, and processes that share them by `tensor` have the same."""
+    split = NamedSharding(mesh, PartitionSpec(BATCH))
+    indices = split.addressable_devices_indices_map((batch_size,)).values()
+    parts = {rows.indices(batch_size)[:2] for (rows,) in filter(None, indices)}
+    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
 def global_batch(
     batch: dict[str, np.ndarray], mesh: Mesh, stop: bool = False, progress: float | None = None
 ) -> dict[str, jax.Array]:
@@ -289,6 +299,22 @@ def global_batch(
 
 
 def split_rows(tree: Any, mesh: Mesh) -> Any:
-    """Arrays of each process's rows -> arrays of all rows, split over the mesh."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+    """Arrays of each process's `own_rows` -> arrays of all rows, split over the mesh."""
+    sharding, parts = NamedSharding(mesh, PartitionSpec(BATCH)), own_rows(mesh, batch_parts(mesh)).tolist()
+
+    def whole(x: np.ndarray) -> jax.Array:
+        size = len(x) // len(parts)
+
+        def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index
+            place = parts.index((index[0].start or 0) // size)
+            return x[place * size : (place + 1) * size]
+
+        return jax.make_array_from_callback((size * batch_parts(mesh), *x.shape[1:]), sharding, of_device)
+
+    return jax.tree.map(whole, tree)
+
+
+def share_rows(tree: Any, mesh: Mesh) -> Any:
+    """Arrays of all rows, the same in every process, split over the mesh."""
+    return split_rows(jax.tree.map(lambda x: x[own_rows(mesh, len(x))], tree), mesh)

@@ -40,6 +40,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
 
     identity = {"jax": jax.__version__, **flatten(config.to_dict())}
     with processes.join(identity, config.train.stall_timeout) as roster, contextlib.ExitStack() as at_exit:
+        stop.leave = lambda reason: roster.leave(PREEMPTED, reason)
         # The devices of all processes, checked before any work is done.
         parts, has_budget = phases.of(config), config.train.has_budget
         mesh = sharding.make_mesh(config.mesh)
@@ -54,7 +55,6 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
 
         # The folder, to which the first process alone writes, and the text of one corpus or several, as rows of tokens.
         is_main, log = roster.index == 0, print if roster.index == 0 else lambda *_: None
-        stop.leave = lambda reason: roster.leave(PREEMPTED, reason)
         held = clock = None
         if is_main:
             held = lease.Lease(workdir, roster.run_id)
@@ -116,27 +116,29 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
                 is_due = times_save or is_multiple(run.step, config.train.checkpoint_every)
                 looks = (config.train.eval_every, config.train.cloze_every)
                 is_pause = is_due or run.is_over or any(is_multiple(run.step, n) for n in looks)
-                ends = run.must_end(seen)
-                if not run.must_rewind(seen) and (is_pause or seen.get("stop") or ends):
+                asked = run.asks(seen)
+                if asked != "rewind" and (is_pause or asked):  # what follows is of the step that was just made
                     seen, unread = unread(), None
-                if run.must_rewind(seen):
+                    asked = run.asks(seen) or asked
+                if asked == "rewind":
                     run.rewind(seen)
                     unread = None
-                elif ends or run.must_end(seen):
+                elif asked == "end":
                     run.give_up()
-                elif seen.get("stop"):
+                elif asked == "stop":
                     raise preemption.Stopped
                 elif is_due or run.is_over:
                     run.save(times_save, is_last=run.is_over)
         except preemption.Stopped:
+            if unread:
+                unread()
             run.save(is_last=True)
             log(f"stopped by a signal; step {run.step} is saved. The same command goes on from there")
             return PREEMPTED
         stop.release()
         run.close()
 
-        with roster.untimed("evaluating"):
-            result = run.evaluate()
+        result = run.evaluate()
         if is_main:
             files.write_json(result_file, result)
             console.summary(workdir, run.trained(), result)

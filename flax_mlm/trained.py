@@ -32,6 +32,12 @@ class Trained(NamedTuple):
     vocab: masking.Vocabulary
     meta: Mapping[str, Any] = MappingProxyType({})  # of the checkpoint it was restored from
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that a text may have: learned positions beyond the rows of its training were never trained."""
+        c = self.config
+        return c.data.seq_len if c.model.positions == "learned" and not c.init_from else c.model.max_positions
+
     def padded_length(self, length: int) -> int:
         """To which rows of so many tokens are padded: few lengths, since each one is compiled."""
         return min(-(-length // _LENGTH) * _LENGTH, self.config.model.max_positions)

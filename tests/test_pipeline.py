@@ -2,6 +2,11 @@
 
 import hashlib
 import itertools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,8 @@ from hypothesis import strategies as st
 from flax_mlm.data import pipeline
 from flax_mlm.data.stream import Stream
 from flax_mlm.errors import UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 class Rows:
@@ -75,10 +82,11 @@ def test_restart_gives_the_same_stream(corpora):
 def test_hosts_share_the_same_batches(hosts, corpora):
     whole = stream(Rows(37), 3, 9, stream=corpora)
     rows = Rows(37)
-    parts = [stream(rows, 3, 9, process_index=h, process_count=hosts, stream=corpora) for h in range(hosts)]
+    slots = np.random.default_rng(0).permutation(8).reshape(hosts, -1)  # as devices lie in a mesh
+    parts = [stream(rows, 3, 9, slots=own, stream=corpora) for own in slots]
     for step, batch in enumerate(whole):
         for key in batch:
-            np.testing.assert_array_equal(batch[key], np.concatenate([p[step][key] for p in parts]))
+            np.testing.assert_array_equal(batch[key][slots.ravel()], np.concatenate([p[step][key] for p in parts]))
     assert len(rows.seen) == 6 * 8  # each row is read by one host only
 
 
@@ -145,9 +153,38 @@ def test_a_far_step_is_reached_at_once(corpora):
     assert 3 <= len(rows.seen) / 8 <= 3 + 8
 
 
+_IN_ANY_ORDER = """
+import sys
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh
+from flax_mlm import sharding
+
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+rows = np.arange(24).reshape(12, 2)
+for order, shape in (([0, 2, 3, 1], (2, 2, 1)), ([3, 0, 1, 2], (4, 1, 1)), ([0, 2, 3, 1], (2, 1, 2))):
+    mesh = Mesh(np.array(jax.devices())[order].reshape(shape), sharding.AXES, (AxisType.Explicit,) * 3)
+    with jax.set_mesh(mesh):
+        own = sharding.split_rows(rows[sharding.own_rows(mesh, 12)], mesh)
+        for found in (own, sharding.share_rows(rows, mesh)):
+            np.testing.assert_array_equal(jax.jit(sharding.replicate)(found), rows)
+"""
+
+
+def test_rows_lie_in_their_slots_wherever_in_the_mesh_the_devices_of_a_host_are():
+    """The mesh of a TPU slice follows its rings, not its hosts; and with `tensor` hosts may have the same rows."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", _IN_ANY_ORDER, address]
+    hosts = [subprocess.Popen([*line, str(i)], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    said = [host.communicate(timeout=120)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+
+
 def test_wrong_batches():
-    with pytest.raises(UserError, match="a batch of 6 rows cannot be shared evenly between 4 hosts"):
-        stream(Rows(10), 0, 1, batch=6, process_count=4)
     for corpora in (None, Stream((0, 0), (1, 1))):
         with pytest.raises(UserError, match="no training rows"):
             stream(Rows(0), 0, 1, stream=corpora)
@@ -157,14 +194,12 @@ def test_wrong_batches():
 @pytest.mark.parametrize("wanted", [range(21), [0, 4, 8, 12, 16], [3], range(5, 21)])
 def test_evaluation_sees_each_row_once(hosts, wanted):
     wanted = np.array(wanted)
-    parts = [
-        list(pipeline.eval_batches(Rows(21), wanted, batch_size=8, process_index=h, process_count=hosts))
-        for h in range(hosts)
-    ]
+    slots = np.arange(8).reshape(hosts, -1)
+    parts = [list(pipeline.eval_batches(Rows(21), wanted, batch_size=8, slots=own)) for own in slots]
     assert len({len(p) for p in parts}) == 1  # every host takes part in every step
-    keys = ("tokens", "row_ids", "valid")
-    batch = {k: np.concatenate([p[s][k] for s in range(len(parts[0])) for p in parts]) for k in keys}
-    assert batch["valid"].dtype == bool and batch["row_ids"].dtype == np.uint32
-    np.testing.assert_array_equal(batch["row_ids"][batch["valid"], 1], wanted)
-    np.testing.assert_array_equal(batch["tokens"][batch["valid"], 0] - 1, wanted)
-    assert (batch["tokens"][~batch["valid"]] == 0).all() and len(batch["valid"]) % 8 == 0
+    batch = {k: np.concatenate([p[s][k] for s in range(len(parts[0])) for p in parts]) for k in ("tokens", "row_ids")}
+    count = len(wanted)
+    assert batch["row_ids"].dtype == np.uint32 and len(batch["tokens"]) == -(-count // 8) * 8
+    np.testing.assert_array_equal(batch["row_ids"][:count, 1], wanted)
+    np.testing.assert_array_equal(batch["tokens"][:count, 0] - 1, wanted)
+    assert (batch["tokens"][count:] == 0).all()

@@ -137,6 +137,7 @@ def test_mask_in_text_looks_as_in_training(tok):
     assert first[0] == tok.mask_id and first[1:] == tok.encode([" the cat"])[0].tolist()
     assert tok.encode_with_mask("[MASK]  [MASK]") == [tok.mask_id] * 2
     assert tok.encode_with_mask("the cat") == tok.encode(["the cat"])[0].tolist()
+    assert tok.encode_answer("the", "and [MASK] cat") == tok.encode(["the"])[0].tolist()
     assert tok.encode_with_mask("") == []
 
 
@@ -274,6 +275,13 @@ def test_gpt2_vocabulary(tmp_path):
     assert tok.vocab_size == 50262 and tok.mask_id == 50261
     assert tok.encode(["Hello world<mask>"])[0].tolist()[:2] == [15496, 995]
     assert [tok.pieces[i] for i in tok.encode_with_mask("The [MASK] sat.")] == ["The", "<mask>", "Ġsat", "."]
+    for text, word, piece in (
+        ("The [MASK] sat.", "cat", "Ġcat"),
+        ("[MASK] sat.", "cat", "cat"),
+        ("The (cat[MASK] sat.", "s", "s"),
+    ):
+        assert [tok.pieces[i] for i in tok.encode_answer(word, text)] == [piece]
+    assert [tok.pieces[i] for ids in tok.encode_words(["New", "York"]) for i in ids] == ["ĠNew", "ĠYork"]
     text = "tabs\tand  two spaces\n\nßé🙂 "
     assert tok.decode(tok.encode([text])[0]) == text
 

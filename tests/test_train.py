@@ -14,7 +14,7 @@ from flax_mlm import checkpoint, trained
 from flax_mlm import config as config_lib
 
 STEPS = 60
-SHORT = {"train__steps": STEPS, "train__checkpoint_every": 10, "train__eval_every": 20}
+SHORT = {"train__steps": STEPS, "train__checkpoint_every": 10, "train__eval_every": 20, "model__vocab_multiple_of": 2}
 
 
 def test_a_run_leaves_what_it_says_and_has_learned(toy, trained_run):
@@ -47,14 +47,21 @@ def straight(toy) -> Path:
     return workdir
 
 
-@pytest.mark.parametrize("changes, devices", [({"mesh__data": 4, "mesh__fsdp": 2}, 8), ({"train__microbatches": 2}, 1)])
-def test_it_goes_on_with_another_layout(toy, straight, tmp_path, changes, devices):
+@pytest.mark.parametrize(
+    "changes, where",
+    [
+        ({"mesh__data": 4, "mesh__fsdp": 2}, {"devices": 8}),
+        ({"train__microbatches": 2}, {}),
+        ({"mesh__tensor": 2}, {"processes": 2}),  # which both feed the same rows
+    ],
+)
+def test_it_goes_on_with_another_layout(toy, straight, tmp_path, changes, where):
     workdir = shutil.copytree(straight, tmp_path / "copy")
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     held = json.loads((workdir / "config.json").read_text())
     del held["optimizer"]["averaging"]  # as of a run that began before there was such a field
     (workdir / "config.json").write_text(json.dumps(held))
-    out = finish(toy, workdir, *toy.flags(**SHORT, **changes), devices=devices)
+    out = finish(toy, workdir, *toy.flags(**SHORT, **changes), **where)
     assert "restored step 50" in out
     expected = arrays(straight, STEPS)
     for name, value in arrays(workdir, STEPS).items():
@@ -76,6 +83,12 @@ def test_verify_resume_compares_whole_runs(toy, tmp_path):
     assert by_name["straight"] == by_name["killed"] and by_name["to 1x2"][0] == by_name["straight"][0]
     assert by_name["to 1x2"][1] != by_name["straight"][1], "not reproducible: the comparison would see it"
     assert "every promise is kept" in done.stdout
+
+
+def test_verify_resume_needs_steps_for_every_phase(toy):
+    early = "--config.train.phases=0%: objective.mask_rate=0.2; 1%: objective.mask_rate=0.3"
+    done = toy.run("verify_resume", early)
+    assert done.returncode == 2 and done.stderr.startswith("error: --steps is 30, which may be too few: train.phases: ")
 
 
 PHASES = {"objective__name": "clm", "train__phases": "50%: objective.name=mlm, objective.mask_rate=0.3", **SHORT}

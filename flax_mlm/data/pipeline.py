@@ -38,8 +38,7 @@ def train_batches(
     start_step: int = 0,
     stop_step: int = 1 << 32,
     first_row: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    slots: np.ndarray | None = None,
     stream: Stream | None = None,
 ) -> Generator[dict[str, np.ndarray]]:
     """This host's share of the batches of steps start_step, ..., stop_step - 1.
@@ -50,19 +49,18 @@ def train_batches(
       global_batch_size: B, rows over all hosts.
       start_step, stop_step: Which batches.
       first_row: Of the stream, where batch 0 begins.
-      process_index: This host.
-      process_count: Hosts.
+      slots: int64 (n,), numbers below B of the rows of each batch that this host feeds (`sharding.own_rows`); None:
+        all.
       stream: How the corpora take turns; None: there is one.
 
     Returns:
-      A generator of dicts: tokens int32 (B / hosts, L), and row_ids uint32 (B / hosts, 2), the high and the low
-      word of each row's number in the stream: no two rows have the same, of whatever corpus they are.
+      A generator of dicts: tokens int32 (n, L), and row_ids uint32 (n, 2), the high and the low word of each row's
+      number in the stream: no two rows have the same, of whatever corpus they are.
 
     Raises:
-      UserError: the batch cannot be shared evenly between the hosts, or there are no rows. The generator raises
-        what `rows.read` raises, as it is.
+      UserError: there are no rows. The generator raises what `rows.read` raises, as it is.
     """
-    share = _share(global_batch_size, process_count)
+    own = np.arange(global_batch_size) if slots is None else slots
     order = stream or Stream((rows.num_rows,))
     if not min(order.num_rows):
         raise UserError("the corpus has no training rows; prepare one from more text")
@@ -81,17 +79,19 @@ def train_batches(
     orders = tf.constant(order.orders or range(len(order.num_rows)), tf.int64)
 
     def batch(step: Any) -> dict[str, Any]:
-        row = first_row + step * global_batch_size + process_index * share + tf.range(share, dtype=tf.int64)
+        row = first_row + step * global_batch_size + tf.constant(own, tf.int64)
         corpus, position = tf.numpy_function(order.locate, [row], (tf.int64, tf.int64), stateful=False)
         index = _permuted(tf, tf.gather(orders, corpus), position, tf.gather(num_rows, corpus), seed)
         index += tf.gather(tf.cumsum(num_rows, exclusive=True), corpus)
         tokens = tf.numpy_function(read, [index], tf.int32, stateful=False)
         high, low = (tf.bitwise.right_shift(row, tf.constant(32, tf.int64)), row % (1 << 32))
         row_ids = tf.cast(tf.stack([high, low], axis=1), tf.uint32)
-        return {"tokens": tf.ensure_shape(tokens, (share, rows.seq_len)), "row_ids": row_ids}
+        return {"tokens": tf.ensure_shape(tokens, (len(own), rows.seq_len)), "row_ids": row_ids}
 
     dataset = tf.data.Dataset.range(start_step, stop_step)
-    dataset = dataset.map(batch, num_parallel_calls=2, deterministic=True).prefetch(4)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # all numbers are given, and its thread may take a minute to end
+    dataset = dataset.map(batch, num_parallel_calls=2, deterministic=True).prefetch(4).with_options(options)
 
     def batches() -> Generator[dict[str, np.ndarray]]:
         try:
@@ -126,7 +126,7 @@ def _permuted(tf: Any, order: Any, position: Any, num_rows: Any, seed: int) -> A
 
 
 def eval_batches(
-    rows: Rows, numbers: np.ndarray, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    rows: Rows, numbers: np.ndarray, *, batch_size: int, slots: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's share of one pass over some rows of a split, in order; needs no TensorFlow.
 
@@ -134,26 +134,17 @@ def eval_batches(
       rows: The split.
       numbers: int64 (n,), those to be seen.
       batch_size: Rows over all hosts.
-      process_index: This host.
-      process_count: Hosts.
+      slots: As for training.
 
     Yields:
-      As for training, with row_ids of the row's number in the split, and valid bool (batch_size / hosts,): False
-      for the rows of only padding that fill the last batch.
+      As for training, with row_ids of the row's number in the split. Rows of only padding fill the last batch.
     """
-    share = _share(batch_size, process_count)
-    for start in range(process_index * share, -(-len(numbers) // batch_size) * batch_size, batch_size):
-        here = numbers[start : start + share]
-        valid = np.arange(share) < len(here)
-        index = np.zeros(share, np.int64)
-        index[valid] = here
-        tokens = np.full((share, rows.seq_len), rows.pad_id, np.int32)
-        tokens[valid] = rows.read(here)
+    own = np.arange(batch_size) if slots is None else slots
+    for start in range(0, len(numbers), batch_size):
+        real = start + own < len(numbers)
+        index = np.zeros(len(own), np.int64)
+        index[real] = numbers[start + own[real]]
+        tokens = np.full((len(own), rows.seq_len), rows.pad_id, np.int32)
+        tokens[real] = rows.read(index[real])
         row_ids = np.stack([index >> 32, index & 0xFFFFFFFF], axis=1).astype(np.uint32)
-        yield {"tokens": tokens, "row_ids": row_ids, "valid": valid}
-
-
-def _share(batch_size: int, process_count: int) -> int:
-    if batch_size % process_count:
-        raise UserError(f"a batch of {batch_size} rows cannot be shared evenly between {process_count} hosts")
-    return batch_size // process_count
+        yield {"tokens": tokens, "row_ids": row_ids}

@@ -1,6 +1,7 @@
 """Text to token ids and back: SentencePiece models, trained here or given, and Hugging Face `tokenizer.json`."""
 
 import abc
+import functools
 import hashlib
 import io
 import json
@@ -31,7 +32,8 @@ _NAMES = {
 }
 _TRAIN_LINE = 2000  # characters; SentencePiece drops training lines of more than max_sentence_length bytes
 _ENCODE_LINE = 4096  # characters; SentencePiece's time per character grows with the length of the text
-_KNOWN_WORDS = 1 << 18  # whose pieces are remembered: some 50 MB
+_KNOWN_WORDS = 1 << 18  # whose pieces are remembered: 50 MB
+_KNOWN_WORD = 64  # characters; what is longer, as a line of Chinese is, will hardly come again
 
 
 class Tokenizer(abc.ABC):
@@ -104,6 +106,23 @@ class Tokenizer(abc.ABC):
     def _encode_continued(self, text: str) -> list[int]:
         """Ids of text that goes on right after a piece, without a space between."""
 
+    @functools.cached_property
+    def _space_counts(self) -> bool:
+        """Whether a word has the mark of its beginning only where a space is before it (byte-level BPE)."""
+        plain, spaced = (bool(self.starts_word[ids[:1]].all()) for ids in self.encode(["a", " a"]))
+        return spaced and not plain
+
+    def encode_words(self, words: Sequence[str]) -> list[np.ndarray]:
+        """One int32 array of ids per word, as it stands after a space."""
+        return self.encode([f" {word}" for word in words] if self._space_counts else words)
+
+    def encode_answer(self, word: str, text: str) -> list[int]:
+        """Ids of a word in the place of the `[MASK]` of a text, with the space before that, if there is one."""
+        before = text.partition(MASK_TEXT)[0]
+        if before and not before[-1].isspace():
+            return self._encode_continued(word)
+        return (self.encode_words if before else self.encode)([word])[0].tolist()
+
     def encode_with_mask(self, text: str) -> list[int]:
         """Ids of a text in which `[MASK]` stands for a piece; after a space, for a piece that has that space."""
         ids: list[int] = []
@@ -155,7 +174,11 @@ class _SentencePiece(Tokenizer):
         parts = [[word] if len(word) <= _ENCODE_LINE else list(cut(word, _ENCODE_LINE)) for word in new]
         ids = (array("i", i).tobytes() for i in self._encoded(list(chain(*parts))))
         self._known.update((word, b"".join(islice(ids, len(p)))) for word, p in zip(new, parts, strict=True))
-        return [np.frombuffer(b"".join(map(self._known.__getitem__, ws)), np.int32) for ws in words]
+        result = [np.frombuffer(b"".join(map(self._known.__getitem__, ws)), np.int32) for ws in words]
+        for word in new:
+            if len(word) > _KNOWN_WORD:
+                del self._known[word]
+        return result
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         return self._sp.encode(list(texts), num_threads=self.num_threads or -1)

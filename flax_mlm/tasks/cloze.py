@@ -54,14 +54,14 @@ def read(path: str) -> list[Cloze]:
 
 
 def fitting(trained: Trained, clozes: Sequence[Cloze]) -> list[Cloze]:
-    """Those that are not longer than the model's rows, whichever answer is put in."""
-    t = trained.tokenizer
+    """Those that the model takes, whichever answer is put in."""
+    t, limit = trained.tokenizer, Filler(trained).limit
 
     def length(cloze: Cloze) -> int:
         text, answers = cloze
-        return len(t.encode_with_mask(text)) + 1 + max(len(ids) for ids in t.encode(answers))
+        return len(t.encode_with_mask(text)) + 1 + max(len(t.encode_answer(answer, text)) for answer in answers)
 
-    return [cloze for cloze in clozes if length(cloze) <= trained.config.data.seq_len]
+    return [cloze for cloze in clozes if length(cloze) <= limit]
 
 
 def run(trained: Trained, clozes: list[Cloze], poll: Callable[[], Any] = lambda: None) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def run(trained: Trained, clozes: list[Cloze], poll: Callable[[], Any] = lambda:
         poll()
         best, probability = filler.targets(text, list(words))[0]
         ids = filler.ids(text)
-        first = int(trained.tokenizer.encode([best])[0][0])
+        first = trained.tokenizer.encode_answer(best, text)[0]
         (scores_V,) = filler.log_probabilities([ids])[0].values()
         rank = int((scores_V > scores_V[first]).sum()) + 1
         own = [word for word, _ in filler.top(text, 5)[0]]

@@ -64,24 +64,25 @@ def measure(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Meas
         used = found.weights_BK > 0
         np.add.at(token_V4, found.labels_BK[used], sums_BK4[used])
         np.add.at(position_L4, found.positions_BK[used], sums_BK4[used])
-    if jax.process_count() > 1:  # each has seen its own rows
+    if jax.process_count() > 1:  # each has seen its own rows, or with `tensor` also those of others: all equally often
         counts_V = np.asarray(multihost_utils.process_allgather(counts_V)).sum(0)
+        own = len(sharding.own_rows(trained.mesh, trained.config.eval.batch_size))
+        counts_V //= jax.process_count() * own // trained.config.eval.batch_size
     counts_V = np.where(is_special_V, 0, counts_V)
     numbers = corpus.held_out(trained.config.eval.max_rows)
     return Measured(np.concatenate(row_R4), [len(n) for n in numbers], token_V4, position_L4, counts_V)
 
 
 def answers(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Iterator[tuple[np.ndarray, Answers]]:
-    """For every batch of the held-out rows the tokens of this process, and what the model says of all rows."""
+    """For every batch of the held-out rows the tokens of this process, and what the model says of all rows; those that
+    fill up the last batch are all padding and have nothing to predict."""
     config = trained.config
     for batch in eval_batches(
         corpus.split("validation"),
         np.concatenate(corpus.held_out(config.eval.max_rows)),
         batch_size=config.eval.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        slots=sharding.own_rows(trained.mesh, config.eval.batch_size),
     ):
-        del batch["valid"]  # rows that fill up the last batch are all padding and have nothing to predict
         global_batch = sharding.global_batch(batch, trained.mesh, stop=poll())
         found, stop = jax.device_get(trained.steps.evaluate(trained.params, global_batch, trained.vocab))
         if stop:

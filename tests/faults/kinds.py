@@ -43,7 +43,7 @@ KINDS = {
     40: "another vocabulary or tokenizer",
     41: "another seed, batch size or corpus",
     42: "another host count: the same batches",
-    43: "a batch that hosts cannot share",
+    43: "a batch that devices cannot share",
     44: "a damaged corpus",
     45: "ids out of range, overlong rows, empty text, bad UTF-8",
     46: "one non-finite step",

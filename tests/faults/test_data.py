@@ -10,11 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import zstandard
 from etils import epath
 
+from flax_mlm import sharding
+from flax_mlm.config import MeshConfig
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.data import pipeline
 from flax_mlm.data.corpus import Corpus
@@ -179,7 +182,7 @@ def test_any_number_of_hosts_gets_the_same_batches(toy, outcome, start):
         return list(
             pipeline.train_batches(
                 rows, seed=5, global_batch_size=16, start_step=start, stop_step=start + steps,
-                process_index=host, process_count=hosts,
+                slots=np.arange(16).reshape(hosts, -1)[host],
             )
         )  # fmt: skip
 
@@ -194,11 +197,11 @@ def test_any_number_of_hosts_gets_the_same_batches(toy, outcome, start):
 
 
 @pytest.mark.fault(43)
-@pytest.mark.parametrize("hosts", [3, 5, 32])
-def test_a_batch_that_hosts_cannot_share(toy, outcome, hosts):
-    rows = Corpus.open(toy.corpus).split("train")
-    with pytest.raises(UserError, match=f"a batch of 16 rows cannot be shared evenly between {hosts} hosts"):
-        pipeline.train_batches(rows, seed=0, global_batch_size=16, start_step=0, stop_step=1, process_count=hosts)
+@pytest.mark.parametrize("parts", [3, 5, 6])
+def test_a_batch_that_devices_cannot_share(outcome, parts):
+    mesh = sharding.make_mesh(MeshConfig(parts, 1, 1), jax.devices()[:parts])
+    with pytest.raises(UserError, match=f"train.global_batch_size is 16; it must be divisible by {parts}"):
+        sharding.check_batch("train.global_batch_size", 16, mesh)
     outcome("detected")
 
 
