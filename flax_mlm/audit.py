@@ -38,7 +38,7 @@ def main(config: Config) -> int:
     if config.objective.name == "clm":
         raise UserError("objective.name is 'clm', which masks nothing; the audit is for 'mlm' and 'rtd'")
     corpus = open_corpus(config)
-    (phase,) = phases.settled([phase], [corpus.seq_len], [corpus.tokens_per_row])
+    phase = phase.of_rows(corpus.seq_len, corpus.tokens_per_row)
     batch_size = config.train.global_batch_size
     batches = pipeline.train_batches(
         corpus.split("train"),
@@ -93,7 +93,8 @@ def measure(
 
     # The law, in integers: halves round up, rates count in hundred-thousandths, at least one where one is possible.
     maskable_B, used_B = maskable_BL.sum(1), used_BK.sum(1)
-    wanted_B = np.maximum((round(rate * 100_000) * maskable_B + 50_000) // 100_000, np.minimum(maskable_B, 1))
+    units = int(np.round(np.float32(rate) * np.float32(100_000)))  # in float32, as the device has it
+    wanted_B = np.maximum((units * maskable_B + 50_000) // 100_000, np.minimum(maskable_B, 1))
     short_B = used_B < wanted_B
 
     # Words: how many tokens each has, and how many of those are selected.

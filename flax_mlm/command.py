@@ -92,7 +92,7 @@ def _parse(
     for path in to_none:
         config_dict.update_from_flattened_dict({path: None})
     if config_dict.get("init_from") and (not from_checkpoint or folder.is_one(values.checkpoint)):
-        folder.adopt(config_dict, {match[2] for match in map(_OVERRIDE.fullmatch, argv) if match})
+        folder.adopt(config_dict, {match[2] for match in map(_OVERRIDE.fullmatch, argv) if match}, from_checkpoint)
     return config_lib.build(config_dict)
 
 

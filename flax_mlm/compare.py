@@ -4,8 +4,8 @@ python -m flax_mlm.compare --checkpoints=masked=runs/mlm,causal=runs/clm --outpu
     --tasks='mlm; cloze; blimp=minimal_pairs --data=blimp/; cola=classification --train=cola.tsv --metric=matthews'
 
 Each pair is `python -m flax_mlm.evaluate` in a process of its own, with the overrides that are given here and those of
-the task, and its result a file in --output: what is there already, of the same checkpoint and options, is not done
-again. Differences to the first checkpoint come with 95% intervals of a bootstrap over the examples that both have
+the task, and its result a file in --output: what is there already, of the same checkpoint, options and files, is not
+done again. Differences to the first checkpoint come with 95% intervals of a bootstrap over the examples that both have
 answered.
 """
 
@@ -140,7 +140,8 @@ def result_of(spec: Spec, name: str, checkpoint: Checkpoint, output: Path) -> di
       UserError: evaluate was not content with what it was given, or `output` cannot be written.
       Failure: it failed.
     """
-    key = hashlib.sha256(json.dumps([*checkpoint, *spec.arguments]).encode()).hexdigest()[:12]
+    asked = json.dumps([*checkpoint, *spec.arguments, *files_in(spec.arguments)])
+    key = hashlib.sha256(asked.encode()).hexdigest()[:12]
     file = output / "results" / f"{spec.name}-{name}-{key}.json"
     if not file.exists():
         try:
@@ -155,6 +156,13 @@ def result_of(spec: Spec, name: str, checkpoint: Checkpoint, output: Path) -> di
             what = f"{spec.name} of {name}: {said.removeprefix('error: ')}"
             raise UserError(what) if done.returncode == 2 else Failure(what)
     return json.loads(file.read_text())
+
+
+def files_in(arguments: list[str]) -> list[tuple[str, int, int]]:
+    """Name, size and time of the last change of every file that the values of some options name."""
+    named = (Path(argument.partition("=")[2]).expanduser() for argument in arguments)
+    found = [file for path in named if path.exists() for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]
 
 
 class Row(NamedTuple):
@@ -210,7 +218,7 @@ def table(checkpoints: list[str], rows: list[Row]) -> str:
     for row in rows:
         arrow = "↑" if row.higher_is_better else "↓"
         lines.append([row.task, f"{row.metric} {arrow}", *(cell(row, name) for name in checkpoints)])
-    note = f"± standard error. Below it the difference to {checkpoints[0]} with its 95% interval (paired bootstrap)."
+    note = "± standard error. Below it the difference to the row's first with its 95% interval (paired bootstrap)."
     return tables.markdown(["task", "metric", *checkpoints], lines, text_columns=2) + f"\n\n{note}\n"
 
 

@@ -124,6 +124,14 @@ class ObjectiveConfig:
     embedding_sharing: str
     discriminator_weight: float
 
+    @property
+    def hidden(self) -> list[Any]:
+        """How tokens are hidden; held-out losses of tokens that are hidden otherwise do not compare."""
+        if self.name == "clm":
+            return []
+        spans = [self.span_stop, self.span_max_words] if self.masking == "span" else []
+        return [self.masking, self.replace_mask, self.replace_random, *spans]
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

@@ -2,7 +2,8 @@
 
 InfoNCE (arXiv:1807.03748): a query must tell its own positive from all others of the batch, on all devices, and from
 hard negatives (arXiv:2004.04906). Where a text comes alone it is its own positive, and only dropout tells the two apart
-(SimCSE, arXiv:2104.08821). Matryoshka (arXiv:2205.13147): the first few dimensions alone are trained to do as well.
+(SimCSE, arXiv:2104.08821); how well that goes is told by the loss itself. Matryoshka (arXiv:2205.13147): the first few
+dimensions alone are trained to do as well.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mlm import finetune, sharding
+from flax_mlm.errors import UserError
 from flax_mlm.finetune import Params, Poll
 from flax_mlm.trained import Trained
 
@@ -32,41 +34,73 @@ class Pairs(NamedTuple):
         some = [(self.queries[i], self.positives[i], self.negatives[i]) for i in numbers]
         return Pairs(*map(list, zip(*some, strict=True)))
 
+    @property
+    def are_alone(self) -> bool:
+        """Whether all are texts that come alone."""
+        return self.queries == self.positives
+
 
 def make_fit(
     trained: Trained, train: Pairs, dev: Pairs, vectors: finetune.Vectors, poll: Poll
 ) -> Callable[[float, int], finetune.Fitted]:
     """(learning rate, seed) -> the fine-tuned encoder of the epoch whose vectors rank the positives of `dev` best (mean
-    reciprocal rank among all of its positives and negatives). `vectors` is `finetune.make_vectors`."""
-    config = trained.config.finetune
-    unique = {text: i for i, text in enumerate(dict.fromkeys(_texts(train)))}
-    texts = finetune.tokenised(trained, list(unique))
-    lengths = [len(texts.tokens[unique[query]]) for query in train.queries]
-    trainer = finetune.make_trainer(trained, make_loss(trained), lambda key: {})
+    reciprocal rank among all of its positives and negatives); or, where these are the queries themselves and so always
+    first, whose loss is the lowest. `vectors` is `finetune.make_vectors`.
+
+    Raises:
+      UserError: there is nothing to tell texts from themselves.
+    """
+    config, model = trained.config.finetune, trained.config.model
+    if train.are_alone and not model.dropout_rate and not model.attention_dropout_rate:
+        raise UserError(
+            "--train holds texts alone, which only dropout tells from themselves, and model.dropout_rate is 0; set "
+            "--config.model.dropout_rate=0.1"
+        )
+    loss = make_loss(trained)
+    trainer = finetune.make_trainer(trained, loss, lambda key: {})
     steps = finetune.batches_of(len(train.queries), config.batch_size)
+    just_loss, held_out = jax.jit(loss), _make_epoch(trained, dev)
+
+    def score(params: Params) -> float:
+        if not dev.are_alone:
+            return float((1 / ranks(lambda some: vectors_of(trained, vectors, params, some, poll), dev)).mean())
+        losses = []
+        for i, batch in enumerate(held_out(np.random.default_rng(0))):
+            poll()
+            arrays = sharding.split_rows(list(batch), trained.mesh)
+            losses.append(float(just_loss(params, *arrays, jax.random.fold_in(jax.random.key(0), i))))
+        return -float(np.mean(losses))
+
+    epoch = _make_epoch(trained, train)
+    return lambda rate, seed: finetune.fit(trained, trainer, epoch, steps, score, rate, seed, poll)
+
+
+def _make_epoch(trained: Trained, pairs: Pairs) -> Callable[[np.random.Generator], Iterator[finetune.Batch]]:
+    """The batches of one epoch, as `make_loss` takes them."""
+    config = trained.config.finetune
+    unique = {text: i for i, text in enumerate(dict.fromkeys(_texts(pairs)))}
+    texts = finetune.tokenised(trained, list(unique))
+    lengths = [len(texts.tokens[unique[query]]) for query in pairs.queries]
 
     def epoch(rng: np.random.Generator) -> Iterator[finetune.Batch]:
         for numbers in finetune.epoch_batches(lengths, config.batch_size, rng):
             ids_BG = np.full((len(numbers), 2 + config.hard_negatives), _NONE, np.int32)
             for b, i in enumerate(numbers):
-                hard = rng.permutation(train.negatives[i])[: config.hard_negatives]
-                chosen = [unique[str(text)] for text in (train.queries[i], train.positives[i], *hard)]
+                hard = rng.permutation(pairs.negatives[i])[: config.hard_negatives]
+                chosen = [unique[str(text)] for text in (pairs.queries[i], pairs.positives[i], *hard)]
                 ids_BG[b, : len(chosen)] = chosen
             tokens_RL, types_RL = finetune.padded(trained, texts.take(np.maximum(ids_BG, 0).ravel().tolist()))
             shape = *ids_BG.shape, tokens_RL.shape[1]
             yield tokens_RL.reshape(shape), types_RL.reshape(shape), ids_BG
 
-    def score(params: Params) -> float:
-        return float((1 / ranks(lambda some: vectors_of(trained, vectors, params, some, poll), dev)).mean())
-
-    return lambda rate, seed: finetune.fit(trained, trainer, epoch, steps, score, rate, seed, poll)
+    return epoch
 
 
 def make_loss(trained: Trained) -> Callable[..., jax.Array]:
     """(parameters, tokens and token types int32 (B, G, L), text numbers int32 (B, G), key) -> scalar.
 
     Each group is a query, its positive and its hard negatives (number -1: none). Texts equal to the query or to its
-    positive are not wrong answers, wherever in the batch they are.
+    positive are not wrong answers, wherever in the batch they are; nor are other positives of the same query.
     """
     config = trained.config.finetune
     sizes = config.sizes(trained.config.model.hidden_size)
@@ -84,6 +118,8 @@ def make_loss(trained: Trained) -> Callable[..., jax.Array]:
         own_B = sharding.like(jnp.arange(groups, dtype=jnp.int32) * (size - 1), ids_BG[:, 0])
         is_own_BC = place_C == own_B[:, None]
         same_BC = (ids_C == ids_BG[:, :1]) | (ids_C == ids_BG[:, 1:2]) | (ids_C == _NONE)
+        query_C = jnp.repeat(sharding.replicate(ids_BG[:, 0]), size - 1)
+        same_BC |= (place_C % (size - 1) == 0) & (query_C == ids_BG[:, :1])
         total = jnp.float32(0.0)
         for width in sizes:
             scores_BC = normal(queries_BD[:, :width]) @ normal(candidates_CD[:, :width]).T / config.temperature
@@ -108,11 +144,12 @@ def vectors_of(trained: Trained, vectors: finetune.Vectors, params: Params, text
 
 
 def ranks(embed: Callable[[list[str]], np.ndarray], pairs: Pairs) -> np.ndarray:
-    """From 1: where each query's positive stands among all positives and negatives of the set, int64 (N,)."""
+    """From 1: where each query's positive stands among all positives and negatives of the set, int64 (N,); last of
+    those that are as near, so that vectors which are all the same, or no numbers, are no good."""
     candidates = {text: i for i, text in enumerate(dict.fromkeys(chain(pairs.positives, *pairs.negatives)))}
     scores_NC = embed(pairs.queries) @ embed(list(candidates)).T
     own_N1 = np.take_along_axis(scores_NC, np.array([[candidates[text]] for text in pairs.positives]), axis=1)
-    return (scores_NC > own_N1).sum(1) + 1
+    return (~(scores_NC < own_N1)).sum(1)
 
 
 def _texts(pairs: Pairs) -> Iterator[str]:

@@ -43,7 +43,7 @@ def main(config: Config) -> None:
     import numpy as np
     from rich.progress import Progress
 
-    from flax_mlm import contrastive, finetune, trained
+    from flax_mlm import contrastive, finetune, sharding, trained
     from flax_mlm.tasks import labelled
 
     records = labelled.records(_INPUT.value)
@@ -51,6 +51,7 @@ def main(config: Config) -> None:
         if not isinstance(record.get(_TEXT.value), str):
             raise UserError(f"{where} has no {_TEXT.value} (it has {', '.join(map(str, record))})")
     model = trained.restore(_CHECKPOINT.value, config)
+    sharding.check_batch("finetune.batch_size", config.finetune.batch_size, model.mesh)
     texts = finetune.tokenised(model, [record[_TEXT.value] for _, record in records])
     with Progress(disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("embedding", total=-(-len(texts) // config.finetune.batch_size))
@@ -74,7 +75,9 @@ def _write_parquet(file: Any, records: list[dict[str, Any]], vectors_ND: Any) ->
 
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), vectors_ND.shape[1])
     try:
-        pq.write_table(pa.Table.from_pylist(records).append_column("vector", column), file)
+        names = dict.fromkeys(name for record in records for name in record)  # pyarrow would take those of the first
+        columns = pa.table({name: [record.get(name) for record in records] for name in names})
+        pq.write_table(columns.append_column("vector", column), file)
     except pa.ArrowException as e:
         raise UserError(f"--input: '{_INPUT.value}' has columns that Parquet cannot hold: {e}") from e
 

@@ -6,6 +6,7 @@ python -m flax_mlm.evaluate --checkpoint=runs/quickstart --task=classification -
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ _METRIC = flags.DEFINE_enum(
 _SAVE = flags.DEFINE_string("save", "", "retrieval: keep the fine-tuned encoder in this folder, a --checkpoint again")
 _JSON = flags.DEFINE_string("json", "", "also write the result to this file")
 
+_FINE_TUNING = (_TRAIN, _DEV, _TEST)
+_OPTIONS = {  # of each task
+    "mlm": (_MASK_RATES,),
+    "cloze": (_DATA,),
+    "minimal_pairs": (_DATA, _VARIANT),
+    "classification": (*_FINE_TUNING, _TEXT, _PAIR, _LABEL, _METRIC),
+    "tagging": _FINE_TUNING,
+    "retrieval": (*_FINE_TUNING, _TEXT, _PAIR, _LABEL, _SAVE),
+}
+
 flags.adopt_module_key_flags(processes)
 
 
@@ -70,6 +81,9 @@ def main(config: Config) -> None:
 
     from flax_mlm import files, trained
 
+    for option in sorted({option.name for some in _OPTIONS.values() for option in some}):
+        if flags.FLAGS[option].present and option not in [known.name for known in _OPTIONS[_TASK.value]]:
+            raise UserError(f"--{option} is none of --task={_TASK.value}")
     buckets.refuse("--save", _SAVE.value)
     buckets.refuse("--json", _JSON.value)
     task = {
@@ -117,16 +131,22 @@ def _mlm(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
         corpus = open_corpus(config)
     if corpus.tokenizer().fingerprint != model.tokenizer.fingerprint:
         raise UserError(f"data.corpus: {corpus} was made with another tokenizer than {_CHECKPOINT.value}")
+    if model.meta and model.meta["corpus"] != corpus.fingerprint and not config.train.phases:
+        print("note: this is not the corpus that the run has held rows out of; it may have seen these", file=sys.stderr)
+    if corpus.seq_len != config.data.seq_len:  # of which the number of predicted slots is a share
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=corpus.seq_len))
+        model = model._replace(config=config, steps=make_steps(config, model.tokenizer.vocab_size, model.mesh))
+    about = {"corpus": corpus.fingerprint, "hidden": [*config.objective.hidden, config.eval.mask_rate]}
     if config.objective.name == "rtd":
         rows = rtd.measure(model, corpus, poll)
         each_row = {name: getattr(rows, name).tolist() for name in ("loss", "tokens", "replaced")}
-        result = {**rtd.summary(rows, corpus), "corpus": corpus.fingerprint, "each_row": each_row}
+        result = {**rtd.summary(rows, corpus), **about, "each_row": each_row}
         return result, rtd.table(result)
     measured = mlm.measure(model, corpus, poll)
     count_R, loss_R, *_ = measured.row_R4.T
     result = {
         **mlm.summary(measured, corpus),
-        "corpus": corpus.fingerprint,
+        **about,
         "by": mlm.breakdown(measured, model.tokenizer.starts_word),
         "each_row": {"loss": loss_R.tolist(), "predicted_tokens": count_R.tolist()},
     }
@@ -168,7 +188,7 @@ def _minimal_pairs(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
 def _classification(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm.tasks import classification, report
 
-    _alone(roster)
+    _check_fine_tuning(model, roster)
     train, dev, test = (_labelled(flag.value) if flag.value else None for flag in (_TRAIN, _DEV, _TEST))
     if not train:
         raise UserError("--train is missing; name the file of labelled examples to fine-tune on")
@@ -179,7 +199,7 @@ def _classification(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer
 def _tagging(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm.tasks import conll, report, tagging
 
-    _alone(roster)
+    _check_fine_tuning(model, roster)
     train, dev, test = (conll.read(flag.value) if flag.value else None for flag in (_TRAIN, _DEV, _TEST))
     if not train:
         raise UserError("--train is missing; name the file of tagged sentences to fine-tune on")
@@ -191,7 +211,7 @@ def _retrieval(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm import checkpoint, files
     from flax_mlm.tasks import retrieval
 
-    _alone(roster)
+    _check_fine_tuning(model, roster)
     save = Path(_SAVE.value).expanduser()
     if not _TEST.value:
         raise UserError("--test is missing; name a BEIR folder, or a file of pairs of sentences with scores")
@@ -201,7 +221,7 @@ def _retrieval(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
         if not _TRAIN.value:
             raise UserError("--save needs --train: there is nothing new")
         files.check_writable("--save", save, makes_folders=True)
-    train, dev = (retrieval.read_pairs(flag.value) if flag.value else None for flag in (_TRAIN, _DEV))
+    train, dev = (retrieval.read_pairs(flag.value, flag.name) if flag.value else None for flag in (_TRAIN, _DEV))
     is_folder = Path(_TEST.value).expanduser().is_dir()
     test = retrieval.read_benchmark(_TEST.value, "test") if is_folder else _labelled(_TEST.value)
     result, params = retrieval.run(model, train, dev, test, print, poll)
@@ -216,9 +236,12 @@ def _labelled(source: str) -> Any:
     return labelled.read(source, _TEXT.value, _PAIR.value, _LABEL.value)
 
 
-def _alone(roster: Any) -> None:
+def _check_fine_tuning(model: Any, roster: Any) -> None:
+    from flax_mlm import sharding
+
     if roster.count > 1:
         raise UserError(f"--task={_TASK.value} runs in one process, on all its devices; there are {roster.count}")
+    sharding.check_batch("finetune.batch_size", model.config.finetune.batch_size, model.mesh)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _value(path: str, text: str) -> Any:
-    text = re.sub(r'^"(.*)"$', r"\1", text.strip())
+    text = re.sub(r'^"(.*)"$', r"\1", text.strip(), flags=re.DOTALL)
     try:
         kind, optional = config_lib.field_type(path)
         return None if optional and text.lower() == "none" else config_lib.parse(kind, path, text)

@@ -4,7 +4,7 @@ import itertools
 import math
 from typing import Any
 
-from flax_mlm.config import LENGTHS, Config, field_types, value_of
+from flax_mlm.config import LENGTHS, Config, OptimizerConfig, field_types, value_of
 from flax_mlm.errors import UserError
 
 CHOICES = {
@@ -266,14 +266,19 @@ def _check_reproducible(c: Config) -> None:
         )
 
 
+def check_snapshots(o: OptimizerConfig, steps: int) -> None:
+    """Raises UserError: so many steps do not make as many snapshots of the weights as are to be averaged."""
+    _need(
+        o.averaging != "lawa" or (o.lawa_count - 1) * o.lawa_every < steps,
+        f"optimizer.lawa_count is {o.lawa_count}; a run of {steps} steps has not as many snapshots, "
+        f"{o.lawa_every} steps apart (optimizer.lawa_every)",
+    )
+
+
 def _check_optimizer(c: Config) -> None:
     o, t = c.optimizer, c.train
-    if o.averaging == "lawa" and t.unit == "steps":
-        _need(
-            (o.lawa_count - 1) * o.lawa_every < t.steps,
-            f"optimizer.lawa_count is {o.lawa_count}; a run of {t.steps} steps has not as many snapshots, "
-            f"{o.lawa_every} steps apart (optimizer.lawa_every)",
-        )
+    if t.unit == "steps":
+        check_snapshots(o, t.steps)
     if t.has_budget:
         for name, wrong in (
             ("name = 'schedule_free'", o.name == "schedule_free"),

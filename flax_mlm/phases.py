@@ -29,7 +29,7 @@ _CHANGING = (
     *("model.dropout_rate", "model.attention_dropout_rate", "model.attention", "model.remat"),
 )
 _FIXED_WITH_RTD = ("name", "generator_size", "generator_depth", "embedding_sharing")
-_NUMBER = r"\d+(?:_?\d)*(?:\.\d+)?(?:e\d+)?"
+_NUMBER = r"\d+(?:_?\d)*(?:\.\d+)?(?:e[+-]?\d+)?"
 
 
 class Phase(NamedTuple):
@@ -47,6 +47,19 @@ class Phase(NamedTuple):
         """A number of the config after this share of the phase (a float, or an array)."""
         first = value_of(self.config, path)
         return first + share * (self.last[path] - first) if path in self.last else first
+
+    def of_rows(self, seq_len: int, tokens_per_row: float) -> "Phase":
+        """With the rows that it has, now that its text is known, and of a run in tokens the steps.
+
+        Args:
+          seq_len: L.
+          tokens_per_row: without special ones.
+        """
+        t, config = self.config.train, _with(self.config, {"data.seq_len": seq_len})
+        if t.unit != "tokens":
+            return self._replace(config=config)
+        steps = (self.end - self.begin) * t.tokens / (t.global_batch_size * tokens_per_row)
+        return self._replace(config=config, num_steps=max(1, round(steps)))
 
     @property
     def largest_mask_rate(self) -> float:
@@ -95,7 +108,7 @@ def of(config: Config) -> list[Phase]:
 def _changed(before: Phase, begin: float, changes: str) -> Phase:
     """The phase after another one, or in place of the first."""
     types, config = field_types(), _with(before.config, before.last)
-    last, parts = dict[str, float](), list[str]()
+    last, parts, named = dict[str, float](), list[str](), set[str]()
     for part in changes.split(","):
         if "=" in part or "->" in part or not parts:
             parts.append(part)
@@ -103,14 +116,15 @@ def _changed(before: Phase, begin: float, changes: str) -> Phase:
             parts[-1] += f",{part}"
     for part in parts:
         match = re.fullmatch(r"([^=>]*?)\s*(?:=(.*?))?(?:->(.*))?", part.strip(), re.S)
-        if not match or match[2] is match[3] is None:
+        if not match or (match[2] is None and match[3] is None):
             raise _wrong(f"'{part.strip()}' is not a change")
         path, *texts = (text.strip() if text is not None else None for text in match.groups())
         assert path is not None
         if path not in types or not path.startswith(_CHANGING):
             raise _wrong(f"'{path}' cannot change within a run")
-        if path == "data.seq_len" and config.data.corpus:
-            raise _wrong("'data.seq_len' is that of data.corpus; name a corpus that was prepared with other rows")
+        if path in named:
+            raise _wrong(f"'{changes}' changes {path} twice")
+        named.add(path)
         first, final = (None if text is None else parse(types[path][0], path, text) for text in texts)
         if first is not None:
             config = _with(config, {path: first})
@@ -118,6 +132,8 @@ def _changed(before: Phase, begin: float, changes: str) -> Phase:
             if path not in MOVING:
                 raise _wrong(f"'{path}' does not move; of what changes, {', '.join(MOVING)} do")
             last[path] = final
+    if "data.seq_len" in named and config.data.corpus:
+        raise _wrong("'data.seq_len' is that of data.corpus; name a corpus that was prepared with other rows")
     # A rate may end at 0, but not begin there.
     moved = {path: value for path, value in last.items() if (path, value) != ("optimizer.learning_rate", 0.0)}
     for changed in (config, _with(config, moved)):
@@ -154,16 +170,18 @@ def settled(phases: Sequence[Phase], seq_len: Sequence[int], tokens_per_row: Seq
     Args:
       seq_len: L of each phase's rows.
       tokens_per_row: of each phase's rows, without special ones.
+
+    Raises:
+      UserError: the run has too few steps for the average that is asked for.
     """
-    phases = [p._replace(config=_with(p.config, {"data.seq_len": n})) for p, n in zip(phases, seq_len, strict=True)]
+    phases = [p.of_rows(n, each) for p, n, each in zip(phases, seq_len, tokens_per_row, strict=True)]
     if phases[0].config.train.unit != "tokens":
         return phases
-    counts, tokens = [], phases[0].config.train.tokens
-    for phase, each in zip(phases, tokens_per_row, strict=True):
-        counts.append(max(1, round((phase.end - phase.begin) * tokens / (phase.config.train.global_batch_size * each))))
+    counts = [p.num_steps or 0 for p in phases]
+    limits.check_snapshots(phases[0].config.optimizer, sum(counts))
     return [
-        p._replace(config=_with(p.config, {"train.steps": sum(counts)}), first_step=sum(counts[:i]), num_steps=n)
-        for i, (p, n) in enumerate(zip(phases, counts, strict=True))
+        p._replace(config=_with(p.config, {"train.steps": sum(counts)}), first_step=sum(counts[:i]))
+        for i, p in enumerate(phases)
     ]
 
 

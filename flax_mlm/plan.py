@@ -246,21 +246,27 @@ def cost(config: Config, found: Rehearsal, chip: chips.Chip | None) -> Iterator[
         )
         yield "            from all at once to one after another; see flax_mlm/roofline.py. Not a measurement"
     t = config.train
-    seconds = t.seconds(found.chips) if t.has_budget else t.steps * bounds[-1]
-    budget = _TOKEN_BUDGET.value or t.tokens or tokens * seconds / bounds[-1]
+    budget = _TOKEN_BUDGET.value or t.tokens or tokens * t.steps
 
-    def span(values: list[float], form: str, unit: str) -> str:
+    def span(values: list[float], form: str, unit: str, is_sure: bool = False) -> str:
         text = " to ".join(format(v, form) for v in values) + unit
-        return text if len(values) > 1 else f"{text} at best"
+        return text if len(values) > 1 or is_sure else f"{text} at best"
 
     use = [roofline.mfu(found, chip, s) for s in reversed(bounds)]
     yield f"a step      {span([1e3 * s for s in bounds], ',.1f', ' ms')}, MFU {span(use, '.0%', '')}"
     yield f"a day       {span([86.4e-6 / s * tokens for s in reversed(bounds)], ',.2f', ' billion tokens')}"
-    hours = [budget / tokens * s / 3600 for s in bounds]
-    yield f"the run     {budget / 1e9:,.2f} billion tokens: {span([h / 24 for h in hours], ',.2f', ' days')}"
+    by_clock = t.has_budget and not _TOKEN_BUDGET.value
+    if by_clock:
+        hours = [t.seconds(found.chips) / 3600]
+        seen = span([3.6e-6 * hours[0] / s * tokens for s in reversed(bounds)], ",.2f", " billion tokens")
+        yield f"the run     {seen} in the {hours[0]:,.2f} hours of train.{t.unit}"
+    else:
+        hours = [budget / tokens * s / 3600 for s in bounds]
+        yield f"the run     {budget / 1e9:,.2f} billion tokens: {span([h / 24 for h in hours], ',.2f', ' days')}"
     price = _PRICE.value if _PRICE.value is not None else t.price_per_chip_hour
     if price or _PRICE.value is not None:
-        yield f"            {span([h * found.chips * price for h in hours], ',.2f', f', at {price:g} per chip-hour')}"
+        costs = span([h * found.chips * price for h in hours], ",.2f", "", by_clock)
+        yield f"            {costs}, at {price:g} per chip-hour"
 
 
 def gib(size: float) -> str:

@@ -169,7 +169,7 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         steps = make_steps(config, vocab_size, mesh, phase)
         t = config.train
-        rows = sharding.abstract_batch(t.global_batch_size, config.data.seq_len, mesh, t.has_budget)
+        rows = sharding.abstract_batch(t.global_batch_size, config.data.seq_len, mesh, phase.num_steps is None)
         vocab = _abstract_vocabulary(vocab_size, mesh)
         kernel = attention.implementation(
             attention.choose(config, devices[0].platform),

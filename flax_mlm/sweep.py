@@ -253,11 +253,9 @@ def summarise(runs: list[Run], errors: dict[str, str]) -> list[Row]:
 def asked(config: Config, result: dict[str, Any]) -> Any:
     """What a held-out loss is of: which tokens, hidden how. Losses of other questions do not compare."""
     o = phases.of(config)[-1].config.objective
-    hidden = () if o.name == "clm" else (o.masking, o.replace_mask, o.replace_random)
-    spans = (o.span_stop, o.span_max_words) if hidden and o.masking == "span" else ()
-    question = o.name, hidden, spans
     # With rtd the generator sets the question, and no two runs' are the same.
-    return question, config.eval.mask_rate, result.get("unigram_entropy"), result.get("generator_loss"), result["rows"]
+    of_text = result.get("unigram_entropy"), result.get("generator_loss"), result["rows"]
+    return o.name, o.hidden, config.eval.mask_rate, *of_text
 
 
 def write(workdir: Path, runs: list[Run], errors: dict[str, str]) -> None:

@@ -64,6 +64,8 @@ class Found(NamedTuple):
 
 
 def main(config: Config) -> int:
+    if _KILLS.value >= _STEPS.value:
+        raise UserError(f"--kills is {_KILLS.value}; it must be less than --steps, {_STEPS.value}")
     shapes = parse_shapes(_SHAPES.value)
     if shapes and backend() != "cpu":
         print("devices other than CPUs cannot be divided at will: no moves (on a CPU: JAX_PLATFORMS=cpu)")
@@ -80,6 +82,10 @@ def main(config: Config) -> int:
         eval=dataclasses.replace(config.eval, max_rows=config.eval.max_rows or 2 * config.eval.batch_size),
         log=dataclasses.replace(config.log, tensorboard=False, wandb_project=""),
     )
+    try:
+        phases.of(config)
+    except UserError as e:
+        raise UserError(f"--steps is {_STEPS.value}, which may be too few: {e}") from e
     here = Shape()
     with folder_of_runs() as folder:
         code = f"from flax_mlm import config\n\ndef get_config():\n    return config.from_dict({config.to_dict()!r})\n"

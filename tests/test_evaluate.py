@@ -216,6 +216,29 @@ def test_mask_rates(toy, trained_run, tmp_path):
         )
 
 
+def test_rows_of_another_length_are_masked_at_the_same_rate(toy, trained_run, model, tmp_path):
+    """As many slots as a longer row needs: not those of the rows that it was trained on."""
+    longer = toy.flags(data__corpus="", data__source=f"text:{toy.text}", data__seq_len=128)
+    longer.append(f"--config.tokenizer.path={toy.corpus / 'tokenizer.model'}")
+    assert toy.run("prepare", *longer, f"--output={tmp_path / 'longer'}").returncode == 0
+    line = f"--checkpoint={trained_run}", f"--config.data.corpus={tmp_path / 'longer'}", f"--json={tmp_path / 'x'}"
+    done = toy.run("evaluate", *line, "--mask_rates=0.5")
+    assert done.returncode == 0, done.stderr
+    found, rows = json.loads((tmp_path / "x").read_text()), Corpus.open(tmp_path / "longer").split("validation")
+    tokens_RL = rows.read(np.arange(rows.num_rows))
+    ordinary = int((~model.tokenizer.is_special[tokens_RL]).sum())
+    assert found["predicted_tokens"] == pytest.approx(0.15 * ordinary, rel=0.02)
+    assert done.stderr.startswith("note: this is not the corpus that the run has held rows out of")
+    assert found["rates"]["0.5"]["predicted_tokens"] == pytest.approx(0.5 * ordinary, rel=0.02)
+
+
+def test_options_of_another_task_are_refused(toy, trained_run):
+    for task, option in (("classification", "--save=x"), ("mlm", "--train=x"), ("tagging", "--metric=f1")):
+        done = toy.run("evaluate", f"--checkpoint={trained_run}", f"--task={task}", option)
+        name = option.partition("=")[0]
+        assert (done.returncode, done.stderr) == (2, f"error: {name} is none of --task={task}\n")
+
+
 def test_an_untrained_model_is_no_better_than_the_vocabulary(toy, corpus):
     """Scores of a new model are nearly uniform: its loss is ln V, well over the unigram entropy."""
     c = base.get_config()

@@ -91,7 +91,17 @@ def test_metrics_are_those_of_scikit_learn(rows):
     assert classification.evaluate("accuracy", gold, found) == sklearn.metrics.accuracy_score(gold, found)
     assert classification.evaluate("matthews", gold, found) == sklearn.metrics.matthews_corrcoef(gold, found)
     expected = sklearn.metrics.f1_score(gold, found, zero_division=0.0)
-    assert classification.evaluate("f1", gold, found) == expected
+    assert classification.evaluate("f1", gold, found, 2) == expected
+
+
+def test_what_is_rare_is_learned_and_not_held_out():
+    labels = [[str(i % 2)] for i in range(40)]
+    for rare in range(40):  # wherever it is
+        some = [*labels[:rare], ["rare"], *labels[rare + 1 :]]
+        train, dev = report.tenth(40, some)
+        assert sorted(train + dev) == list(range(40)) and rare in train and len(dev) in (3, 4)
+    with pytest.raises(UserError, match="too few to leave some out; give --dev"):
+        report.tenth(2, [["a"], ["b"]])
 
 
 def test_batches_hold_every_example_once(model):
@@ -150,6 +160,8 @@ def test_lines_end_at_newlines_alone(tmp_path, space):
         ("a.jsonl", b'{"text": "a", "label": 1}\n{', "a.jsonl:2 is not JSON"),
         ("a.jsonl", b"[1]", "a.jsonl:1 is not a JSON object"),
         ("a.jsonl", b'{"text": "a"}', "no column that is plainly the label"),
+        ("a.csv", b"text,label\nHello, world,1\n", "a.csv:2 has 3 columns, and the first line 2"),
+        ("a.tsv", b"question\tsentence\tlabel\na\tb\t1\n", "has columns sentence and question; say which are --text"),
     ],
 )
 def test_tables_that_will_not_do(tmp_path, name, content, message):
@@ -168,7 +180,7 @@ def test_labels_that_will_not_do(model):
         classification.run(model, some, some, None, "pearson", quiet, quiet)
     with pytest.raises(UserError, match="all labels of the training set are 'a'"):
         classification.run(model, as_labelled([("x", "a")] * 9), some, None, "accuracy", quiet, quiet)
-    with pytest.raises(UserError, match="--train holds 1 example; it takes two at least where there is no --dev"):
+    with pytest.raises(UserError, match="--train holds 1 examples, too few to leave some out"):
         classification.run(model, as_labelled([("x", "a")]), None, None, "accuracy", quiet, quiet)
     for rates in ("", "fast", "0.1,2"):
         c = config_lib.from_dict(model.config.to_dict())

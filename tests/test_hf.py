@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import base
 from flax_mlm import config as config_lib
-from flax_mlm import sharding
+from flax_mlm import metrics, sharding
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.errors import UserError
 from flax_mlm.hf import architecture as architecture_lib
@@ -378,7 +378,8 @@ def test_export_and_continue(toy, bert_run, tmp_path):
     card = (exported / "README.md").read_text()
     result = json.loads((bert_run / "result.json").read_text())
     assert card.startswith("---\nlanguage: en\n") and "license: mit" in card and f"{result['loss']:.4f}" in card
-    assert "20 steps of 16 rows" in card and str(toy.text) in card and "exported" in card
+    seen = metrics.lines(bert_run, "train")[-1]["tokens_seen"]
+    assert f"20 steps of 16 rows of 32, {seen:,} tokens" in card and str(toy.text) in card and "exported" in card
 
     done = toy.run("export", f"--checkpoint={bert_run}", f"--output={exported}")
     assert done.returncode == 2 and done.stderr == (
@@ -397,15 +398,37 @@ def test_export_and_continue(toy, bert_run, tmp_path):
     done = toy.run("evaluate", f"--checkpoint={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
 
+    # All of a folder's positions are trained, whatever rows base.py has.
+    long = "The dog barks in the garden. " * 30 + "The [MASK] sleeps."
+    done = toy.run("fill_mask", f"--checkpoint={exported}", long)
+    assert done.returncode == 0, done.stderr
+    done = toy.run("fill_mask", f"--checkpoint={exported}", long * 9)
+    assert done.returncode == 2 and "at most 512" in done.stderr
+
+
+def test_a_causal_folder_is_a_causal_model(toy, tmp_path):
+    shape = {"model__positions": "learned", "model__norm_position": "post", "objective__name": "clm"}
+    done = toy.run("train", f"--workdir={tmp_path / 'run'}", *toy.flags(train__steps=3, **shape))
+    assert done.returncode == 0, done.stderr
+    done = toy.run("export", f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'exported'}")
+    assert done.returncode == 0, done.stderr
+    assert folder.open_folder(tmp_path / "exported").architecture is bert.BERT_CAUSAL
+    line = f"--checkpoint={tmp_path / 'exported'}"
+    assert json.loads(toy.run("evaluate", line, "--print_config").stdout)["objective"]["name"] == "clm"
+    further = toy.run("train", f"--config.init_from={tmp_path / 'exported'}", "--print_config")
+    assert json.loads(further.stdout)["objective"]["name"] == "mlm", "trained further it may become something else"
+
 
 def test_an_encoder_fine_tuned_for_vectors_is_exported_with_its_pooling(toy, bert_run, tmp_path):
     """And so is a folder of Hugging Face: what comes out is what went in."""
+    seen = metrics.lines(bert_run, "train")[-1]["tokens_seen"]
     lines = [f"The {animal} {does}." for animal, does in toy.animals.items()]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
     (tmp_path / "pairs.tsv").write_text("sentence1\tsentence2\tscore\n" + f"{lines[0]}\t{lines[1]}\t1\n" * 4)
     done = toy.run(
         *("evaluate", f"--checkpoint={bert_run}", "--task=retrieval", f"--train={tmp_path / 'lines.txt'}"),
         *(f"--test={tmp_path / 'pairs.tsv'}", f"--save={tmp_path / 'kept'}", "--config.finetune.pooling=mean"),
+        "--config.model.dropout_rate=0.1",
         *(
             f"--config.finetune.{k}={v}"
             for k, v in {"epochs": 1, "seeds": 1, "batch_size": 8, "max_length": 24}.items()
@@ -417,7 +440,9 @@ def test_an_encoder_fine_tuned_for_vectors_is_exported_with_its_pooling(toy, ber
     assert done.returncode == 0, done.stderr
     card = (exported / "README.md").read_text()
     assert "pipeline_tag: sentence-similarity" in card and "InfoNCE), 5 pairs, vectors by mean pooling" in card
-    assert "20 steps of 16 rows" in card and "Not evaluated." in card and "fill-mask" not in card
+    assert (
+        f"20 steps of 16 rows of 32, {seen:,} tokens" in card and "Not evaluated." in card and "fill-mask" not in card
+    )
     kinds = [module["type"].rpartition(".")[2] for module in json.loads((exported / "modules.json").read_text())]
     assert kinds == ["Transformer", "Pooling", "Normalize"]
     pooling = json.loads((exported / "1_Pooling" / "config.json").read_text())
@@ -470,6 +495,21 @@ def test_mistakes_about_the_folder_to_start_from(toy, vocabulary, tmp_path):
         done = toy.run("train", run, *plain, *flags)
         assert done.returncode == 2 and message in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_what_a_sentence_encoder_does_besides_is_said(tmp_path, capsys):
+    from flax_mlm.hf import sentence_transformers
+
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    for more in ([], ["Dense"]):
+        modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds + more]
+        (tmp_path / "modules.json").write_text(json.dumps(modules))
+        assert sentence_transformers.pooling(tmp_path) == "mean"
+        assert ("its Dense cannot be had" in capsys.readouterr().err) == bool(more)
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    assert sentence_transformers.pooling(tmp_path) is None and "kind of pooling" in capsys.readouterr().err
 
 
 def test_architectures_are_told_apart():

@@ -1,6 +1,8 @@
 """The parts of a run: how they are written, what moves in them, and that one run walks through them and may be killed
 anywhere."""
 
+import contextlib
+import dataclasses
 import json
 import shutil
 
@@ -104,6 +106,16 @@ def test_tokens_become_steps_phase_by_phase():
     assert {p.config.train.steps for p in found} == {sum(p.num_steps for p in found)}
 
 
+def test_a_run_in_tokens_has_the_steps_that_its_average_takes():
+    (part,) = parts_of("", tokens=1e6)
+    enough = dataclasses.replace(part.config.optimizer, averaging="lawa", lawa_every=20, lawa_count=2)
+    too_few = dataclasses.replace(enough, lawa_count=9)
+    for changes, refused in ((enough, False), (too_few, True)):
+        changed = part._replace(config=dataclasses.replace(part.config, optimizer=changes))
+        with pytest.raises(UserError, match="has not as many snapshots") if refused else contextlib.nullcontext():
+            phases.settled([changed], [128], [100.0])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -114,6 +126,8 @@ def test_tokens_become_steps_phase_by_phase():
         ("0%: objective.mask_rate->much", "objective.mask_rate is 'much'; it takes a number"),
         ("50%: data.seq_len=1024", "data.seq_len is 1024, longer than model.max_positions, 512"),
         ("50%: data.corpus=x, data.seq_len=256", "'data.seq_len' is that of data.corpus; name a corpus"),
+        ("50%: data.seq_len=256, data.corpus=x", "'data.seq_len' is that of data.corpus; name a corpus"),
+        ("0%: objective.mask_rate=0.3, objective.mask_rate->0.1", "changes objective.mask_rate twice"),
         ("50%: objective.name=clm; 10%: objective.name=mlm", "begins at step 100, not between steps 500 and 1000"),
         ("0%: objective.mask_rate=0.1; 0%: objective.mask_rate=0.2", "begins at step 0, not between steps 0 and 1000"),
         ("50%: train.global_batch_size=100, train.microbatches=3", "must be divisible by train.microbatches, 3"),

@@ -207,6 +207,8 @@ def test_tiles_are_padded():
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", None),
         ("cpu", None),
     ],
 )
@@ -217,11 +219,13 @@ def test_chips_are_known_by_the_name_that_jax_gives_them(kind, name):
 
 def test_two_devices_on_a_chip_share_its_peak():
     def core(x, slice_index=0):
-        return SimpleNamespace(device_kind="TPU7x", coords=(x, 0, 0), slice_index=slice_index)
+        return SimpleNamespace(device_kind="TPU7x", platform="tpu", coords=(x, 0, 0), slice_index=slice_index)
 
     assert chips.count([core(0), core(0), core(1), core(1), core(0, 1)]) == 3
     assert chips.peak_flops([core(0), core(0)]) == 2307e12
-    assert chips.peak_flops([SimpleNamespace(device_kind="cpu")] * 4) is None
+    assert chips.peak_flops([SimpleNamespace(device_kind="cpu", platform="cpu")] * 4) is None
+    gpu = SimpleNamespace(device_kind="NVIDIA H100", platform="gpu", coords=(0, 0, 0), slice_index=0)
+    assert chips.count([gpu] * 8) == 8, "each is the first of its own process"
 
 
 @pytest.mark.parametrize(
@@ -374,6 +378,13 @@ def test_the_command_plans_for_cpus_and_gpus(toy, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "not compiled" in done.stdout and "989 TFLOP/s" in done.stdout and "at 2 per chip-hour" in done.stdout
     assert "attention plain, " in done.stdout
+    done = toy.run("plan", *toy.flags(train__tokens=1e6), "--topology=cpu:2")
+    assert done.returncode == 0, done.stderr
+    budget = toy.flags(train__budget_cost=16, train__price_per_chip_hour=2)
+    done = toy.run("plan", *budget, "--topology=gpu:h100:2")
+    assert done.returncode == 0, done.stderr
+    assert "billion tokens at best in the 4.00 hours of train.budget_cost" in done.stdout
+    assert "            16.00, at 2 per chip-hour" in done.stdout
     more = toy.flags(model__attention="cudnn", model__dtype="bfloat16", model__attention_dropout_rate=0.0)
     done = toy.run("plan", *more, "--topology=gpu:h100")
     assert done.returncode == 0 and "attention plain (cuDNN's where it can, which keeps less)" in done.stdout

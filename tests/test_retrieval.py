@@ -18,6 +18,7 @@ import scipy.stats
 from flax_mlm import checkpoint, contrastive, finetune, sharding, trained
 from flax_mlm import config as config_lib
 from flax_mlm.errors import UserError
+from flax_mlm.step import make_steps
 from flax_mlm.tasks import labelled, retrieval
 
 SOON = {"epochs": 2, "seeds": 1, "learning_rates": "3e-3", "batch_size": 16, "max_length": 24, "pooling": "mean"}
@@ -59,12 +60,12 @@ def pairs_of(toy, count: int, seed: int, negatives: int = 0) -> contrastive.Pair
 
 
 GROUPS = [["The dog.", "The dog barks.", "The cat."], ["The cat.", "The cat sleeps.", "The cow."],
-          ["The cow.", "The cow eats.", None], ["The dog.", "The dog barks.", None]] * 4  # fmt: skip
+          ["The cow.", "The cow eats.", None], ["The dog.", "The dog runs.", None]] * 4  # fmt: skip
 
 
 @pytest.mark.parametrize("dimensions", ["", "8,16"])
 def test_the_loss_is_that_of_its_formula_on_any_mesh(trained_run, model, dimensions):
-    """Against NumPy on the vectors; texts that are the query's own or its positive are not wrong answers."""
+    """Against NumPy on the vectors; the query's own text and all its positives are not wrong answers."""
     found = []
     for one in (with_finetune(model, dimensions=dimensions), restored(trained_run, 8, 1)):
         one = with_finetune(one, dimensions=dimensions)
@@ -84,7 +85,8 @@ def test_the_loss_is_that_of_its_formula_on_any_mesh(trained_run, model, dimensi
         cut = vectors_UD[:, :width] / np.linalg.norm(vectors_UD[:, :width], axis=1, keepdims=True)
         for query, positive, _ in ids_BG:
             own = cut[query] @ cut[positive] / 0.05
-            wrong = [t for group in ids_BG for t in group[1:] if t not in (-1, query, positive)]
+            right = {-1, query, positive} | {p for q, p, _ in ids_BG if q == query}
+            wrong = [t for group in ids_BG for t in group[1:] if t not in right]
             expected.append(math.log(math.exp(own) + sum(math.exp(cut[query] @ cut[t] / 0.05) for t in wrong)) - own)
     assert found == pytest.approx([np.mean(expected)] * 2, rel=1e-4)
 
@@ -118,7 +120,7 @@ def test_search_numbers_by_their_definitions():
         relevance[f"q{i}"] = {f"d{d}": int(rng.integers(0, 4)) for d in chosen} | {f"d{near[5]}": 2}
     names = [f"d{i}" for i in range(300)]
     benchmark = retrieval.Benchmark({n: n for n in names}, {q: q for q in relevance}, relevance)
-    found = retrieval._search(lambda texts: np.stack([vectors[t] for t in texts]), benchmark)
+    found = retrieval._search(lambda texts: np.stack([vectors[t] for t in texts]), benchmark, quiet)
     ndcg, recall, reciprocal = [], {10: [], 100: []}, []
     for query, grades in relevance.items():
         order = sorted(names, key=lambda d: -vectors[d] @ vectors[query])
@@ -151,6 +153,34 @@ def test_a_probe_trains_no_vectors(model, toy):
         retrieval.run(model, pairs, pairs, benchmark, quiet, quiet)
 
 
+def test_texts_alone_are_told_apart_by_dropout_and_judged_by_the_loss(model, toy):
+    whens = ("today", "at night", "every morning", "all day", "now", "then", "here", "there", "again", "in the garden")
+    lines = [f"The {animal} {does} {when}." for animal, does in toy.animals.items() for when in whens]
+    train = contrastive.Pairs(lines, lines, [[] for _ in lines])
+    test = labelled.Labelled([lines[0]] * 3, lines[:3], ["5.0", "3.0", "1.0"])
+    with pytest.raises(UserError, match="which only dropout tells from themselves"):
+        retrieval.run(model, train, None, test, quiet, quiet)
+    dropout = dataclasses.replace(model.config.model, dropout_rate=0.1)
+    dropped = model._replace(config=dataclasses.replace(model.config, model=dropout))
+    dropped = dropped._replace(steps=make_steps(dropped.config, model.tokenizer.vocab_size, model.mesh))
+    dropped = with_finetune(dropped, learning_rates="1e-9,1e-3", epochs=3)
+    scores = retrieval.run(dropped, train, None, test, quiet, quiet)[0]["dev_scores"]
+    assert scores["1e-09"] < scores["0.001"] < 0, "what was learned is seen, and by a loss"
+
+
+def test_a_query_is_on_one_side_with_all_its_positives():
+    queries = [f"q{i // 3}" for i in range(60)]
+    train, dev = retrieval._parts(queries)
+    assert sorted(train + dev) == list(range(60)) and len(dev) == 6
+    assert not {queries[i] for i in train} & {queries[i] for i in dev}
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_vectors_that_are_all_the_same_rank_nothing(value):
+    pairs = contrastive.Pairs(["a", "b", "c"], ["A", "B", "C"], [["X"], [], []])
+    assert contrastive.ranks(lambda texts: np.full((len(texts), 4), value), pairs).tolist() == [4, 4, 4]
+
+
 def test_normal_of_nothing():
     zeros = contrastive.normal(np.zeros((1, 4), np.float32))
     assert (zeros == 0).all() and np.isfinite(jax.grad(lambda x: contrastive.normal(x).sum())(jnp.zeros((1, 4)))).all()
@@ -164,7 +194,7 @@ def beir(folder, documents: dict, queries: dict, qrels: str) -> str:
     for name, texts in (("corpus", documents), ("queries", queries)):
         lines = [json.dumps({"_id": key, "title": "About", "text": text}) for key, text in texts.items()]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    for split in ("train", "test"):
+    for split in ("train", "dev", "test"):
         (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + qrels)
     return str(folder)
 
@@ -176,7 +206,10 @@ def test_a_folder_of_beir(tmp_path):
     found = retrieval.read_benchmark(folder, "test")
     assert found.documents == {"d1": "About a dog", "d2": "About a cat"}
     assert found.relevance == {"q1": {"d1": 2}}, "a query without relevant documents measures nothing"
-    assert retrieval.read_pairs(folder) == contrastive.Pairs(["About dog?"], ["About a dog"], [[]])
+    for split in ("train", "dev"):
+        assert retrieval.read_pairs(folder, split) == contrastive.Pairs(["About dog?"], ["About a dog"], [[]])
+    (tmp_path / "b" / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td2\t1\n")
+    assert retrieval.read_pairs(folder, "dev").queries == ["About cow?"], "not what it is trained on"
 
 
 @pytest.mark.parametrize(
@@ -190,13 +223,15 @@ def test_a_folder_of_beir(tmp_path):
 )  # fmt: skip
 def test_files_of_pairs(tmp_path, name, content, expected):
     (tmp_path / name).write_text(content)
-    assert retrieval.read_pairs(str(tmp_path / name)) == contrastive.Pairs(*expected)
+    assert retrieval.read_pairs(str(tmp_path / name), "train") == contrastive.Pairs(*expected)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.tsv", "positive\tx\na\tb\n", "a.tsv:2 has no text for the query; it takes query and positive, and has pos"),
+        ("a.tsv", "positive\tx\na\tb\n", "a.tsv:2 has no text for query or positive; it takes these columns, and has"),
+        ("a.tsv", "query\tother\na\tb\nc\td\n", "a.tsv:2 has no text for query or positive"),
+        ("a.tsv", "sentence1\tsentence2\tscore\na\tb\t0\n", "has sentence2 and score: which pairs belong together?"),
         ("a.tsv", "query\tpositive\na\tb\n", "a.tsv holds 1 pairs; it takes two at least"),
         ("a.jsonl", '{"query": "a", "negatives": [1]}\n', "a.jsonl:1 has no text"),
         ("a.txt", "", "holds no examples"),
@@ -205,7 +240,7 @@ def test_files_of_pairs(tmp_path, name, content, expected):
 def test_files_of_pairs_that_will_not_do(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        retrieval.read_pairs(str(tmp_path / name))
+        retrieval.read_pairs(str(tmp_path / name), "train")
 
 
 @pytest.mark.parametrize(

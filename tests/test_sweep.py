@@ -64,6 +64,11 @@ def test_a_grid_is_the_product_of_its_lists(grid):
     assert len(names) == 2 * len(found) and all(re.fullmatch(r"[\w.+-]{1,200}", name, re.ASCII) for name in names)
 
 
+def test_a_value_in_quotes_may_go_over_several_lines():
+    text = "0%: objective.mask_rate=0.3;\n 50%: objective.mask_rate=0.15"
+    assert grid_lib.parse(f'train.phases=,"{text}"')[1] == {"train.phases": text}
+
+
 def test_folders_of_other_settings_have_other_names():
     texts = ["a/b", "a_b", "a b", "a  b", "A_b", "", "x" * 300, "x" * 301, "ä", "../..", "1+train.steps-2"]
     found = [grid_lib.folder_name({"data.source": text}, 0) for text in texts]

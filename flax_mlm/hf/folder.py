@@ -115,6 +115,8 @@ def open_folder(path: str) -> Folder:
     if not isinstance(kind, str) or kind not in known:
         raise UserError(f"init_from: '{folder}' holds a model of type {kind}; it can be {', '.join(sorted(known))}")
     architecture = known[kind]
+    if config.get("is_decoder") is True:
+        architecture = next((a for a in ARCHITECTURES if a.model_type == kind and a.objective == "clm"), architecture)
     config = architecture.normalise({**architecture.defaults, **config})
 
     def refuse(key: str, can: str) -> None:
@@ -143,12 +145,13 @@ def open_folder(path: str) -> Folder:
     return Folder(folder, architecture, config)
 
 
-def adopt(config: ConfigDict, given: set[str]) -> None:
+def adopt(config: ConfigDict, given: set[str], as_it_is: bool = False) -> None:
     """Sets what the folder `config.init_from` decides: the shape of the model, and the tokenizer and the pooling of
     vectors if none is set.
 
     Args:
       given: names of the fields that the user has set.
+      as_it_is: it is not trained further, so that its objective is that of its architecture.
 
     Raises:
       UserError: the folder cannot be used, or the user has set a field to something else.
@@ -158,6 +161,8 @@ def adopt(config: ConfigDict, given: set[str]) -> None:
         if f"model.{name}" in given and config.model[name] != value:
             raise UserError(f"model.{name} is {config.model[name]}, but {value} in '{folder.path}', to start from")
         config.model[name] = value
+    if as_it_is and "objective.name" not in given:
+        config.objective.name = folder.architecture.objective
     if not config.tokenizer.path:
         config.tokenizer.path = config.init_from
     if "finetune.pooling" not in given and (mode := sentence_transformers.pooling(folder.path)):

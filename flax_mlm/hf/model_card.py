@@ -182,8 +182,8 @@ def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
         average = config.optimizer.averages
         averaged = f"; the weights are their {average} average" if average != "none" else ""
         corpora = about.get("corpora", {"": {**about, "share": 1.0}}).values()
-        rows = meta.get("place", {}).get("row", meta["step"] * t.global_batch_size)
-        tokens = sum(rows * text["share"] * text["tokens"] / text["rows"] for text in corpora)
+        seen = meta.get("totals", {}).get("tokens_seen", 0)
+        tokens = f", {seen:,.0f} tokens with the special ones" if seen else ""
         for text in corpora:
             share = f", {text['share']:.1%} of the rows" if len(corpora) > 1 else ""
             lines.append(
@@ -192,8 +192,8 @@ def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
             )
         lines += [
             f"- Objective: {predicts}.",
-            f"- Run: {meta['step']:,} steps of {t.global_batch_size} rows of {config.data.seq_len}, "
-            f"{tokens:,.0f} tokens; {config.optimizer.name}, peak learning rate {config.optimizer.learning_rate:g}, "
+            f"- Run: {meta['step']:,} steps of {t.global_batch_size} rows of {config.data.seq_len}"
+            f"{tokens}; {config.optimizer.name}, peak learning rate {config.optimizer.learning_rate:g}, "
             f"{config.optimizer.schedule}{averaged}; computed in {config.model.dtype}; seed {config.seed}.",
         ]
     if changes := meta.get("config", {}).get("train", {}).get("phases"):

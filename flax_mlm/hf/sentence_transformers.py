@@ -1,6 +1,7 @@
 """What makes a Hugging Face folder one of sentence-transformers too: how states become a vector."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,22 @@ def files(config: Config) -> dict[str, Any]:
 
 
 def pooling(folder: Path) -> str | None:
-    """`finetune.pooling` of the model in a folder; None where it does not say, or says what is none of ours."""
+    """`finetune.pooling` of the model in a folder; None where it does not say, or says what is none of ours. What else
+    it does to its vectors, and we do not, is said."""
     try:
         stored = json.loads((folder / _FILE).read_text(encoding="utf8"))
         named = [key for key, on in stored.items() if key.startswith("pooling_mode_") and on is True]
-    except (OSError, ValueError, AttributeError):
+        chain = folder / "modules.json"
+        modules = json.loads(chain.read_text(encoding="utf8")) if chain.exists() else []
+        kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None
     if "pooling_mode" in stored:  # newer files
-        return {"cls": "cls", "mean": "mean", "lasttoken": "last"}.get(str(stored["pooling_mode"]))
-    return next((mode for mode, name in _MODES.items() if named == [f"pooling_mode_{name}"]), None)
+        found = {"cls": "cls", "mean": "mean", "lasttoken": "last"}.get(str(stored["pooling_mode"]))
+    else:
+        found = next((mode for mode, name in _MODES.items() if named == [f"pooling_mode_{name}"]), None)
+    left_out = [f"its {kind}" for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    left_out += [] if found else ["its kind of pooling"]
+    if left_out:
+        print(f"note: vectors will not be those of '{folder}': {' and '.join(left_out)} cannot be had", file=sys.stderr)
+    return found

@@ -33,12 +33,13 @@ def run(
         learn, or to develop with.
 
     Returns:
-      `report.summary` (chosen is the learning rate, or the penalty of a probe), metric, and of the median run stderr
-      (bootstrap over the examples), predictions and labels.
+      `report.summary` (chosen is the learning rate, or the penalty of a probe), metric, classes (none for a
+      regression), and of the median run stderr (bootstrap over the examples), predictions and labels.
     """
     config, is_number = trained.config.finetune, metric in _REGRESSION
     if dev is None:
-        train, dev = map(train.take, report.tenth(len(train.texts)))
+        labels_N = [] if is_number else [[label] for label in train.labels]
+        train, dev = map(train.take, report.tenth(len(train.texts), labels_N))
     classes = [] if is_number else sorted(set(train.labels))
     if not is_number and len(classes) < 2:
         raise UserError(f"all labels of the training set are '{classes[0]}'; there is nothing to learn")
@@ -47,7 +48,7 @@ def run(
     texts = {name: finetune.tokenised(trained, part.texts, part.pairs) for name, part in parts.items()}
 
     def dev_score(outputs: list[np.ndarray]) -> float:
-        return evaluate(metric, labels["dev"], predictions(outputs, is_number))
+        return evaluate(metric, labels["dev"], predictions(outputs, is_number), len(classes))
 
     if config.method == "probe":
         function = finetune.make_vectors(trained)
@@ -55,7 +56,7 @@ def run(
             name: np.stack(finetune.predict(trained, function, trained.params, some, poll))
             for name, some in texts.items()
         }
-        found = _probe(vectors, labels, is_number, dev_score)
+        found = _probe(vectors, labels, is_number, dev_score, poll)
     else:
         head = finetune.make_head(trained, max(len(classes), 1), per_token=False, regression=is_number)
 
@@ -76,13 +77,14 @@ def run(
 
         found = finetune.search(config, once, log)
     answers = [predictions(outputs, is_number) for outputs in found.outcomes]
-    scores = [evaluate(metric, labels["test"], answer) for answer in answers]
+    scores = [evaluate(metric, labels["test"], answer, len(classes)) for answer in answers]
     middle = answers[report.median_run(scores)]
     names = np.array(classes) if classes else None
     return {
         "metric": metric,
-        **report.summary(scores, found, {name: len(part.texts) for name, part in parts.items()}),
-        "stderr": stderr(metric, labels["test"], middle),
+        **report.summary(scores, found, {name: len(part.texts) for name, part in parts.items()}, test is None),
+        "stderr": stderr(metric, labels["test"], middle, len(classes)),
+        "classes": classes,
         "predictions": (middle if names is None else names[middle]).tolist(),
         "labels": (labels["test"] if names is None else names[labels["test"]]).tolist(),
     }
@@ -112,9 +114,9 @@ def predictions(outputs: list[np.ndarray], is_number: bool) -> np.ndarray:
     return stacked[:, 0] if is_number else stacked.argmax(-1)
 
 
-def evaluate(metric: str, labels: np.ndarray, found: np.ndarray) -> float:
-    """The metric, one of those of `run`. F1 is that of the second of two classes, or the mean over classes when there
-    are more; a correlation that is not defined (all alike) is 0."""
+def evaluate(metric: str, labels: np.ndarray, found: np.ndarray, num_classes: int = 0) -> float:
+    """The metric, one of those of `run`. F1 is that of the second of two classes, or the mean over those that occur
+    when there are more; a correlation that is not defined (all alike) is 0."""
     import scipy.stats
     import sklearn.metrics
 
@@ -123,15 +125,15 @@ def evaluate(metric: str, labels: np.ndarray, found: np.ndarray) -> float:
             correlation = scipy.stats.spearmanr if metric == "spearman" else scipy.stats.pearsonr
             return float(np.nan_to_num(correlation(labels, found).statistic))
         if metric == "f1":
-            average = "binary" if max(labels.max(), found.max()) < 2 else "macro"
+            average = "binary" if num_classes == 2 else "macro"
             return float(sklearn.metrics.f1_score(labels, found, average=average, zero_division=0.0))
         function = {"accuracy": sklearn.metrics.accuracy_score, "matthews": sklearn.metrics.matthews_corrcoef}[metric]
         return float(function(labels, found))
 
 
-def stderr(metric: str, labels: np.ndarray, found: np.ndarray) -> float:
+def stderr(metric: str, labels: np.ndarray, found: np.ndarray, num_classes: int = 0) -> float:
     """Of `evaluate`, over the examples."""
-    return report.bootstrap_stderr(lambda i: evaluate(metric, labels[i], found[i]), len(labels))
+    return report.bootstrap_stderr(lambda i: evaluate(metric, labels[i], found[i], num_classes), len(labels))
 
 
 def _probe(
@@ -139,6 +141,7 @@ def _probe(
     labels: dict[str, np.ndarray],
     is_number: bool,
     dev_score: Callable[[list[np.ndarray]], float],
+    poll: Poll,
 ) -> finetune.Searched:
     """Logistic or ridge regression on the pooled states, the strength of whose penalty is chosen on `dev`."""
     import sklearn.linear_model
@@ -152,6 +155,7 @@ def _probe(
 
     models, dev_scores = {}, {}
     for strength in (0.01, 0.1, 1.0, 10.0, 100.0):
+        poll()
         linear = (
             sklearn.linear_model.Ridge(strength)
             if is_number

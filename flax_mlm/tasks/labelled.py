@@ -14,7 +14,7 @@ from flax_mlm.errors import UserError
 
 _TEXT = ("sentence", "text", "sentence1", "premise", "question", "question1")
 _PAIR = ("sentence2", "hypothesis", "question2", "text2")
-_LABEL = ("label", "score", "labels")
+LABEL = ("label", "score", "labels")
 
 
 class Labelled(NamedTuple):
@@ -43,10 +43,14 @@ def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labell
     """
     lines = records(source, numbered=(text or label).isdecimal())
     first = lines[0][1]
+    if not text and not pair:
+        known = [name for name in _TEXT if name in first]
+        if len(known) > 1 and not any(name in first for name in _PAIR):
+            raise UserError(f"{source} has columns {' and '.join(known)}; say which are --text and --pair")
     columns = {
         "text": text or next((name for name in _TEXT if name in first), ""),
         "pair": pair or next((name for name in _PAIR if name in first), ""),
-        "label": label or next((name for name in _LABEL if name in first), ""),
+        "label": label or next((name for name in LABEL if name in first), ""),
     }
     for what in ("text", "label"):
         if not columns[what]:
@@ -106,6 +110,11 @@ def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
         header = [str(i) for i in range(1, max((len(row) for _, row in rows), default=0) + 1)]
     else:
         header = [name.strip() for name in rows.pop(0)[1]] if rows else []
+        if longer := next(((where, len(row)) for where, row in rows if len(row) > len(header)), None):
+            raise UserError(
+                f"{longer[0]} has {longer[1]} columns, and the first line {len(header)}; text with a comma in it goes "
+                "into double quotes"
+            )
     return [(where, dict(zip(header, row, strict=False))) for where, row in rows]
 
 

@@ -1,7 +1,7 @@
 """How a task that fine-tunes reports itself: of several seeds the median run, and how sure its number is."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,12 @@ def median_run(scores: Sequence[float]) -> int:
     return list(scores).index(statistics.median_low(scores))
 
 
-def summary(scores: list[float], found: Searched, examples: dict[str, int]) -> dict[str, Any]:
+def summary(
+    scores: list[float], found: Searched, examples: dict[str, int], chosen_on_test: bool = False
+) -> dict[str, Any]:
     """What every such result has: median over the seeds, spread (smallest and largest), the scores of all seeds, best
-    (what was chosen on the development set), dev_scores by choice, and examples of each part."""
+    (what was chosen on the development set), dev_scores by choice, examples of each part, and whether what was chosen
+    was so on the test examples."""
     return {
         "median": statistics.median(scores),
         "spread": [min(scores), max(scores)],
@@ -25,6 +28,7 @@ def summary(scores: list[float], found: Searched, examples: dict[str, int]) -> d
         "best": found.best,
         "dev_scores": found.dev_scores,
         "examples": examples,
+        "chosen_on_test": chosen_on_test,
     }
 
 
@@ -37,6 +41,8 @@ def table(result: dict[str, Any]) -> list[str]:
         lines[0] += f"; median of {len(result['scores'])} runs, {low:.4f} to {high:.4f}"
         tried = ", ".join(f"{choice}: {score:.4f}" for choice, score in result["dev_scores"].items())
         lines.append(f"best of {tried} on {examples['dev']:,} development examples; trained on {examples['train']:,}")
+    if result["chosen_on_test"]:
+        lines.append("without --test these are the same examples, so that the first number is a little too good")
     return lines
 
 
@@ -50,14 +56,20 @@ def bootstrap_stderr(metric: Callable[[np.ndarray], float], size: int, draws: in
     return float(np.std([metric(rng.integers(0, size, size)) for _ in range(draws)]))
 
 
-def tenth(count: int) -> tuple[np.ndarray, np.ndarray]:
+def tenth(count: int, labels: Sequence[Iterable[str]] = ()) -> tuple[list[int], list[int]]:
     """Numbers of nine tenths of the examples to train on and of one tenth to develop with, the same ones every time.
 
+    Args:
+      labels: of each example; one with a label that would not be learned is trained on.
+
     Raises:
-      UserError: there are not two.
+      UserError: there are not two examples, or two that share their labels.
     """
-    if count < 2:
-        raise UserError(f"--train holds {count} example; it takes two at least where there is no --dev")
-    order = np.random.default_rng(0).permutation(count)
-    cut = max(count // 10, 1)
-    return order[cut:], order[:cut]
+    order, cut = np.random.default_rng(0).permutation(count).tolist(), max(count // 10, 1)
+    train, dev = order[cut:], order[:cut]
+    learned = {label for i in train for label in labels[i]} if labels else set()
+    rare = [i for i in dev if labels and not learned.issuperset(labels[i])]
+    train, dev = train + rare, [i for i in dev if i not in rare]
+    if not train or not dev:
+        raise UserError(f"--train holds {count} examples, too few to leave some out; give --dev")
+    return train, dev

@@ -19,7 +19,8 @@ from flax_mlm.tasks import classification, labelled, report
 from flax_mlm.trained import Trained
 
 _QUERY = ("query", "anchor", "question", "sentence1", "premise", "sentence", "text")
-_POSITIVE = ("positive", "pos", "answer", "document", "sentence2", "hypothesis")
+_POSITIVE = ("positive", "pos", "answer", "document", "passage", "context")
+_SECOND = ("sentence2", "hypothesis")  # of pairs of which some may not belong together
 _NEGATIVE = ("negative", "negatives", "neg")
 _KEPT = 100  # documents found for each query
 
@@ -32,27 +33,34 @@ class Benchmark(NamedTuple):
     relevance: dict[str, dict[str, int]]  # query -> document -> grade; above 0 is relevant
 
 
-def read_pairs(source: str) -> Pairs:
+def read_pairs(source: str, split: str) -> Pairs:
     """Pairs to learn from: a table or .jsonl with columns such as `query`, `positive`, `negative` (in .jsonl also a
-    list); lines of one text each; or a BEIR folder, of which qrels/train.tsv is used.
+    list); lines of one text each; or a BEIR folder, of which qrels/SPLIT.tsv is used.
 
     Raises:
-      UserError: it cannot be read, holds nothing, or a line lacks a column.
+      UserError: it cannot be read, holds nothing, or a line lacks a column; or it has labels, so that some pairs may be
+        of texts that do not belong together.
     """
     if Path(source).expanduser().is_dir():
-        benchmark = read_benchmark(source, "train")
+        benchmark = read_benchmark(source, split)
         relevant = [(q, d) for q, grades in benchmark.relevance.items() for d, grade in grades.items() if grade > 0]
         queries, positives = [benchmark.queries[q] for q, _ in relevant], [benchmark.documents[d] for _, d in relevant]
         return Pairs(queries, positives, [[] for _ in relevant])
     pairs = Pairs([], [], [])
     for where, record in labelled.records(source):
         query = next((record[name] for name in _QUERY if record.get(name)), None)
-        positive = next((record[name] for name in _POSITIVE if record.get(name)), query)
+        second = next((name for name in _SECOND if record.get(name)), "")
+        if second and (label := next((name for name in labelled.LABEL if name in record), "")):
+            raise UserError(
+                f"{where} has {second} and {label}: which pairs belong together? Keep those, as query and positive"
+            )
+        alone = query if len(record) == 1 else None  # it is its own positive
+        positive = next((record[name] for name in (*_POSITIVE, *_SECOND) if record.get(name)), alone)
         negatives: Any = next((record[name] for name in _NEGATIVE if record.get(name)), [])
         negatives = negatives if isinstance(negatives, list) else [negatives]
         if not all(isinstance(text, str) and text.strip() for text in (query, positive, *negatives)):
             has = ", ".join(map(str, record))
-            raise UserError(f"{where} has no text for the query; it takes query and positive, and has {has}")
+            raise UserError(f"{where} has no text for query or positive; it takes these columns, and has {has}")
         pairs.queries.append(str(query))
         pairs.positives.append(str(positive))
         pairs.negatives.append(negatives)
@@ -112,12 +120,16 @@ def run(
       mrr@10 too, and `each`, the metric of each of `queries`; for sentences with predictions (cosines) and labels.
       And the parameters of the median run.
     """
+    if isinstance(test, labelled.Labelled):
+        _check_scored(test)
     function = finetune.make_vectors(trained)
     if train is None:
         found = finetune.Searched("", {}, [trained.params])
     else:
         if dev is None:
-            train, dev = map(train.take, report.tenth(len(train.queries)))
+            train, dev = map(train.take, _parts(train.queries))
+        if any(train.negatives) and not trained.config.finetune.hard_negatives:
+            log("--train has negatives, which finetune.hard_negatives = 0 leaves out")
         fit = contrastive.make_fit(trained, train, dev, function, poll)
 
         def once(rate: float, seed: int) -> tuple[float, Params]:
@@ -130,7 +142,7 @@ def run(
         def embed(texts: list[str]) -> np.ndarray:
             return contrastive.vectors_of(trained, function, params, texts, poll)
 
-        return _similarity(embed, test) if isinstance(test, labelled.Labelled) else _search(embed, test)
+        return _similarity(embed, test) if isinstance(test, labelled.Labelled) else _search(embed, test, poll)
 
     results = [evaluated(params) for params in found.outcomes]
     scores = [result["score"] for result in results]
@@ -141,10 +153,23 @@ def run(
     return {**results[middle], **report.summary(scores, found, examples)}, found.outcomes[middle]
 
 
-def _similarity(embed: Any, test: labelled.Labelled) -> dict[str, Any]:
+def _parts(queries: list[str]) -> tuple[list[int], list[int]]:
+    """`report.tenth` of queries, each with all its positives on one side."""
+    unique = list(dict.fromkeys(queries))
+    held_out = {unique[i] for i in report.tenth(len(unique))[1]}
+    train, dev = ([i for i, query in enumerate(queries) if (query in held_out) == side] for side in (False, True))
+    return train, dev
+
+
+def _check_scored(test: labelled.Labelled) -> np.ndarray:
+    """The scores of pairs of texts. Raises UserError: they are no pairs, or have none."""
     if test.pairs is None:
         raise UserError("--test has one text a line; it takes two and a score, see --text, --pair and --label")
-    gold = classification.numbers(test, "test")
+    return classification.numbers(test, "test")
+
+
+def _similarity(embed: Any, test: labelled.Labelled) -> dict[str, Any]:
+    gold = _check_scored(test)
     cosines = (embed(test.texts) * embed(test.pairs)).sum(1)
     score = classification.evaluate("spearman", gold, cosines)
     return {
@@ -157,7 +182,7 @@ def _similarity(embed: Any, test: labelled.Labelled) -> dict[str, Any]:
     }
 
 
-def _search(embed: Any, test: Benchmark) -> dict[str, Any]:
+def _search(embed: Any, test: Benchmark, poll: Poll) -> dict[str, Any]:
     import sklearn.metrics
 
     names = list(test.documents)
@@ -166,6 +191,7 @@ def _search(embed: Any, test: Benchmark) -> dict[str, Any]:
     queries_MD = embed([test.queries[query] for query in test.relevance])
     ndcg, recall_10, recall_100, reciprocal = [], [], [], []
     for grades, (best, scores_N) in zip(test.relevance.values(), _best(queries_MD, documents_ND), strict=True):
+        poll()
         relevant = {name for name, grade in grades.items() if grade > 0}
         found = [names[i] for i in best]
         # Of all documents only those count that are found or have a grade: the others neither gain nor are ideal.

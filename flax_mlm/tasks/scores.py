@@ -36,12 +36,15 @@ def of(result: dict[str, Any]) -> Score:
 def _mlm(result: dict[str, Any]) -> Score:
     counted = "tokens" if result["objective"] == "rtd" else "predicted_tokens"
     loss_R, count_R = (np.array(result["each_row"][name]) for name in ("loss", counted))
+    asked = count_R > 0  # not what fills up the last batch, which is as large as it was
+    loss_R, count_R = loss_R[asked], count_R[asked]
     kind = {"mlm": "masked", "clm": "next", "rtd": "replaced"}[result["objective"]]
 
     def again(rows: np.ndarray) -> float:
         return float(loss_R[rows].sum() / count_R[rows].sum())
 
-    examples = result["corpus"], count_R.tolist(), result["each_row"].get("replaced")
+    replaced_R = np.array(result["each_row"].get("replaced", asked))[asked]  # with rtd they are part of the question
+    examples = result["corpus"], result["hidden"], count_R.tolist(), replaced_R.tolist()
     return Score(f"{kind}-token loss", result["loss"], result["loss_stderr"], False, len(loss_R), examples, again)
 
 
@@ -67,12 +70,12 @@ def _mean(metric: str, values_N: np.ndarray, examples: Any) -> Score:
 def _labels(result: dict[str, Any]) -> Score:
     """The median run's."""
     gold, found = np.array(result["labels"]), np.array(result["predictions"])
-    if gold.dtype.kind in "US":
-        gold, found = np.split(np.unique(np.concatenate([gold, found]), return_inverse=True)[1], 2)
-    metric = result["metric"]
+    metric, classes = result["metric"], result.get("classes", [])
+    if classes:
+        gold, found = (np.searchsorted(classes, names) for names in (gold, found))
 
     def again(numbers: np.ndarray) -> float:
-        return classification.evaluate(metric, gold[numbers], found[numbers])
+        return classification.evaluate(metric, gold[numbers], found[numbers], len(classes))
 
     value = again(np.arange(len(gold)))
     return Score(metric, value, result["stderr"], True, len(gold), result["labels"], again)

@@ -1,4 +1,4 @@
-"""Fine-tuning for tags of words: names, chunks, parts of speech. Entity F1 as seqeval counts it.
+"""Fine-tuning for tags of words that make up names or chunks. Entity F1 as seqeval counts it.
 
 A word is tagged by its first piece (BERT, arXiv:1810.04805 §5.3). Sentences longer than `finetune.max_length` are split
 between words, and their tags joined again.
@@ -35,7 +35,7 @@ def run(
 
     config = trained.config.finetune
     if dev is None:
-        train, dev = map(train.take, report.tenth(len(train.words)))
+        train, dev = map(train.take, report.tenth(len(train.words), train.tags))
     parts = {"train": train, "dev": dev, "test": test or dev}
     kinds = sorted({tag for tags in train.tags for tag in tags} | {"O"})
     ids = {tag: i for i, tag in enumerate(kinds)}
@@ -78,7 +78,7 @@ def run(
     counts_N3 = counts(gold, middle)
     return {
         "metric": "f1",
-        **report.summary(scores, found, {name: len(part.words) for name, part in parts.items()}),
+        **report.summary(scores, found, {name: len(part.words) for name, part in parts.items()}, test is None),
         "stderr": report.bootstrap_stderr(lambda i: f1(counts_N3[i]), len(gold), draws=1000),
         "kinds": {
             kind: {key: float(value) for key, value in values.items()}
@@ -100,12 +100,12 @@ class Rows(NamedTuple):
 def split(trained: Trained, part: Tagged, ids: dict[str, int]) -> Rows:
     """The rows of tagged sentences; a row ends between words."""
     t, config = trained.tokenizer, trained.config
-    room = min(config.finetune.max_length, config.model.max_positions) - 2
+    room = min(config.finetune.max_length, trained.max_length) - 2
     rows = Rows(finetune.Texts([], []), [], [])
     for number, (words, tags) in enumerate(zip(part.words, part.tags, strict=True)):
         tokens: list[int] = []
         labels: list[int] = []
-        for tag, encoded in [*zip(tags, t.encode(words), strict=True), ("", None)]:
+        for tag, encoded in [*zip(tags, t.encode_words(words), strict=True), ("", None)]:
             spelled = [] if encoded is None else encoded.tolist()[:room] or [t.unk_id]
             if not spelled or len(tokens) + len(spelled) > room:
                 rows.texts.tokens.append([t.cls_id, *tokens, t.sep_id])
