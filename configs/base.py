@@ -61,8 +61,8 @@ def get_config() -> ConfigDict:
     c.model.init_stddev = 0.02
     c.model.vocab_multiple_of = 1  # rows of the embedding are rounded up to this; 128 suits TPUs and tensor sharding
     c.model.dtype = "float32"  # of the computation: float32 | bfloat16. Parameters are always float32
-    # one compiled layer for all (True), or unrolled (False), faster on CPU, slower to compile; none: unrolled for up to
-    # 12 layers on CPU, else scanned
+    # one compiled layer for all (True), or unrolled (False), faster on CPU and GPU, slower to compile; none: unrolled
+    # for up to 12 layers on CPU, up to 24 on GPU without fsdp, else scanned
     c.model.scan_layers = placeholder(bool)
     c.model.remat = (
         "none"  # kept for the backward pass: none (everything) | dots (matmul outputs) | full (layer inputs)
@@ -93,17 +93,19 @@ def get_config() -> ConfigDict:
     # schedule_free (AdamW at a constant rate; an average of the weights, which is what is evaluated, stands in for its
     # decay) | lamb | muon (matrices by Muon; embeddings, norms, biases by AdamW)
     c.optimizer.name = "adamw"
-    c.optimizer.learning_rate = 5e-4  # peak; muon's updates are scaled to AdamW's size, so one rate serves both
+    # peak; muon's updates have the size of AdamW's, but it bears several times the rate: 6e-3 in configs/small.py
+    c.optimizer.learning_rate = 5e-4
     c.optimizer.schedule = "linear"  # linear | cosine | wsd (warm-up, stable, decay) | constant
     c.optimizer.warmup_fraction = 0.05  # of the run
     c.optimizer.decay_fraction = 0.2  # of the run, at the end, with wsd only
-    c.optimizer.final_lr_fraction = 0.0  # of the peak, at the last step
-    c.optimizer.beta1 = 0.9  # of AdamW and LAMB; Muon's momentum is 0.95
+    c.optimizer.final_lr_fraction = 0.0  # of the peak, at the last step; not used with constant
+    c.optimizer.beta1 = 0.9  # of the Adam in each, and schedule-free's interpolation; Muon's own momentum is 0.95
     c.optimizer.beta2 = 0.98
     c.optimizer.eps = 1e-6
     c.optimizer.weight_decay = 0.01  # on matrices and embeddings; never on norms and biases
     c.optimizer.max_grad_norm = 1.0  # global-norm clip; 0.0: none
-    c.optimizer.max_skipped_steps = 10  # updates left out in a row (not finite, or a spike) that stop the run
+    # updates left out in a row (not finite, or a spike), or rewinds to one step, that stop the run
+    c.optimizer.max_skipped_steps = 10
     c.optimizer.spike_action = "none"  # none | clip (ZClip) | skip (the update) | rewind (to the last checkpoint)
     c.optimizer.spike_threshold = 4.0  # standard deviations of loss or grad norm above its mean; ZClip takes 2.5
     # none | ema | lawa: an average of the weights over the steps, kept beside them (4 bytes a parameter), is what is
@@ -140,7 +142,9 @@ def get_config() -> ConfigDict:
     c.train.checkpoint_every = 1000  # steps; the last step is always saved
     c.train.keep_last = 2  # checkpoints
     c.train.keep_every = 0  # steps: checkpoints at its multiples stay for ever; 0: none
-    c.train.max_failed_saves = 3  # saves in a row that fail (disk full) before the run stops
+    # saves in a row that fail (disk full) before the run stops; of several processes, which can only go on together,
+    # one stops it
+    c.train.max_failed_saves = 3
     c.train.stall_timeout = 600.0  # seconds without progress before the run stops and says where; 0.0: never
 
     c.eval = ConfigDict()

@@ -39,7 +39,8 @@ class Budget:
         self._workdir, self._file, self._seconds, self.progress = workdir, workdir / _FILE, seconds, progress
         try:
             with buckets.errors(workdir):
-                self._before = float(json.loads(self._file.read_text())["seconds"]) if self._file.exists() else 0.0
+                found = json.loads(self._file.read_text()) if self._file.exists() else {"share": 0.0}
+                self._before = float(found["share"]) * seconds  # which depend on the number of chips
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"--workdir: '{self._file}', the time used, cannot be read ({type(e).__name__}: {e}); without the file "
@@ -90,7 +91,7 @@ class Budget:
     def note(self) -> None:
         """Writes down the time used."""
         with contextlib.suppress(OSError, buckets.Unreachable), buckets.errors(self._workdir):  # it will be tried again
-            files.write_json(self._file, {"seconds": self.used()})
+            files.write_json(self._file, {"seconds": self.used(), "share": self.used() / self._seconds})
 
     def close(self) -> None:
         """Writes down the time used for the last time."""

@@ -17,7 +17,9 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +35,8 @@ _MARKER = "commit_success.txt"  # orbax's AtomicityMode.COMMIT_FILE
 _META_LIMIT = 1 << 26  # bytes; a tokenizer of 250,000 pieces takes 20 MiB
 _RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}  # half a minute; else it takes fifteen
 _SO_FAR: dict[str, Any] = {"totals": {}, "phase": 0, "place": {}}  # what a run's checkpoint says of it, beside arrays
+# What a reader says of the machine it is on, not of what it reads.
+_NOT_DAMAGE = re.compile(r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|Permission denied|Too many open files|allocate memory")
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 Log = Callable[[str], None]
@@ -91,6 +95,7 @@ def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
 
     Raises:
       Damaged: it cannot be read, or is not what was saved.
+      Failure: it cannot be read here and now.
       UserError: it was saved by another version.
     """
     file = checkpoint / "meta" / "metadata"
@@ -105,8 +110,16 @@ def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
             raise ValueError("its checksum is not that of its content")
         _check_types(meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        _check_machine(checkpoint, e)
         raise Damaged(f"checkpoint '{checkpoint}': its meta is damaged ({type(e).__name__}: {e})") from e
     return meta
+
+
+def _check_machine(checkpoint: epath.Path, e: Exception) -> None:
+    """Raises Failure: what went wrong with reading is no fault of the checkpoint."""
+    said = " ".join(str(e).split()) or type(e).__name__
+    if isinstance(e, MemoryError) or _NOT_DAMAGE.search(said):
+        raise Failure(f"checkpoint '{checkpoint}' cannot be read here, and is left as it is: {said}") from e
 
 
 def _check_types(meta: dict[str, Any]) -> None:
@@ -212,6 +225,7 @@ def restore(checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, An
     except Exception as e:  # whatever a damaged folder makes orbax raise
         if buckets.is_one(checkpoint) and (explained := buckets.explain(checkpoint, e)):
             raise explained from e  # the bucket, and not the checkpoint
+        _check_machine(checkpoint, e)
         said = str(e).splitlines()[0] if str(e) else repr(e)
         raise Damaged(f"checkpoint '{checkpoint}' cannot be read ({said})") from e
     items = {item: restored[item] for item in abstract}
@@ -268,7 +282,8 @@ def save_encoder(workdir: buckets.AnyPath, trained: Any, encoder: Any, examples:
     config = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, max_failed_saves=1))
     step = before.get("step", 0)
     checkpoints = Checkpoints(workdir, config, meta, trained.steps.fingerprint)
-    checkpoints.save(step, FineTuned({**trained.params, "encoder": encoder}, jnp.int32(step)))
+    state = FineTuned({**trained.params, "encoder": encoder}, jnp.int32(step))
+    checkpoints.save(step, state, so_far={"totals": before.get("totals", {})})
     checkpoints.close()
 
 
@@ -357,7 +372,7 @@ class Checkpoints:
             with buckets.errors(self._workdir):
                 if self._is_main:
                     before()
-                if step in steps_in(self._workdir):
+                if self._agreed(int(step in steps_in(self._workdir))):
                     return True
         except (OSError, buckets.Unreachable) as e:
             self._saving = step
@@ -410,7 +425,7 @@ class Checkpoints:
         try:
             with buckets.errors(self._workdir):
                 if self._is_main:
-                    with contextlib.suppress(FileNotFoundError):
+                    with contextlib.suppress(OSError):  # as on a full disk; the next save sweeps again
                         self._sweep()
                 kept = steps_in(self._workdir)
             rest = f"step {kept[-1]} is the last one saved" if kept else "nothing is saved yet"
@@ -431,8 +446,9 @@ class Checkpoints:
 
         Raises:
           UserError: there are checkpoints, but none is sound; or they are of another run.
+          Failure: one cannot be read, by no fault of its own; or none before a step is sound.
         """
-        items = _items(abstract)
+        items, was_damaged = _items(abstract), False
         while (step := self._agreed(self._candidate(before))) >= 0:
             checkpoint = epath.Path(self._folder / str(step))
             try:
@@ -444,6 +460,11 @@ class Checkpoints:
                     )
                 state = restore(checkpoint, meta, items, self._fingerprint)
             except Damaged as e:
+                was_damaged = True
+                if not self._is_alone:
+                    from flax_mlm.processes import lost_within
+
+                    time.sleep(lost_within())  # a peer that is lost fails our reading, too: it is our end, not damage
                 where = self._shelf.quarantine(str(step))
                 log(f"checkpoint {step} skipped, and moved to {where}: {e}")
                 if not self._is_alone:  # the others may have read it, and wait
@@ -461,6 +482,8 @@ class Checkpoints:
                 "use another --workdir"
             )
         if before is not None:
+            if was_damaged:
+                raise Failure(f"no checkpoint before step {before} is sound; they are in checkpoints/.quarantine")
             self._discard_after(0)
         return None
 

@@ -36,8 +36,8 @@ def take(workdir: buckets.AnyPath, config: Config) -> None:
 
 
 def check(workdir: buckets.AnyPath, config: Config, free: tuple[str, ...] = FREE) -> None:
-    """Whether a run in a workdir, if there is one, is this one, but for fields whose names begin with one of `free`; it
-    may have begun before some of the fields existed.
+    """Whether a run in a workdir, if there is one, is this one, but for the fields and whole sections that `free`
+    names; it may have begun before some of the fields existed.
 
     Raises:
       UserError: it is not, or cannot be read.
@@ -49,7 +49,10 @@ def check(workdir: buckets.AnyPath, config: Config, free: tuple[str, ...] = FREE
     except (OSError, ValueError, TypeError) as e:
         raise _unusable(workdir, e) from e
     for name, value in flatten(config.to_dict()).items():
-        if held is not None and held.get(name) != value and not name.startswith(free):
+        may_differ = name in free or f"{name.split('.')[0]}." in free
+        if name == "train.checkpoint_every" and config.optimizer.spike_action == "rewind":
+            may_differ = False  # a rewind goes back to a multiple of it
+        if held is not None and held.get(name) != value and not may_differ:
             raise UserError(
                 f"--workdir: '{workdir}' holds a run with {name} = {held.get(name)}, and this one has {value}; "
                 "use another --workdir"

@@ -151,13 +151,13 @@ class Writers:
         if self._has_tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
+            # A bounded queue would hold us up for ever once the thread that empties it has met a full disk.
+            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1, max_queue=0)
 
     def go_back(self, step: int) -> None:
         """Drops what was written after the training of `step`, as a restart there would."""
         self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        self._close_tensorboard()
         self._open(step)
 
     def flush(self) -> None:
@@ -165,7 +165,8 @@ class Writers:
         returns. Before a checkpoint, that is: the lines up to it are not written again."""
         if self._mirror:
             if self._tensorboard:
-                self._tensorboard.flush()
+                with contextlib.suppress(OSError):
+                    self._tensorboard.flush()
             self._mirror.copy(_METRICS)
             self._mirror.soon()
 
@@ -177,6 +178,7 @@ class Writers:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as e:  # a full disk, say: with the next line we try again
             print(f"WARNING: metrics.jsonl cannot be written ({e.strerror})", flush=True)
+        self._check_tensorboard()
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
@@ -189,10 +191,22 @@ class Writers:
                 print(f"Weights & Biases is off: {type(e).__name__}: {e}")
                 self._wandb = None
 
+    def _check_tensorboard(self) -> None:
+        """Turns it off when its thread, which writes, has ended: tensorboardX would neither say so nor let us leave."""
+        if self._tensorboard and not (writer := self._tensorboard.file_writer.event_writer)._worker.is_alive():
+            print("WARNING: TensorBoard is off: its files cannot be written", flush=True)
+            writer._event_queue.cancel_join_thread()
+            self._tensorboard = None
+
+    def _close_tensorboard(self) -> None:
+        self._check_tensorboard()
+        if self._tensorboard:
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
+
     def close(self) -> None:
         self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        self._close_tensorboard()
         if self._mirror:
             self._mirror.close()
         if self._wandb:

@@ -37,7 +37,7 @@ def learning_rate(config: OptimizerConfig, begin: Any, end: Any) -> jax.Array:
         "cosine": lambda: 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
         "wsd": lambda: jnp.minimum(1.0, (1.0 - jnp.minimum(begin, 1.0)) / max(config.decay_fraction, 1e-6)),
     }[config.schedule]()
-    ramp = jnp.minimum(1.0, end / warmup) if warmup else 1.0  # the first step moves already
+    ramp = jnp.minimum(1.0, end / warmup) if warmup else 1.0  # the first step moves already, but with a budget
     return ramp * (left if config.schedule == "constant" else final + (1.0 - final) * left)
 
 

@@ -96,6 +96,11 @@ def join(identity: dict[str, str], stall_timeout: float) -> Iterator["Roster"]:
     roster._finish()
 
 
+def lost_within() -> float:
+    """Seconds within which the loss of a process has ended the others."""
+    return _HEARTBEAT.value + _LINGER
+
+
 class _Link:
     """A connection that carries one JSON object a line, and what is known of the process at its other end."""
 

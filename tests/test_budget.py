@@ -107,6 +107,16 @@ def test_time_that_cannot_be_read_is_an_error(tmp_path):
         budget.Budget(tmp_path, 60.0)
 
 
+def test_the_share_that_is_used_counts_whatever_the_number_of_chips(tmp_path):
+    first = budget.Budget(tmp_path, 1000.0)
+    first.close()
+    (tmp_path / "clock.json").write_text(json.dumps({"seconds": 500.0, "share": 0.5}))
+    on_twice_as_many = budget.Budget(tmp_path, 500.0)
+    on_twice_as_many.close()
+    assert 250 <= on_twice_as_many.used() < 251 + time.monotonic() - budget._STARTED
+    assert json.loads((tmp_path / "clock.json").read_text())["share"] >= 0.5
+
+
 def test_a_run_with_a_budget(toy, tmp_path):
     """Killed on the way: it ends, annealed and evaluated, when the time is used, that before the kill included."""
     changes = {"train__budget_minutes": 1.2, "train__phases": "50%: train.global_batch_size=8", "eval__max_rows": 16}

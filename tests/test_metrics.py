@@ -1,9 +1,11 @@
 """Where the numbers go, and how fast things are said to be."""
 
 import dataclasses
+import errno
 import json
 import re
 import resource
+import threading
 import time
 
 import pytest
@@ -79,6 +81,23 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     events = tensorflow().compat.v1.train.summary_iterator(str(file))
     found = [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value]
     assert found == [("validation/loss", 2.5, 7)]
+
+
+def test_a_disk_that_is_full_for_tensorboard_stops_nothing(tmp_path, monkeypatch, capsys):
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=True), 0)
+    events = writers._tensorboard.file_writer.event_writer
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(events._ev_writer, "write_event", full)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    writers.write(1, "train", {f"{i}": 1.0 for i in range(50)})  # more than a queue of tensorboardX holds
+    events._worker.join(60)
+    writers.write(2, "train", {"loss": 1.0})
+    writers.close()
+    assert "WARNING: TensorBoard is off" in capsys.readouterr().out
+    assert steps_in(tmp_path) == [(1, "train"), (2, "train")]
 
 
 def test_weights_and_biases_offline(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Damage to a checkpoint folder, full disks, and kills while saving: named or survived, never silent."""
 
+import errno
 import json
 import os
 import queue
@@ -236,6 +237,41 @@ def test_when_all_are_damaged_nothing_begins_anew(workdir, outcome):
     outcome("detected", 3, damages=3)
 
 
+@pytest.mark.fault(27)
+def test_a_run_goes_back_to_a_sound_checkpoint_or_not_at_all(workdir, outcome):
+    for step in (10, 20):
+        os.truncate(workdir / "checkpoints" / str(step) / "meta" / "metadata", 100)
+    checkpoints = opened(workdir)
+    with pytest.raises(Failure, match="no checkpoint before step 25 is sound"):
+        checkpoints.restore_latest(abstract(state_at(0)), print, before=25)
+    checkpoints.close()
+    assert checkpoint.steps_in(workdir) == [30], "which is sound, and kept"
+    outcome("detected", damages=2)
+
+
+@pytest.mark.fault(21)
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        MemoryError(),
+        ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes"),
+    ],
+)
+def test_what_a_machine_cannot_read_is_not_taken_for_damaged(workdir, outcome, monkeypatch, error):
+    import orbax.checkpoint as ocp
+
+    def fails(*_, **__):
+        raise error
+
+    with monkeypatch.context() as m:
+        m.setattr(ocp.Checkpointer, "restore", fails)
+        with pytest.raises(Failure, match="cannot be read here, and is left as it is"):
+            restored(workdir)
+    assert checkpoint.steps_in(workdir) == [10, 20, 30] and restored(workdir)[0] == 30
+    outcome("detected")
+
+
 @pytest.mark.fault(28)
 def test_leftovers_are_swept(workdir, outcome):
     folder = workdir / "checkpoints"
@@ -347,6 +383,23 @@ def test_a_disk_that_is_full_once(workdir, outcome, capsys):
     assert "WARNING: step 40 could not be saved" in (out := capsys.readouterr().out) and "step 30 is the last" in out
     assert checkpoint.steps_in(workdir) == [20, 30, 50] and not (workdir / "checkpoints" / "40").exists()
     assert restored(workdir)[0] == 50
+    outcome("recovered")
+
+
+@pytest.mark.fault(18)
+def test_a_disk_so_full_that_nothing_can_be_tidied_up(workdir, outcome, monkeypatch, capsys):
+    checkpoints = opened(workdir, keep_last=3)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoints._checkpointer, "save", full)
+        m.setattr(checkpoints, "_sweep", full)
+        assert not checkpoints.save(40, state_at(40))
+    assert checkpoints.save(50, state_at(50)) and checkpoints.wait()
+    checkpoints.close()
+    assert "WARNING: step 40 could not be saved" in capsys.readouterr().out and restored(workdir)[0] == 50
     outcome("recovered")
 
 
