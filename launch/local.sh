@@ -75,6 +75,7 @@ while :; do
       pids+=($!)
     done
   fi
+  if [ -n "$stopping" ]; then kill -TERM "${pids[@]}" 2>/dev/null || true; fi # it came between
 
   code=0
   for pid in "${pids[@]}"; do

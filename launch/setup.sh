@@ -10,7 +10,7 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 venv=${VENV:-.venv}
 
-if [ ! -x "$venv/bin/python" ]; then
+if [ ! -x "$venv/bin/pip" ]; then # the last that is made
   for python in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
     if "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       "$python" -m venv "$venv" || exit 1

@@ -13,7 +13,6 @@ slice=$(attribute tpu-env | sed -n "s/^MEGASCALE_SLICE_ID: *'\{0,1\}\([0-9]*\).*
 name="slice${slice:-0}-worker$(attribute agent-worker-number)"
 home=${WORKER_HOME:-/var/lib/flax_mlm}
 mkdir -p "$home"
-rm -rf "$home"/code.* # of earlier starts; who runs from there has read it
 code=$(mktemp -d "$home/code.XXXXXX")
 for pause in 5 10 20 40 80 0; do
   if gcloud storage cp --quiet "$job_url/bundle.tgz" "$code/bundle.tgz"; then break; fi

@@ -152,13 +152,21 @@ create() {
   tpus queued-resources create "$RUN" "--accelerator-type=$accelerator_type" "--runtime-version=$runtime" "${nodes[@]}" \
     ${kind[@]+"${kind[@]}"} ${more[@]+"${more[@]}"} --scopes=cloud-platform "--labels=flax_mlm=$RUN" \
     "--metadata=flax-mlm-job=$job_url" --metadata-from-file=startup-script=launch/startup.sh \
-    "--valid-until-duration=${MAX_WAIT_HOURS}h" --quiet
+    "--valid-until-duration=$((MAX_WAIT_HOURS + 1))h" --quiet # who babysits has given up before
   ask "${command[@]}"
 }
 
 # What an earlier start of this run has said, so that it is not taken for news.
 forget() {
   ask gcloud storage rm "$@" --quiet || true
+}
+
+# A run that is submitted again has its failures and restarts before it, but what was spent is spent.
+forgive() {
+  local who since
+  if [ -n "$dry_run" ] || ! read_babysitter || [ "$who" != nobody ]; then return 0; fi
+  restarts=0 failed=0
+  hold nobody || true
 }
 
 submit() {
@@ -171,6 +179,7 @@ submit() {
   esac
   upload_bundle
   forget "$job_url/STOP" "$job_url/DONE" "$job_url/FAILED" "$job_url/workers/**"
+  forgive
   if [ "$state" = ACTIVE ]; then
     on_all_workers 'sudo google_metadata_script_runner startup' || failure "not started on all machines: $(reason)"
     echo "the run starts on the TPUs that are there" >&2
@@ -228,8 +237,7 @@ logs() {
       mistake "no log of $worker yet; there are: $(printf '%s\n' "$objects" | sed -n 's|^logs/\(.*\).log$|\1|p' | tr '\n' ' ')"
     fi
     if [ -z "$follow" ]; then break; fi
-    list_objects || true
-    if has DONE || has FAILED; then break; fi
+    if list_objects && { has DONE || has FAILED; }; then break; fi
     sleep "$poll"
   done
 }
@@ -257,8 +265,12 @@ stop() {
   rm -f "$file"
   if [ -n "$dry_run" ]; then return 0; fi
   while [ "$SECONDS" -lt "$end" ]; do
+    waiting=' (the bucket cannot be read)'
+    list_objects || {
+      sleep "$poll"
+      continue
+    }
     waiting=''
-    list_objects || true
     for name in $(printf '%s\n' "$objects" | grep '^workers/'); do
       if ! [[ $(gcloud storage cat "$job_url/$name" 2>/dev/null) = *ended* ]]; then waiting="$waiting ${name#workers/}"; fi
     done
@@ -326,14 +338,18 @@ hold() {
   return "$code"
 }
 
+# Who was the last, and what was used until then: `who restarts failed seconds since`.
+read_babysitter() {
+  ask_quietly gcloud storage objects describe "$job_url/babysitter" '--format=value(generation)' || return 1
+  held=$said
+  ask_quietly gcloud storage cat "$job_url/babysitter" || return 1
+  read -r who restarts failed seconds since <<<"$said"
+}
+
 begin_holding() {
   local who since
   if hold "$me"; then return 0; fi
-  ask_quietly gcloud storage objects describe "$job_url/babysitter" '--format=value(generation)' ||
-    failure "the bucket cannot be used: $(reason)"
-  held=$said
-  ask_quietly gcloud storage cat "$job_url/babysitter" || failure "the bucket cannot be used: $(reason)"
-  read -r who restarts failed seconds since <<<"$said"
+  read_babysitter || failure "the bucket cannot be used: $(reason)"
   if [ "$who" != nobody ] && [ $(($(date +%s) - since)) -lt $((10 * poll + 60)) ]; then
     mistake "$RUN has a babysitter already: $who"
   fi
@@ -424,6 +440,11 @@ babysit() {
         continue
         ;;
       esac
+    fi
+    if has STOP; then
+      hold nobody || true
+      echo "$RUN was told to stop. What is there of it stays, and is paid for: submit goes on with it, delete ends it" >&2
+      exit 0
     fi
     if [ -n "$MAX_COST" ] && awk "BEGIN { exit !($(cost) >= $MAX_COST) }"; then
       stop || true

@@ -22,6 +22,7 @@ if ! flock -n 9; then
   echo "a worker is at work here already"
   exit 0
 fi
+find "$home" -maxdepth 1 -name 'code.*' ! -name "$(basename "$PWD")" -exec rm -rf {} + # of earlier starts
 log="$home/worker.log"
 # Of machines before this one: its own log goes on from there.
 [ -e "$log" ] || gcloud storage cp "$job_url/logs/$name.log" "$log" --quiet >/dev/null 2>&1 || true

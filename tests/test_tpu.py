@@ -274,13 +274,17 @@ def test_stop_saves_and_keeps_the_tpus_and_submit_starts_anew_on_them(desk):
     (desk.cloud.folder / "drops").touch()
     desk.run("ssh", "--worker=all", "--", "sudo", "google_metadata_script_runner", "startup")
     until(lambda: desk.cloud.logs().count("a worker is at work here already") >= 3)
+    codes = [list((machine.folder / "home").glob("code.*/launch/worker.sh")) for machine in desk.cloud.machines["run"]]
+    assert min(map(len, codes)) >= 2, "what the first runs from is still there"
     assert [file.read_text() for file in started] == ["x\n", "x\n"]
     assert "all machines have saved and ended" in desk.run("stop")
     assert "exit code 75" in desk.run("status") and desk.cloud.nodes
     desk.train("exit 0")
     for machine in desk.cloud.machines["run"]:
         shutil.rmtree(machine.folder / "home" / "venv")
+    desk.cloud.say("babysitter", "nobody 20 3 3600 1\n")
     assert "the run starts on the TPUs that are there" in desk.run("submit", "--", *TRAIN) and desk.cloud.created == 1
+    assert desk.cloud.says("babysitter").startswith("nobody 0 0 3600 "), "what was spent is spent; the rest begins anew"
     until(lambda: desk.cloud.says("DONE"))
     desk.run("delete")
     assert nothing_is_left(desk)
@@ -491,6 +495,16 @@ def test_two_babysitters(long_run):
     second.kill()
     second.communicate()
     assert "has a babysitter already" in long_run.run("babysit", code=2), "it cannot know yet that the second is dead"
+
+
+@needs_gcloud
+def test_a_run_that_is_told_to_stop_keeps_its_tpus(long_run):
+    first = long_run.start("babysit")
+    until(lambda: long_run.cloud.says("babysitter"))
+    long_run.cloud.say("STOP", "now\n")
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 0 and "What is there of it stays, and is paid for" in err, err
+    assert long_run.cloud.nodes and "nobody" in long_run.cloud.says("babysitter")
 
 
 @needs_gcloud
