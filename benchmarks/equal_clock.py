@@ -40,6 +40,16 @@ _RATES = flags.DEFINE_list("rates", ["1e-4", "3e-4", "1e-3"], "learning rates of
 def main(config: Config) -> None:
     if not _OUTPUT.value:
         raise UserError("--output is missing; name a folder, such as --output=runs/equal_clock")
+    if config.data.corpus:
+        raise UserError(
+            f"data.corpus is '{config.data.corpus}'; name the text itself by data.source, which both are given"
+        )
+    if config.train.unit != "steps":
+        raise UserError(f"train.{config.train.unit} is set; how long ours runs is --share of --minutes")
+    try:
+        rates = {rate: float(rate) for rate in _RATES.value}
+    except ValueError:
+        raise UserError(f"--rates is '{','.join(_RATES.value)}'; it takes learning rates such as 1e-4,3e-4") from None
     folder = Path(_OUTPUT.value).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     case_file = folder / "case.json"
@@ -48,7 +58,7 @@ def main(config: Config) -> None:
     if json.loads(case_file.read_text()) != json.loads(json.dumps(phases.of(config)[-1].config.to_dict())):
         raise UserError(f"--output: {case_file} is of another config; name a new folder")
     seconds = 60 * _MINUTES.value
-    curves = {f"transformers, {rate}": standard(config, folder, float(rate), seconds) for rate in _RATES.value}
+    curves = {f"transformers, {name}": standard(config, folder, rate, seconds) for name, rate in rates.items()}
     best = min(curves, key=lambda name: curves[name][-1]["loss"])
     curves["flax_mlm"] = ours(config, folder, seconds * _SHARE.value)
     plot(folder / "equal_clock.png", curves)
