@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from configs import base, quickstart
+from flax_mlm import claim, files
 from flax_mlm import command as command_lib
 from flax_mlm import config as config_lib
-from flax_mlm import files
+from flax_mlm.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
@@ -146,6 +147,19 @@ def test_a_workdir_of_another_run(refused, toy, trained_run):
     assert "holds a run with model.num_layers = 2, and this one has 3; use another --workdir" in line
     assert before == {p: p.stat().st_mtime_ns for p in trained_run.rglob("*")}
     refused("train", f"--workdir={toy.text}", *toy.flags())
+    line = refused("train", f"--workdir={trained_run}", *toy.flags(model__attention_dropout_rate=0.1))
+    assert "model.attention_dropout_rate = 0.0, and this one has 0.1" in line, "model.attention may change; not this"
+
+
+def test_where_a_rewind_goes_back_to_is_of_the_run(tmp_path):
+    c = base.get_config()
+    c.optimizer.spike_action = "rewind"
+    claim.take(tmp_path, config_lib.build(c))
+    c.train.keep_last, c.train.log_every = 5, 7
+    claim.take(tmp_path, config_lib.build(c))
+    c.train.checkpoint_every = 7
+    with pytest.raises(UserError, match=r"holds a run with train.checkpoint_every = 1000, and this one has 7"):
+        claim.take(tmp_path, config_lib.build(c))
 
 
 @pytest.fixture(scope="module")
