@@ -59,11 +59,22 @@ def make_fit(
     loss = make_loss(trained)
     trainer = finetune.make_trainer(trained, loss, lambda key: {})
     steps = finetune.batches_of(len(train.queries), config.batch_size)
+
+    def rank_score(params: Params) -> float:
+        return float((1 / ranks(lambda some: vectors_of(trained, vectors, params, some, poll), dev)).mean())
+
+    epoch = _make_epoch(trained, train)
+    score = _make_loss_score(trained, loss, dev, poll) if dev.are_alone else rank_score
+    return lambda rate, seed: finetune.fit(trained, trainer, epoch, steps, score, rate, seed, poll)
+
+
+def _make_loss_score(
+    trained: Trained, loss: Callable[..., jax.Array], dev: Pairs, poll: Poll
+) -> Callable[[Params], float]:
+    """Minus the mean loss over a set, with dropout that is the same every time."""
     just_loss, held_out = jax.jit(loss), _make_epoch(trained, dev)
 
     def score(params: Params) -> float:
-        if not dev.are_alone:
-            return float((1 / ranks(lambda some: vectors_of(trained, vectors, params, some, poll), dev)).mean())
         losses = []
         for i, batch in enumerate(held_out(np.random.default_rng(0))):
             poll()
@@ -71,8 +82,7 @@ def make_fit(
             losses.append(float(just_loss(params, *arrays, jax.random.fold_in(jax.random.key(0), i))))
         return -float(np.mean(losses))
 
-    epoch = _make_epoch(trained, train)
-    return lambda rate, seed: finetune.fit(trained, trainer, epoch, steps, score, rate, seed, poll)
+    return score
 
 
 def _make_epoch(trained: Trained, pairs: Pairs) -> Callable[[np.random.Generator], Iterator[finetune.Batch]]:
