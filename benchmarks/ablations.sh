@@ -13,7 +13,7 @@ set -euo pipefail
 . "$(dirname "$0")/../launch/setup.sh" requirements.txt
 out=${OUT:-runs/ablations}
 code=0
-groups=(batch optimizer mask_rate masking shape packing phases)
+groups=(batch rates optimizer mask_rate masking shape packing phases)
 for name in ${ONLY:-}; do
   case " ${groups[*]} " in *" $name "*) ;; *) echo "error: ONLY is '$ONLY'; it takes some of: ${groups[*]}" >&2 && exit 2 ;; esac
 done
@@ -30,12 +30,14 @@ ablate() { # NAME GRID ARGUMENTS...: the others go on where one fails
 ablate batch 'train.global_batch_size&optimizer.learning_rate=32&6e-3,32&3e-3,16&6e-3,16&3e-3,64&6e-3,64&9e-3' "$@"
 
 fields='optimizer.name&optimizer.schedule&optimizer.learning_rate'
-names=''
-for optimizer in 'adamw&linear' 'stable_adamw&linear' 'muon&linear' 'schedule_free&constant'; do
-  for rate in 1.5e-3 3e-3 6e-3; do names="$names$optimizer&$rate,"; done
+rates='' # one seed of each, to find the rate of each optimizer
+for optimizer in 'adamw&linear' 'stable_adamw&linear'; do
+  for rate in 7.5e-4 1.5e-3 3e-3; do rates="$rates$optimizer&$rate,"; done
 done
-for rate in 3e-3 1e-2 3e-2; do names="${names}lamb&linear&$rate,"; done
-ablate optimizer "$fields=${names%,}" "$@"
+for rate in 3e-3 6e-3 1.2e-2; do rates="${rates}muon&linear&$rate,"; done
+for rate in 1.5e-3 3e-3 6e-3; do rates="${rates}schedule_free&constant&$rate,"; done
+for rate in 3e-3 1e-2 3e-2; do rates="${rates}lamb&linear&$rate,"; done
+SEEDS=1 ablate rates "$fields=${rates%,}" "$@"
 
 down='"0%: objective.mask_rate->0.15"'
 ablate mask_rate "objective.mask_rate&train.phases=0.3&$down,0.15&,0.3&,0.4&,0.4&$down" "$@"

@@ -210,9 +210,12 @@ def test_without_gcsfs_it_is_named(toy, tmp_path):
     assert "needs gcsfs; pip install -r launch/gcs-requirements.txt" in done.stderr
 
 
-@pytest.mark.parametrize("command, flag", [("export", "--output"), ("evaluate", "--json"), ("evaluate", "--save")])
+@pytest.mark.parametrize(
+    "command, flag",
+    [("export", "--output"), ("evaluate", "--json"), ("evaluate --task=retrieval", "--save")],
+)
 def test_what_is_written_to_folders_alone(toy, straight, command, flag):
-    done = toy.run(command, f"--checkpoint={straight}", f"{flag}=gs://bucket/out")
+    done = toy.run(*command.split(), f"--checkpoint={straight}", f"{flag}=gs://bucket/out")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"{flag}: 'gs://bucket/out' cannot be written; name a folder or file here" in done.stderr
 

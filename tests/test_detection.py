@@ -415,7 +415,7 @@ def test_fine_tuning_and_vectors(toy, rtd_run, tmp_path):
     pairs.write_text("\n".join(json.dumps({"query": text, "positive": text}) for text, _ in rows))
     done = toy.run("evaluate", f"--checkpoint={rtd_run}", "--task=retrieval", f"--train={pairs}", f"--test={scored}",
         "--text=text", "--pair=pair", "--label=label", *settings, "--config.finetune.epochs=1",
-        f"--save={tmp_path / 'search'}")  # fmt: skip
+        "--config.model.dropout_rate=0.1", f"--save={tmp_path / 'search'}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     (tmp_path / "texts.txt").write_text("\n".join(text for text, _ in rows[:6]))
     for checkpoint_path in (rtd_run, tmp_path / "search"):
