@@ -3,7 +3,7 @@
     bash launch/local.sh
 
 A ModernBERT in small, with Muon (what each is worth at this size is in benchmarks/RESULTS.md). Expect a held-out loss
-of 3.14 nats, where the unigram entropy is 6.59.
+of 3.04 nats, where the unigram entropy is 6.59.
 """
 
 from ml_collections import ConfigDict
@@ -22,10 +22,11 @@ def get_config() -> ConfigDict:
     c.model.num_heads = 2
     c.model.intermediate_size = 352
 
-    c.train.steps = 1200
-    c.train.global_batch_size = 64
-    c.train.log_every = 50
-    c.train.eval_every = 300
-    c.train.checkpoint_every = 100
+    c.train.phases = ""  # at this length a mask rate that stays is better than one that falls
+
+    c.train.steps = 2200
+    c.train.log_every = 100
+    c.train.eval_every = 550
+    c.train.checkpoint_every = 200
     c.eval.max_rows = 0
     return c
