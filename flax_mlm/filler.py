@@ -16,13 +16,11 @@ class Filler:
     """Answers questions about masked texts with a trained model. A causal one answers from what is left of a mask."""
 
     def __init__(self, trained):
-        self._trained, config = trained, trained.config
-        # Tokens that a text may have: of a Hugging Face folder all positions are trained.
-        self.limit = config.model.max_positions if config.init_from else config.data.seq_len
+        self._trained = trained
 
     def ids(self, text: str) -> list[int]:
         """[CLS] text [SEP]. Raises UserError when it has no [MASK] or is too long."""
-        tokenizer, limit = self._trained.tokenizer, self.limit
+        tokenizer, limit = self._trained.tokenizer, self._trained.row_length
         ids = [tokenizer.cls_id, *tokenizer.encode_with_mask(text), tokenizer.sep_id]
         if tokenizer.mask_id not in ids:
             raise UserError(f"the text '{text}' has no [MASK]; put one where a word is wanted")
@@ -102,7 +100,7 @@ class Filler:
             if not spelled:
                 raise UserError(f"--targets: '{word}' is empty; give words separated by commas")
         rows = [ids[:place] + [ids[place]] * len(spelled) + ids[place + 1 :] for spelled in pieces.values()]
-        if (longest := max(map(len, rows))) > (limit := self.limit):
+        if (longest := max(map(len, rows))) > (limit := self._trained.row_length):
             raise UserError(f"the text with its longest target has {longest} tokens; this model takes at most {limit}")
         totals = dict.fromkeys(pieces, 0.0)
         for depth in range(max(map(len, pieces.values()))):

@@ -33,10 +33,15 @@ class Trained(NamedTuple):
     meta: Mapping[str, Any] = MappingProxyType({})  # of the checkpoint it was restored from
 
     @property
+    def row_length(self) -> int:
+        """Tokens of the rows that it was trained on: of a Hugging Face folder all positions are trained."""
+        return self.config.model.max_positions if self.config.init_from else self.config.data.seq_len
+
+    @property
     def max_length(self) -> int:
         """Tokens that a text may have: learned positions beyond the rows of its training were never trained."""
-        c = self.config
-        return c.data.seq_len if c.model.positions == "learned" and not c.init_from else c.model.max_positions
+        model = self.config.model
+        return self.row_length if model.positions == "learned" else model.max_positions
 
     def padded_length(self, length: int) -> int:
         """To which rows of so many tokens are padded: few lengths, since each one is compiled."""

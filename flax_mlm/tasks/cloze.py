@@ -55,7 +55,7 @@ def read(path: str) -> list[Cloze]:
 
 def fitting(trained: Trained, clozes: Sequence[Cloze]) -> list[Cloze]:
     """Those that the model takes, whichever answer is put in."""
-    t, limit = trained.tokenizer, Filler(trained).limit
+    t, limit = trained.tokenizer, trained.row_length
 
     def length(cloze: Cloze) -> int:
         text, answers = cloze
