@@ -32,6 +32,7 @@ from flax_mlm.errors import Failure, UserError
 
 _FORMAT = 3
 _MARKER = "commit_success.txt"  # orbax's AtomicityMode.COMMIT_FILE
+_SAVED = {"params", "average", "rest", "meta", "_CHECKPOINT_METADATA", _MARKER}  # all that a step consists of
 _META_LIMIT = 1 << 26  # bytes; a tokenizer of 250,000 pieces takes 20 MiB
 _RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}  # half a minute; else it takes fifteen
 _SO_FAR: dict[str, Any] = {"totals": {}, "phase": 0, "place": {}}  # what a run's checkpoint says of it, beside arrays
@@ -331,7 +332,7 @@ class Checkpoints:
             path = epath.Path(self._folder / name)
             if not name.isdigit() or (_is_step(path) and int(name) in committed):
                 continue
-            if _is_step(path) and path.is_dir():
+            if _is_step(path) and path.is_dir() and {entry.name for entry in path.iterdir()} <= _SAVED:
                 self._shelf.discard(name)  # a save that was killed or failed
             else:
                 self._shelf.quarantine(name)

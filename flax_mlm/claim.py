@@ -1,6 +1,8 @@
 """One workdir, one run: `config.json` says which, and what of it may change when it goes on."""
 
 import json
+from collections.abc import Iterator
+from typing import Any
 
 from flax_mlm import buckets, files
 from flax_mlm.config import Config, flatten, from_dict
@@ -16,6 +18,47 @@ FREE = (
     *("train.keep_last", "train.keep_every", "train.max_failed_saves"),
     *("eval.", "finetune.", "mesh.", "log."),
 )
+
+
+def refuse_foreign(workdir: buckets.AnyPath) -> None:
+    """Checks that nothing in a workdir belongs to another program, before anything in it is touched: a run deletes,
+    moves and rewrites files under the names that it uses.
+
+    Raises:
+      UserError: the folder holds files of those names that no run of flax_mlm has written, or cannot be read.
+    """
+    try:
+        with buckets.errors(workdir):
+            foreign = next(_foreign(workdir), None)
+    except OSError as e:
+        raise _unusable(workdir, e) from e
+    if foreign:
+        raise UserError(
+            f"--workdir: '{workdir}' holds '{foreign}', which no run of flax_mlm has written; use a new folder"
+        )
+
+
+def _foreign(workdir: buckets.AnyPath) -> Iterator[str]:
+    """Files that a run would change, and that are not known to be one's."""
+    if (workdir / _FILE).exists():
+        if not _is_json_with(workdir / _FILE, "data", "model", "objective", "optimizer", "train", "mesh"):
+            yield _FILE
+        return
+    folder, own = workdir / "checkpoints", (".trash", ".quarantine")
+    steps = [path for path in (folder.iterdir() if folder.is_dir() else []) if path.name not in own]
+    for path in steps:
+        if not _is_json_with(path / "meta" / "metadata", "format", "tokenizer", "sha256"):
+            yield f"checkpoints/{path.name}"
+    if not steps:
+        yield from (name for name in ("metrics.jsonl", "result.json") if (workdir / name).exists())
+
+
+def _is_json_with(file: buckets.AnyPath, *keys: str) -> bool:
+    try:
+        content: Any = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and all(key in content for key in keys)
 
 
 def take(workdir: buckets.AnyPath, config: Config) -> None:

@@ -57,6 +57,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         is_main, log = roster.index == 0, print if roster.index == 0 else lambda *_: None
         held = clock = None
         if is_main:
+            claim.refuse_foreign(workdir)
             held = lease.Lease(workdir, roster.run_id)
             at_exit.callback(held.release)
             roster.at_leave(held.release)
