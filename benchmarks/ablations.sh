@@ -50,7 +50,7 @@ ablate mask_rate "objective.mask_rate&train.phases=0.3&$down,0.15&,0.3&,0.4&,0.4
 last='objective.mask_rate=0.15, objective.masking=token"'
 ablate masking "objective.masking&train.phases=token&\"90%: $last,whole_word&\"90%: $last,span&\"90%: $last" "$@"
 ablate shape "model.norm_position&model.glu&model.intermediate_size=pre&true&352,post&true&352,pre&false&528" "$@"
-ablate packing "data.packing&objective.cross_documents=best_fit&false,best_fit&true,sequential&true" "$@"
+ablate packing "data.packing&objective.attend_across_documents=best_fit&false,best_fit&true,sequential&true" "$@"
 # What moves does so over its own phase: in parts, so that the mask rate falls as in the run that they compare with.
 ramp='"0%: objective.mask_rate->0.27, train.global_batch_size=8; 20%: objective.mask_rate->0.24, train.global_batch_size=16'
 ramp="$ramp; 40%: objective.mask_rate->0.15, train.global_batch_size=32\""

@@ -100,13 +100,13 @@ class Case:
         if family == "modernbert":
             changes |= {
                 "model.intermediate_size": max(8, round((self.inner or 4 * self.width) * 2 / 3 / 8) * 8),
-                "model.positions": "rope",
+                "model.position_embedding": "rope",
                 "model.norm_position": "pre",
                 "model.norm_eps": 1e-5,
                 "model.use_bias": False,
                 "model.glu": True,
                 "model.type_vocab_size": 0,
-                "model.global_attention_every": 3,
+                "model.global_attn_every_n_layers": 3,
             }
         values.update_from_flattened_dict(changes)
         return config_lib.build(values)

@@ -49,7 +49,7 @@ def record(file: Path, key: list[Any], found: rehearsal.Rehearsal, planned: conf
     line = {
         "key": key, "mesh": list(found.mesh.values()), "remat": planned.model.remat, "attention": found.attention,
         "rows": planned.train.global_batch_size // (found.mesh["data"] * found.mesh["fsdp"]),
-        "microbatches": planned.train.microbatches, "bytes": found.total_bytes, "used": used, "sent": sums,
+        "gradient_accumulation_steps": planned.train.gradient_accumulation_steps, "bytes": found.total_bytes, "used": used, "sent": sums,
         "best": roof.best, "worst": roof.worst, "roof": roof._asdict(),
         "mfu": [roofline.mfu(found, chip, s) for s in (roof.worst, roof.best)], "seconds": found.compile_seconds,
         "matmuls": found.matmul_ratio, "traffic": found.traffic,
@@ -63,12 +63,12 @@ def record(file: Path, key: list[Any], found: rehearsal.Rehearsal, planned: conf
 def fewest_parts(
     name: str, changes: dict[str, Any], target: rehearsal.Target
 ) -> tuple[rehearsal.Rehearsal, config.Config]:
-    """The model in the fewest microbatches that fit the target, and its config; layers recomputed as that says."""
+    """The model in the fewest gradient_accumulation_steps that fit the target, and its config; layers recomputed as that says."""
     planned = of(name, changes)
     mesh = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False).mesh
     rows = planned.train.global_batch_size // (mesh["data"] * mesh["fsdp"])
     for parts in (p for p in range(1, rows + 1) if rows % p == 0):
-        planned = of(name, changes | {"train.microbatches": parts})
+        planned = of(name, changes | {"train.gradient_accumulation_steps": parts})
         traced = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False)
         chip = chips.of_kind(traced.device_kind)
         assert chip
@@ -119,7 +119,7 @@ def table(lines: list[dict[str, Any]]) -> None:
         model, topology, slices = m["key"]
         where = topology + (f" × {slices}" if slices > 1 else "")
         print(
-            f"| {model} | {where} | {m['mesh'][0]} × {m['mesh'][1]} | {m['rows']:,} in {m['microbatches']} "
+            f"| {model} | {where} | {m['mesh'][0]} × {m['mesh'][1]} | {m['rows']:,} in {m['gradient_accumulation_steps']} "
             f"| {m['attention']}, {m['remat']} | {m['bytes'] / 2**30:.1f} ({m['used']:.0%}) "
             f"| {1e3 * m['best']:,.0f} to {1e3 * m['worst']:,.0f} ms | {m['mfu'][0]:.0%} to {m['mfu'][1]:.0%} "
             f"| {m['matmuls']:.2f} | {m['traffic'] / 1e9:,.1f} | {m['fusions']:,}, {m['copies']:,} |"

@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # parameters, data order, masks and dropout all follow from it
     c.init_from = ""  # Hugging Face folder to start from (BERT, RoBERTa, ALBERT, ELECTRA, ModernBERT); sets the shape
-    c.init_new_head = False  # with init_from: a new vocabulary head, for a folder that has none (a sentence encoder)
+    c.reinit_head = False  # with init_from: a new vocabulary head, for a folder that has none (a sentence encoder)
 
     c.data = ConfigDict()
     c.data.source = "builtin"  # builtin | text:GLOB | jsonl:GLOB#field | tfds:NAME[/config][:split]
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
 
     c.tokenizer = ConfigDict()
     c.tokenizer.path = ""  # SentencePiece .model, Hugging Face tokenizer.json, vocab.txt (WordPiece); empty: train one
-    c.tokenizer.extend = ""  # a file of words, one a line, each to become a piece of the tokenizer given
+    c.tokenizer.extra_tokens_file = ""  # a file of words, one a line, each to become a piece of the tokenizer given
     c.tokenizer.model_type = "bpe"  # bpe (converts to tokenizer.json exactly) | unigram
     c.tokenizer.vocab_size = 8192  # V, special tokens and 256 byte pieces included
     c.tokenizer.normalization = "nmt_nfkc"  # nmt_nfkc | nmt_nfkc_cf (also lower-cases) | identity
@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     c.model.num_heads = 4  # H, divides hidden_size
     c.model.intermediate_size = 1024  # width inside the MLP; with glu, of each of its two halves
     c.model.max_positions = 512  # longest row the encoder may see
-    c.model.positions = "learned"  # learned | rope
+    c.model.position_embedding = "learned"  # learned | rope
     c.model.norm_position = "post"  # post (BERT) | pre (ModernBERT; adds a final norm)
     c.model.norm_eps = 1e-12
     c.model.use_bias = True  # biases in projections and norms
@@ -49,16 +49,16 @@ def get_config() -> ConfigDict:
     c.model.type_vocab_size = 2  # token-type embeddings; 0: none
     c.model.embedding_size = 0  # E, width of the embeddings, projected to hidden_size (ALBERT); 0: hidden_size itself
     c.model.share_layers = False  # all layers use the weights of one (ALBERT)
-    c.model.global_attention_every = 1  # every n-th layer sees the whole segment, the others a window; 1: all do
+    c.model.global_attn_every_n_layers = 1  # every n-th layer sees the whole segment, the others a window; 1: all do
     # plain | splash (TPU) | cudnn (GPU) | interpreted (splash, slow) | auto: kernels where there is no dropout of
     # probabilities, on TPUs from L 512 on, on GPUs from 128
     c.model.attention = "auto"
-    c.model.local_window = 128  # tokens a windowed layer sees, half on each side
+    c.model.sliding_window = 128  # tokens a windowed layer sees, half on each side
     c.model.rope_theta_global = 10_000.0
     c.model.rope_theta_local = 10_000.0
     c.model.dropout_rate = 0.1  # embeddings, attention output and MLP output
     c.model.attention_dropout_rate = 0.1  # attention probabilities
-    c.model.init_stddev = 0.02
+    c.model.initializer_range = 0.02
     c.model.vocab_multiple_of = 1  # rows of the embedding are rounded up to this; 128 suits TPUs and tensor sharding
     c.model.dtype = "float32"  # of the computation: float32 | bfloat16. Parameters are always float32
     # one compiled layer for all (True), or unrolled (False), faster on CPU and GPU, slower to compile; none: unrolled
@@ -72,11 +72,11 @@ def get_config() -> ConfigDict:
     c.objective.name = "mlm"  # mlm | clm (next token, causal attention, same rows in the same order) | rtd (ELECTRA)
     c.objective.masking = "token"  # token | whole_word | span
     c.objective.mask_rate = 0.15  # share of the ordinary tokens of each row that is predicted
-    c.objective.replace_mask = 0.8  # share of the selected tokens shown as [MASK]
-    c.objective.replace_random = 0.1  # share shown as a random token; what is left is shown unchanged
+    c.objective.mask_replace_prob = 0.8  # share of the selected tokens shown as [MASK]
+    c.objective.random_replace_prob = 0.1  # share shown as a random token; what is left is shown unchanged
     c.objective.span_stop = 0.2  # a span ends after each word with this probability (SpanBERT)
     c.objective.span_max_words = 10
-    c.objective.cross_documents = False  # attention and positions go over the whole row, and not each document's alone
+    c.objective.attend_across_documents = False  # attention and positions go over the whole row, and not each document's alone
     # × the mean of (log Z)², which keeps scores from drifting (PaLM, ST-MoE: 1e-4), is trained on too, and logged as
     # z_loss; `loss` stays the cross-entropy. 0.0: none
     c.objective.z_loss = 0.0
@@ -128,10 +128,10 @@ def get_config() -> ConfigDict:
     # `0%: objective.mask_rate=0.3->0.15; 90%: data.seq_len=512, train.global_batch_size=64` (README, "Phases")
     c.train.phases = ""
     c.train.global_batch_size = 256  # B, rows per step over all devices
-    c.train.microbatches = 1  # gradient accumulation: the batch is taken in this many parts
+    c.train.gradient_accumulation_steps = 1  # gradient accumulation: the batch is taken in this many parts
     # the predicted tokens' scores are made in so many parts, and again in the backward pass: where the vocabulary is
     # large, or each token is predicted (clm), they are most of the memory; of mlm and clm
-    c.train.loss_chunks = 1
+    c.train.logits_chunks = 1
     c.train.reproducible = (
         False  # the same parameters, bit for bit, on any number of devices that batch_groups allows; slower
     )
@@ -140,8 +140,8 @@ def get_config() -> ConfigDict:
     c.train.eval_every = 1000  # steps; 0: only at the end
     c.train.cloze_every = 0  # steps; the built-in clozes' ranks and the model's own words go into the logs; 0: never
     c.train.checkpoint_every = 1000  # steps; the last step is always saved
-    c.train.keep_last = 2  # checkpoints
-    c.train.keep_every = 0  # steps: checkpoints at its multiples stay for ever; 0: none
+    c.train.max_to_keep = 2  # checkpoints
+    c.train.keep_period = 0  # steps: checkpoints at its multiples stay for ever; 0: none
     # saves in a row that fail (disk full) before the run stops; of several processes, which can only go on together,
     # one stops it
     c.train.max_failed_saves = 3
@@ -168,7 +168,7 @@ def get_config() -> ConfigDict:
     c.finetune.weight_decay = 0.01  # on matrices and embeddings
     c.finetune.temperature = 0.05  # of the cosines that --task=retrieval learns from
     c.finetune.hard_negatives = 0  # of each query in a batch, drawn from those that the file gives; it may have fewer
-    c.finetune.dimensions = ""  # `32,64`: a vector's first 32 and 64 numbers also learn to do alone (Matryoshka)
+    c.finetune.matryoshka_dims = ""  # `32,64`: a vector's first 32 and 64 numbers also learn to do alone (Matryoshka)
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices that split the batch; -1: all that are left

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     c.train.log_every = 50
     c.train.eval_every = 5000
     c.train.checkpoint_every = 1000
-    c.train.keep_every = 25_000
+    c.train.keep_period = 25_000
     c.eval.batch_size = 2048
     c.eval.max_rows = 20_480
     return c

@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
 
     c.objective.name = "rtd"
     c.objective.mask_rate = 0.15
-    c.objective.replace_mask = 0.85  # the other 15% are shown unchanged, as in the authors' code
-    c.objective.replace_random = 0.0
+    c.objective.mask_replace_prob = 0.85  # the other 15% are shown unchanged, as in the authors' code
+    c.objective.random_replace_prob = 0.0
     c.objective.generator_size = 0.25
     c.objective.generator_depth = 1.0
     c.objective.embedding_sharing = "shared"
@@ -43,6 +43,6 @@ def get_config() -> ConfigDict:
     c.train.log_every = 100
     c.train.eval_every = 10_000
     c.train.checkpoint_every = 5000
-    c.train.keep_every = 100_000
+    c.train.keep_period = 100_000
     c.eval.max_rows = 20_480
     return c

@@ -22,14 +22,14 @@ def get_config() -> ConfigDict:
     c.model.num_heads = 12
     c.model.intermediate_size = 1152
     c.model.max_positions = 8192
-    c.model.positions = "rope"
+    c.model.position_embedding = "rope"
     c.model.norm_position = "pre"
     c.model.norm_eps = 1e-5
     c.model.use_bias = False
     c.model.glu = True
     c.model.type_vocab_size = 0
-    c.model.global_attention_every = 3
-    c.model.local_window = 128
+    c.model.global_attn_every_n_layers = 3
+    c.model.sliding_window = 128
     c.model.rope_theta_global = 10_000.0  # 160,000 from the paper's second phase, at 8,192 tokens, on
     c.model.rope_theta_local = 10_000.0
     c.model.dropout_rate = 0.0
@@ -47,12 +47,12 @@ def get_config() -> ConfigDict:
     c.optimizer.decay_fraction = 0.1
     c.optimizer.weight_decay = 0.0125  # 1e-5 a step at the peak, as the authors have it
     c.train.global_batch_size = 4608
-    c.train.microbatches = 2
+    c.train.gradient_accumulation_steps = 2
     c.train.steps = 20_000
     c.train.log_every = 50
     c.train.eval_every = 2000
     c.train.checkpoint_every = 500
-    c.train.keep_every = 5000
+    c.train.keep_period = 5000
     c.eval.batch_size = 512
     c.eval.max_rows = 5120
     return c

@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
     c.optimizer.learning_rate = 5e-4
     c.optimizer.weight_decay = 0.02
     c.train.global_batch_size = 4928
-    c.train.microbatches = 1
+    c.train.gradient_accumulation_steps = 1
     return c

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     c.model.hidden_size = 256
     c.model.num_heads = 4
     c.model.intermediate_size = 704  # GeGLU of about the size of a plain MLP of 1024
-    c.model.positions = "rope"
+    c.model.position_embedding = "rope"
     c.model.norm_position = "pre"
     c.model.norm_eps = 1e-5
     c.model.use_bias = False

@@ -151,9 +151,9 @@ def _report(phase: phases.Phase, seen: Counter[str], console: Console) -> int:
     table.add_row(
         "ordinary tokens selected", share("selected", "maskable"), f"{rate('mask_rate')}, rounded in each row"
     )
-    table.add_row("  shown as [MASK]", share("shown as [MASK]", "selected"), rate("replace_mask"))
-    table.add_row("  shown as a random token", share("shown as random", "selected"), rate("replace_random"))
-    table.add_row("  kept", share("kept", "selected"), f"{100 * (1 - o.replace_mask - o.replace_random):g}%")
+    table.add_row("  shown as [MASK]", share("shown as [MASK]", "selected"), rate("mask_replace_prob"))
+    table.add_row("  shown as a random token", share("shown as random", "selected"), rate("random_replace_prob"))
+    table.add_row("  kept", share("kept", "selected"), f"{100 * (1 - o.mask_replace_prob - o.random_replace_prob):g}%")
     table.add_row("predictions of those due", share("selected", "wanted"), "100%")
     table.add_row("rows that fall short", share("rows short", "rows"), "" if o.masking == "whole_word" else "0%")
     table.add_row("slots in use", share("selected", "slots"), "")

@@ -518,8 +518,8 @@ class Checkpoints:
         try:
             with buckets.errors(self._folder):
                 steps = steps_in(self._workdir)
-                keep = {s for s in steps if train.keep_every and s % train.keep_every == 0} | {newest}
-                keep |= set([s for s in steps if s % train.checkpoint_every == 0][-train.keep_last :])
+                keep = {s for s in steps if train.keep_period and s % train.keep_period == 0} | {newest}
+                keep |= set([s for s in steps if s % train.checkpoint_every == 0][-train.max_to_keep :])
                 self._shelf.settle(str(newest))
                 for step in steps:
                     if step not in keep:

@@ -12,10 +12,10 @@ _FILE = "config.json"
 
 # May differ between a run and its continuation: they change where, how often or how fast, but not what is learned.
 FREE = (
-    *("data.cache_dir", "data.num_workers", "train.microbatches", "train.loss_chunks"),
+    *("data.cache_dir", "data.num_workers", "train.gradient_accumulation_steps", "train.logits_chunks"),
     *("model.attention", "model.scan_layers", "model.remat"),
     *("train.log_every", "train.eval_every", "train.cloze_every", "train.checkpoint_every", "train.stall_timeout"),
-    *("train.keep_last", "train.keep_every", "train.max_failed_saves"),
+    *("train.max_to_keep", "train.keep_period", "train.max_failed_saves"),
     *("eval.", "finetune.", "mesh.", "log."),
 )
 

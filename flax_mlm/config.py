@@ -71,7 +71,7 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     path: str
-    extend: str
+    extra_tokens_file: str
     model_type: str
     vocab_size: int
     normalization: str
@@ -86,7 +86,7 @@ class ModelConfig:
     num_heads: int
     intermediate_size: int
     max_positions: int
-    positions: str
+    position_embedding: str
     norm_position: str
     norm_eps: float
     use_bias: bool
@@ -94,14 +94,14 @@ class ModelConfig:
     type_vocab_size: int
     embedding_size: int
     share_layers: bool
-    global_attention_every: int
-    local_window: int
+    global_attn_every_n_layers: int
+    sliding_window: int
     attention: str
     rope_theta_global: float
     rope_theta_local: float
     dropout_rate: float
     attention_dropout_rate: float
-    init_stddev: float
+    initializer_range: float
     vocab_multiple_of: int
     dtype: str
     scan_layers: bool | None
@@ -113,11 +113,11 @@ class ObjectiveConfig:
     name: str
     masking: str
     mask_rate: float
-    replace_mask: float
-    replace_random: float
+    mask_replace_prob: float
+    random_replace_prob: float
     span_stop: float
     span_max_words: int
-    cross_documents: bool
+    attend_across_documents: bool
     z_loss: float
     generator_size: float
     generator_depth: float
@@ -125,12 +125,12 @@ class ObjectiveConfig:
     discriminator_weight: float
 
     @property
-    def hidden(self) -> list[Any]:
+    def masking_signature(self) -> list[Any]:
         """How tokens are hidden; held-out losses of tokens that are hidden otherwise do not compare."""
         if self.name == "clm":
             return []
         spans = [self.span_stop, self.span_max_words] if self.masking == "span" else []
-        return [self.masking, self.replace_mask, self.replace_random, *spans]
+        return [self.masking, self.mask_replace_prob, self.random_replace_prob, *spans]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,16 +170,16 @@ class TrainConfig:
     price_per_chip_hour: float
     phases: str
     global_batch_size: int
-    microbatches: int
-    loss_chunks: int
+    gradient_accumulation_steps: int
+    logits_chunks: int
     reproducible: bool
     batch_groups: int
     log_every: int
     eval_every: int
     cloze_every: int
     checkpoint_every: int
-    keep_last: int
-    keep_every: int
+    max_to_keep: int
+    keep_period: int
     max_failed_saves: int
     stall_timeout: float
 
@@ -227,17 +227,17 @@ class FinetuneConfig:
     weight_decay: float
     temperature: float
     hard_negatives: int
-    dimensions: str
+    matryoshka_dims: str
 
     def sizes(self, hidden_size: int) -> list[int]:
         """How many dimensions of a vector are trained to do alone, all of them last. Raises UserError."""
         try:
-            sizes = [int(part) for part in self.dimensions.split(",") if part.strip()]
+            sizes = [int(part) for part in self.matryoshka_dims.split(",") if part.strip()]
             if not all(0 < size < hidden_size for size in sizes):
                 raise ValueError
         except ValueError:
             raise UserError(
-                f"finetune.dimensions is '{self.dimensions}'; it takes numbers below model.hidden_size, {hidden_size}"
+                f"finetune.matryoshka_dims is '{self.matryoshka_dims}'; it takes numbers below model.hidden_size, {hidden_size}"
             ) from None
         return [*sizes, hidden_size]
 
@@ -273,7 +273,7 @@ class Config:
 
     seed: int
     init_from: str
-    init_new_head: bool
+    reinit_head: bool
     data: DataConfig
     tokenizer: TokenizerConfig
     model: ModelConfig

@@ -136,7 +136,7 @@ def _mlm(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     if corpus.seq_len != config.data.seq_len:  # of which the number of predicted slots is a share
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=corpus.seq_len))
         model = model._replace(config=config, steps=make_steps(config, model.tokenizer.vocab_size, model.mesh))
-    about = {"corpus": corpus.fingerprint, "hidden": [*config.objective.hidden, config.eval.mask_rate]}
+    about = {"corpus": corpus.fingerprint, "hidden": [*config.objective.masking_signature, config.eval.mask_rate]}
     if config.objective.name == "rtd":
         rows = rtd.measure(model, corpus, poll)
         each_row = {name: getattr(rows, name).tolist() for name in ("loss", "tokens", "replaced")}

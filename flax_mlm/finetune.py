@@ -163,7 +163,7 @@ def make_head(trained: Trained, num_outputs: int, per_token: bool, regression: b
     model, dropout_rate = trained.config.model, trained.config.finetune.dropout_rate
 
     def new_head(key: jax.Array) -> dict[str, Any]:
-        kernel = model.init_stddev * jax.random.normal(key, (model.hidden_size, num_outputs))
+        kernel = model.initializer_range * jax.random.normal(key, (model.hidden_size, num_outputs))
         return {"task": {"kernel": kernel, "bias": jnp.zeros(num_outputs)}}
 
     def outputs(params: Params, tokens_BL: jax.Array, types_BL: jax.Array, keys_B: Any = None) -> jax.Array:

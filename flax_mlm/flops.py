@@ -8,8 +8,8 @@ def per_row(model: ModelConfig, seq_len: int, slots: int, vocab_rows: int) -> fl
     (remat) does not count; windowed layers count their window."""
     d, f = model.hidden_size, model.intermediate_size
     matmuls = 4 * d * d + (3 if model.glu else 2) * d * f
-    num_global = -(-model.num_layers // model.global_attention_every)
-    seen = num_global * seq_len + (model.num_layers - num_global) * min(seq_len, model.local_window + 1)
+    num_global = -(-model.num_layers // model.global_attn_every_n_layers)
+    seen = num_global * seq_len + (model.num_layers - num_global) * min(seq_len, model.sliding_window + 1)
     e = model.embedding_size or d
     embed = d * e if model.embedding_size else 0
     forward = 2 * seq_len * (embed + model.num_layers * matmuls + 2 * d * seen) + 2 * slots * (d * e + e * vocab_rows)

@@ -11,7 +11,7 @@ CHOICES = {
     "data.packing": ("best_fit", "sequential"),
     "tokenizer.model_type": ("bpe", "unigram"),
     "tokenizer.normalization": ("nmt_nfkc", "nmt_nfkc_cf", "identity"),
-    "model.positions": ("learned", "rope"),
+    "model.position_embedding": ("learned", "rope"),
     "model.norm_position": ("post", "pre"),
     "model.attention": ("auto", "plain", "splash", "cudnn", "interpreted"),
     "model.dtype": ("float32", "bfloat16"),
@@ -40,8 +40,8 @@ _AT_LEAST = {
     "model.max_positions": 1,
     "model.type_vocab_size": 0,
     "model.embedding_size": 0,
-    "model.global_attention_every": 1,
-    "model.local_window": 2,
+    "model.global_attn_every_n_layers": 1,
+    "model.sliding_window": 2,
     "model.vocab_multiple_of": 1,
     "objective.span_max_words": 1,
     "objective.z_loss": 0.0,
@@ -57,15 +57,15 @@ _AT_LEAST = {
     "train.budget_cost": 0.0,
     "train.price_per_chip_hour": 0.0,
     "train.global_batch_size": 1,
-    "train.microbatches": 1,
-    "train.loss_chunks": 1,
+    "train.gradient_accumulation_steps": 1,
+    "train.logits_chunks": 1,
     "train.batch_groups": 1,
     "train.log_every": 1,
     "train.eval_every": 0,
     "train.cloze_every": 0,
     "train.checkpoint_every": 1,
-    "train.keep_last": 1,
-    "train.keep_every": 0,
+    "train.max_to_keep": 1,
+    "train.keep_period": 0,
     "train.max_failed_saves": 1,
     "train.stall_timeout": 0.0,
     "eval.batch_size": 1,
@@ -86,12 +86,12 @@ _BETWEEN = {
     "model.dropout_rate": (0.0, 1.0, True, False),
     "model.attention_dropout_rate": (0.0, 1.0, True, False),
     "model.norm_eps": (0.0, 1.0, False, False),
-    "model.init_stddev": (0.0, 1.0, False, True),
+    "model.initializer_range": (0.0, 1.0, False, True),
     "model.rope_theta_global": (1.0, float("inf"), False, False),
     "model.rope_theta_local": (1.0, float("inf"), False, False),
     "objective.mask_rate": (0.0, 1.0, False, True),
-    "objective.replace_mask": (0.0, 1.0, True, True),
-    "objective.replace_random": (0.0, 1.0, True, True),
+    "objective.mask_replace_prob": (0.0, 1.0, True, True),
+    "objective.random_replace_prob": (0.0, 1.0, True, True),
     "objective.span_stop": (0.0, 1.0, False, True),
     "objective.generator_size": (0.0, 1.0, False, True),
     "objective.generator_depth": (0.0, 1.0, False, True),
@@ -167,7 +167,7 @@ def _check_model(c: Config) -> None:
         f"model.hidden_size is {m.hidden_size}; it must be divisible by model.num_heads, {m.num_heads}",
     )
     _need(
-        m.positions == "learned" or (m.hidden_size // m.num_heads) % 2 == 0,
+        m.position_embedding == "learned" or (m.hidden_size // m.num_heads) % 2 == 0,
         f"model.hidden_size / model.num_heads is {m.hidden_size // m.num_heads}; rope needs it even",
     )
     _need(
@@ -175,21 +175,21 @@ def _check_model(c: Config) -> None:
         "model.share_layers is True; it needs model.norm_position = 'post', since pre-norm layers are not all alike",
     )
     _need(
-        not c.init_new_head or bool(c.init_from),
-        "init_new_head is True, but init_from is empty; it names the Hugging Face folder to start from",
+        not c.reinit_head or bool(c.init_from),
+        "reinit_head is True, but init_from is empty; it names the Hugging Face folder to start from",
     )
     _need(
-        not c.tokenizer.extend or bool(c.tokenizer.path),
-        "tokenizer.extend is set, but there is no tokenizer to extend; set tokenizer.path or init_from",
+        not c.tokenizer.extra_tokens_file or bool(c.tokenizer.path),
+        "tokenizer.extra_tokens_file is set, but there is no tokenizer to extend; set tokenizer.path or init_from",
     )
     _need(
         c.data.seq_len <= m.max_positions,
         f"data.seq_len is {c.data.seq_len}, longer than model.max_positions, {m.max_positions}; raise the latter",
     )
     _need(
-        c.objective.replace_mask + c.objective.replace_random <= 1.0,
-        f"objective.replace_mask + objective.replace_random is "
-        f"{c.objective.replace_mask + c.objective.replace_random:g}; it must be at most 1",
+        c.objective.mask_replace_prob + c.objective.random_replace_prob <= 1.0,
+        f"objective.mask_replace_prob + objective.random_replace_prob is "
+        f"{c.objective.mask_replace_prob + c.objective.random_replace_prob:g}; it must be at most 1",
     )
 
 
@@ -228,9 +228,9 @@ def _check_mesh(c: Config) -> None:
         f"mesh.data is {c.mesh.data}; it must be at least 1, or -1 for all devices left",
     )
     _need(
-        t.global_batch_size % t.microbatches == 0,
-        f"train.global_batch_size is {t.global_batch_size}; it must be divisible by train.microbatches, "
-        f"{t.microbatches}",
+        t.global_batch_size % t.gradient_accumulation_steps == 0,
+        f"train.global_batch_size is {t.global_batch_size}; it must be divisible by train.gradient_accumulation_steps, "
+        f"{t.gradient_accumulation_steps}",
     )
 
 
@@ -251,11 +251,11 @@ def _check_reproducible(c: Config) -> None:
         "train.reproducible",
         ("model.scan_layers", m.scan_layers, m.scan_layers is not False, "True, else roundings differ"),
         ("model.remat", m.remat, m.remat == "none", "none, else roundings differ"),
-        ("train.loss_chunks", t.loss_chunks, t.loss_chunks == 1, "1, else roundings differ"),
+        ("train.logits_chunks", t.logits_chunks, t.logits_chunks == 1, "1, else roundings differ"),
     )
     _need(
-        t.microbatches == 1,
-        f"train.microbatches is {t.microbatches}; with train.reproducible the batch is taken in "
+        t.gradient_accumulation_steps == 1,
+        f"train.gradient_accumulation_steps is {t.gradient_accumulation_steps}; with train.reproducible the batch is taken in "
         f"train.batch_groups parts already, and it must be 1",
     )
     _need(c.mesh.tensor == 1, f"mesh.tensor is {c.mesh.tensor}; train.reproducible needs it to be 1")
@@ -306,8 +306,8 @@ def _check_generator(c: Config) -> None:
         c.train.cloze_every == 0, f"train.cloze_every is {c.train.cloze_every}; an encoder trained with rtd fills none"
     )
     _need(
-        c.train.loss_chunks == 1,
-        f"train.loss_chunks is {c.train.loss_chunks}; with rtd, which draws from the generator's scores, it must be 1",
+        c.train.logits_chunks == 1,
+        f"train.logits_chunks is {c.train.logits_chunks}; with rtd, which draws from the generator's scores, it must be 1",
     )
     _need(
         m.embedding_size != m.hidden_size,

@@ -1,7 +1,7 @@
 """Which tokens are hidden, and how: (tokens, row number, key) -> inputs, predicted positions, labels, weights.
 
 Pure functions of static shape, run inside jit. A row is masked from its tokens and its own key alone, so
-masks are the same however the batch is split over devices, hosts, microbatches and restarts.
+masks are the same however the batch is split over devices, hosts, gradient_accumulation_steps and restarts.
 
 Shapes: B rows of a batch, L tokens of a row, K slots for predicted positions, V vocabulary.
 """
@@ -37,8 +37,8 @@ class Rates(NamedTuple):
     """Shares; numbers, or arrays that change from step to step."""
 
     mask: Any  # of the maskable tokens, to be predicted
-    replace_mask: Any  # of those, shown as [MASK]
-    replace_random: Any  # of those, shown as a random token
+    mask_replace_prob: Any  # of those, shown as [MASK]
+    random_replace_prob: Any  # of those, shown as a random token
 
 
 class Masked(NamedTuple):
@@ -52,7 +52,7 @@ class Masked(NamedTuple):
 
 def rates(objective: ObjectiveConfig, mask_rate: Any) -> Rates:
     """Those of an objective that do not move, with another share to be predicted."""
-    return Rates(mask_rate, objective.replace_mask, objective.replace_random)
+    return Rates(mask_rate, objective.mask_replace_prob, objective.random_replace_prob)
 
 
 def vocabulary(tokenizer: "Tokenizer") -> Vocabulary:
@@ -170,8 +170,8 @@ def mask_tokens(
         decide_K = start_L[positions_K] if objective.masking == "span" else positions_K
         u_K = _uniform(replace_L[decide_K])
         random_K = vocab.ordinary_ids[random_L[positions_K] % vocab.ordinary_ids.size]
-        shown_K = jnp.where(u_K < shown.replace_mask + shown.replace_random, random_K, labels_K)
-        shown_K = jnp.where(u_K < shown.replace_mask, vocab.mask_id, shown_K)
+        shown_K = jnp.where(u_K < shown.mask_replace_prob + shown.random_replace_prob, random_K, labels_K)
+        shown_K = jnp.where(u_K < shown.mask_replace_prob, vocab.mask_id, shown_K)
         return Masked(
             inputs_BL=tokens_L.at[ascending_K].set(shown_K, mode="drop"),
             positions_BK=positions_K,

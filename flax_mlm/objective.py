@@ -70,7 +70,7 @@ def targets(
     """Inputs and targets of the rows, for any objective.
 
     With `mlm` and `rtd` see `masking.mask_tokens`. With `clm` nothing is hidden: position i predicts token i + 1 of the
-    same segment. With `cross_documents` the model sees one segment in each row; what is predicted is the same.
+    same segment. With `attend_across_documents` the model sees one segment in each row; what is predicted is the same.
 
     Args:
       rows: `tokens` int32 (B, L) and `row_ids` uint32 (B, 2), see `data.pipeline`.
@@ -79,7 +79,7 @@ def targets(
     def of_rows(rows: dict[str, jax.Array], key: jax.Array, vocab: masking.Vocabulary, rates: masking.Rates) -> Targets:
         tokens_BL = rows["tokens"]
         segment_ids_BL = masking.segment_ids(tokens_BL, vocab)
-        seen_BL = jnp.minimum(segment_ids_BL, 1) if objective.cross_documents else segment_ids_BL
+        seen_BL = jnp.minimum(segment_ids_BL, 1) if objective.attend_across_documents else segment_ids_BL
         context = seen_BL, masking.positions(seen_BL)
         if objective.name != "clm":
             masked = masking.mask_tokens(tokens_BL, rows["row_ids"], key, vocab, objective, rates, slots)

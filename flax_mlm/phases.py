@@ -18,14 +18,14 @@ from flax_mlm.config import Config, field_types, parse, value_of
 from flax_mlm.errors import UserError
 
 MOVING = (
-    *("objective.mask_rate", "objective.replace_mask", "objective.replace_random"),
+    *("objective.mask_rate", "objective.mask_replace_prob", "objective.random_replace_prob"),
     *("optimizer.learning_rate", "optimizer.weight_decay"),
 )
 _CHANGING = (
     *MOVING,
     "objective.",
-    *("train.global_batch_size", "train.microbatches", "data.corpus", "data.seq_len"),
-    *("model.rope_theta_global", "model.rope_theta_local", "model.local_window"),
+    *("train.global_batch_size", "train.gradient_accumulation_steps", "data.corpus", "data.seq_len"),
+    *("model.rope_theta_global", "model.rope_theta_local", "model.sliding_window"),
     *("model.dropout_rate", "model.attention_dropout_rate", "model.attention", "model.remat"),
 )
 _FIXED_WITH_RTD = ("name", "generator_size", "generator_depth", "embedding_sharing")

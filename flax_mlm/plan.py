@@ -32,7 +32,7 @@ _TOKEN_BUDGET = flags.DEFINE_float(
     "token_budget", None, "tokens to train on; default: what the config says", lower_bound=1.0
 )
 _PRICE = flags.DEFINE_float("price", None, "of a chip for an hour, in any currency", lower_bound=0.0)
-_SWEEP = flags.DEFINE_bool("sweep", False, "compare meshes, remat and microbatches, and name the best")
+_SWEEP = flags.DEFINE_bool("sweep", False, "compare meshes, remat and gradient_accumulation_steps, and name the best")
 _MESHES = flags.DEFINE_string(
     "meshes", "", "for --sweep: DATAxFSDPxTENSOR, comma-separated; default: every fsdp that is a power of two"
 )
@@ -63,7 +63,7 @@ def main(config: Config) -> int:
             print(f"the smallest change that fits: {' '.join(f'--config.{k}={v}' for k, v in change.items())}")
         else:
             print(
-                "no change of train.microbatches, train.loss_chunks, model.remat and mesh.fsdp, or of two of them, fits"
+                "no change of train.gradient_accumulation_steps, train.logits_chunks, model.remat and mesh.fsdp, or of two of them, fits"
             )
         result["smallest_change"] = change
     else:
@@ -88,7 +88,7 @@ def heaviest_phase(config: Config) -> Config:
     def weight(phase: phases.Phase) -> tuple[float, float]:
         t = phase.config.train
         share = 1.0 if phase.config.objective.name == "clm" else phase.largest_mask_rate
-        return t.global_batch_size // t.microbatches * adopt_corpus(phase.config)[0].data.seq_len, share
+        return t.global_batch_size // t.gradient_accumulation_steps * adopt_corpus(phase.config)[0].data.seq_len, share
 
     found = phases.of(config)
     heaviest = max(found, key=weight)
@@ -112,7 +112,7 @@ def adopt_corpus(config: Config) -> tuple[Config, int]:
     if config.tokenizer.path:
         from flax_mlm.data import tokenizer
 
-        return config, tokenizer.load(config.tokenizer.path, config.tokenizer.extend).vocab_size
+        return config, tokenizer.load(config.tokenizer.path, config.tokenizer.extra_tokens_file).vocab_size
     return config, config.tokenizer.vocab_size
 
 
@@ -140,8 +140,8 @@ def what_runs(config: Config, found: Rehearsal, target: Target) -> Iterator[str]
     )
     kernel = f"{found.attention} (cuDNN's where it can, which keeps less)" if found.cudnn else found.attention
     yield (
-        f"            attention {kernel}, remat {config.model.remat}, {config.train.microbatches} microbatch(es), "
-        f"{config.train.loss_chunks} loss chunk(s), {config.model.dtype}"
+        f"            attention {kernel}, remat {config.model.remat}, {config.train.gradient_accumulation_steps} microbatch(es), "
+        f"{config.train.logits_chunks} loss chunk(s), {config.model.dtype}"
     )
 
 
@@ -167,7 +167,7 @@ def tiling(config: Config, found: Rehearsal, target: Target) -> Iterator[str]:
     if not target.is_tpu:
         return
     model, mesh = config.model, found.mesh
-    rows = config.train.global_batch_size // (mesh["data"] * mesh["fsdp"] * config.train.microbatches)
+    rows = config.train.global_batch_size // (mesh["data"] * mesh["fsdp"] * config.train.gradient_accumulation_steps)
     side = 256 if target.kind in ("v6e", "tpu7x") else 128
     head = model.hidden_size // model.num_heads
     of_generator = [("the generator's width", config.generator.hidden_size, "")] * (config.objective.name == "rtd")
@@ -299,11 +299,11 @@ def attempt(config: Config | None, vocab_size: int, target: Target, chip: chips.
 
 def smallest_change(config: Config, vocab_size: int, target: Target, chip: chips.Chip | None) -> dict[str, Any] | None:
     """The first that fits: of one field, cheapest first, and then of two."""
-    micro, fsdp = config.train.microbatches, config.mesh.fsdp
+    micro, fsdp = config.train.gradient_accumulation_steps, config.mesh.fsdp
     stronger = _REMATS[_REMATS.index(config.model.remat) + 1 :]
-    one: list[dict[str, Any]] = [{"train.microbatches": micro * n} for n in (2, 4, 8)]
+    one: list[dict[str, Any]] = [{"train.gradient_accumulation_steps": micro * n} for n in (2, 4, 8)]
     if config.objective.name != "rtd":
-        one += [{"train.loss_chunks": config.train.loss_chunks * 8}]
+        one += [{"train.logits_chunks": config.train.logits_chunks * 8}]
     one += [{"model.remat": remat} for remat in stronger if remat == "dots"]
     one += [{"mesh.data": -1, "mesh.fsdp": fsdp * n} for n in (2, 4, 8, 16, 32)]
     one += [{"model.remat": remat} for remat in stronger if remat == "full"]
@@ -318,14 +318,14 @@ def smallest_change(config: Config, vocab_size: int, target: Target, chip: chips
 
 
 def sweep(config: Config, vocab_size: int, target: Target) -> int:
-    """Compares meshes × remat × microbatches."""
+    """Compares meshes × remat × gradient_accumulation_steps."""
     first = rehearsal.rehearse(config, vocab_size, target, compiles=False)
     chip = chip_of(first, target)
     if not target.is_tpu or chip is None:
         raise UserError(f"--sweep with --topology={_TOPOLOGY.value}: it compares estimates, which are of TPUs only")
     for line in what_runs(config, first, target):
         print(line)
-    print(f"\n{'data×fsdp×tensor':18}{'remat':7}{'microbatches':>13}{'GiB':>8}{'ms, best to worst':>20}{'MFU':>12}")
+    print(f"\n{'data×fsdp×tensor':18}{'remat':7}{'gradient_accumulation_steps':>13}{'GiB':>8}{'ms, best to worst':>20}{'MFU':>12}")
     results: list[tuple[float, dict[str, Any], str]] = []
 
     def one_mesh(mesh: tuple[int, int, int]) -> None:
@@ -335,7 +335,7 @@ def sweep(config: Config, vocab_size: int, target: Target) -> int:
                 if any(s <= strength and m <= micro for s, m in fits):
                     continue  # more work for nothing
                 change: dict[str, Any] = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
-                change |= {"model.remat": remat, "train.microbatches": micro}
+                change |= {"model.remat": remat, "train.gradient_accumulation_steps": micro}
                 tried = changed(config, change)
                 found = attempt(tried, vocab_size, target, chip)
                 start = f"{'×'.join(map(str, mesh)):18}{remat:7}{micro:13}"

@@ -77,7 +77,7 @@ def open_corpus(config: Config, log: Log = print) -> Mixture:
     mixture = Mixture.open(config.data)
     if (
         config.tokenizer.path
-        and tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extend).fingerprint
+        and tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extra_tokens_file).fingerprint
         != mixture.tokenizer().fingerprint
     ):
         raise UserError(f"data.corpus: {mixture} was made with another tokenizer than {config.tokenizer.path}")
@@ -141,7 +141,7 @@ def _request(config: Config, source: sources.Source) -> str:
 def _tokenizer_options(config: Config) -> Any:
     t = config.tokenizer
     if t.path:
-        return tokenizer_lib.load(t.path, t.extend).fingerprint
+        return tokenizer_lib.load(t.path, t.extra_tokens_file).fingerprint
     return [t.model_type, t.vocab_size, t.normalization, t.character_coverage, t.sample_bytes]
 
 
@@ -266,10 +266,10 @@ def _tokenizer(config: Config, source: sources.Source, work: Path, log: Log) -> 
     """Where the tokenizer is: the one given, one trained before a kill, or one trained now."""
     t, n = config.tokenizer, config.data.validation_every
     if t.path:
-        log(f"tokenizer: {t.path}{f' with the words of {t.extend}' * bool(t.extend)}")
+        log(f"tokenizer: {t.path}{f' with the words of {t.extra_tokens_file}' * bool(t.extra_tokens_file)}")
         folder = work / "tokenizer.given"
         folder.mkdir(exist_ok=True)
-        tokenizer_lib.load(t.path, t.extend).save(folder)
+        tokenizer_lib.load(t.path, t.extra_tokens_file).save(folder)
         return folder
     folder = work / f"tokenizer-{_hash([source.version, _tokenizer_options(config), n])[:16]}"
     if folder.exists():

@@ -163,7 +163,7 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
         phase = phase._replace(config=config)
     devices = _devices(target)
     mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch("train.global_batch_size", config.train.global_batch_size, mesh, config.train.microbatches)
+    sharding.check_batch("train.global_batch_size", config.train.global_batch_size, mesh, config.train.gradient_accumulation_steps)
     if config.train.reproducible:
         sharding.check_batch("train.batch_groups", config.train.batch_groups, mesh)
     with jax.set_mesh(mesh):
@@ -277,7 +277,7 @@ def _kept(phase: phases.Phase, steps: Any, mesh: Any, vocab: Any) -> int:
         return backward
 
     pieces = config.train.batch_groups // sharding.batch_parts(mesh) if config.train.reproducible else 1
-    rows = config.train.global_batch_size // (config.train.microbatches * pieces)
+    rows = config.train.global_batch_size // (config.train.gradient_accumulation_steps * pieces)
     batch = sharding.abstract_batch(rows, config.data.seq_len, mesh)
     jaxpr = jax.make_jaxpr(forward)(steps.abstract.params, batch, vocab).jaxpr
     given = {id(v) for v in jaxpr.invars}

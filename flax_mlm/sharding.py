@@ -65,13 +65,13 @@ def batch_parts(mesh: Any) -> int:
     return int(np.prod([mesh.shape[a] for a in BATCH]))
 
 
-def check_batch(name: str, size: int, mesh: Mesh, microbatches: int = 1) -> None:
-    """Raises UserError unless `size` rows can be split over the mesh (and into microbatches)."""
+def check_batch(name: str, size: int, mesh: Mesh, gradient_accumulation_steps: int = 1) -> None:
+    """Raises UserError unless `size` rows can be split over the mesh (and into gradient_accumulation_steps)."""
     parts = batch_parts(mesh)
-    if size % (parts * microbatches):
-        each = f" × {microbatches} microbatches" if microbatches > 1 else ""
+    if size % (parts * gradient_accumulation_steps):
+        each = f" × {gradient_accumulation_steps} gradient_accumulation_steps" if gradient_accumulation_steps > 1 else ""
         raise UserError(
-            f"{name} is {size}; it must be divisible by {parts * microbatches} "
+            f"{name} is {size}; it must be divisible by {parts * gradient_accumulation_steps} "
             f"(mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']}{each})"
         )
 
@@ -224,11 +224,11 @@ def replicate(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()), tree)
 
 
-def split_microbatches(x: jax.Array, microbatches: int) -> jax.Array:
+def split_microbatches(x: jax.Array, parts: int) -> jax.Array:
     """(B, ...) -> (M, B/M, ...). Microbatch m takes every M-th row, so that no row leaves its device."""
     split = jax.lax.reshape(
         x,
-        (x.shape[0] // microbatches, microbatches, *x.shape[1:]),
+        (x.shape[0] // parts, parts, *x.shape[1:]),
         out_sharding=PartitionSpec(BATCH, *[None] * x.ndim),
     )
     return jax.numpy.swapaxes(split, 0, 1)

@@ -91,7 +91,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
         per_row = flops.per_row_of_rtd(config, slots, rows)
     else:
         model = language_model(config.model, vocab_size)
-        loss = objective.language_modelling(model, config.objective, config.train.loss_chunks)
+        loss = objective.language_modelling(model, config.objective, config.train.logits_chunks)
         per_row = flops.per_row(config.model, config.data.seq_len, slots, rows)
     tx = optimizer.make(config.optimizer, model.dims)
 
@@ -125,7 +125,7 @@ def run_key(config: Config, purpose: str) -> jax.Array:
 
 def rates_at(phase: Phase, share: Any) -> masking.Rates:
     """The rates after a share of a phase."""
-    names = ("mask_rate", "replace_mask", "replace_random")
+    names = ("mask_rate", "mask_replace_prob", "random_replace_prob")
     return masking.Rates(*(phase.value(f"objective.{name}", share) for name in names))
 
 
@@ -158,7 +158,7 @@ def at_phase(state: TrainState, trained: int, wanted: int) -> TrainState:
 def _train_step(
     config: Config, phase: Phase, objective_loss: objective.Loss, dims: Any, slots: int, platform: str
 ) -> Callable[..., Any]:
-    accumulate = config.train.microbatches
+    accumulate = config.train.gradient_accumulation_steps
     action, spike_threshold = config.optimizer.spike_action, config.optimizer.spike_threshold
     barrier = jax.lax.optimization_barrier if config.train.reproducible else lambda tree: tree
 

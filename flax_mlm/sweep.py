@@ -255,7 +255,7 @@ def asked(config: Config, result: dict[str, Any]) -> Any:
     o = phases.of(config)[-1].config.objective
     # With rtd the generator sets the question, and no two runs' are the same.
     of_text = result.get("unigram_entropy"), result.get("generator_loss"), result["rows"]
-    return o.name, o.hidden, config.eval.mask_rate, *of_text
+    return o.name, o.masking_signature, config.eval.mask_rate, *of_text
 
 
 def write(workdir: Path, runs: list[Run], errors: dict[str, str]) -> None:

@@ -45,7 +45,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         parts, has_budget = phases.of(config), config.train.has_budget
         mesh = sharding.make_mesh(config.mesh)
         for t in (part.config.train for part in parts):
-            sharding.check_batch("train.global_batch_size", t.global_batch_size, mesh, t.microbatches)
+            sharding.check_batch("train.global_batch_size", t.global_batch_size, mesh, t.gradient_accumulation_steps)
         sharding.check_batch("eval.batch_size", config.eval.batch_size, mesh)
         if config.train.reproducible:
             sharding.check_batch("train.batch_groups", config.train.batch_groups, mesh)

@@ -41,7 +41,7 @@ class Trained(NamedTuple):
     def max_length(self) -> int:
         """Tokens that a text may have: learned positions beyond the rows of its training were never trained."""
         model = self.config.model
-        return self.row_length if model.positions == "learned" else model.max_positions
+        return self.row_length if model.position_embedding == "learned" else model.max_positions
 
     def padded_length(self, length: int) -> int:
         """To which rows of so many tokens are padded: few lengths, since each one is compiled."""
@@ -61,7 +61,7 @@ def restore(path: str, config: Config) -> Trained:
     """
     mesh = sharding.make_mesh(config.mesh)
     if folder_lib.is_one(path):
-        tokenizer = load(config.tokenizer.path, config.tokenizer.extend)
+        tokenizer = load(config.tokenizer.path, config.tokenizer.extra_tokens_file)
         with jax.set_mesh(mesh):
             steps = make_steps(config, tokenizer.vocab_size, mesh)
             params = start.state(config, steps, tokenizer, lambda line: print(line, file=sys.stderr)).params

@@ -73,7 +73,7 @@ def main(config: Config) -> int:
     every = max(2, _STEPS.value // 3)
     in_steps: dict[str, Any] = {**dict.fromkeys(LENGTHS, 0.0), "price_per_chip_hour": 0.0, "steps": _STEPS.value}
     in_steps["phases"] = phases.in_shares(phases.of(config))
-    often: dict[str, Any] = {"log_every": 1, "eval_every": every, "checkpoint_every": every, "keep_last": 9}
+    often: dict[str, Any] = {"log_every": 1, "eval_every": every, "checkpoint_every": every, "max_to_keep": 9}
     o = config.optimizer
     config = dataclasses.replace(
         config,

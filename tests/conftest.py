@@ -90,7 +90,7 @@ class Toy:
             "data__corpus": self.corpus, "data__seq_len": 32, "data__num_workers": 1,
             "data__cache_dir": self.folder / "cache", "tokenizer__vocab_size": 400,
             "model__num_layers": 2, "model__hidden_size": 32, "model__num_heads": 2, "model__intermediate_size": 64,
-            "model__positions": "rope", "model__norm_position": "pre", "model__scan_layers": True,
+            "model__position_embedding": "rope", "model__norm_position": "pre", "model__scan_layers": True,
             "train__global_batch_size": 16, "train__steps": 300, "train__log_every": 1, "train__eval_every": 0,
             "train__checkpoint_every": 100, "eval__batch_size": 16,
             "optimizer__name": "muon", "optimizer__learning_rate": 1e-2,

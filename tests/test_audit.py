@@ -58,7 +58,7 @@ def test_sound_masking_passes(strategy):
 
 
 def test_marks_read_without_colour():
-    text = run(replace_mask=0.4, replace_random=0.3)[1]
+    text = run(mask_replace_prob=0.4, random_replace_prob=0.3)[1]
     rows = text[: text.index("ordinary tokens")].split("row 0")[1]
     assert "8 predictions" not in rows and "4 predictions" in rows
     assert len(re.findall(r"⟨■\w+⟩|⟨\w+→\w+⟩|⟨=\w+⟩", rows)) == 8  # two rows of four

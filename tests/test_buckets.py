@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 ROOT = Path(__file__).parent.parent
 STEPS = 30
-SHORT = {"train__steps": STEPS, "train__checkpoint_every": 10, "train__eval_every": 20, "train__keep_last": 2}
+SHORT = {"train__steps": STEPS, "train__checkpoint_every": 10, "train__eval_every": 20, "train__max_to_keep": 2}
 SHORT |= {"model__glu": True, "model__type_vocab_size": 0}  # for which transformers has a class
 
 
@@ -232,7 +232,7 @@ def test_a_bucket_that_fails_now_and_then(toy, straight, gcs, tmp_path):
 def saved(gcs, request):
     """A workdir with steps 10, 20 and 30 of a state that is quickly saved."""
     workdir = epath.Path("gs://bucket/saved/" + re.sub(r"\W", "-", request.node.name))
-    checkpoints = opened(workdir, keep_last=3)
+    checkpoints = opened(workdir, max_to_keep=3)
     for step in (10, 20, 30):
         assert checkpoints.save(step, state_at(step))
     checkpoints.close()
@@ -285,7 +285,7 @@ MARKED = re.compile(r"/30/commit_success[.]txt$")
 
 def test_a_save_that_fails_is_tried_again(gcs, saved, capsys, monkeypatch):
     monkeypatch.setattr(checkpoint, "_RETRIES", {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"})
-    checkpoints = opened(saved, keep_last=2)
+    checkpoints = opened(saved, max_to_keep=2)
     gcs.fault = lambda method, bucket, name: 503 if "/40/params/ocdbt" in name and method == "POST" else None
     assert not (checkpoints.save(40, state_at(40)) and checkpoints.wait())
     assert "WARNING: step 40 could not be saved" in (out := capsys.readouterr().out) and "step 30 is the last" in out

@@ -52,12 +52,12 @@ def refused(toy, tmp_path):
         (["--config.model.glu=perhaps"], "it takes true or false"),
         (["--config.train.steps=none"], "--config.train.steps is 'none'; it takes a whole number"),
         (["--config.train.steps"], "--config.train.steps has no value"),
-        (["--config.model.positions=absolute"], "model.positions is 'absolute'; it can be learned, rope"),
+        (["--config.model.position_embedding=absolute"], "model.position_embedding is 'absolute'; it can be learned, rope"),
         (["--config.train.steps=0"], "train.steps is 0; it must be at least 1"),
         (["--config.objective.mask_rate=1.5"], "it must lie in (0.0, 1.0]"),
         (["--config.data.seq_len=4096"], "data.seq_len is 4096, longer than model.max_positions, 512"),
         (["--config.model.num_heads=3"], "must be divisible by model.num_heads, 3"),
-        (["--config.train.microbatches=7"], "it must be divisible by train.microbatches, 7"),
+        (["--config.train.gradient_accumulation_steps=7"], "it must be divisible by train.gradient_accumulation_steps, 7"),
         (["--config.train.phases=50%"], "train.phases: '50%' is not a phase; it takes FROM: field=value"),
         (["--config.train.phases=half: objective.name=mlm"], "'half: objective.name=mlm' is not a phase"),
         (["--config.train.phases=50%: name=mlm"], "'name' cannot change within a run"),
@@ -132,7 +132,7 @@ def test_a_vocabulary_that_the_text_does_not_support(refused, toy, tmp_path):
     "changes, devices, said",
     [
         ({"train__global_batch_size": 12}, 8, "train.global_batch_size is 12; it must be divisible by 8"),
-        ({"train__microbatches": 4}, 8, "it must be divisible by 32"),
+        ({"train__gradient_accumulation_steps": 4}, 8, "it must be divisible by 32"),
         ({"eval__batch_size": 12}, 8, "eval.batch_size is 12; it must be divisible by 8"),
         ({"mesh__data": 16}, 8, "but there are 8 devices"),
     ],
@@ -155,7 +155,7 @@ def test_where_a_rewind_goes_back_to_is_of_the_run(tmp_path):
     c = base.get_config()
     c.optimizer.spike_action = "rewind"
     claim.take(tmp_path, config_lib.build(c))
-    c.train.keep_last, c.train.log_every = 5, 7
+    c.train.max_to_keep, c.train.log_every = 5, 7
     claim.take(tmp_path, config_lib.build(c))
     c.train.checkpoint_every = 7
     with pytest.raises(UserError, match=r"holds a run with train.checkpoint_every = 1000, and this one has 7"):
@@ -302,7 +302,7 @@ def test_base_declares_the_fields_of_the_dataclasses_and_explains_them():
         for before, line in itertools.pairwise(source.splitlines())
         if (found := re.fullmatch(r"    c\.([\w.]+) = [^#(]+", line)) and not before.startswith("    #")
     ]
-    plain = {"model.norm_eps", "model.rope_theta_global", "model.rope_theta_local", "model.init_stddev"}
+    plain = {"model.norm_eps", "model.rope_theta_global", "model.rope_theta_local", "model.initializer_range"}
     plain |= {"objective.span_max_words", "optimizer.beta1", "optimizer.beta2", "optimizer.eps", "train.steps"}
     assert set(unexplained) <= plain
 

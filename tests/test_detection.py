@@ -228,10 +228,10 @@ def test_every_mesh_trains_as_one_device(mesh, overrides):
 @pytest.mark.parametrize(
     "changes",
     [
-        (("train.microbatches", 4),),
+        (("train.gradient_accumulation_steps", 4),),
         pytest.param((("model.scan_layers", False), ("model.remat", "dots")), marks=pytest.mark.full),
     ],
-    ids=["microbatches", "unrolled"],
+    ids=["gradient_accumulation_steps", "unrolled"],
 )
 def test_the_same_in_other_ways(changes):
     expected = train_steps((1, 1, 1), SHARED)[0]
@@ -274,7 +274,7 @@ def test_the_flops_are_those_of_both():
         ({"objective.generator_size": 0.25, "mesh.fsdp": 16}, "must divide the generator's width, 8"),
         ({"model.embedding_size": 32}, "model.embedding_size is 32"),
         ({"train.cloze_every": 10}, "train.cloze_every is 10"),
-        ({"train.loss_chunks": 2}, "train.loss_chunks is 2"),
+        ({"train.logits_chunks": 2}, "train.logits_chunks is 2"),
         ({"init_from": "somewhere"}, "init_from is set"),
         ({"objective.name": "mlm", "train.phases": "50%: objective.name=rtd"}, "objective.name from mlm to rtd"),
         ({"train.phases": "50%: objective.name=clm"}, "objective.name from rtd to clm"),
@@ -302,9 +302,9 @@ def test_a_generator_of_a_third():
 # Whole runs
 
 RUN = {
-    "objective__name": "rtd", "objective__generator_size": 0.5, "model__positions": "learned",
+    "objective__name": "rtd", "objective__generator_size": 0.5, "model__position_embedding": "learned",
     "model__norm_position": "post", "model__embedding_size": 16, "optimizer__name": "adamw",
-    "optimizer__learning_rate": 3e-3, "train__steps": 120, "train__checkpoint_every": 40, "train__keep_every": 40,
+    "optimizer__learning_rate": 3e-3, "train__steps": 120, "train__checkpoint_every": 40, "train__keep_period": 40,
 }  # fmt: skip
 
 
@@ -445,7 +445,7 @@ def test_export(toy, rtd_run, tmp_path):
     assert "replaced-token detection" in card and "replaced tokens found" in card and "AutoModelForPreTraining" in card
 
     # Its encoder may go on as a masked model, with a new vocabulary head.
-    _, _, state, log = started(tmp_path / "exported", init_new_head=True)
+    _, _, state, log = started(tmp_path / "exported", reinit_head=True)
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.params["encoder"], merged["encoder"])))
     assert "    the vocabulary head is new" in log and "discriminator_predictions" in "".join(log)
 

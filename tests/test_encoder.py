@@ -23,18 +23,18 @@ BERT = dataclasses.replace(
     intermediate_size=48,
     dropout_rate=0.0,
     attention_dropout_rate=0.0,
-    init_stddev=0.2,
+    initializer_range=0.2,
     scan_layers=True,
 )
 MODERN = dataclasses.replace(
     BERT,
-    positions="rope",
+    position_embedding="rope",
     norm_position="pre",
     use_bias=False,
     glu=True,
     type_vocab_size=0,
-    global_attention_every=3,
-    local_window=4,
+    global_attn_every_n_layers=3,
+    sliding_window=4,
     num_layers=4,
 )
 SHAPES = pytest.mark.parametrize("shape", [BERT, MODERN], ids=["bert", "modernbert"])
@@ -106,7 +106,7 @@ def test_causal_attention_sees_only_the_left(shape):
 
 
 def test_a_local_layer_sees_half_a_window_on_each_side():
-    one_local = dataclasses.replace(MODERN, num_layers=2, global_attention_every=2)
+    one_local = dataclasses.replace(MODERN, num_layers=2, global_attn_every_n_layers=2)
     m, params = model(one_local)
     # Layer 0 is global: cut it off by zeroing what it writes, so that only the local layer 1 mixes tokens.
     out = params["encoder"]["layers"]["attention_out"]["kernel"]
@@ -168,7 +168,7 @@ def test_kernels_compute_what_plain_attention_does(shape, how, causal, monkeypat
     real tokens and gradients."""
     monkeypatch.setattr(attention, "cudnn", functools.partial(attention.cudnn, implementation="xla"))
     kernel, parts, window = how
-    shape = dataclasses.replace(shape, max_positions=256, local_window=window, remat="dots")
+    shape = dataclasses.replace(shape, max_positions=256, sliding_window=window, remat="dots")
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, V, (4, 256)).astype(np.int32)
     segments = np.sort(rng.integers(1, 6, (4, 256)), axis=1).astype(np.int32)

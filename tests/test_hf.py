@@ -24,8 +24,8 @@ from flax_mlm.step import make_steps
 SMALL = {"num_layers": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "max_positions": 64}
 BERT = {"norm_eps": 1e-12}
 MODERN = {
-    "positions": "rope", "norm_position": "pre", "norm_eps": 1e-5, "use_bias": False, "glu": True,
-    "type_vocab_size": 0, "global_attention_every": 3, "local_window": 16,
+    "position_embedding": "rope", "norm_position": "pre", "norm_eps": 1e-5, "use_bias": False, "glu": True,
+    "type_vocab_size": 0, "global_attn_every_n_layers": 3, "sliding_window": 16,
 }  # fmt: skip
 SHAPES = {
     "bert": (bert.BERT, BERT),
@@ -66,13 +66,13 @@ def written(where: Path, kind: str, tokenizer: tokenizer_lib.Tokenizer, seed: in
 def opened(path: Path, **changes):
     """What `train` makes of the folder: config, steps, tokenizer, and the lines it logs."""
     c = base.get_config()
-    c.init_from, c.tokenizer.extend = str(path), str(changes.pop("extend", ""))
-    c.init_new_head = changes.pop("init_new_head", False)
+    c.init_from, c.tokenizer.extra_tokens_file = str(path), str(changes.pop("extend", ""))
+    c.reinit_head = changes.pop("reinit_head", False)
     c.optimizer.averaging = changes.pop("averaging", "none")
     c.data.seq_len = 32
     folder.adopt(c, set())
     config = config_lib.build(c)
-    tokenizer = tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extend)
+    tokenizer = tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extra_tokens_file)
     mesh = sharding.make_mesh(config.mesh)
     return config, make_steps(config, tokenizer.vocab_size, mesh), tokenizer, mesh
 
@@ -171,14 +171,14 @@ def test_an_encoder_without_head_needs_a_new_one(vocabulary, tmp_path):
     tensors = load_file(first / "model.safetensors")
     encoder = {name: x for name, x in tensors.items() if name.startswith("bert.")}
     save_file({name.removeprefix("bert."): x for name, x in encoder.items()}, first / "model.safetensors")
-    with pytest.raises(UserError, match=r"no vocabulary head \(it lacks cls.predictions.* set init_new_head=True"):
+    with pytest.raises(UserError, match=r"no vocabulary head \(it lacks cls.predictions.* set reinit_head=True"):
         started(first)
-    _, _, state, log = started(first, init_new_head=True)
+    _, _, state, log = started(first, reinit_head=True)
     jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], whole.params["encoder"])
     assert "    the vocabulary head is new" in log and not np.asarray(state.params["head"]["decoder_bias"]).any()
 
     save_file({**encoder, "classifier.weight": np.zeros((2, 32), np.float32)}, first / "model.safetensors")
-    _, _, state, log = started(first, init_new_head=True)
+    _, _, state, log = started(first, reinit_head=True)
     assert "    left out: classifier.weight" in log
 
 
@@ -361,7 +361,7 @@ def test_masks_in_tokenizer_json_have_text_on_both_sides(vocabulary):
 def bert_run(toy) -> Path:
     """The workdir of a few steps of a small BERT."""
     workdir = toy.folder / "bert"
-    shape = {"model__positions": "learned", "model__norm_position": "post"}
+    shape = {"model__position_embedding": "learned", "model__norm_position": "post"}
     done = toy.run("train", f"--workdir={workdir}", *toy.flags(train__steps=20, **shape))
     assert done.returncode == 0, done.stderr
     return workdir
@@ -407,7 +407,7 @@ def test_export_and_continue(toy, bert_run, tmp_path):
 
 
 def test_a_causal_folder_is_a_causal_model(toy, tmp_path):
-    shape = {"model__positions": "learned", "model__norm_position": "post", "objective__name": "clm"}
+    shape = {"model__position_embedding": "learned", "model__norm_position": "post", "objective__name": "clm"}
     done = toy.run("train", f"--workdir={tmp_path / 'run'}", *toy.flags(train__steps=3, **shape))
     assert done.returncode == 0, done.stderr
     done = toy.run("export", f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'exported'}")
@@ -463,9 +463,9 @@ def test_what_export_refuses(toy, trained_run, bert_run, tmp_path):
     for arguments, message in (
         (
             [f"--checkpoint={trained_run}"],
-            "fits no class of transformers for objective mlm: bert needs model.positions",
+            "fits no class of transformers for objective mlm: bert needs model.position_embedding",
         ),
-        ([f"--checkpoint={bert_run}", "--architecture=modernbert"], "modernbert needs model.positions = rope, "),
+        ([f"--checkpoint={bert_run}", "--architecture=modernbert"], "modernbert needs model.position_embedding = rope, "),
         ([f"--checkpoint={bert_run}@7"], "has no step 7"),
     ):
         done = toy.run("export", *arguments, f"--output={output}")
@@ -485,8 +485,8 @@ def test_mistakes_about_the_folder_to_start_from(toy, vocabulary, tmp_path):
         (["--config.init_from=/nowhere"], "init_from: '/nowhere' is not a folder"),
         ([f"--config.init_from={path}", "--config.model.num_layers=7"], "model.num_layers is 7, but 3 in"),
         ([f"--config.init_from={path}"], "was made with another tokenizer than"),
-        (["--config.init_new_head=True"], "init_new_head is True, but init_from is empty"),
-        (["--config.tokenizer.extend=words"], "tokenizer.extend is set, but there is no tokenizer to extend"),
+        (["--config.reinit_head=True"], "reinit_head is True, but init_from is empty"),
+        (["--config.tokenizer.extra_tokens_file=words"], "tokenizer.extra_tokens_file is set, but there is no tokenizer to extend"),
         (
             [f"--config.init_from={tmp_path / 'pickle'}", f"--config.tokenizer.path={toy.corpus}"],
             "holds only pytorch_model.bin, a pickle",

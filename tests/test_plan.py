@@ -363,7 +363,7 @@ def test_activations_are_what_the_forward_pass_keeps():
     }
     assert size["none"] > size["dots"] > size["full"] >= 5 * 16 * 32 * 64 * 4  # the layers' inputs
     half = rehearsal.rehearse(
-        bert(**TINY, **{"train.microbatches": 2}), 512, rehearsal.parse("cpu:1"), compiles=False
+        bert(**TINY, **{"train.gradient_accumulation_steps": 2}), 512, rehearsal.parse("cpu:1"), compiles=False
     ).activation_bytes
     assert half == pytest.approx(size["none"] / 2, rel=0.1)
 

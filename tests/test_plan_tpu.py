@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_said_with_the_smallest_change_that_does(toy, tmp_p
     assert done.returncode == 1, done.stderr
     assert "RESOURCE_EXHAUSTED" in done.stdout and "15.75G" in done.stdout
     change = json.loads(file.read_text())["smallest_change"]
-    assert change.keys() == {"train.microbatches"}
+    assert change.keys() == {"train.gradient_accumulation_steps"}
     again = [f"--config.{name}={value}" for name, value in change.items()]
     done = toy.run("plan", *BIG, "--config.train.global_batch_size=8192", "--topology=v5e:1x1", *again)
     assert done.returncode == 0 and "roofline" in done.stdout
@@ -150,7 +150,7 @@ def test_a_sweep_names_the_best(toy):
     assert done.returncode == 0, done.stderr
     *_, row, best = done.stdout.splitlines()
     fitting = [line.split() for line in done.stdout.splitlines() if line[:1].isdigit() and " to " in line]
-    rows = {words[0]: float(words[6]) for words in fitting}  # mesh, remat, microbatches, GiB, best, to, worst
+    rows = {words[0]: float(words[6]) for words in fitting}  # mesh, remat, gradient_accumulation_steps, GiB, best, to, worst
     fastest = min(rows, key=rows.__getitem__)
     assert rows.keys() == {"4×1×1", "1×4×1"} and row.startswith(fastest)
     assert best.startswith(f"--config.mesh.data={fastest[0]} --config.mesh.fsdp={fastest[2]}")

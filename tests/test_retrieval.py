@@ -67,8 +67,8 @@ GROUPS = [["The dog.", "The dog barks.", "The cat."], ["The cat.", "The cat slee
 def test_the_loss_is_that_of_its_formula_on_any_mesh(trained_run, model, dimensions):
     """Against NumPy on the vectors; the query's own text and all its positives are not wrong answers."""
     found = []
-    for one in (with_finetune(model, dimensions=dimensions), restored(trained_run, 8, 1)):
-        one = with_finetune(one, dimensions=dimensions)
+    for one in (with_finetune(model, matryoshka_dims=dimensions), restored(trained_run, 8, 1)):
+        one = with_finetune(one, matryoshka_dims=dimensions)
         unique = sorted({text for group in GROUPS for text in group if text})
         texts = finetune.tokenised(one, unique)
         ids_BG = np.array([[unique.index(t) if t else -1 for t in g] for g in GROUPS], np.int32)
@@ -324,7 +324,7 @@ def test_numpy_files_are_written_without_pyarrow(trained_run, tmp_path):
             ["--task=retrieval", "--test=t.txt", "--save=t.txt/new", "--train=t.txt"],
             "--save: 't.txt/new' cannot be written: Not a directory",
         ),
-        ("evaluate", ["--config.finetune.dimensions=64"], "it takes numbers below model.hidden_size, 32"),
+        ("evaluate", ["--config.finetune.matryoshka_dims=64"], "it takes numbers below model.hidden_size, 32"),
     ],
 )
 def test_what_the_commands_refuse(toy, trained_run, tmp_path, command, flags, message):

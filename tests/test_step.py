@@ -14,13 +14,13 @@ from flax_mlm import masking, objective, optimizer, phases, sharding, spikes, st
 
 V, B, L = 101, 16, 32
 MODERN = {
-    "model.positions": "rope",
+    "model.position_embedding": "rope",
     "model.norm_position": "pre",
     "model.use_bias": False,
     "model.glu": True,
     "model.type_vocab_size": 0,
-    "model.global_attention_every": 3,
-    "model.local_window": 8,
+    "model.global_attn_every_n_layers": 3,
+    "model.sliding_window": 8,
 }
 
 
@@ -120,7 +120,7 @@ def test_every_mesh_trains_as_one_device(mesh, overrides):
 @pytest.mark.parametrize(("mesh", "parts"), [((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
 def test_accumulation_is_the_whole_batch_whose_parts_have_unequal_counts(mesh, parts):
     assert len({int((host_batch(0)["tokens"][m::parts] > 4).sum()) for m in range(parts)}) > 1
-    for a, b in zip(train(mesh)[0], train(mesh, (("train.microbatches", parts),))[0], strict=True):
+    for a, b in zip(train(mesh)[0], train(mesh, (("train.gradient_accumulation_steps", parts),))[0], strict=True):
         assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
 
 
@@ -129,12 +129,12 @@ CLM = (("objective.name", "clm"), ("objective.z_loss", 0.1))
 
 @pytest.mark.parametrize(
     ("mesh", "chunks", "overrides"),
-    [((1, 1, 1), 2, BERT), ((2, 2, 2), 3, CLM), ((1, 1, 1), 4, (*CLM, ("train.microbatches", 2)))],
-    ids=["mlm", "clm-all", "clm-microbatches"],
+    [((1, 1, 1), 2, BERT), ((2, 2, 2), 3, CLM), ((1, 1, 1), 4, (*CLM, ("train.gradient_accumulation_steps", 2)))],
+    ids=["mlm", "clm-all", "clm-gradient_accumulation_steps"],
 )
 def test_scores_in_parts_train_as_all_at_once(mesh, chunks, overrides):
     """Also where the slots, here 31 and 5, are no multiple of the parts."""
-    in_parts = (*overrides, ("train.loss_chunks", chunks))
+    in_parts = (*overrides, ("train.logits_chunks", chunks))
     for a, b in zip(train(mesh, overrides)[0], train(mesh, in_parts)[0], strict=True):
         assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
     both = answers(mesh, overrides), answers(mesh, in_parts)
@@ -145,7 +145,7 @@ def test_of_scores_in_parts_one_part_is_there_at_a_time():
     """8,000 pieces, and each position predicts one: 16 rows have 16 MB of scores."""
     used = []
     for chunks in (1, 8):
-        config = make_config((1, 1, 1), (*CLM, ("train.loss_chunks", chunks)))
+        config = make_config((1, 1, 1), (*CLM, ("train.logits_chunks", chunks)))
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
         with jax.set_mesh(mesh):
             steps = step.make_steps(config, 8000, mesh)
@@ -225,8 +225,8 @@ def z_loss_as_defined() -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("mesh", "way"),
-    [((2, 1, 2), ()), ((1, 1, 1), (("train.microbatches", 4),)), ((2, 1, 1), (("train.reproducible", True),))],
-    ids=["tensor", "microbatches", "reproducible"],
+    [((2, 1, 2), ()), ((1, 1, 1), (("train.gradient_accumulation_steps", 4),)), ((2, 1, 1), (("train.reproducible", True),))],
+    ids=["tensor", "gradient_accumulation_steps", "reproducible"],
 )
 def test_z_loss_is_trained_on_and_told_apart(mesh, way):
     (metrics,), _ = train(mesh, (("objective.z_loss", 0.5), *STILL, *way), 1)
@@ -342,7 +342,7 @@ def test_the_mask_rate_moves_over_the_run():
 
 @pytest.mark.parametrize("crosses", [False, True])
 def test_documents_of_a_row_see_each_other_only_where_asked(crosses):
-    config = make_config((1, 1, 1), (("objective.name", "clm"), ("objective.cross_documents", crosses)))
+    config = make_config((1, 1, 1), (("objective.name", "clm"), ("objective.attend_across_documents", crosses)))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     batch, other = host_batch(0), host_batch(0)
     other["tokens"][:, 1:15] = host_batch(1)["tokens"][:, 1:15]  # another first document, of the same length

@@ -303,10 +303,10 @@ def test_the_table(tmp_path):
     [
         ({"objective.mask_rate": 0.4}, 6.0, True),
         ({"objective.z_loss": 1e-4}, 6.0, True),
-        ({"objective.cross_documents": True}, 6.0, True),
+        ({"objective.attend_across_documents": True}, 6.0, True),
         ({"objective.span_stop": 0.5}, 6.0, True),  # of spans, which these are not
         ({"objective.masking": "span"}, 6.0, False),
-        ({"objective.replace_mask": 0.9}, 6.0, False),
+        ({"objective.mask_replace_prob": 0.9}, 6.0, False),
         ({"objective.name": "clm"}, 6.0, False),
         ({"train.phases": "50%: objective.name=clm"}, 6.0, False),
         ({"eval.mask_rate": 0.4}, 6.0, False),

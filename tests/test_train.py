@@ -51,7 +51,7 @@ def straight(toy) -> Path:
     "changes, where",
     [
         ({"mesh__data": 4, "mesh__fsdp": 2}, {"devices": 8}),
-        ({"train__microbatches": 2}, {}),
+        ({"train__gradient_accumulation_steps": 2}, {}),
         ({"mesh__tensor": 2}, {"processes": 2}),  # which both feed the same rows
     ],
 )
@@ -97,7 +97,7 @@ PHASES = {"objective__name": "clm", "train__phases": "50%: objective.name=mlm, o
 def test_phases_follow_each_other_in_one_run(toy, tmp_path, pytestconfig):
     """Next token for half of the steps, then masks; each checkpoint knows what it was trained with."""
     straight = tmp_path / "straight"
-    out = finish(toy, straight, *toy.flags(**PHASES, train__keep_every=10))
+    out = finish(toy, straight, *toy.flags(**PHASES, train__keep_period=10))
     assert "run         clm, 60 steps of 16 rows" in out and "from step 30 (50%) on objective.name=mlm" in out
     for line in metrics_of(straight):  # about 26 of 32 tokens are ordinary
         assert (line["predicted_tokens"] > 300) == (line["step"] <= 30), line
@@ -122,7 +122,7 @@ def test_phases_follow_each_other_in_one_run(toy, tmp_path, pytestconfig):
         for later in checkpoint.steps_in(workdir):
             if later > step:
                 shutil.rmtree(workdir / "checkpoints" / str(later))
-        out = finish(toy, workdir, *toy.flags(**PHASES, train__keep_every=10))
+        out = finish(toy, workdir, *toy.flags(**PHASES, train__keep_period=10))
         assert f"restored step {step}" in out
         assert_same_run(workdir, straight, STEPS)
 
@@ -147,7 +147,7 @@ def test_the_average_of_the_weights_is_what_a_run_is_judged_by(toy, straight, tm
     """LAWA's, against the mean of the weights in the checkpoints; the run itself is that without one."""
     workdir = tmp_path / "run"
     changes = {"optimizer__averaging": "lawa", "optimizer__lawa_every": 10, "optimizer__lawa_count": 3}
-    flags = toy.flags(**SHORT, **changes, train__keep_every=10)
+    flags = toy.flags(**SHORT, **changes, train__keep_period=10)
     assert "muon (evaluated: the lawa average of its weights)" in finish(toy, workdir, *flags)
     final, latest = arrays(workdir, STEPS), [arrays(workdir, step) for step in (40, 50, 60)]
     names = [name for name in final if name.startswith("params")]

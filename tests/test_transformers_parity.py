@@ -27,7 +27,7 @@ EXACT = {"dtype": "float32", "dropout_rate": 0.0, "attention_dropout_rate": 0.0}
 OWN = {
     "bert": {"num_layers": 3},
     # Layers 0 and 3 are global; the others see 3 tokens to each side.
-    "modernbert": {"num_layers": 5, "local_window": 6, "rope_theta_global": 500.0, "rope_theta_local": 20.0},
+    "modernbert": {"num_layers": 5, "sliding_window": 6, "rope_theta_global": 500.0, "rope_theta_local": 20.0},
 }
 LAYOUTS = {"padded": [[L], [17]], "packed": [[11, 9], [14, 10]]}  # lengths of the segments of each row
 
@@ -66,10 +66,10 @@ def reference(c: config_lib.ModelConfig, vocab_size: int):
     kwargs = {"vocab_size": vocab_size, "pad_token_id": PAD, "attn_implementation": "eager"}
     kwargs |= {"num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads, "hidden_size": c.hidden_size}
     kwargs |= {"intermediate_size": c.intermediate_size, "max_position_embeddings": c.max_positions}
-    if c.positions == "learned":
+    if c.position_embedding == "learned":
         return transformers.BertForMaskedLM(transformers.BertConfig(**kwargs)).eval()
     kwargs |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), CLS)
-    kwargs |= {"global_attn_every_n_layers": c.global_attention_every, "local_attention": c.local_window}
+    kwargs |= {"global_attn_every_n_layers": c.global_attn_every_n_layers, "local_attention": c.sliding_window}
     kwargs |= {"global_rope_theta": c.rope_theta_global, "local_rope_theta": c.rope_theta_local}
     return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**kwargs)).eval()
 
@@ -97,7 +97,7 @@ def our_tree(c: config_lib.ModelConfig, model: heads.Model, arrays: dict[str, "t
     def leaf(path, x):
         *module, last = (key.key for key in path)
         suffix = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}.get(last, "")
-        name = NAMES["/".join(module if suffix else [*module, last])][c.positions == "rope"] + suffix
+        name = NAMES["/".join(module if suffix else [*module, last])][c.position_embedding == "rope"] + suffix
         names = [name.replace("*", part) for part in ("query", "key", "value")] if "*" in name else [name]
         layers = range(c.num_layers - x.shape[0], c.num_layers) if "{}" in name else [0]
         found = [np.concatenate([arrays[n.format(i)].numpy() for n in names]) for i in layers]

@@ -295,7 +295,7 @@ def load(path: str | Path, extend: str | Path = "") -> Tokenizer:
         try:
             lines = epath.Path(extend).expanduser().read_text().split("\n")
         except (OSError, ValueError) as e:
-            raise UserError(f"tokenizer.extend: {extend} cannot be read: {e}") from e
+            raise UserError(f"tokenizer.extra_tokens_file: {extend} cannot be read: {e}") from e
         words = [word for word in dict.fromkeys(line.strip() for line in lines) if word]
         tokenizer = kind(tokenizer.extended(words), f"{file} with {extend}")
     return tokenizer

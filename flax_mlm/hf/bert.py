@@ -24,16 +24,16 @@ BERT = Architecture(
     training={
         "dropout_rate": "hidden_dropout_prob",
         "attention_dropout_rate": "attention_probs_dropout_prob",
-        "init_stddev": "initializer_range",
+        "initializer_range": "initializer_range",
     },
     ours={
-        "positions": "learned",
+        "position_embedding": "learned",
         "norm_position": "post",
         "use_bias": True,
         "glu": False,
         "embedding_size": 0,
         "share_layers": False,
-        "global_attention_every": 1,
+        "global_attn_every_n_layers": 1,
     },
     theirs={
         "hidden_act": ("gelu",),

@@ -168,10 +168,10 @@ def adopt(config: ConfigDict, given: set[str], as_it_is: bool = False) -> None:
     if "finetune.pooling" not in given and (mode := sentence_transformers.pooling(folder.path)):
         config.finetune.pooling = mode
     rows = folder.config["vocab_size"]
-    if config.tokenizer.extend:
+    if config.tokenizer.extra_tokens_file:
         from flax_mlm.data import tokenizer as tokenizer_lib
 
-        rows = max(rows, tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extend).vocab_size)
+        rows = max(rows, tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extra_tokens_file).vocab_size)
     # The embedding keeps all its rows, also those that no piece of the tokenizer has.
     config.model.vocab_multiple_of *= -(-rows // config.model.vocab_multiple_of)
 

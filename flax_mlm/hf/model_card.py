@@ -134,7 +134,7 @@ def text(
 {training}
 - Licence of the model: {licence or "not stated"}.
 - Model: {m.num_layers} layers, width {m.hidden_size}, {m.num_heads} heads, MLP {m.intermediate_size}\
-{" (GeGLU)" * m.glu}, {m.positions} positions up to {m.max_positions}, {m.norm_position}-norm; vocabulary \
+{" (GeGLU)" * m.glu}, {m.position_embedding} positions up to {m.max_positions}, {m.norm_position}-norm; vocabulary \
 {tokenizer.vocab_size:,}.
 
 <details><summary>All settings</summary>
@@ -161,7 +161,7 @@ def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
     o, t, about, tuned = config.objective, config.train, meta.get("text"), meta.get("fine_tuned")
     masks = (
         f"{o.mask_rate:.0%} of the tokens, chosen by {o.masking.replace('_', ' ')}, of those "
-        f"{o.replace_mask:.0%} shown as `{mask}`, {o.replace_random:.0%} as a random token"
+        f"{o.mask_replace_prob:.0%} shown as `{mask}`, {o.random_replace_prob:.0%} as a random token"
     )
     sharing = {
         "none": "its own embeddings",

@@ -18,7 +18,7 @@ def state(config: Config, steps: Steps, tokenizer: tokenizer_lib.Tokenizer, log:
     """A new state with the weights of the folder `config.init_from`.
 
     Args:
-      tokenizer: of the run. Pieces that `tokenizer.extend` has added begin as the mean of the pieces that spelled them
+      tokenizer: of the run. Pieces that `tokenizer.extra_tokens_file` has added begin as the mean of the pieces that spelled them
         before (arXiv:2112.14569 §3.1).
       log: is told what is taken, and what is left out.
 
@@ -27,7 +27,7 @@ def state(config: Config, steps: Steps, tokenizer: tokenizer_lib.Tokenizer, log:
     """
     folder = folder_lib.open_folder(config.init_from)
     where = list(architecture_lib.places(folder.architecture, steps.model, config.model.num_layers))
-    tensors = _checked(folder, where, config.init_new_head, log)
+    tensors = _checked(folder, where, config.reinit_head, log)
     spelled = _spelled(config, tokenizer)
     for place in where:
         if place.dims[0] == "V" and (name := place.names[0][0]) in tensors:
@@ -66,7 +66,7 @@ def _checked(
     if missing and all(wanted[name].path[0] == "head" for name in missing):
         raise UserError(
             f"init_from: '{folder.path}' has no vocabulary head (it lacks {_some(missing)}); "
-            "set init_new_head=True to train a new one"
+            "set reinit_head=True to train a new one"
         )
     if missing or extra:
         lacks = f" lacks {_some(missing)}" if missing else ""

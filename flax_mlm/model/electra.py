@@ -32,7 +32,7 @@ class DetectionHead(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width = config.hidden_size
         self.dense = Linear("DE", (width, width), 1, config, rngs)
-        self.detector = nnx.Param(config.init_stddev * jax.random.normal(rngs.params(), (1, width)), dims="1D")
+        self.detector = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), (1, width)), dims="1D")
         self.detector_bias = nnx.Param(jnp.zeros(1), dims="1")
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:

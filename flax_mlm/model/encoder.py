@@ -42,7 +42,7 @@ class Linear(nnx.Module):
     """Weights (and biases) of a projection. `dims` are the letters of its dimensions, inputs first."""
 
     def __init__(self, dims: str, shape: tuple[int, ...], num_inputs: int, config: ModelConfig, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(config.init_stddev * jax.random.normal(rngs.params(), shape), dims=dims)
+        self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape), dims=dims)
         if config.use_bias:
             self.bias = nnx.Param(jnp.zeros(shape[num_inputs:]), dims=dims[num_inputs:])
 
@@ -123,10 +123,10 @@ class Embeddings(nnx.Module):
         width, letter = (c.embedding_size, "E") if c.embedding_size else (c.hidden_size, "D")
 
         def table(letters: str, rows: int) -> nnx.Param:
-            return nnx.Param(c.init_stddev * jax.random.normal(rngs.params(), (rows, width)), dims=letters + letter)
+            return nnx.Param(c.initializer_range * jax.random.normal(rngs.params(), (rows, width)), dims=letters + letter)
 
         self.token = table("V", vocab_rows)
-        if c.positions == "learned":
+        if c.position_embedding == "learned":
             self.position = table("P", c.max_positions)
         if c.type_vocab_size:
             self.token_type = table("T", c.type_vocab_size)
@@ -135,7 +135,7 @@ class Embeddings(nnx.Module):
     def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, token_types_BL: jax.Array | None) -> jax.Array:
         rows = sharding.batch_spec(None, None)
         x_BLD = sharding.gather_fsdp(self.token[...]).at[tokens_BL].get(out_sharding=rows)
-        if self.config.positions == "learned":
+        if self.config.position_embedding == "learned":
             x_BLD += sharding.gather_fsdp(self.position[...]).at[positions_BL].get(out_sharding=rows)
         if self.config.type_vocab_size:
             table_TD = sharding.replicate(self.token_type[...])
@@ -195,13 +195,13 @@ class Encoder(nnx.Module):
                 x_BLD = projection("BLE,ED->BLD", x_BLD, "LD")
         # Per kind of layer, stacked: [0] global, [1] local. A layer picks its own inside the scan.
         kinds: list[tuple[int | None, float]] = [(None, c.rope_theta_global)]
-        if c.global_attention_every > 1:
-            kinds.append((c.local_window, c.rope_theta_local))
+        if c.global_attn_every_n_layers > 1:
+            kinds.append((c.sliding_window, c.rope_theta_local))
         drops = dropout_keys_B is not None and c.attention_dropout_rate > 0.0
         implementation = attention.implementation(c.attention, tokens_BL.shape[1], drops)
         attention_of_kind = implementation(segment_ids_BL, causal, [window for window, _ in kinds])
         rotary = None
-        if c.positions == "rope":
+        if c.position_embedding == "rope":
             tables = [attention.rotary_table(positions_BL, c.hidden_size // c.num_heads, theta) for _, theta in kinds]
             rotary = jax.tree.map(lambda *t: jnp.stack(t), *tables)
 
@@ -215,7 +215,7 @@ class Encoder(nnx.Module):
             index, layer_params, norm_params = scanned
             layer_params = jax.tree.map(lambda p: p[0], layers) if c.share_layers else layer_params
             layer_params = sharding.gather_fsdp(layer_params, c.dtype)
-            is_local = (index % c.global_attention_every > 0).astype(jnp.int32)
+            is_local = (index % c.global_attn_every_n_layers > 0).astype(jnp.int32)
             keys_B = None
             if dropout_keys_B is not None:
                 keys_B = jax.vmap(lambda key: jax.random.fold_in(key, index))(dropout_keys_B)

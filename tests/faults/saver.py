@@ -26,9 +26,9 @@ def state_at(step: int) -> State:
     return jax.tree.map(jax.numpy.asarray, State(np.int32(step), {"w": values}, {"mu": -values, "nu": values**2}))
 
 
-def main(workdir: Path, last: int, keep_last: int) -> None:
+def main(workdir: Path, last: int, max_to_keep: int) -> None:
     c = base.get_config()
-    c.train.keep_last, c.train.checkpoint_every, c.train.keep_every = keep_last, 1, 10
+    c.train.max_to_keep, c.train.checkpoint_every, c.train.keep_period = max_to_keep, 1, 10
     meta = {
         "format": 3,
         "config": {},

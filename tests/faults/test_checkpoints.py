@@ -82,7 +82,7 @@ def same_bits(a: State, b: State) -> None:
 def saved(tmp_path_factory) -> Path:
     """A workdir with steps 10, 20 and 30."""
     workdir = tmp_path_factory.mktemp("saved")
-    checkpoints = opened(workdir, keep_last=3)
+    checkpoints = opened(workdir, max_to_keep=3)
     for step in (10, 20, 30):
         assert checkpoints.save(step, state_at(step))
     checkpoints.close()
@@ -372,7 +372,7 @@ def large_state_at(step: int) -> State:
 
 @pytest.mark.fault(18)
 def test_a_disk_that_is_full_once(workdir, outcome, capsys):
-    checkpoints = opened(workdir, keep_last=3)
+    checkpoints = opened(workdir, max_to_keep=3)
     full_disk(True)
     try:
         assert not (checkpoints.save(40, large_state_at(40)) and checkpoints.wait())
@@ -388,7 +388,7 @@ def test_a_disk_that_is_full_once(workdir, outcome, capsys):
 
 @pytest.mark.fault(18)
 def test_a_disk_so_full_that_nothing_can_be_tidied_up(workdir, outcome, monkeypatch, capsys):
-    checkpoints = opened(workdir, keep_last=3)
+    checkpoints = opened(workdir, max_to_keep=3)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -441,7 +441,7 @@ def test_a_folder_that_vanishes_while_saving(workdir, outcome, capsys):
 
 @pytest.mark.fault(30)
 def test_after_a_failed_save_the_folder_is_trusted(workdir, outcome):
-    checkpoints = opened(workdir, keep_last=3)
+    checkpoints = opened(workdir, max_to_keep=3)
     full_disk(True)
     try:
         checkpoints.save(40, large_state_at(40))
@@ -531,7 +531,7 @@ def test_an_asked_step_is_never_replaced_by_another(workdir):
 
 
 def test_retention_in_two_tiers(tmp_path):
-    checkpoints = opened(tmp_path, keep_last=2, keep_every=30)
+    checkpoints = opened(tmp_path, max_to_keep=2, keep_period=30)
     seen = []
     for step in (10, 20, 23, 30, 40, 50, 57, 60, 70, 77):  # 23, 57 and 77 were saved for a preemption
         checkpoints.save(step, state_at(step))
@@ -548,7 +548,7 @@ def test_retention_in_two_tiers(tmp_path):
 
 def test_tidying_up_does_not_fall_behind(tmp_path, monkeypatch):
     """Where it is slower than the saving, what is superseded is passed over, and a run does not wait at its end."""
-    checkpoints = opened(tmp_path, keep_last=2)
+    checkpoints = opened(tmp_path, max_to_keep=2)
     settled, goes_on = [], threading.Event()
     monkeypatch.setattr(checkpoints._shelf, "settle", lambda name: (settled.append(name), goes_on.wait(60)))
     for step in (10, 20, 30, 40, 50):
@@ -560,7 +560,7 @@ def test_tidying_up_does_not_fall_behind(tmp_path, monkeypatch):
 
 
 def test_going_back_before_a_step_drops_what_follows(workdir):
-    checkpoints = opened(workdir, keep_last=9)
+    checkpoints = opened(workdir, max_to_keep=9)
     checkpoints.save(37, state_at(37))
     checkpoints.wait()
     state = checkpoints.restore_latest(abstract(state_at(0)), print, before=38)
@@ -575,9 +575,9 @@ def test_going_back_before_a_step_drops_what_follows(workdir):
 class Saver:
     """The process of saver.py, and what it has said."""
 
-    def __init__(self, workdir: Path, steps: int, keep_last: int):
+    def __init__(self, workdir: Path, steps: int, max_to_keep: int):
         env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-        line = [sys.executable, "-m", "tests.faults.saver", str(workdir), str(steps), str(keep_last)]
+        line = [sys.executable, "-m", "tests.faults.saver", str(workdir), str(steps), str(max_to_keep)]
         self.process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
         self.committed, self._lines = 0, queue.Queue[str]()
         threading.Thread(target=lambda: [self._lines.put(line) for line in self.process.stdout], daemon=True).start()
@@ -600,7 +600,7 @@ class Saver:
 
 
 @pytest.mark.parametrize(
-    ("kill", "keep_last", "kills"),
+    ("kill", "max_to_keep", "kills"),
     [
         pytest.param("saving", 2, 3, marks=pytest.mark.fault(1)),
         pytest.param("saving", 2, 9, marks=[pytest.mark.fault(1), pytest.mark.full]),
@@ -608,14 +608,14 @@ class Saver:
         pytest.param("committed", 1, 9, marks=[pytest.mark.fault(2), pytest.mark.full]),
     ],
 )
-def test_killed_while_it_saves_or_deletes(tmp_path, outcome, kill, keep_last, kills):
+def test_killed_while_it_saves_or_deletes(tmp_path, outcome, kill, max_to_keep, kills):
     rng, safe = random.Random(kills), 0
     for _ in range(kills):
-        saver = Saver(tmp_path, 1000, keep_last)
+        saver = Saver(tmp_path, 1000, max_to_keep)
         saver.kill_at(f"{kill} {safe + rng.randint(2, 6)}", rng.randrange(20_000))
         safe = max(safe, saver.committed)
         done = subprocess.run(
-            [sys.executable, "-m", "tests.faults.saver", str(tmp_path), "0", str(keep_last)],
+            [sys.executable, "-m", "tests.faults.saver", str(tmp_path), "0", str(max_to_keep)],
             env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}, cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr  # it compares every value
