@@ -116,7 +116,7 @@ class Case:
         """Predicted tokens of a row."""
         from flax_mlm import masking
 
-        return masking.num_slots(self.length, self.config("bert").objective.mask_rate)
+        return masking.max_predictions_per_row(self.length, self.config("bert").objective.mask_rate)
 
     def matmuls(self) -> list[Matmul]:
         """All of a BERT's step: forward, and for the gradients of inputs and weights."""
@@ -230,7 +230,7 @@ def write(folder: Path) -> None:
     tokens_NBL = np.load(folder / "tokens.npy").astype(np.int32)
     row_ids_NB2 = np.zeros((*tokens_NBL.shape[:2], 2), np.uint32)
     row_ids_NB2[..., 1] = np.arange(row_ids_NB2[..., 1].size).reshape(row_ids_NB2.shape[:2])
-    slots = objective.num_slots(config.objective, config.data.seq_len, config.objective.mask_rate)
+    slots = objective.max_predictions_per_row(config.objective, config.data.seq_len, config.objective.mask_rate)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         steps, vocab = make_steps(config, ids.vocab_size, mesh), vocabulary(ids)

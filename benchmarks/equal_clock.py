@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     case_file = folder / "case.json"
     if not case_file.exists():
         write_case(config, folder)
-    if json.loads(case_file.read_text()) != json.loads(json.dumps(phases.of(config)[-1].config.to_dict())):
+    if json.loads(case_file.read_text()) != json.loads(json.dumps(phases.parse_phases(config)[-1].config.to_dict())):
         raise UserError(f"--output: {case_file} is of another config; name a new folder")
     seconds = 60 * _MINUTES.value
     curves = {f"transformers, {name}": standard(config, folder, rate, seconds) for name, rate in rates.items()}
@@ -75,7 +75,7 @@ def write_case(config: Config, folder: Path) -> None:
     from flax_mlm.prepare import prepare_cached
     from flax_mlm.step import run_key
 
-    config = phases.of(config)[-1].config  # ours is evaluated with the objective that it ends with
+    config = phases.parse_phases(config)[-1].config  # ours is evaluated with the objective that it ends with
     corpus = prepare_cached(config, turns.say)
     tokenizer, length, o = corpus.tokenizer(), config.data.seq_len, config.objective
     parts: dict[bool, list[int]] = {False: [], True: []}
@@ -87,7 +87,10 @@ def write_case(config: Config, folder: Path) -> None:
     numbers = np.concatenate(Mixture({"": corpus}).held_out(config.eval.max_rows))
     held_out = held_out.reshape(-1, length)[: len(numbers)]
     key, vocab = run_key(config, "eval"), masking.vocabulary(tokenizer)
-    slots, rates = masking.num_slots(length, config.eval.mask_rate), masking.rates(o, config.eval.mask_rate)
+    slots, rates = (
+        masking.max_predictions_per_row(length, config.eval.mask_rate),
+        masking.rates(o, config.eval.mask_rate),
+    )
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         hide = jax.jit(lambda rows: objective.targets(o, rows, key, vocab, rates, slots))

@@ -38,7 +38,7 @@ def of(name: str, changes: dict[str, Any]) -> config.Config:
     return config.build(values)
 
 
-def record(file: Path, key: list[Any], found: rehearsal.Rehearsal, planned: config.Config) -> None:
+def record(file: Path, key: list[Any], found: rehearsal.CompiledStep, planned: config.Config) -> None:
     chip = chips.of_kind(found.device_kind)
     assert chip
     roof = roofline.estimate(found, planned, chip)
@@ -49,7 +49,8 @@ def record(file: Path, key: list[Any], found: rehearsal.Rehearsal, planned: conf
     line = {
         "key": key, "mesh": list(found.mesh.values()), "remat": planned.model.remat, "attention": found.attention,
         "rows": planned.train.global_batch_size // (found.mesh["data"] * found.mesh["fsdp"]),
-        "gradient_accumulation_steps": planned.train.gradient_accumulation_steps, "bytes": found.total_bytes, "used": used, "sent": sums,
+        "microbatches": planned.train.gradient_accumulation_steps, "bytes": found.total_bytes, "used": used,
+        "sent": sums,
         "best": roof.best, "worst": roof.worst, "roof": roof._asdict(),
         "mfu": [roofline.mfu(found, chip, s) for s in (roof.worst, roof.best)], "seconds": found.compile_seconds,
         "matmuls": found.matmul_ratio, "traffic": found.traffic,
@@ -62,8 +63,8 @@ def record(file: Path, key: list[Any], found: rehearsal.Rehearsal, planned: conf
 
 def fewest_parts(
     name: str, changes: dict[str, Any], target: rehearsal.Target
-) -> tuple[rehearsal.Rehearsal, config.Config]:
-    """The model in the fewest gradient_accumulation_steps that fit the target, and its config; layers recomputed as that says."""
+) -> tuple[rehearsal.CompiledStep, config.Config]:
+    """The model in the fewest microbatches that fit the target, and its config; layers recomputed as that says."""
     planned = of(name, changes)
     mesh = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False).mesh
     rows = planned.train.global_batch_size // (mesh["data"] * mesh["fsdp"])
@@ -119,7 +120,7 @@ def table(lines: list[dict[str, Any]]) -> None:
         model, topology, slices = m["key"]
         where = topology + (f" × {slices}" if slices > 1 else "")
         print(
-            f"| {model} | {where} | {m['mesh'][0]} × {m['mesh'][1]} | {m['rows']:,} in {m['gradient_accumulation_steps']} "
+            f"| {model} | {where} | {m['mesh'][0]} × {m['mesh'][1]} | {m['rows']:,} in {m['microbatches']} "
             f"| {m['attention']}, {m['remat']} | {m['bytes'] / 2**30:.1f} ({m['used']:.0%}) "
             f"| {1e3 * m['best']:,.0f} to {1e3 * m['worst']:,.0f} ms | {m['mfu'][0]:.0%} to {m['mfu'][1]:.0%} "
             f"| {m['matmuls']:.2f} | {m['traffic'] / 1e9:,.1f} | {m['fusions']:,}, {m['copies']:,} |"

@@ -76,7 +76,9 @@ def get_config() -> ConfigDict:
     c.objective.random_replace_prob = 0.1  # share shown as a random token; what is left is shown unchanged
     c.objective.span_stop = 0.2  # a span ends after each word with this probability (SpanBERT)
     c.objective.span_max_words = 10
-    c.objective.attend_across_documents = False  # attention and positions go over the whole row, and not each document's alone
+    c.objective.attend_across_documents = (
+        False  # attention and positions go over the whole row, and not each document's alone
+    )
     # × the mean of (log Z)², which keeps scores from drifting (PaLM, ST-MoE: 1e-4), is trained on too, and logged as
     # z_loss; `loss` stays the cross-entropy. 0.0: none
     c.objective.z_loss = 0.0

@@ -33,7 +33,7 @@ def main(config: Config) -> int:
     from flax_mlm.data import pipeline  # heavy imports wait until the flags have been parsed
     from flax_mlm.prepare import open_corpus
 
-    phase = phases.of(config)[0]
+    phase = phases.parse_phases(config)[0]
     config = phase.config
     if config.objective.name == "clm":
         raise UserError("objective.name is 'clm', which masks nothing; the audit is for 'mlm' and 'rtd'")
@@ -66,7 +66,7 @@ def audit(
     seen: Counter[str] = Counter()
     for step, batch in enumerate(batches):
         tokens = batch["tokens"]
-        slots = masking.num_slots(tokens.shape[1], phase.largest_mask_rate)
+        slots = masking.max_predictions_per_row(tokens.shape[1], phase.largest_mask_rate)
         # Of a run with a budget nobody knows yet how many steps it has.
         rates = rates_at(phase, min(step / phase.num_steps, 1.0) if phase.num_steps else 0.0)
         on_device = jnp.asarray(tokens), jnp.asarray(batch["row_ids"])

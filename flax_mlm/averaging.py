@@ -25,11 +25,11 @@ def updated(config: OptimizerConfig, total_steps: int, step: jax.Array, average:
     """The average, None where none is kept, with the weights in it that step number `step`, from 0, has made."""
     if average is None:
         return None
-    share = newest_share(config, total_steps, step)
+    share = update_weight(config, total_steps, step)
     return jax.tree.map(lambda a, p: a + share * (p - a), average, params)
 
 
-def newest_share(config: OptimizerConfig, total_steps: int, step: jax.Array) -> jax.Array:
+def update_weight(config: OptimizerConfig, total_steps: int, step: jax.Array) -> jax.Array:
     """What share of the average is the weights that step int32 `step`, from 0, has made; float32."""
     done = step + 1
     return {

@@ -41,7 +41,7 @@ _NOT_DAMAGE = re.compile(r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|Permission denie
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 Log = Callable[[str], None]
-Fingerprint = Callable[[Any], dict[str, Any]]  # see fingerprint.of
+Fingerprint = Callable[[Any], dict[str, Any]]  # see fingerprint.fingerprint_tree
 
 
 class Damaged(UserError):
@@ -53,7 +53,7 @@ def steps_in(workdir: epath.PathLike) -> list[int]:
     folder = epath.Path(workdir) / "checkpoints"
     if not (buckets.is_one(folder) or folder.is_dir()):
         return []
-    found = [path for name in shelf.of(folder, _MARKER).names() if _is_step(path := folder / name)]
+    found = [path for name in shelf.open_store(folder, _MARKER).names() if _is_step(path := folder / name)]
     is_committed = buckets.together(lambda path: (path / _MARKER).exists(), found, folder)
     return sorted(int(path.name) for path, there in zip(found, is_committed, strict=True) if there)
 
@@ -201,7 +201,7 @@ def restore(checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, An
       checkpoint: its folder.
       meta: what `read_meta` says of it.
       abstract: by item ("params", "average", "rest"), a tree of shapes, dtypes and shardings.
-      fingerprint: jitted `fingerprint.of`.
+      fingerprint: jitted `fingerprint.fingerprint_tree`.
 
     Raises:
       UserError: it holds other arrays than asked for; said before any is read.
@@ -268,7 +268,7 @@ def save_encoder(workdir: buckets.AnyPath, trained: Any, encoder: Any, examples:
 
     Args:
       workdir: a new folder.
-      trained: the `trained.Trained` that it was fine-tuned from; what it has beside the encoder is kept.
+      trained: the `trained.LoadedModel` that it was fine-tuned from; what it has beside the encoder is kept.
       encoder: the new parameters.
       examples: how many pairs it has learned from.
 
@@ -319,7 +319,7 @@ class Checkpoints:
         self._tidy = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         # What it has to say it also raises, and we report that.
         logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-        self._shelf = shelf.of(self._folder, _MARKER)
+        self._shelf = shelf.open_store(self._folder, _MARKER)
         if self._is_main:
             self._shelf.make()
             self._sweep()

@@ -181,7 +181,7 @@ def compared(task: str, results: dict[str, dict[str, Any]], draws: int) -> list[
 
     from flax_mlm.tasks import scores
 
-    scored = {name: scores.of(result) for name, result in results.items()}
+    scored = {name: scores.headline_metric(result) for name, result in results.items()}
     rows: dict[str, Row] = {}
     for name, score in scored.items():
         row = rows.setdefault(score.metric, Row(task, score.metric, score.higher_is_better, {}, {}))

@@ -237,7 +237,8 @@ class FinetuneConfig:
                 raise ValueError
         except ValueError:
             raise UserError(
-                f"finetune.matryoshka_dims is '{self.matryoshka_dims}'; it takes numbers below model.hidden_size, {hidden_size}"
+                f"finetune.matryoshka_dims is '{self.matryoshka_dims}'; it takes numbers below model.hidden_size, "
+                f"{hidden_size}"
             ) from None
         return [*sizes, hidden_size]
 
@@ -340,7 +341,7 @@ def build(config_dict: ConfigDict) -> Config:
     from flax_mlm import limits, phases  # which are made of configs
 
     limits.check(config)
-    phases.of(config)
+    phases.parse_phases(config)
     return config
 
 

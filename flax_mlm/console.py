@@ -68,7 +68,7 @@ def summary(workdir: buckets.AnyPath, trained: Any, result: dict[str, float]) ->
     lines = rtd.table(result) if objective == "rtd" else mlm.table(result, objective)
     print("\n" + "\n".join(lines) + "\n")
     if objective == "mlm" and jax.process_count() == 1:  # one process alone could not ask the model
-        filler = filler_lib.Filler(trained)
+        filler = filler_lib.MaskFiller(trained)
         for sentence in filler_lib.EXAMPLES:
             with contextlib.suppress(UserError):  # longer than a row
                 words = ", ".join(f"{word} {probability:.2f}" for word, probability in filler.top(sentence, 5)[0])

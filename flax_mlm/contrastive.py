@@ -17,7 +17,7 @@ import numpy as np
 from flax_mlm import finetune, sharding
 from flax_mlm.errors import UserError
 from flax_mlm.finetune import Params, Poll
-from flax_mlm.trained import Trained
+from flax_mlm.trained import LoadedModel
 
 _NONE = -1  # in place of a hard negative where an example has none
 
@@ -41,7 +41,7 @@ class Pairs(NamedTuple):
 
 
 def make_fit(
-    trained: Trained, train: Pairs, dev: Pairs, vectors: finetune.Vectors, poll: Poll
+    trained: LoadedModel, train: Pairs, dev: Pairs, vectors: finetune.Vectors, poll: Poll
 ) -> Callable[[float, int], finetune.Fitted]:
     """(learning rate, seed) -> the fine-tuned encoder of the epoch whose vectors rank the positives of `dev` best (mean
     reciprocal rank among all of its positives and negatives); or, where these are the queries themselves and so always
@@ -69,7 +69,7 @@ def make_fit(
 
 
 def _make_loss_score(
-    trained: Trained, loss: Callable[..., jax.Array], dev: Pairs, poll: Poll
+    trained: LoadedModel, loss: Callable[..., jax.Array], dev: Pairs, poll: Poll
 ) -> Callable[[Params], float]:
     """Minus the mean loss over a set, with dropout that is the same every time."""
     just_loss, held_out = jax.jit(loss), _make_epoch(trained, dev)
@@ -85,7 +85,7 @@ def _make_loss_score(
     return score
 
 
-def _make_epoch(trained: Trained, pairs: Pairs) -> Callable[[np.random.Generator], Iterator[finetune.Batch]]:
+def _make_epoch(trained: LoadedModel, pairs: Pairs) -> Callable[[np.random.Generator], Iterator[finetune.Batch]]:
     """The batches of one epoch, as `make_loss` takes them."""
     config = trained.config.finetune
     unique = {text: i for i, text in enumerate(dict.fromkeys(_texts(pairs)))}
@@ -106,7 +106,7 @@ def _make_epoch(trained: Trained, pairs: Pairs) -> Callable[[np.random.Generator
     return epoch
 
 
-def make_loss(trained: Trained) -> Callable[..., jax.Array]:
+def make_loss(trained: LoadedModel) -> Callable[..., jax.Array]:
     """(parameters, tokens and token types int32 (B, G, L), text numbers int32 (B, G), key) -> scalar.
 
     Each group is a query, its positive and its hard negatives (number -1: none). Texts equal to the query or to its
@@ -148,7 +148,7 @@ def normal(x_ND: Any) -> Any:
     return x_ND / xp.sqrt(xp.maximum(square_N1, 1e-12))
 
 
-def vectors_of(trained: Trained, vectors: finetune.Vectors, params: Params, texts: list[str], poll: Poll) -> Any:
+def vectors_of(trained: LoadedModel, vectors: finetune.Vectors, params: Params, texts: list[str], poll: Poll) -> Any:
     """Vectors of length 1, float32 (N, D), of texts."""
     return normal(np.stack(finetune.predict(trained, vectors, params, finetune.tokenised(trained, texts), poll)))
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax_mlm import sharding
 from flax_mlm.config import ObjectiveConfig
 from flax_mlm.model.heads import Model
-from flax_mlm.objective import Loss, Scored, Targets, at_least_1, score
+from flax_mlm.objective import Loss, Targets, TokenLosses, at_least_1, score
 
 
 class Detected(NamedTuple):
     """How well the generator has filled K slots, and the discriminator judged L tokens, special ones left out."""
 
-    generator: Scored  # (B, K)
+    generator: TokenLosses  # (B, K)
     loss_BL: jax.Array  # float32, nats; 0 at special tokens
     correct_BL: jax.Array  # float32, 1 where the likelier answer is right
     replaced_BL: jax.Array  # float32, 1 where the token is another one than the original
@@ -33,19 +33,19 @@ def replaced_tokens(generator: Model, discriminator: Model, vocab_size: int, con
         if dropout_keys_B is not None:  # another dropout than that of the discriminator
             generator_keys_B = jax.vmap(lambda key: jax.random.fold_in(key, 2**32 - 1))(dropout_keys_B)
         with jax.named_scope("generator"):
-            scores_BKV = generator.apply(
+            logits_BKV = generator.apply(
                 params, t.inputs_BL, *context, predict_BK=t.predict_BK, dropout_keys_B=generator_keys_B
             )
-            filled = score(scores_BKV, t.labels_BK, t.weights_BK)
-            drawn_BK = draw(scores_BKV, t.sample_keys_B, vocab_size)
+            filled = score(logits_BKV, t.labels_BK, t.weights_BK)
+            drawn_BK = draw(logits_BKV, t.sample_keys_B, vocab_size)
         corrupted_BL, replaced_BL = corrupt(t, drawn_BK)
         x_BLD = discriminator.encode(params, corrupted_BL, *context, dropout_keys_B=dropout_keys_B)
-        scores_BL = discriminator.head(params, x_BLD)
+        logits_BL = discriminator.head(params, x_BLD)
         with jax.named_scope("loss"):
             return Detected(
                 filled,
-                (jax.nn.softplus(scores_BL) - replaced_BL * scores_BL) * t.ordinary_BL,
-                jnp.where((scores_BL > 0.0) == (replaced_BL > 0.0), t.ordinary_BL, 0.0),
+                (jax.nn.softplus(logits_BL) - replaced_BL * logits_BL) * t.ordinary_BL,
+                jnp.where((logits_BL > 0.0) == (replaced_BL > 0.0), t.ordinary_BL, 0.0),
                 replaced_BL,
                 t.ordinary_BL,
             )
@@ -72,18 +72,18 @@ def replaced_tokens(generator: Model, discriminator: Model, vocab_size: int, con
     return Loss(predict, counts, total)
 
 
-def draw(scores_BKV: jax.Array, keys_B: Any, vocab_size: int) -> jax.Array:
+def draw(logits_BKV: jax.Array, keys_B: Any, vocab_size: int) -> jax.Array:
     """A piece for every slot, int32 (B, K), as likely as the generator finds it: the best after Gumbel noise.
 
     Args:
-      scores_BKV: float32; rows of V from `vocab_size` on are not pieces.
+      logits_BKV: float32; rows of V from `vocab_size` on are not pieces.
       keys_B: one a row, so that a row's do not depend on how the batch is split.
     """
-    noise_BKV = jax.vmap(lambda key: jax.random.gumbel(key, scores_BKV.shape[1:]))(keys_B)
-    scores_BKV = jax.lax.stop_gradient(scores_BKV)
-    scores_BKV += sharding.like(noise_BKV, scores_BKV)
-    is_piece_V = jax.lax.broadcasted_iota(jnp.int32, scores_BKV.shape, 2) < vocab_size
-    return jnp.where(is_piece_V, scores_BKV, -jnp.inf).argmax(-1).astype(jnp.int32)
+    noise_BKV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BKV.shape[1:]))(keys_B)
+    logits_BKV = jax.lax.stop_gradient(logits_BKV)
+    logits_BKV += sharding.like(noise_BKV, logits_BKV)
+    is_piece_V = jax.lax.broadcasted_iota(jnp.int32, logits_BKV.shape, 2) < vocab_size
+    return jnp.where(is_piece_V, logits_BKV, -jnp.inf).argmax(-1).astype(jnp.int32)
 
 
 def corrupt(t: Targets, drawn_BK: jax.Array) -> tuple[jax.Array, jax.Array]:

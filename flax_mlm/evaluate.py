@@ -96,19 +96,19 @@ def main(config: Config) -> None:
     }[_TASK.value]
     output = Path(_JSON.value).expanduser()
     identity = {"--checkpoint": _CHECKPOINT.value, "--task": _TASK.value, **flatten(config.to_dict())}
-    with processes.join(identity, config.train.stall_timeout) as roster:
-        if _JSON.value and roster.index == 0:
+    with processes.join(identity, config.train.stall_timeout) as group:
+        if _JSON.value and group.index == 0:
             files.check_writable("--json", output)
-        with roster.untimed("opening the checkpoint"):
+        with group.untimed("opening the checkpoint"):
             model = trained.restore(_CHECKPOINT.value, config)
 
         def poll() -> bool:
-            roster.progress("evaluating")
+            group.progress("evaluating")
             return False
 
         with jax.set_mesh(model.mesh):
-            result, table = task(model, roster, poll)
-        if roster.index == 0:
+            result, table = task(model, group, poll)
+        if group.index == 0:
             print("\n".join(table))
             if _JSON.value:
                 about = {"task": _TASK.value, "objective": config.objective.name}
@@ -118,7 +118,7 @@ def main(config: Config) -> None:
 Answer = tuple[dict[str, Any], list[str]]  # result, and as lines
 
 
-def _mlm(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
+def _mlm(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm import sharding
     from flax_mlm.prepare import open_corpus
     from flax_mlm.step import make_steps
@@ -127,7 +127,7 @@ def _mlm(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     result: dict[str, Any]
     config, rates = model.config, _rates(_MASK_RATES.value)
     sharding.check_batch("eval.batch_size", config.eval.batch_size, model.mesh)
-    with roster.untimed("opening the corpus"):
+    with group.untimed("opening the corpus"):
         corpus = open_corpus(config)
     if corpus.tokenizer().fingerprint != model.tokenizer.fingerprint:
         raise UserError(f"data.corpus: {corpus} was made with another tokenizer than {_CHECKPOINT.value}")
@@ -169,14 +169,14 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
-def _cloze(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
+def _cloze(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm.tasks import cloze
 
     result = cloze.run(model, cloze.read(_DATA.value), poll)
     return result, cloze.table(result)
 
 
-def _minimal_pairs(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
+def _minimal_pairs(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm.tasks import minimal_pairs
 
     if not _DATA.value:
@@ -185,10 +185,10 @@ def _minimal_pairs(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     return result, minimal_pairs.table(result)
 
 
-def _classification(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
+def _classification(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm.tasks import classification, report
 
-    _check_fine_tuning(model, roster)
+    _check_fine_tuning(model, group)
     train, dev, test = (_labelled(flag.value) if flag.value else None for flag in (_TRAIN, _DEV, _TEST))
     if not train:
         raise UserError("--train is missing; name the file of labelled examples to fine-tune on")
@@ -196,10 +196,10 @@ def _classification(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer
     return result, report.table(result)
 
 
-def _tagging(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
+def _tagging(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm.tasks import conll, report, tagging
 
-    _check_fine_tuning(model, roster)
+    _check_fine_tuning(model, group)
     train, dev, test = (conll.read(flag.value) if flag.value else None for flag in (_TRAIN, _DEV, _TEST))
     if not train:
         raise UserError("--train is missing; name the file of tagged sentences to fine-tune on")
@@ -207,11 +207,11 @@ def _tagging(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
     return result, report.table(result)
 
 
-def _retrieval(model: Any, roster: Any, poll: Callable[[], bool]) -> Answer:
+def _retrieval(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
     from flax_mlm import checkpoint, files
     from flax_mlm.tasks import retrieval
 
-    _check_fine_tuning(model, roster)
+    _check_fine_tuning(model, group)
     save = Path(_SAVE.value).expanduser()
     if not _TEST.value:
         raise UserError("--test is missing; name a BEIR folder, or a file of pairs of sentences with scores")
@@ -236,11 +236,11 @@ def _labelled(source: str) -> Any:
     return labelled.read(source, _TEXT.value, _PAIR.value, _LABEL.value)
 
 
-def _check_fine_tuning(model: Any, roster: Any) -> None:
+def _check_fine_tuning(model: Any, group: Any) -> None:
     from flax_mlm import sharding
 
-    if roster.count > 1:
-        raise UserError(f"--task={_TASK.value} runs in one process, on all its devices; there are {roster.count}")
+    if group.count > 1:
+        raise UserError(f"--task={_TASK.value} runs in one process, on all its devices; there are {group.count}")
     sharding.check_batch("finetune.batch_size", model.config.finetune.batch_size, model.mesh)
 
 

@@ -66,7 +66,7 @@ def main(config: Config) -> None:
 
 
 def write(output: Path, config: Config, model: Any) -> None:
-    """Writes the folder of a `trained.Trained`, complete or not at all.
+    """Writes the folder of a `trained.LoadedModel`, complete or not at all.
 
     Raises:
       UserError: transformers has no class for this encoder; or the folder cannot be written.

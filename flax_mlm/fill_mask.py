@@ -20,11 +20,11 @@ _TARGETS = flags.DEFINE_list("targets", [], "rank only these words (comma-separa
 
 def main(config: Config) -> None:
     from flax_mlm import trained
-    from flax_mlm.filler import Filler
+    from flax_mlm.filler import MaskFiller
 
     if config.objective.name != "mlm":
         raise UserError(f"this checkpoint was trained with objective {config.objective.name}; filling masks needs mlm")
-    filler = Filler(trained.restore(_CHECKPOINT.value, config))
+    filler = MaskFiller(trained.restore(_CHECKPOINT.value, config))
     text = _TEXT.value
     answers = [filler.targets(text, _TARGETS.value)] if _TARGETS.value else filler.top(text, _TOP_K.value)
     for number, ranked in enumerate(answers, 1):

@@ -12,7 +12,7 @@ EXAMPLES = (
 )
 
 
-class Filler:
+class MaskFiller:
     """Answers questions about masked texts with a trained model. A causal one answers from what is left of a mask."""
 
     def __init__(self, trained):
@@ -43,18 +43,18 @@ class Filler:
         t = self._trained
         ahead = int(t.config.objective.name == "clm")  # a causal model stands before what it predicts
         places = [self.masks(row) for row in rows]
-        parts = sharding.batch_parts(t.mesh)
+        parts = sharding.num_batch_shards(t.mesh)
         shape = -(-len(rows) // parts) * parts, t.padded_length(max(map(len, rows)))
         tokens_BL = np.full(shape, t.tokenizer.pad_id, np.int32)
         predict_BK = np.zeros((len(tokens_BL), max(map(len, places))), np.int32)
         for b, row in enumerate(rows):
             tokens_BL[b, : len(row)] = row
             predict_BK[b, : len(places[b])] = np.array(places[b], np.int32) - ahead
-        tokens, predict = sharding.share_rows([tokens_BL, predict_BK], t.mesh)
+        tokens, predict = sharding.shard_replicated_rows([tokens_BL, predict_BK], t.mesh)
         with jax.set_mesh(t.mesh):
-            scores_BKV = np.array(t.steps.score(t.params, tokens, predict, t.vocab))[..., : t.tokenizer.vocab_size]
-        scores_BKV[..., t.tokenizer.is_special] = -np.inf
-        return [dict(zip(some, scores_KV, strict=False)) for some, scores_KV in zip(places, scores_BKV, strict=False)]
+            logits_BKV = np.array(t.steps.score(t.params, tokens, predict, t.vocab))[..., : t.tokenizer.vocab_size]
+        logits_BKV[..., t.tokenizer.is_special] = -np.inf
+        return [dict(zip(some, scores_KV, strict=False)) for some, scores_KV in zip(places, logits_BKV, strict=False)]
 
     def word(self, piece: int) -> str:
         """A piece as a person reads it; one that continues a word begins with '…'."""

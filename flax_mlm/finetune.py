@@ -16,7 +16,7 @@ import optax
 from flax_mlm import optimizer, sharding
 from flax_mlm.config import FinetuneConfig
 from flax_mlm.errors import UserError
-from flax_mlm.trained import Trained
+from flax_mlm.trained import LoadedModel
 
 _POOL = 32  # batches whose examples are sorted by length together
 
@@ -58,7 +58,7 @@ class Fitted(NamedTuple):
     epoch: int  # the best one, from 1
 
 
-def pooled(trained: Trained, states_BLD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+def pooled(trained: LoadedModel, states_BLD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """One vector (B, D) a row, by `finetune.pooling`: the state of its first token (`cls`) or its last one (`last`), or
     the mean over its tokens (`mean`).
 
@@ -78,7 +78,7 @@ def pooled(trained: Trained, states_BLD: jax.Array, tokens_BL: jax.Array) -> jax
 
 
 def encode(
-    trained: Trained, params: Params, tokens_BL: jax.Array, types_BL: jax.Array, keys_B: jax.Array | None = None
+    trained: LoadedModel, params: Params, tokens_BL: jax.Array, types_BL: jax.Array, keys_B: jax.Array | None = None
 ) -> jax.Array:
     """Hidden states (B, L, D), float32, each row one segment; to be called inside jit.
 
@@ -101,7 +101,7 @@ def encode(
     return states.astype(jnp.float32)
 
 
-def make_vectors(trained: Trained) -> Vectors:
+def make_vectors(trained: LoadedModel) -> Vectors:
     """Jitted (parameters, tokens, token types) -> pooled states (B, D)."""
 
     def vectors(params: Params, tokens_BL: jax.Array, types_BL: jax.Array) -> jax.Array:
@@ -116,7 +116,7 @@ def row_keys(key: jax.Array, like_B: jax.Array) -> jax.Array:
 
 
 def make_trainer(
-    trained: Trained, loss: Callable[..., jax.Array], new_head: Callable[[jax.Array], dict[str, Any]]
+    trained: LoadedModel, loss: Callable[..., jax.Array], new_head: Callable[[jax.Array], dict[str, Any]]
 ) -> Trainer:
     """The optimizer around a loss.
 
@@ -152,7 +152,7 @@ class Head(NamedTuple):
     outputs: Callable[[Params, jax.Array, jax.Array], jax.Array]  # jitted: parameters, tokens, types -> (B, [L,] C)
 
 
-def make_head(trained: Trained, num_outputs: int, per_token: bool, regression: bool) -> Head:
+def make_head(trained: LoadedModel, num_outputs: int, per_token: bool, regression: bool) -> Head:
     """Builds and jits a task's head and its loss.
 
     Args:
@@ -186,7 +186,7 @@ def make_head(trained: Trained, num_outputs: int, per_token: bool, regression: b
 
 
 def fit(
-    trained: Trained,
+    trained: LoadedModel,
     trainer: Trainer,
     epoch: Callable[[np.random.Generator], Iterator[Batch]],
     steps_per_epoch: int,
@@ -257,7 +257,7 @@ def search(config: FinetuneConfig, once: Callable[[float, int], tuple[float, Any
 
 
 def predict(
-    trained: Trained, function: Callable[..., jax.Array], params: Params, texts: Texts, poll: Poll
+    trained: LoadedModel, function: Callable[..., jax.Array], params: Params, texts: Texts, poll: Poll
 ) -> list[np.ndarray]:
     """What a jitted (parameters, tokens, types) -> (B, ...) gives for each text, float32; padding, where there is any,
     last."""
@@ -293,7 +293,7 @@ def epoch_batches(lengths: Sequence[int], size: int, rng: np.random.Generator) -
         yield [int(n) for n in batches[i]]
 
 
-def tokenised(trained: Trained, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Texts:
+def tokenised(trained: LoadedModel, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Texts:
     """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], cut to `finetune.max_length`, the longer of a pair first."""
     t, config = trained.tokenizer, trained.config
     limit = min(config.finetune.max_length, trained.max_length)
@@ -312,7 +312,7 @@ def tokenised(trained: Trained, texts: Sequence[str], pairs: Sequence[str] | Non
     return rows
 
 
-def padded(trained: Trained, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
+def padded(trained: LoadedModel, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and token types, int32 (B, L)."""
     shape = len(texts), trained.padded_length(max(map(len, texts.tokens)))
     tokens_BL, types_BL = np.full(shape, trained.tokenizer.pad_id, np.int32), np.zeros(shape, np.int32)

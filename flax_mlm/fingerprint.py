@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def of(tree: Any) -> dict[str, jax.Array]:
+def fingerprint_tree(tree: Any) -> dict[str, jax.Array]:
     """Leaf name -> uint32 (3,): the two sums, and how many elements are not finite."""
     with jax.numpy_dtype_promotion("strict"), jax.named_scope("fingerprint"):
         return {name: _leaf(x) for name, x in leaves(tree).items()}
@@ -25,7 +25,7 @@ def of(tree: Any) -> dict[str, jax.Array]:
 
 def one(tree: Any) -> jax.Array:
     """A single uint32 of the whole tree, for the log."""
-    return jnp.stack([parts[0] for parts in of(tree).values()]).sum(dtype=jnp.uint32)
+    return jnp.stack([parts[0] for parts in fingerprint_tree(tree).values()]).sum(dtype=jnp.uint32)
 
 
 def leaves(tree: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from flax_mlm import sharding
 from flax_mlm.errors import UserError
-from flax_mlm.trained import Trained
+from flax_mlm.trained import LoadedModel
 
 _TOKENS = 8192  # at a time
 
@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 def of_texts(
-    trained: Trained,
+    trained: LoadedModel,
     texts: Sequence[str],
     variant: str = "within_word_l2r",
     poll: Callable[[], Any] = lambda: None,
@@ -65,9 +65,9 @@ def _hidden_in_turn(number: int, tokens: list[int], starts: np.ndarray, mask: in
         yield Row(number, tokens[:i] + [mask] * (end - i) + tokens[end:], [i], [tokens[i]])
 
 
-def scores(trained: Trained, rows: Sequence[Row], poll: Callable[[], Any]) -> np.ndarray:
+def scores(trained: LoadedModel, rows: Sequence[Row], poll: Callable[[], Any]) -> np.ndarray:
     """The sum of each row's log-probabilities, float64 (len(rows),). `poll` is called before every batch."""
-    result, parts = np.zeros(len(rows)), sharding.batch_parts(trained.mesh)
+    result, parts = np.zeros(len(rows)), sharding.num_batch_shards(trained.mesh)
     kinds: dict[tuple[int, int], list[int]] = {}  # rows by padded length and number of slots
     for i, row in enumerate(rows):
         length = trained.padded_length(len(row.tokens))
@@ -84,7 +84,7 @@ def scores(trained: Trained, rows: Sequence[Row], poll: Callable[[], Any]) -> np
                 tokens_BL[b, : len(row.tokens)] = row.tokens
                 places_BK[b, :count], labels_BK[b, :count], used_BK[b, :count] = row.places, row.labels, 1.0
             with jax.set_mesh(trained.mesh):
-                tokens, places, labels = sharding.share_rows([tokens_BL, places_BK, labels_BK], trained.mesh)
+                tokens, places, labels = sharding.shard_replicated_rows([tokens_BL, places_BK, labels_BK], trained.mesh)
                 found_BK = trained.steps.score_labels(trained.params, tokens, places, labels, trained.vocab)
             result[batch] = (np.asarray(found_BK, np.float64) * used_BK).sum(1)[: len(batch)]
     return result

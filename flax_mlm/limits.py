@@ -255,8 +255,8 @@ def _check_reproducible(c: Config) -> None:
     )
     _need(
         t.gradient_accumulation_steps == 1,
-        f"train.gradient_accumulation_steps is {t.gradient_accumulation_steps}; with train.reproducible the batch is taken in "
-        f"train.batch_groups parts already, and it must be 1",
+        f"train.gradient_accumulation_steps is {t.gradient_accumulation_steps}; with train.reproducible the batch is "
+        f"taken in train.batch_groups parts already, and it must be 1",
     )
     _need(c.mesh.tensor == 1, f"mesh.tensor is {c.mesh.tensor}; train.reproducible needs it to be 1")
     for name, rows in (("train.global_batch_size", t.global_batch_size), ("eval.batch_size", c.eval.batch_size)):
@@ -307,7 +307,8 @@ def _check_generator(c: Config) -> None:
     )
     _need(
         c.train.logits_chunks == 1,
-        f"train.logits_chunks is {c.train.logits_chunks}; with rtd, which draws from the generator's scores, it must be 1",
+        f"train.logits_chunks is {c.train.logits_chunks}; with rtd, which samples from the generator's logits, it must "
+        "be 1",
     )
     _need(
         m.embedding_size != m.hidden_size,

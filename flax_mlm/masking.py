@@ -1,7 +1,7 @@
 """Which tokens are hidden, and how: (tokens, row number, key) -> inputs, predicted positions, labels, weights.
 
 Pure functions of static shape, run inside jit. A row is masked from its tokens and its own key alone, so
-masks are the same however the batch is split over devices, hosts, gradient_accumulation_steps and restarts.
+masks are the same however the batch is split over devices, hosts, microbatches and restarts.
 
 Shapes: B rows of a batch, L tokens of a row, K slots for predicted positions, V vocabulary.
 """
@@ -80,7 +80,7 @@ def positions(segment_ids_BL: jax.Array) -> jax.Array:
     return place_1L - lax.cummax(jnp.where(begins_BL, place_1L, 0), axis=1)
 
 
-def num_slots(seq_len: int, largest_rate: float) -> int:
+def max_predictions_per_row(seq_len: int, largest_rate: float) -> int:
     """K: as many slots as the fullest row, `seq_len` less its [CLS] and [SEP], can need."""
     units = int(np.round(np.float32(largest_rate) * np.float32(_RATE_UNIT)))
     return max(1, (units * (seq_len - 2) + _RATE_UNIT // 2) // _RATE_UNIT)
@@ -98,7 +98,7 @@ def mask_tokens(
     vocab: Vocabulary,
     objective: ObjectiveConfig,
     rates: Rates,
-    num_slots: int,
+    max_predictions_per_row: int,
 ) -> Masked:
     """Hides part of each row, the original ids being what the model is to predict.
 
@@ -124,7 +124,7 @@ def mask_tokens(
       row_ids_B2: uint32 [high, low] halves of each row's number in the training stream.
       key: of the whole run; a row uses fold_in(fold_in(key, high), low).
       rates: may change from step to step.
-      num_slots: K, as `num_slots` gives it for the largest rate.
+      max_predictions_per_row: K, as `max_predictions_per_row` gives it for the largest rate.
     """
 
     def mask_row(
@@ -135,7 +135,7 @@ def mask_tokens(
         maskable_L = ~vocab.is_special[tokens_L]
         maskable = maskable_L.sum(dtype=jnp.uint32)
         wanted = ((rate_units * maskable + _RATE_UNIT // 2) // _RATE_UNIT).astype(jnp.int32)
-        wanted = jnp.minimum(jnp.maximum(wanted, jnp.minimum(maskable.astype(jnp.int32), 1)), num_slots)
+        wanted = jnp.minimum(jnp.maximum(wanted, jnp.minimum(maskable.astype(jnp.int32), 1)), max_predictions_per_row)
 
         # Units are chosen whole: `start` and `length` of the one that each token belongs to.
         start_L, length_L = place_L, jnp.ones_like(place_L)
@@ -161,8 +161,8 @@ def mask_tokens(
         if objective.masking == "whole_word":
             taken_L = _whole_units(length_L[order_L], (place_L - start_L)[order_L], maskable_L[order_L], wanted)
         else:  # the first, so that there are no more than K to be sorted
-            order_L, taken_L = order_L[:num_slots], place_L[:num_slots] < wanted
-        ascending_K = lax.sort(jnp.where(taken_L, order_L, tokens_L.size))[:num_slots]
+            order_L, taken_L = order_L[:max_predictions_per_row], place_L[:max_predictions_per_row] < wanted
+        ascending_K = lax.sort(jnp.where(taken_L, order_L, tokens_L.size))[:max_predictions_per_row]
 
         used_K = ascending_K < tokens_L.size
         positions_K = jnp.where(used_K, ascending_K, 0)

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from flax_mlm import masking, sharding
 from flax_mlm.config import ObjectiveConfig
-from flax_mlm.model.elementwise import largest
+from flax_mlm.model.elementwise import max_last_axis
 from flax_mlm.model.heads import Model
 
 
-class Scored(NamedTuple):
+class TokenLosses(NamedTuple):
     """How well each predicted token was said, float32 (B, K); 0 in slots that are not in use."""
 
     loss_BK: jax.Array  # nats, cross-entropy
@@ -40,9 +40,9 @@ class Loss(NamedTuple):
     total: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def num_slots(objective: ObjectiveConfig, seq_len: int, largest_rate: float) -> int:
+def max_predictions_per_row(objective: ObjectiveConfig, seq_len: int, largest_rate: float) -> int:
     """K, the predicted slots of a row."""
-    return seq_len - 1 if objective.name == "clm" else masking.num_slots(seq_len, largest_rate)
+    return seq_len - 1 if objective.name == "clm" else masking.max_predictions_per_row(seq_len, largest_rate)
 
 
 class Targets(NamedTuple):
@@ -108,16 +108,16 @@ def language_modelling(model: Model, config: ObjectiveConfig, chunks: int = 1) -
         pass, and never are there those of more than one.
     """
 
-    def predict(params: Any, t: Targets, dropout_keys_B: Any) -> Scored:
+    def predict(params: Any, t: Targets, dropout_keys_B: Any) -> TokenLosses:
         context = t.segment_ids_BL, t.positions_BL
         x_BLD = model.encode(params, t.inputs_BL, *context, causal=config.name == "clm", dropout_keys_B=dropout_keys_B)
         scores_at = model.head(params, x_BLD)
 
-        def of(slots: tuple[jax.Array, jax.Array, jax.Array]) -> Scored:
+        def of(slots: tuple[jax.Array, jax.Array, jax.Array]) -> TokenLosses:
             predict_BK, labels_BK, weights_BK = slots
-            scores_BKV = scores_at(predict_BK)
+            logits_BKV = scores_at(predict_BK)
             with jax.named_scope("loss"):
-                return score(scores_BKV, labels_BK, weights_BK)
+                return score(logits_BKV, labels_BK, weights_BK)
 
         slots = t.predict_BK, t.labels_BK, t.weights_BK
         number = t.labels_BK.shape[1]
@@ -128,7 +128,7 @@ def language_modelling(model: Model, config: ObjectiveConfig, chunks: int = 1) -
         found = jax.lax.map(jax.checkpoint(of), tuple(parts))
         return jax.tree.map(lambda x: jnp.concatenate(list(x), axis=1)[:, :number], found)
 
-    def total(scored: Scored, counts: tuple[jax.Array, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def total(scored: TokenLosses, counts: tuple[jax.Array, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
         (count,) = counts
         means = scored.means(count, config.z_loss)
         return means["loss"] + means.get("z_loss", 0.0), means
@@ -141,30 +141,30 @@ def at_least_1(weights: jax.Array) -> jax.Array:
     return jnp.maximum(weights.sum(), 1.0)
 
 
-def log_probabilities(scores_BKV: jax.Array, labels_BK: jax.Array) -> jax.Array:
+def log_probabilities(logits_BKV: jax.Array, labels_BK: jax.Array) -> jax.Array:
     """Log-probabilities (B, K) of the labels."""
-    _, below_BK, spread_BK = _below_best(scores_BKV, labels_BK)
+    _, below_BK, spread_BK = _below_best(logits_BKV, labels_BK)
     return below_BK - spread_BK
 
 
-def score(scores_BKV: jax.Array, labels_BK: jax.Array, weights_BK: jax.Array) -> Scored:
+def score(logits_BKV: jax.Array, labels_BK: jax.Array, weights_BK: jax.Array) -> TokenLosses:
     """Cross-entropy and accuracy of each slot in use; a label that shares the first place is right."""
-    best_BK, below_BK, spread_BK = _below_best(scores_BKV, labels_BK)
-    return Scored(
+    best_BK, below_BK, spread_BK = _below_best(logits_BKV, labels_BK)
+    return TokenLosses(
         loss_BK=(spread_BK - below_BK) * weights_BK,
         squared_log_z_BK=jnp.square(best_BK + spread_BK) * weights_BK,
         correct_BK=jnp.where(below_BK == 0.0, weights_BK, 0.0),
     )
 
 
-def _below_best(scores_BKV: jax.Array, labels_BK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _below_best(logits_BKV: jax.Array, labels_BK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The best score, as a constant; the label's less that, at most 0; and the log of the sum of all exp(score - best);
     (B, K).
 
     Written with reductions over V alone (no gather), so that V may be split over devices.
     """
-    best_BK = largest(scores_BKV)
-    shifted_BKV = scores_BKV - best_BK[..., None]
-    ids_V = jax.lax.broadcasted_iota(jnp.int32, scores_BKV.shape, 2)
+    best_BK = max_last_axis(logits_BKV)
+    shifted_BKV = logits_BKV - best_BK[..., None]
+    ids_V = jax.lax.broadcasted_iota(jnp.int32, logits_BKV.shape, 2)
     label_BK = jnp.where(ids_V == labels_BK[..., None], shifted_BKV, 0.0).sum(-1)
     return best_BK, label_BK, jnp.log(jnp.exp(shifted_BKV).sum(-1))

@@ -72,7 +72,7 @@ def whole(config: Config) -> Phase:
     return Phase(config, num_steps=config.train.steps if config.train.unit == "steps" else None)
 
 
-def of(config: Config) -> list[Phase]:
+def parse_phases(config: Config) -> list[Phase]:
     """The parts of a run, in order; of one whose length is in steps, also which steps each has.
 
     Raises:

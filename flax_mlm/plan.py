@@ -22,7 +22,7 @@ from flax_mlm import chips, command, files, phases, rehearsal, roofline
 from flax_mlm import config as config_lib
 from flax_mlm.config import Config
 from flax_mlm.errors import UserError
-from flax_mlm.rehearsal import Rehearsal, Target
+from flax_mlm.rehearsal import CompiledStep, Target
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "cpu", "what to plan for: a TPU slice such as v5e:4x4 or v5p:4x4x4, cpu[:DEVICES], gpu:NAME[:DEVICES]"
@@ -32,7 +32,7 @@ _TOKEN_BUDGET = flags.DEFINE_float(
     "token_budget", None, "tokens to train on; default: what the config says", lower_bound=1.0
 )
 _PRICE = flags.DEFINE_float("price", None, "of a chip for an hour, in any currency", lower_bound=0.0)
-_SWEEP = flags.DEFINE_bool("sweep", False, "compare meshes, remat and gradient_accumulation_steps, and name the best")
+_SWEEP = flags.DEFINE_bool("sweep", False, "compare meshes, remat and microbatches, and name the best")
 _MESHES = flags.DEFINE_string(
     "meshes", "", "for --sweep: DATAxFSDPxTENSOR, comma-separated; default: every fsdp that is a power of two"
 )
@@ -63,7 +63,8 @@ def main(config: Config) -> int:
             print(f"the smallest change that fits: {' '.join(f'--config.{k}={v}' for k, v in change.items())}")
         else:
             print(
-                "no change of train.gradient_accumulation_steps, train.logits_chunks, model.remat and mesh.fsdp, or of two of them, fits"
+                "no change of train.gradient_accumulation_steps, train.logits_chunks, model.remat and mesh.fsdp, "
+                "or of two of them, fits"
             )
         result["smallest_change"] = change
     else:
@@ -90,7 +91,7 @@ def heaviest_phase(config: Config) -> Config:
         share = 1.0 if phase.config.objective.name == "clm" else phase.largest_mask_rate
         return t.global_batch_size // t.gradient_accumulation_steps * adopt_corpus(phase.config)[0].data.seq_len, share
 
-    found = phases.of(config)
+    found = phases.parse_phases(config)
     heaviest = max(found, key=weight)
     if len(found) > 1:
         print(f"of the {len(found)} phases the heaviest, from {heaviest.begin:.0%} of the run on, is planned")
@@ -116,7 +117,7 @@ def adopt_corpus(config: Config) -> tuple[Config, int]:
     return config, config.tokenizer.vocab_size
 
 
-def chip_of(found: Rehearsal, target: Target) -> chips.Chip | None:
+def chip_of(found: CompiledStep, target: Target) -> chips.Chip | None:
     """What is known of the target's chips.
 
     Raises:
@@ -129,7 +130,7 @@ def chip_of(found: Rehearsal, target: Target) -> chips.Chip | None:
     return chip
 
 
-def what_runs(config: Config, found: Rehearsal, target: Target) -> Iterator[str]:
+def what_runs(config: Config, found: CompiledStep, target: Target) -> Iterator[str]:
     rows, length = config.train.global_batch_size, config.data.seq_len
     cores = f", {found.devices} devices" if found.devices != found.chips else ""
     yield f"target      {target}: {found.chips} chip(s){cores}, mesh {found.mesh}"
@@ -140,12 +141,12 @@ def what_runs(config: Config, found: Rehearsal, target: Target) -> Iterator[str]
     )
     kernel = f"{found.attention} (cuDNN's where it can, which keeps less)" if found.cudnn else found.attention
     yield (
-        f"            attention {kernel}, remat {config.model.remat}, {config.train.gradient_accumulation_steps} microbatch(es), "
-        f"{config.train.logits_chunks} loss chunk(s), {config.model.dtype}"
+        f"            attention {kernel}, remat {config.model.remat}, {config.train.gradient_accumulation_steps} "
+        f"microbatch(es), {config.train.logits_chunks} loss chunk(s), {config.model.dtype}"
     )
 
 
-def memory(found: Rehearsal, chip: chips.Chip | None) -> Iterator[str]:
+def memory(found: CompiledStep, chip: chips.Chip | None) -> Iterator[str]:
     """Bytes of each device against what it has."""
     yield f"parameters  {gib(found.parameter_bytes)} of each device"
     yield f"optimizer   {gib(found.optimizer_bytes)}"
@@ -161,7 +162,7 @@ def memory(found: Rehearsal, chip: chips.Chip | None) -> Iterator[str]:
         yield f"all         at least about {gib(found.least_bytes)} of {gib(chip.memory)}; not compiled"
 
 
-def tiling(config: Config, found: Rehearsal, target: Target) -> Iterator[str]:
+def tiling(config: Config, found: CompiledStep, target: Target) -> Iterator[str]:
     """What fills the chip's units badly. A TPU's matmuls work on tiles of 128 × 128 (256 × 256 from v6e on), and
     bfloat16 lies in memory in tiles of 16 × 128."""
     if not target.is_tpu:
@@ -195,7 +196,7 @@ def tiling(config: Config, found: Rehearsal, target: Target) -> Iterator[str]:
         yield f"            {note}"
 
 
-def movement(found: Rehearsal) -> Iterator[str]:
+def movement(found: CompiledStep) -> Iterator[str]:
     """The collectives of a step, those of a kind, place and axis together."""
     if not found.compiled:
         return
@@ -223,7 +224,7 @@ def movement(found: Rehearsal) -> Iterator[str]:
         yield f"{'others, small':69}{small / 1e6:11,.1f}"
 
 
-def cost(config: Config, found: Rehearsal, chip: chips.Chip | None) -> Iterator[str]:
+def cost(config: Config, found: CompiledStep, chip: chips.Chip | None) -> Iterator[str]:
     """Time and money, from the best to the worst that the roofline allows."""
     if chip is None:
         return
@@ -283,7 +284,7 @@ def changed(config: Config, change: dict[str, Any]) -> Config | None:
         return None
 
 
-def attempt(config: Config | None, vocab_size: int, target: Target, chip: chips.Chip | None) -> Rehearsal | None:
+def attempt(config: Config | None, vocab_size: int, target: Target, chip: chips.Chip | None) -> CompiledStep | None:
     """What was found of a config; None if it cannot be, or cannot fit."""
     if config is None:
         return None
@@ -318,14 +319,14 @@ def smallest_change(config: Config, vocab_size: int, target: Target, chip: chips
 
 
 def sweep(config: Config, vocab_size: int, target: Target) -> int:
-    """Compares meshes × remat × gradient_accumulation_steps."""
+    """Compares meshes × remat × microbatches."""
     first = rehearsal.rehearse(config, vocab_size, target, compiles=False)
     chip = chip_of(first, target)
     if not target.is_tpu or chip is None:
         raise UserError(f"--sweep with --topology={_TOPOLOGY.value}: it compares estimates, which are of TPUs only")
     for line in what_runs(config, first, target):
         print(line)
-    print(f"\n{'data×fsdp×tensor':18}{'remat':7}{'gradient_accumulation_steps':>13}{'GiB':>8}{'ms, best to worst':>20}{'MFU':>12}")
+    print(f"\n{'data×fsdp×tensor':18}{'remat':7}{'microbatches':>13}{'GiB':>8}{'ms, best to worst':>20}{'MFU':>12}")
     results: list[tuple[float, dict[str, Any], str]] = []
 
     def one_mesh(mesh: tuple[int, int, int]) -> None:

@@ -53,7 +53,7 @@ class Lost(Failure):
 
 
 @contextlib.contextmanager
-def join(identity: dict[str, str], stall_timeout: float) -> Iterator["Roster"]:
+def join(identity: dict[str, str], stall_timeout: float) -> Iterator["ProcessGroup"]:
     """Meets the other processes, and starts `jax.distributed` where there are any; call before anything asks JAX for
     devices.
 
@@ -76,24 +76,24 @@ def join(identity: dict[str, str], stall_timeout: float) -> Iterator["Roster"]:
     identity = {name: str(value) for name, value in identity.items()} | {"--heartbeat": str(_HEARTBEAT.value)}
     address, count, index = _place()
     if count == 1:
-        roster = Roster(0, [socket.gethostname()], secrets.token_hex(8), "", [], queue.SimpleQueue())
+        group = ProcessGroup(0, [socket.gethostname()], secrets.token_hex(8), "", [], queue.SimpleQueue())
     elif index == 0:
-        roster = _gather(address, count, identity)
+        group = _gather(address, count, identity)
     else:
-        roster = _attend(address, count, index, identity)
-    threading.Thread(target=roster._watch, args=(stall_timeout,), name="processes", daemon=True).start()
+        group = _attend(address, count, index, identity)
+    threading.Thread(target=group._watch, args=(stall_timeout,), name="processes", daemon=True).start()
     try:
         if count > 1:  # alone it would be of no use, and JAX's service abort a computer that wakes up from sleep
-            _start_jax(roster)
-        roster.progress("starting")
-        yield roster
+            _start_jax(group)
+        group.progress("starting")
+        yield group
     except BaseException as e:
         if isinstance(e, SystemExit) and not e.code:
-            roster._finish()
+            group._finish()
         else:
-            roster._abandon(e)
+            group._abandon(e)
         raise
-    roster._finish()
+    group._finish()
 
 
 def lost_within() -> float:
@@ -137,7 +137,7 @@ class _Link:
         self.socket.close()
 
 
-class Roster:
+class ProcessGroup:
     """The processes of this run, and the watch that this one keeps.
 
     Attributes:
@@ -347,7 +347,7 @@ def _number(variable: str) -> int | None:
     return int(text) if text else None
 
 
-def _gather(address: str, count: int, identity: dict[str, str]) -> Roster:
+def _gather(address: str, count: int, identity: dict[str, str]) -> ProcessGroup:
     """Process 0: waits until the others have come, and checks that they fit.
 
     Raises:
@@ -392,10 +392,10 @@ def _gather(address: str, count: int, identity: dict[str, str]) -> Roster:
         for link in come:
             link.send("refused" if mistake else "lost", reason=reason)
         raise UserError(reason) if mistake else Lost(reason)
-    roster = Roster(0, hosts, secrets.token_hex(8), service, come, inbox)
+    group = ProcessGroup(0, hosts, secrets.token_hex(8), service, come, inbox)
     for link in come:
-        link.send("start", run_id=roster.run_id, hosts=hosts, service=roster.service)
-    return roster
+        link.send("start", run_id=group.run_id, hosts=hosts, service=group.service)
+    return group
 
 
 def _accept(listener: socket.socket, inbox: _Inbox) -> None:
@@ -435,7 +435,7 @@ def _out_of_range(index: int, count: int, whose: str = "") -> str:
     return f"--process_id is {index}{whose}; with --num_processes={count} it takes 0 to {count - 1}"
 
 
-def _attend(address: str, count: int, index: int, identity: dict[str, str]) -> Roster:
+def _attend(address: str, count: int, index: int, identity: dict[str, str]) -> ProcessGroup:
     """Another process: calls process 0 until it answers.
 
     Raises:
@@ -463,7 +463,7 @@ def _attend(address: str, count: int, index: int, identity: dict[str, str]) -> R
             _, message = inbox.get(timeout=timeout + _LINGER)
             if message["kind"] == "start":
                 link.name = f"process 0 ({message['hosts'][0]})"
-                return Roster(index, message["hosts"], message["run_id"], message["service"], [link], inbox)
+                return ProcessGroup(index, message["hosts"], message["run_id"], message["service"], [link], inbox)
             if message["kind"] in ("refused", "lost"):
                 raise (UserError if message["kind"] == "refused" else Lost)(message["reason"])
         link.close()
@@ -472,10 +472,10 @@ def _attend(address: str, count: int, index: int, identity: dict[str, str]) -> R
     raise Lost(f"no coordinator at {address} after {timeout} s; is process 0 running, and is the address right?")
 
 
-def _start_jax(roster: Roster) -> None:
+def _start_jax(group: ProcessGroup) -> None:
     import jax
 
-    ip = roster.service.rpartition(":")[0].strip("[]")
+    ip = group.service.rpartition(":")[0].strip("[]")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is ours (preemption.py)
     jax.config.update("jax_check_proxy_envs", False)  # gRPC would ask a proxy for our own hosts, for ever; unless:
     direct = "no_grpc_proxy"
@@ -484,12 +484,12 @@ def _start_jax(roster: Roster) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     is_slurm = "SLURM_STEP_TASKS_PER_NODE" in os.environ and not os.environ.get("JAX_LOCAL_DEVICE_IDS")
     jax.distributed.initialize(
-        coordinator_address=roster.service,
-        num_processes=roster.count,
-        process_id=roster.index,
+        coordinator_address=group.service,
+        num_processes=group.count,
+        process_id=group.index,
         local_device_ids=gpus_of_task(os.environ) if is_slurm else None,
         cluster_detection_method="deactivate" if is_slurm else None,  # see gpus_of_task
-        coordinator_bind_address=roster.service,
+        coordinator_bind_address=group.service,
         initialization_timeout=_TIMEOUT.value,
         heartbeat_timeout_seconds=2 * _HEARTBEAT.value,  # it aborts without naming anyone: ours comes first
         shutdown_timeout_seconds=2 * _HEARTBEAT.value,  # all have finished by then

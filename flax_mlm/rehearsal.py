@@ -61,7 +61,7 @@ def parse(text: str, slices: int = 1) -> Target:
 
 
 @dataclasses.dataclass
-class Rehearsal:
+class CompiledStep:
     """What was found; bytes are of one device."""
 
     device_kind: str
@@ -107,7 +107,7 @@ class Rehearsal:
         return self.argument_bytes + self.temporary_bytes
 
 
-def rehearse(config: Config, vocab_size: int, target: Target, compiles: bool = True) -> Rehearsal:
+def rehearse(config: Config, vocab_size: int, target: Target, compiles: bool = True) -> CompiledStep:
     """Lowers the train step for the target's devices and, where asked, compiles it.
 
     Raises:
@@ -141,11 +141,11 @@ def rehearse(config: Config, vocab_size: int, target: Target, compiles: bool = T
     answer = json.loads(lines[-1])
     if "user_error" in answer:
         raise UserError(answer["user_error"])
-    return Rehearsal(**answer)
+    return CompiledStep(**answer)
 
 
 def _child(asked: dict[str, Any]) -> dict[str, Any]:
-    phase = phases.of(config_lib.build(config_lib.from_dict(asked["config"])))[0]
+    phase = phases.parse_phases(config_lib.build(config_lib.from_dict(asked["config"])))[0]
     config, target, vocab_size = phase.config, Target(**asked["target"]), asked["vocab_size"]
 
     import jax
@@ -163,7 +163,9 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
         phase = phase._replace(config=config)
     devices = _devices(target)
     mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch("train.global_batch_size", config.train.global_batch_size, mesh, config.train.gradient_accumulation_steps)
+    sharding.check_batch(
+        "train.global_batch_size", config.train.global_batch_size, mesh, config.train.gradient_accumulation_steps
+    )
     if config.train.reproducible:
         sharding.check_batch("train.batch_groups", config.train.batch_groups, mesh)
     with jax.set_mesh(mesh):
@@ -176,7 +178,7 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
             config.data.seq_len,
             config.model.attention_dropout_rate > 0.0,
         )
-        found = Rehearsal(
+        found = CompiledStep(
             device_kind=devices[0].device_kind,
             devices=len(devices),
             chips=chips.count(devices),
@@ -270,13 +272,13 @@ def _kept(phase: phases.Phase, steps: Any, mesh: Any, vocab: Any) -> int:
     config = phase.config
 
     def forward(params: Any, batch: Any, vocab: Any) -> Any:
-        slots = objective.num_slots(config.objective, config.data.seq_len, phase.largest_mask_rate)
+        slots = objective.max_predictions_per_row(config.objective, config.data.seq_len, phase.largest_mask_rate)
         targets, keys_B = inputs(config, batch, vocab, rates_at(phase, 0.0), slots)
         counts = steps.loss.counts(targets)
         _, backward = jax.vjp(lambda p: steps.loss.total(steps.loss.predict(p, targets, keys_B), counts)[0], params)
         return backward
 
-    pieces = config.train.batch_groups // sharding.batch_parts(mesh) if config.train.reproducible else 1
+    pieces = config.train.batch_groups // sharding.num_batch_shards(mesh) if config.train.reproducible else 1
     rows = config.train.global_batch_size // (config.train.gradient_accumulation_steps * pieces)
     batch = sharding.abstract_batch(rows, config.data.seq_len, mesh)
     jaxpr = jax.make_jaxpr(forward)(steps.abstract.params, batch, vocab).jaxpr

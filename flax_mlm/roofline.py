@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from flax_mlm import chips
 from flax_mlm.config import Config
-from flax_mlm.rehearsal import Rehearsal
+from flax_mlm.rehearsal import CompiledStep
 
 
 class Roofline(NamedTuple):
@@ -36,7 +36,7 @@ class Roofline(NamedTuple):
         return sum(self)
 
 
-def estimate(found: Rehearsal, config: Config, chip: chips.Chip) -> Roofline:
+def estimate(found: CompiledStep, config: Config, chip: chips.Chip) -> Roofline:
     """The roofs of one step; what is not known of the chip or was not compiled counts 0."""
     of_device = found.chips / found.devices
     again = 4 / 3 if config.model.remat == "full" else 1.0
@@ -54,6 +54,6 @@ def estimate(found: Rehearsal, config: Config, chip: chips.Chip) -> Roofline:
     )
 
 
-def mfu(found: Rehearsal, chip: chips.Chip, seconds: float) -> float:
+def mfu(found: CompiledStep, chip: chips.Chip, seconds: float) -> float:
     """Model FLOPs utilisation of a step that takes so long (arXiv:2204.02311, appendix B)."""
     return found.flops / seconds / (chip.flops * found.chips)

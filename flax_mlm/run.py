@@ -15,15 +15,15 @@ from flax_mlm.budget import Budget
 from flax_mlm.config import Config
 from flax_mlm.data import mixture
 from flax_mlm.data.pipeline import train_batches
-from flax_mlm.data.stream import Place
+from flax_mlm.data.stream import DataCursor
 from flax_mlm.errors import Failure
 from flax_mlm.hf import start
 from flax_mlm.lease import Lease
 from flax_mlm.preemption import Stop, Stopped
-from flax_mlm.processes import Roster
+from flax_mlm.processes import ProcessGroup
 from flax_mlm.step import TrainState, at_phase, make_steps
 from flax_mlm.tasks import cloze, mlm, rtd
-from flax_mlm.trained import Trained
+from flax_mlm.trained import LoadedModel
 
 _ADVICE = "Try a lower optimizer.learning_rate"
 
@@ -50,7 +50,7 @@ class Run:
         parts: list[phases.Phase],
         mixtures: list[mixture.Mixture],
         mesh: Mesh,
-        roster: Roster,
+        group: ProcessGroup,
         stop: Stop,
         log: Callable[[str], None],
         held: Lease | None,
@@ -65,7 +65,7 @@ class Run:
           clock: of a run with a budget, likewise.
         """
         self._config, self._parts, self._mixtures, self._mesh = config, parts, mixtures, mesh
-        self._roster, self._stop, self._log, self._held, self._clock = roster, stop, log, held, clock
+        self._roster, self._stop, self._log, self._held, self._clock = group, stop, log, held, clock
         self._writers: metrics.Writers | None = None
         self._programs: dict[int, jax.stages.Compiled] = {}
         self._rewinds, self._evaluated = collections.Counter[int](), set[int]()
@@ -75,11 +75,11 @@ class Run:
         about, fingerprint = mixture.about_of(mixtures), mixture.fingerprint_of(mixtures)
         meta = checkpoint.make_meta(parts[0].config, self._tokenizer, fingerprint, about)
         self._checkpoints = checkpoint.Checkpoints(workdir, config, meta, self.steps_of[0].fingerprint)
-        with roster.untimed("restoring"):
+        with group.untimed("restoring"):
             restored = self._checkpoints.restore_latest(self.steps_of[0].abstract, log)
             self._take(restored or self._new_state())
         so_far = self._checkpoints.so_far
-        self.phase, self.place = so_far.get("phase", 0), Place(**so_far.get("place", {}))
+        self.phase, self.place = so_far.get("phase", 0), DataCursor(**so_far.get("place", {}))
 
     def _new_state(self) -> TrainState:
         if self._config.init_from:
@@ -98,10 +98,10 @@ class Run:
         """The number of the one that the next step is of."""
         return phases.number(self._parts, self.step, self.progress)
 
-    def trained(self) -> Trained:
+    def trained(self) -> LoadedModel:
         """The model as it is now, with the config of the last step."""
         part, steps = self._parts[self.phase], self.steps_of[self.phase]
-        return Trained(part.config, self._mesh, steps, self.state.weights, self._tokenizer, self._vocab)
+        return LoadedModel(part.config, self._mesh, steps, self.state.weights, self._tokenizer, self._vocab)
 
     def compile(self) -> list[Any]:
         """All phases that are to come, so that one that does not compile or fit is known now.
@@ -178,7 +178,7 @@ class Run:
         step, phase, place = self.step, self.phase, self.place
         return lambda: self._read(step, phase, place, values)
 
-    def _read(self, step: int, phase: int, place: Place, values: dict[str, jax.Array]) -> dict[str, Any]:
+    def _read(self, step: int, phase: int, place: DataCursor, values: dict[str, jax.Array]) -> dict[str, Any]:
         """Takes a step's numbers from the devices, and logs them when it is time."""
         host = {name: float(value) for name, value in jax.device_get(values).items()}
         self.progress = host["progress"]
@@ -325,7 +325,7 @@ class Run:
         self._checkpoints.close()
 
 
-def _epochs(place: Place, corpus: mixture.Mixture) -> dict[str, float]:
+def _epochs(place: DataCursor, corpus: mixture.Mixture) -> dict[str, float]:
     """How often each of several corpora has been gone through."""
     done = place.stream(corpus).epochs(place.row)
     return {f"epochs/{name}": n for name, n in zip(corpus.corpora, done, strict=True)} if len(done) > 1 else {}

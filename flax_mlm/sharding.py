@@ -60,16 +60,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, AXES, axis_types)
 
 
-def batch_parts(mesh: Any) -> int:
+def num_batch_shards(mesh: Any) -> int:
     """Into how many parts the mesh splits the batch."""
     return int(np.prod([mesh.shape[a] for a in BATCH]))
 
 
 def check_batch(name: str, size: int, mesh: Mesh, gradient_accumulation_steps: int = 1) -> None:
-    """Raises UserError unless `size` rows can be split over the mesh (and into gradient_accumulation_steps)."""
-    parts = batch_parts(mesh)
+    """Raises UserError unless `size` rows can be split over the mesh (and into microbatches)."""
+    parts = num_batch_shards(mesh)
     if size % (parts * gradient_accumulation_steps):
-        each = f" × {gradient_accumulation_steps} gradient_accumulation_steps" if gradient_accumulation_steps > 1 else ""
+        each = f" × {gradient_accumulation_steps} microbatches" if gradient_accumulation_steps > 1 else ""
         raise UserError(
             f"{name} is {size}; it must be divisible by {parts * gradient_accumulation_steps} "
             f"(mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']}{each})"
@@ -175,7 +175,7 @@ def by_groups(fn: Any, groups: int, shared: Any, batch: Any, add: bool) -> Any:
       add: the results of all parts are added in the order of the rows, so that the sum is the same bit for bit;
         it is whole on every device.
     """
-    devices = batch_parts(jax.sharding.get_abstract_mesh())
+    devices = num_batch_shards(jax.sharding.get_abstract_mesh())
     own = groups // devices
 
     def local(shared: Any, batch: Any) -> Any:
@@ -300,7 +300,7 @@ def global_batch(
 
 def split_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays of each process's `own_rows` -> arrays of all rows, split over the mesh."""
-    sharding, parts = NamedSharding(mesh, PartitionSpec(BATCH)), own_rows(mesh, batch_parts(mesh)).tolist()
+    sharding, parts = NamedSharding(mesh, PartitionSpec(BATCH)), own_rows(mesh, num_batch_shards(mesh)).tolist()
 
     def whole(x: np.ndarray) -> jax.Array:
         size = len(x) // len(parts)
@@ -310,11 +310,11 @@ def split_rows(tree: Any, mesh: Mesh) -> Any:
             place = parts.index((index[0].start or 0) // size)
             return x[place * size : (place + 1) * size]
 
-        return jax.make_array_from_callback((size * batch_parts(mesh), *x.shape[1:]), sharding, of_device)
+        return jax.make_array_from_callback((size * num_batch_shards(mesh), *x.shape[1:]), sharding, of_device)
 
     return jax.tree.map(whole, tree)
 
 
-def share_rows(tree: Any, mesh: Mesh) -> Any:
+def shard_replicated_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays of all rows, the same in every process, split over the mesh."""
     return split_rows(jax.tree.map(lambda x: x[own_rows(mesh, len(x))], tree), mesh)

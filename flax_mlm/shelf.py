@@ -114,6 +114,6 @@ class Bucket:
         return target
 
 
-def of(path: buckets.AnyPath, marker: str) -> Folder | Bucket:
+def open_store(path: buckets.AnyPath, marker: str) -> Folder | Bucket:
     """What tends the checkpoints at a path."""
     return Bucket(epath.Path(path), marker) if buckets.is_one(path) else Folder(Path(path))

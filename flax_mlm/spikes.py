@@ -26,7 +26,7 @@ def start() -> Running:
     return Running(jnp.zeros((), jnp.int32), jnp.zeros(2), jnp.zeros(2))
 
 
-def scores(running: Running, values_2: jax.Array) -> jax.Array:
+def z_scores(running: Running, values_2: jax.Array) -> jax.Array:
     """How many standard deviations above the mean each value lies, (2,); 0 during the warm-up."""
     z_2 = (values_2 - running.mean_2) * jax.lax.rsqrt(running.variance_2 + 1e-12)
     return jnp.where((running.steps >= _WARMUP) & (z_2 > 0), z_2, 0.0)
@@ -35,7 +35,7 @@ def scores(running: Running, values_2: jax.Array) -> jax.Array:
 def largest_norm(running: Running, values_2: jax.Array, threshold: float) -> jax.Array:
     """The norm that a gradient is cut to when it spikes, else infinity. The further out, the more is cut: a norm of
     score z gets the score threshold² / z (ZClip, equation 5)."""
-    z = scores(running, values_2)[1]
+    z = z_scores(running, values_2)[1]
     deviation = jnp.sqrt(running.variance_2[1])
     cut = running.mean_2[1] + threshold**2 / jnp.maximum(z, 1e-6) * deviation
     return jnp.where(z > threshold, cut, jnp.inf)
@@ -49,7 +49,7 @@ def updated(running: Running, values_2: jax.Array, threshold: float) -> Running:
       values_2: loss and gradient norm, with ZClip after it was cut.
     """
     limit_2 = running.mean_2 + threshold * jnp.sqrt(running.variance_2)
-    value_2 = jnp.where(scores(running, values_2) > threshold, limit_2, values_2)
+    value_2 = jnp.where(z_scores(running, values_2) > threshold, limit_2, values_2)
     # A plain average at first, then an exponential one.
     weight = jnp.maximum(1.0 / (running.steps + 1).astype(jnp.float32), _WEIGHT)
     away_2 = value_2 - running.mean_2

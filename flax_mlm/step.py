@@ -39,10 +39,10 @@ class TrainState(NamedTuple):
         return self.params if self.average is None else self.average
 
 
-class Answers(NamedTuple):
+class EvalOutput(NamedTuple):
     """What the model says of a batch's predicted tokens, whole on every device; K slots a row."""
 
-    scored: Any  # objective.Scored; with rtd detection.Detected
+    scored: Any  # objective.TokenLosses; with rtd detection.Detected
     weights_BK: jax.Array  # float32, 1 for a slot in use
     labels_BK: jax.Array  # int32
     positions_BK: jax.Array  # int32, of the predicted token in its segment
@@ -57,8 +57,8 @@ class Steps(NamedTuple):
     abstract: TrainState  # shapes, dtypes and shardings of the state
     loss: objective.Loss  # not jitted
     train: jax.stages.Wrapped  # (TrainState, Batch, Vocabulary) -> (TrainState, scalars by name); the state is donated
-    evaluate: Callable[[Any, Batch, masking.Vocabulary], tuple["Answers", jax.Array]]  # and whether to stop
-    fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see fingerprint.of
+    evaluate: Callable[[Any, Batch, masking.Vocabulary], tuple["EvalOutput", jax.Array]]  # and whether to stop
+    fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see fingerprint.fingerprint_tree
     score: Callable[[Any, jax.Array, jax.Array, masking.Vocabulary], jax.Array]  # of every piece, see `_score`
     score_labels: Callable[[Any, jax.Array, jax.Array, jax.Array, masking.Vocabulary], jax.Array]
 
@@ -84,7 +84,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
     )
     config = dataclasses.replace(config, model=model_config)
     rows = vocab_rows(config.model, vocab_size)
-    slots = objective.num_slots(config.objective, config.data.seq_len, phase.largest_mask_rate)
+    slots = objective.max_predictions_per_row(config.objective, config.data.seq_len, phase.largest_mask_rate)
     if config.objective.name == "rtd":
         generator, model = electra.networks(config, vocab_size)
         loss = detection.replaced_tokens(generator, model, vocab_size, config.objective)
@@ -112,7 +112,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
         loss=loss,
         train=jax.jit(_train_step(config, phase, loss, model.dims, slots, platform), donate_argnums=0),
         evaluate=jax.jit(_eval_step(config, loss)),
-        fingerprint=jax.jit(fingerprint.of),
+        fingerprint=jax.jit(fingerprint.fingerprint_tree),
         score=jax.jit(_score(config, model)),
         score_labels=jax.jit(_score_labels(config, model)),
     )
@@ -206,7 +206,7 @@ def _train_step(
         old, average = whole(((state.params, state.opt_state), state.average))
         grads = sharding.like(grads, old[0])
         values_2 = jnp.stack([loss, grad_norm])
-        spike = (spikes.scores(state.running, values_2) > spike_threshold).any()
+        spike = (spikes.z_scores(state.running, values_2) > spike_threshold).any()
         largest, counted_2 = jnp.float32(config.optimizer.max_grad_norm or jnp.inf), values_2
         if action == "clip":
             cut = spikes.largest_norm(state.running, values_2, spike_threshold)
@@ -280,15 +280,15 @@ def _train_step(
     return train_step
 
 
-def _eval_step(config: Config, loss: objective.Loss) -> Callable[..., tuple[Answers, jax.Array]]:
-    slots = objective.num_slots(config.objective, config.data.seq_len, config.eval.mask_rate)
+def _eval_step(config: Config, loss: objective.Loss) -> Callable[..., tuple[EvalOutput, jax.Array]]:
+    slots = objective.max_predictions_per_row(config.objective, config.data.seq_len, config.eval.mask_rate)
     ahead = int(config.objective.name == "clm")  # a causal model stands before what it predicts
 
-    def eval_step(params: Any, batch: Batch, vocab: masking.Vocabulary) -> tuple[Answers, jax.Array]:
+    def eval_step(params: Any, batch: Batch, vocab: masking.Vocabulary) -> tuple[EvalOutput, jax.Array]:
         o, key = config.objective, run_key(config, "eval")
         targets = objective.targets(o, batch, key, vocab, masking.rates(o, config.eval.mask_rate), slots)
         # Where it cannot be the same bit for bit, on more devices than there are groups, it is the same up to rounding.
-        parts = sharding.batch_parts(jax.sharding.get_abstract_mesh())
+        parts = sharding.num_batch_shards(jax.sharding.get_abstract_mesh())
         if config.train.reproducible and config.train.batch_groups % parts == 0:
             scored = sharding.by_groups(
                 lambda params, part: loss.predict(params, part, None),
@@ -302,7 +302,7 @@ def _eval_step(config: Config, loss: objective.Loss) -> Callable[..., tuple[Answ
         positions_BK = sharding.per_row(
             lambda t: jnp.take_along_axis(t.positions_BL, t.predict_BK, axis=1) + ahead, targets
         )
-        answers = Answers(scored, targets.weights_BK, targets.labels_BK, positions_BK)
+        answers = EvalOutput(scored, targets.weights_BK, targets.labels_BK, positions_BK)
         return sharding.replicate(answers), batch["stop"].any()
 
     return eval_step

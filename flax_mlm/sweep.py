@@ -252,7 +252,7 @@ def summarise(runs: list[Run], errors: dict[str, str]) -> list[Row]:
 
 def asked(config: Config, result: dict[str, Any]) -> Any:
     """What a held-out loss is of: which tokens, hidden how. Losses of other questions do not compare."""
-    o = phases.of(config)[-1].config.objective
+    o = phases.parse_phases(config)[-1].config.objective
     # With rtd the generator sets the question, and no two runs' are the same.
     of_text = result.get("unigram_entropy"), result.get("generator_loss"), result["rows"]
     return o.name, o.masking_signature, config.eval.mask_rate, *of_text

@@ -39,10 +39,10 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
     from flax_mlm.run import Run
 
     identity = {"jax": jax.__version__, **flatten(config.to_dict())}
-    with processes.join(identity, config.train.stall_timeout) as roster, contextlib.ExitStack() as at_exit:
-        stop.leave = lambda reason: roster.leave(PREEMPTED, reason)
+    with processes.join(identity, config.train.stall_timeout) as group, contextlib.ExitStack() as at_exit:
+        stop.leave = lambda reason: group.leave(PREEMPTED, reason)
         # The devices of all processes, checked before any work is done.
-        parts, has_budget = phases.of(config), config.train.has_budget
+        parts, has_budget = phases.parse_phases(config), config.train.has_budget
         mesh = sharding.make_mesh(config.mesh)
         for t in (part.config.train for part in parts):
             sharding.check_batch("train.global_batch_size", t.global_batch_size, mesh, t.gradient_accumulation_steps)
@@ -54,18 +54,18 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         buckets.check("--workdir", workdir)
 
         # The folder, to which the first process alone writes, and the text of one corpus or several, as rows of tokens.
-        is_main, log = roster.index == 0, print if roster.index == 0 else lambda *_: None
+        is_main, log = group.index == 0, print if group.index == 0 else lambda *_: None
         held = clock = None
         if is_main:
             claim.refuse_foreign(workdir)
-            held = lease.Lease(workdir, roster.run_id)
+            held = lease.Lease(workdir, group.run_id)
             at_exit.callback(held.release)
-            roster.at_leave(held.release)
+            group.at_leave(held.release)
             held.take(log)
-        with roster.untimed("opening the corpus"):
+        with group.untimed("opening the corpus"):
             mixtures = open_corpora([part.config for part in parts], log)
-        roster.check_same("corpus", mixture.fingerprint_of(mixtures))
-        roster.check_same("--workdir", lease.holder(workdir))
+        group.check_same("corpus", mixture.fingerprint_of(mixtures))
+        group.check_same("--workdir", lease.holder(workdir))
         if is_main:
             claim.take(workdir, config)
             if has_budget:
@@ -74,7 +74,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         parts = phases.settled(parts, [c.seq_len for c in mixtures], [c.tokens_per_row for c in mixtures])
 
         # The model and its optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.
-        run = Run(config, workdir, parts, mixtures, mesh, roster, stop, log, held, clock)
+        run = Run(config, workdir, parts, mixtures, mesh, group, stop, log, held, clock)
         result_file = workdir / "result.json"
         if run.is_over and result_file.exists():
             if is_main:

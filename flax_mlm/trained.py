@@ -21,7 +21,7 @@ from flax_mlm.step import Steps, make_steps
 _LENGTH = 32
 
 
-class Trained(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model on a mesh. Use it under `jax.set_mesh(mesh)`."""
 
     config: Config
@@ -48,7 +48,7 @@ class Trained(NamedTuple):
         return min(-(-length // _LENGTH) * _LENGTH, self.config.model.max_positions)
 
 
-def restore(path: str, config: Config) -> Trained:
+def restore(path: str, config: Config) -> LoadedModel:
     """The model of the newest sound checkpoint that `path` may mean (see `checkpoint.find`), or of a Hugging Face
     folder, from that alone. Nothing is written.
 
@@ -65,7 +65,7 @@ def restore(path: str, config: Config) -> Trained:
         with jax.set_mesh(mesh):
             steps = make_steps(config, tokenizer.vocab_size, mesh)
             params = start.state(config, steps, tokenizer, lambda line: print(line, file=sys.stderr)).params
-            return Trained(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
+            return LoadedModel(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
     candidates, wanted = checkpoint.find(path), None
     for folder in candidates:
         try:
@@ -79,7 +79,7 @@ def restore(path: str, config: Config) -> Trained:
                 # A fine-tuned encoder began with the average, and keeps none.
                 item = "average" if config.optimizer.averages != "none" and "fine_tuned" not in meta else "params"
                 items = checkpoint.restore(folder, meta, {item: steps.abstract.params}, steps.fingerprint)
-                model = Trained(config, mesh, steps, items[item], tokenizer, masking.vocabulary(tokenizer), meta)
+                model = LoadedModel(config, mesh, steps, items[item], tokenizer, masking.vocabulary(tokenizer), meta)
                 return untied(model) if config.objective.name == "rtd" else model
         except checkpoint.Damaged as e:
             if folder == candidates[-1]:
@@ -88,7 +88,7 @@ def restore(path: str, config: Config) -> Trained:
     raise AssertionError
 
 
-def untied(model: Trained) -> Trained:
+def untied(model: LoadedModel) -> LoadedModel:
     """The same generator and discriminator, each with embeddings of its own, so that the encoder is whole."""
     config, sharing = model.config, model.config.objective.embedding_sharing
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, embedding_sharing="none"))

@@ -72,7 +72,7 @@ def main(config: Config) -> int:
         shapes = []
     every = max(2, _STEPS.value // 3)
     in_steps: dict[str, Any] = {**dict.fromkeys(LENGTHS, 0.0), "price_per_chip_hour": 0.0, "steps": _STEPS.value}
-    in_steps["phases"] = phases.in_shares(phases.of(config))
+    in_steps["phases"] = phases.in_shares(phases.parse_phases(config))
     often: dict[str, Any] = {"log_every": 1, "eval_every": every, "checkpoint_every": every, "max_to_keep": 9}
     o = config.optimizer
     config = dataclasses.replace(
@@ -83,7 +83,7 @@ def main(config: Config) -> int:
         log=dataclasses.replace(config.log, tensorboard=False, wandb_project=""),
     )
     try:
-        phases.of(config)
+        phases.parse_phases(config)
     except UserError as e:
         raise UserError(f"--steps is {_STEPS.value}, which may be too few: {e}") from e
     here = Shape()

@@ -129,7 +129,7 @@ class FakeGcs:
             return sorted(n for n in self.buckets[bucket] if n.startswith(prefix))
 
     def answer(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> _Answer:
-        """Answers a request."""
+        """EvalOutput a request."""
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         path = re.sub(r"^/(resumable/)?(upload/|download/)?(storage/v1/)?", "", parts.path)

@@ -72,7 +72,7 @@ def test_rows_are_those_of_training():
     from flax_mlm.step import run_key
 
     batch = next(iter(batches()))
-    slots = masking.num_slots(L, 0.15)
+    slots = masking.max_predictions_per_row(L, 0.15)
     vocab, ids = masking.vocabulary(FakeTokenizer()), jnp.asarray(batch["row_ids"])
     rates, key = masking.rates(config.objective, 0.15), run_key(config, "mask")
     expected = masking.mask_tokens(jnp.asarray(batch["tokens"]), ids, key, vocab, config.objective, rates, slots)

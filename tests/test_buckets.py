@@ -261,7 +261,7 @@ def test_a_step_is_never_half_there(gcs, saved, damaged):
     prefix = f"{str(saved).removeprefix('gs://bucket/')}/checkpoints/"
     whole = len(gcs.names("bucket", f"{prefix}30/"))
     before = {name: gcs.buckets["bucket"][name].content for name in gcs.names("bucket", prefix)}
-    place = shelf.of(saved / "checkpoints", "commit_success.txt")
+    place = shelf.open_store(saved / "checkpoints", "commit_success.txt")
     for ends_after in range(2 * whole + 4):
         for name, content in before.items():
             gcs.put("bucket", name, content)

@@ -44,10 +44,10 @@ def test_pieces_are_drawn_as_often_as_the_generator_says():
     size, draws = 7, 40_000
     scores_V = jnp.array([0.0, 1.0, 2.0, -1.0, 0.5, 30.0, 30.0])  # the last two are no pieces
     with jax.set_mesh(sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])):
-        scores_BKV = jnp.broadcast_to(scores_V, (4, draws // 4, size))
+        logits_BKV = jnp.broadcast_to(scores_V, (4, draws // 4, size))
         keys_B = jax.random.split(jax.random.key(0), 4)
-        drawn = np.asarray(detection.draw(scores_BKV, keys_B, 5))
-        one = detection.draw(scores_BKV[2:3], keys_B[2:3], 5)
+        drawn = np.asarray(detection.draw(logits_BKV, keys_B, 5))
+        one = detection.draw(logits_BKV[2:3], keys_B[2:3], 5)
     counts = np.bincount(drawn.ravel(), minlength=size)
     expected = draws * np.append(np.asarray(jax.nn.softmax(scores_V[:5])), [0, 0])
     assert counts[5:].sum() == 0
@@ -86,7 +86,10 @@ def built(name: str):
         params = jax.tree.map(
             lambda x: x + noise.normal(0, 0.02, x.shape).astype(np.float32), jax.device_get(steps.init().params)
         )
-        slots, rates = objective.num_slots(config.objective, 32, 0.15), masking.rates(config.objective, 0.15)
+        slots, rates = (
+            objective.max_predictions_per_row(config.objective, 32, 0.15),
+            masking.rates(config.objective, 0.15),
+        )
         targets = jax.jit(
             lambda rows: objective.targets(
                 config.objective, rows, step.run_key(config, "mask"), vocabulary(), rates, slots
@@ -124,13 +127,13 @@ def test_the_loss_is_the_one_of_the_paper():
 
         @jax.jit
         def run(params):
-            scores_BKV = generator.apply(params, t.inputs_BL, *context, predict_BK=t.predict_BK)
-            corrupted_BL, _ = detection.corrupt(t, detection.draw(scores_BKV, t.sample_keys_B, V))
+            logits_BKV = generator.apply(params, t.inputs_BL, *context, predict_BK=t.predict_BK)
+            corrupted_BL, _ = detection.corrupt(t, detection.draw(logits_BKV, t.sample_keys_B, V))
             found = steps.loss.predict(params, t, None)
             x_BL = discriminator.head(params, discriminator.encode(params, corrupted_BL, *context))
-            return found, steps.loss.total(found, steps.loss.counts(t)), scores_BKV, corrupted_BL, x_BL
+            return found, steps.loss.total(found, steps.loss.counts(t)), logits_BKV, corrupted_BL, x_BL
 
-        found, (loss, parts), scores_BKV, corrupted_BL, x_BL = jax.device_get(run(params))
+        found, (loss, parts), logits_BKV, corrupted_BL, x_BL = jax.device_get(run(params))
     x_BL = x_BL.astype(np.float64)
     original = host_batch(0)["tokens"]
     judged = original >= 5
@@ -140,7 +143,7 @@ def test_the_loss_is_the_one_of_the_paper():
     assert 0.5 * float(t.weights_BK.sum()) < other.sum() <= float(t.weights_BK.sum()) and not other[~judged].any()
     p_BL = 1 / (1 + np.exp(-x_BL))
     binary = -np.log(np.where(other, p_BL, 1 - p_BL))[judged].mean()
-    log_p_BK = np.take_along_axis(np.asarray(jax.nn.log_softmax(scores_BKV)), np.asarray(t.labels_BK)[..., None], 2)
+    log_p_BK = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits_BKV)), np.asarray(t.labels_BK)[..., None], 2)
     masked = -log_p_BK[..., 0][np.asarray(t.weights_BK) > 0].mean()
     assert float(loss) == pytest.approx(masked + 50 * binary, rel=1e-5)
     assert float(parts["generator_loss"]) == pytest.approx(masked, rel=1e-5)
@@ -288,7 +291,7 @@ def test_what_cannot_be_is_refused(changes, said):
 
 
 def test_a_phase_may_change_what_no_parameter_depends_on():
-    parts = phases.of(make_config((1, 1, 1), (*RTD, ("train.phases", "50%: objective.mask_rate=0.3"))))
+    parts = phases.parse_phases(make_config((1, 1, 1), (*RTD, ("train.phases", "50%: objective.mask_rate=0.3"))))
     assert [part.config.objective.mask_rate for part in parts] == [0.15, 0.3]
 
 

@@ -45,7 +45,7 @@ CASES = {
         norm,
         [(B, L, D), (D,)],
     ),
-    "plus": (elementwise.plus, jnp.add, [(B, L, 3, D), (3, D)]),
+    "plus": (elementwise.add_bias, jnp.add, [(B, L, 3, D), (3, D)]),
 }
 
 
@@ -94,6 +94,6 @@ def test_gelu_far_out(x):
 @pytest.mark.parametrize("length", [1, 32, 33, 100, 257])
 def test_the_largest_is_found_wherever_it_is(length):
     x = np.random.default_rng(0).permutation(np.arange(3 * length, dtype=np.float32)).reshape(3, length)
-    np.testing.assert_array_equal(jax.jit(elementwise.largest)(x), x.max(-1))
+    np.testing.assert_array_equal(jax.jit(elementwise.max_last_axis)(x), x.max(-1))
     x = np.eye(length, dtype=np.float32)
-    np.testing.assert_array_equal(jax.jit(elementwise.largest)(x), np.ones(length))
+    np.testing.assert_array_equal(jax.jit(elementwise.max_last_axis)(x), np.ones(length))

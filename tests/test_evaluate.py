@@ -27,7 +27,7 @@ def corpus(toy) -> Mixture:
 
 
 @pytest.fixture(scope="module")
-def model(trained_run) -> trained.Trained:
+def model(trained_run) -> trained.LoadedModel:
     """On 8 devices, 4 × 2."""
     c = checkpoint.read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2
@@ -40,13 +40,13 @@ def result(model, corpus) -> dict[str, float]:
         return mlm.run(model, corpus)
 
 
-def with_eval(model: trained.Trained, **changes) -> trained.Trained:
+def with_eval(model: trained.LoadedModel, **changes) -> trained.LoadedModel:
     c = config_lib.from_dict(model.config.to_dict())
     c.eval.update(changes)
     return model._replace(config=config_lib.build(c))
 
 
-def held_out_tokens(corpus: Mixture, model: trained.Trained) -> np.ndarray:
+def held_out_tokens(corpus: Mixture, model: trained.LoadedModel) -> np.ndarray:
     rows = corpus.split("validation")
     return rows.read(np.arange(rows.num_rows))
 
@@ -110,7 +110,7 @@ def test_the_baselines_are_those_of_the_text(model, corpus, result):
     assert result["majority_accuracy"] == pytest.approx(max(counts.values()) / len(tokens), rel=1e-9)
 
 
-def sums_of_each_row(model: trained.Trained, corpus: Mixture) -> np.ndarray:
+def sums_of_each_row(model: trained.LoadedModel, corpus: Mixture) -> np.ndarray:
     """(loss, correct, predicted) of every held-out row, asked 8 rows at a time, apart from `eval_batches`."""
     tokens_RL, found = held_out_tokens(corpus, model), []
     for start in range(0, len(tokens_RL), 8):
@@ -249,6 +249,6 @@ def test_an_untrained_model_is_no_better_than_the_vocabulary(toy, corpus):
     with jax.set_mesh(mesh):
         steps = make_steps(config, corpus.vocab_size, mesh)
         params = steps.init().params
-        untrained = trained.Trained(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
+        untrained = trained.LoadedModel(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
         found = mlm.run(untrained, corpus)
     assert found["loss"] == pytest.approx(math.log(corpus.vocab_size), abs=0.2)

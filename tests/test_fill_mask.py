@@ -10,20 +10,20 @@ import pytest
 from flax_mlm import checkpoint, trained
 from flax_mlm import config as config_lib
 from flax_mlm.errors import UserError
-from flax_mlm.filler import Filler
+from flax_mlm.filler import MaskFiller
 
 ONE = "The [MASK] barks in the garden at night."
 TWO = "The [MASK] [MASK] in the garden at night."
 
 
 @pytest.fixture(scope="module")
-def model(trained_run) -> trained.Trained:
+def model(trained_run) -> trained.LoadedModel:
     return trained.restore(str(trained_run), config_lib.build(checkpoint.read_config(str(trained_run))))
 
 
 @pytest.fixture(scope="module")
-def filler(model) -> Filler:
-    return Filler(model)
+def filler(model) -> MaskFiller:
+    return MaskFiller(model)
 
 
 @pytest.mark.parametrize("text, masks", [(ONE, 1), (TWO, 2), ("[MASK]", 1), ("a [MASK], [MASK]ing [MASK].", 3)])

@@ -24,7 +24,7 @@ SOON = {"epochs": 4, "seeds": 2, "learning_rates": "3e-3,1e-2", "batch_size": 16
 
 
 @pytest.fixture(scope="module")
-def model(trained_run) -> trained.Trained:
+def model(trained_run) -> trained.LoadedModel:
     """On 8 devices, 4 × 2."""
     c = checkpoint.read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2

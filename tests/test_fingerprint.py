@@ -12,7 +12,7 @@ from flax_mlm import fingerprint, sharding
 from flax_mlm.config import MeshConfig
 
 DTYPES = ("float32", "bfloat16", "int32", "uint8", "bool")
-of = jax.jit(fingerprint.of)
+of = jax.jit(fingerprint.fingerprint_tree)
 
 
 def some(dtype: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -465,7 +465,10 @@ def test_what_export_refuses(toy, trained_run, bert_run, tmp_path):
             [f"--checkpoint={trained_run}"],
             "fits no class of transformers for objective mlm: bert needs model.position_embedding",
         ),
-        ([f"--checkpoint={bert_run}", "--architecture=modernbert"], "modernbert needs model.position_embedding = rope, "),
+        (
+            [f"--checkpoint={bert_run}", "--architecture=modernbert"],
+            "modernbert needs model.position_embedding = rope, ",
+        ),
         ([f"--checkpoint={bert_run}@7"], "has no step 7"),
     ):
         done = toy.run("export", *arguments, f"--output={output}")
@@ -486,7 +489,10 @@ def test_mistakes_about_the_folder_to_start_from(toy, vocabulary, tmp_path):
         ([f"--config.init_from={path}", "--config.model.num_layers=7"], "model.num_layers is 7, but 3 in"),
         ([f"--config.init_from={path}"], "was made with another tokenizer than"),
         (["--config.reinit_head=True"], "reinit_head is True, but init_from is empty"),
-        (["--config.tokenizer.extra_tokens_file=words"], "tokenizer.extra_tokens_file is set, but there is no tokenizer to extend"),
+        (
+            ["--config.tokenizer.extra_tokens_file=words"],
+            "tokenizer.extra_tokens_file is set, but there is no tokenizer to extend",
+        ),
         (
             [f"--config.init_from={tmp_path / 'pickle'}", f"--config.tokenizer.path={toy.corpus}"],
             "holds only pytorch_model.bin, a pickle",

@@ -26,7 +26,7 @@ from flax_mlm.hf import sentence_transformers as sentence_transformers_files
 from flax_mlm.model import electra, heads
 from flax_mlm.step import make_steps, run_key
 from flax_mlm.tasks import labelled, retrieval
-from flax_mlm.trained import Trained, untied
+from flax_mlm.trained import LoadedModel, untied
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
@@ -38,7 +38,7 @@ REAL = ["bert_tiny_splade", "rxnfp_bert_pretrained", "rxnmapper_albert"]
 LIMIT = 1e-4
 
 
-def model_of(path: Path, **changes) -> Trained:
+def model_of(path: Path, **changes) -> LoadedModel:
     """A folder as our model, without dropout, on one device."""
     config, _, tokenizer, _ = opened(path, **changes)
     exact = dataclasses.replace(config.model, dropout_rate=0.0, attention_dropout_rate=0.0, scan_layers=True)
@@ -47,7 +47,7 @@ def model_of(path: Path, **changes) -> Trained:
     with jax.set_mesh(mesh):
         steps = make_steps(config, tokenizer.vocab_size, mesh)
         params = start.state(config, steps, tokenizer, print).params
-        return Trained(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
+        return LoadedModel(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
 
 
 def real_path(name: str) -> Path:
@@ -173,7 +173,7 @@ def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_
         steps = make_steps(config, vocabulary.vocab_size, mesh)
         noise = np.random.default_rng(0)
         params = jax.tree.map(lambda x: x + noise.normal(0, 0.05, x.shape).astype(np.float32), steps.init().params)
-        model = untied(Trained(config, mesh, steps, params, vocabulary, masking.vocabulary(vocabulary)))
+        model = untied(LoadedModel(config, mesh, steps, params, vocabulary, masking.vocabulary(vocabulary)))
     net, kept = electra.discriminator(config.model, vocabulary.vocab_size), jax.device_get(model.params)
     del kept["generator"]
     architecture = folder.matching(config.model, "rtd", "", "[CLS]")
@@ -330,7 +330,7 @@ def test_continued_training_has_the_losses_of_torch():
     with jax.set_mesh(mesh):
         steps = make_steps(config, tokenizer.vocab_size, mesh)
         state = start.state(config, steps, tokenizer, print)
-        slots = objective.num_slots(config.objective, 64, config.objective.mask_rate)
+        slots = objective.max_predictions_per_row(config.objective, 64, config.objective.mask_rate)
         for step in range(20):
             row_ids = np.stack([np.zeros(8), np.arange(8) + 8 * step], axis=1).astype(np.uint32)
             batch = sharding.global_batch({"tokens": tokens[step], "row_ids": row_ids}, mesh)

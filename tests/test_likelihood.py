@@ -11,14 +11,14 @@ import pytest
 from flax_mlm import checkpoint, likelihood, sharding, trained
 from flax_mlm import config as config_lib
 from flax_mlm.errors import UserError
-from flax_mlm.filler import Filler
+from flax_mlm.filler import MaskFiller
 from flax_mlm.tasks import cloze, minimal_pairs
 
 TEXTS = ["The dog barks in the garden today.", "Fish.", "The cat sleeps near the river. The cow eats all day."] * 3
 
 
 @pytest.fixture(scope="module")
-def model(trained_run) -> trained.Trained:
+def model(trained_run) -> trained.LoadedModel:
     """On 8 devices, 4 × 2."""
     c = checkpoint.read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2
@@ -26,13 +26,13 @@ def model(trained_run) -> trained.Trained:
 
 
 @pytest.fixture(scope="module")
-def causal(causal_run) -> trained.Trained:
+def causal(causal_run) -> trained.LoadedModel:
     return trained.restore(str(causal_run), config_lib.build(checkpoint.read_config(str(causal_run))))
 
 
-def log_probability(model: trained.Trained, tokens: list[int], place: int, label: int) -> float:
+def log_probability(model: trained.LoadedModel, tokens: list[int], place: int, label: int) -> float:
     """Of one piece at one place of one row, asked alone."""
-    rows = np.full((sharding.batch_parts(model.mesh), 32), model.tokenizer.pad_id, np.int32)
+    rows = np.full((sharding.num_batch_shards(model.mesh), 32), model.tokenizer.pad_id, np.int32)
     rows[0, : len(tokens)] = tokens
     with jax.set_mesh(model.mesh):
         places = np.full((len(rows), 1), place, np.int32)
@@ -105,7 +105,7 @@ def test_clozes(model, toy, trained_run, tmp_path):
     result = cloze.run(model, clozes)
     assert result["top1"] == 1.0 and result["clozes"] == 2 and result["mean_reciprocal_rank"] == 1.0
     assert [a["answer"] for a in result["answers"]] == ["dog", "bird"]
-    word, probability = Filler(model).top(clozes[0][0], 1)[0][0]
+    word, probability = MaskFiller(model).top(clozes[0][0], 1)[0][0]
     assert word == "dog" and probability == pytest.approx(result["answers"][0]["probability"])
     done = toy.run("evaluate", f"--checkpoint={trained_run}", "--task=cloze", f"--data={tmp_path / 'clozes'}")
     assert done.returncode == 0 and "dog: rank 1, probability" in done.stdout, done
@@ -123,7 +123,7 @@ def test_the_watch_sees_every_batch(trained_run, tmp_path, task):
     script = (
         "from flax_mlm import command, evaluate, likelihood, processes\n"
         "likelihood._TOKENS = 32\n"
-        "processes.Roster.progress = lambda self, doing, step=0: print(doing)\n"
+        "processes.ProcessGroup.progress = lambda self, doing, step=0: print(doing)\n"
         "command.run(evaluate.main, from_checkpoint=True)"
     )
     line = [sys.executable, "-c", script, f"--checkpoint={trained_run}", f"--data={tmp_path / 'data.jsonl'}"]

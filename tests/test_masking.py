@@ -56,7 +56,7 @@ def compiled(o, slots):
 def mask(tokens, tok, o, rate=0.15, ids=None, key=KEY, slots=None):
     """Masks rows, as NumPy arrays."""
     ids = row_ids(np.arange(len(tokens))) if ids is None else ids
-    slots = masking.num_slots(tokens.shape[1], 1.0) if slots is None else slots
+    slots = masking.max_predictions_per_row(tokens.shape[1], 1.0) if slots is None else slots
     result = compiled(o, slots)(jnp.asarray(tokens), jnp.asarray(ids), key, masking.vocabulary(tok), jnp.float32(rate))
     return masking.Masked(*map(np.asarray, result))
 
@@ -234,7 +234,7 @@ def test_masks_change_with_stream_position_and_key_only(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_masks_on_an_explicit_mesh_equal_those_of_one_device(strategy):
     tokens, ids = random_rows(16, 64, WORDY, V), row_ids(np.arange(16))
-    vocab, o, slots = masking.vocabulary(WORDY), objective(strategy), masking.num_slots(64, 0.15)
+    vocab, o, slots = masking.vocabulary(WORDY), objective(strategy), masking.max_predictions_per_row(64, 0.15)
 
     def everything(devices: int) -> objective_lib.Targets:
         """As the train step does it, the rows split over the mesh."""
@@ -265,7 +265,7 @@ def test_segments_count_from_one_and_positions_restart():
 @given(seq_len=st.integers(4, 8192), rate=st.integers(1, 1000))
 @settings(derandomize=True)
 def test_slots_are_what_the_fullest_row_needs(seq_len, rate):
-    assert masking.num_slots(seq_len, rate / 1000) == expected_count(Fraction(rate, 1000), seq_len - 2)
+    assert masking.max_predictions_per_row(seq_len, rate / 1000) == expected_count(Fraction(rate, 1000), seq_len - 2)
 
 
 def test_no_rate_asks_for_more_slots_than_there_are():
@@ -273,7 +273,7 @@ def test_no_rate_asks_for_more_slots_than_there_are():
     tok = tokenizer()
     tokens = random_rows(1, 102, tok, V, segments=1)
     for rate in np.linspace(0.01, 1.0, 25, dtype=np.float32):
-        slots = masking.num_slots(102, float(rate))
+        slots = masking.max_predictions_per_row(102, float(rate))
         assert mask(tokens, tok, BASE, rate).weights_BK.sum() == slots
 
 
@@ -288,7 +288,7 @@ ENOUGH = 1e-4
 @functools.cache
 def million(strategy):
     tokens = random_rows(N_ROWS, N_LEN, BIG, BIG_V, segments=1)
-    return tokens, mask(tokens, BIG, objective(strategy), slots=masking.num_slots(N_LEN, 0.15))
+    return tokens, mask(tokens, BIG, objective(strategy), slots=masking.max_predictions_per_row(N_LEN, 0.15))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

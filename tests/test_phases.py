@@ -18,7 +18,7 @@ from test_step import V, host_batch, make_config, vocabulary
 from configs import base
 from flax_mlm import checkpoint, optimizer, phases, sharding, step
 from flax_mlm import config as config_lib
-from flax_mlm.data.stream import Place, Stream
+from flax_mlm.data.stream import DataCursor, Stream
 from flax_mlm.errors import UserError
 
 
@@ -26,7 +26,7 @@ def parts_of(text: str, **train) -> list[phases.Phase]:
     c = base.get_config()
     c.train.phases = text
     c.train.update({"steps": 1000, **train})
-    return phases.of(config_lib.build(c))
+    return phases.parse_phases(config_lib.build(c))
 
 
 # The text
@@ -130,8 +130,14 @@ def test_a_run_in_tokens_has_the_steps_that_its_average_takes():
         ("0%: objective.mask_rate=0.3, objective.mask_rate->0.1", "changes objective.mask_rate twice"),
         ("50%: objective.name=clm; 10%: objective.name=mlm", "begins at step 100, not between steps 500 and 1000"),
         ("0%: objective.mask_rate=0.1; 0%: objective.mask_rate=0.2", "begins at step 0, not between steps 0 and 1000"),
-        ("50%: train.global_batch_size=100, train.gradient_accumulation_steps=3", "must be divisible by train.gradient_accumulation_steps, 3"),
-        ("50%: objective.random_replace_prob->0.5", "objective.mask_replace_prob + objective.random_replace_prob is 1.3"),
+        (
+            "50%: train.global_batch_size=100, train.gradient_accumulation_steps=3",
+            "must be divisible by train.gradient_accumulation_steps, 3",
+        ),
+        (
+            "50%: objective.random_replace_prob->0.5",
+            "objective.mask_replace_prob + objective.random_replace_prob is 1.3",
+        ),
         ("1e400: objective.mask_rate=0.2", "begins at step inf, not between steps 0 and 1000"),
         ("50%: model.num_layers=6", "'model.num_layers' cannot change within a run"),
         ("50%: optimizer.learning_rate=0", "train.phases: 'optimizer.learning_rate=0': optimizer.learning_rate is 0.0"),
@@ -161,7 +167,7 @@ def test_the_average_of_schedule_free_bears_no_change_of_its_weights(change, tra
         c = base.get_config()
         c.optimizer.update({"name": name, "schedule": "constant"})
         c.train.update({"phases": f"50%: {change}", **train})
-        return phases.of(config_lib.build(c))
+        return phases.parse_phases(config_lib.build(c))
 
     assert len(of("adamw")) == 2
     path = change.replace("->", "=").split("=")[0]
@@ -208,7 +214,7 @@ def test_what_moves_moves_in_the_step():
     changes = (("train.phases", text), ("optimizer.warmup_fraction", 0.0), ("optimizer.schedule", "constant"))
     config = make_config((1, 1, 1), changes)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    parts, history = phases.of(config), []
+    parts, history = phases.parse_phases(config), []
     with jax.set_mesh(mesh):
         steps = [step.make_steps(part.config, V, mesh, part) for part in parts]
         state, rows = steps[0].init(), sharding.global_batch(host_batch(0), mesh)
@@ -230,8 +236,10 @@ def test_what_moves_moves_in_the_step():
 def test_replacements_move_too():
     shown = []
     for text in ("0%: objective.mask_replace_prob=1.0->0.0", ""):
-        config = make_config((1, 1, 1), (("train.phases", text), ("train.steps", 2), ("objective.random_replace_prob", 0.0)))
-        part = phases.of(config)[0]
+        config = make_config(
+            (1, 1, 1), (("train.phases", text), ("train.steps", 2), ("objective.random_replace_prob", 0.0))
+        )
+        part = phases.parse_phases(config)[0]
         for share in (0.0, 0.5, 1.0):
             shown.append(step.rates_at(part, share).mask_replace_prob)
     assert shown == [1.0, 0.5, 0.0, 0.8, 0.8, 0.8]
@@ -295,11 +303,11 @@ def test_every_corpus_goes_on_where_it_was(turns):
     """However the corpora and their weights change, each gives its rows 0, 1, 2 ... in turn."""
     seen: dict[str, list[int]] = {name: [] for name in "abc"}
     orders: dict[str, set[int]] = {name: set() for name in "abc"}
-    place, before = Place(), None
+    place, before = DataCursor(), None
     for rows, names in turns:
         now = FakeMixture({name: 1 + i for i, name in enumerate(names)})
         place = place if before is None else place.turned(before)
-        place = Place(**json.loads(json.dumps(place.to_dict())))  # as if it had been killed here
+        place = DataCursor(**json.loads(json.dumps(place.to_dict())))  # as if it had been killed here
         stream = place.stream(now)
         corpus, position = stream.locate(np.arange(place.row, place.row + rows))
         for c, p in zip(corpus, position, strict=True):
@@ -353,7 +361,9 @@ def test_a_phase_that_does_not_fit_the_corpus_is_known_at_once(toy, tmp_path):
 
 
 def test_a_run_in_tokens(toy, tmp_path):
-    flags = toy.flags(train__tokens=5000, train__steps=7, train__checkpoint_every=5, model__position_embedding="learned")
+    flags = toy.flags(
+        train__tokens=5000, train__steps=7, train__checkpoint_every=5, model__position_embedding="learned"
+    )
     out = finish(toy, tmp_path / "run", *flags, "--config.model.norm_position=post")
     (total,) = {line.split()[1].split("/")[1] for line in out.splitlines() if line.startswith("step ")}
     lines = metrics_of(tmp_path / "run")

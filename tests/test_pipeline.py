@@ -167,7 +167,7 @@ for order, shape in (([0, 2, 3, 1], (2, 2, 1)), ([3, 0, 1, 2], (4, 1, 1)), ([0, 
     mesh = Mesh(np.array(jax.devices())[order].reshape(shape), sharding.AXES, (AxisType.Explicit,) * 3)
     with jax.set_mesh(mesh):
         own = sharding.split_rows(rows[sharding.own_rows(mesh, 12)], mesh)
-        for found in (own, sharding.share_rows(rows, mesh)):
+        for found in (own, sharding.shard_replicated_rows(rows, mesh)):
             np.testing.assert_array_equal(jax.jit(sharding.replicate)(found), rows)
 """
 

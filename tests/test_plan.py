@@ -269,7 +269,7 @@ def test_links_that_a_group_sends_through(group, shape, links):
     assert rehearsal._links(group, rehearsal.Target("v5e", shape)) == links
 
 
-def found(**changes) -> rehearsal.Rehearsal:
+def found(**changes) -> rehearsal.CompiledStep:
     values = dict(
         device_kind="TPU v5 lite", devices=4, chips=4, mesh={"data": 4, "fsdp": 1, "tensor": 1}, parameters=1,
         vocab_rows=128, flops=4 * 197e12 * 0.010, attention="plain", parameter_bytes=1, optimizer_bytes=1,
@@ -279,7 +279,7 @@ def found(**changes) -> rehearsal.Rehearsal:
             {"axes": ["slices"], "sent": 3.1e9 * 0.003, "links": 0.0},
         ],
     )  # fmt: skip
-    return rehearsal.Rehearsal(**(values | changes))
+    return rehearsal.CompiledStep(**(values | changes))
 
 
 def bert(**changes) -> config.Config:

@@ -19,11 +19,11 @@ SMALL = TINY | {
 LAYER = 4 * 256 * 256 + 2 * 256 * 1024  # parameters in matrices
 
 
-def rehearse(topology: str, slices: int = 1, compiles: bool = True, **changes) -> rehearsal.Rehearsal:
+def rehearse(topology: str, slices: int = 1, compiles: bool = True, **changes) -> rehearsal.CompiledStep:
     return rehearsal.rehearse(bert(**(SMALL | changes)), 4096, rehearsal.parse(topology, slices), compiles)
 
 
-def moved(result: rehearsal.Rehearsal, kind: str, scope: str | None = None) -> float:
+def moved(result: rehearsal.CompiledStep, kind: str, scope: str | None = None) -> float:
     return sum(c["bytes"] * c["times"] for c in result.collectives if c["kind"] == kind and scope in (None, c["scope"]))
 
 
@@ -150,7 +150,7 @@ def test_a_sweep_names_the_best(toy):
     assert done.returncode == 0, done.stderr
     *_, row, best = done.stdout.splitlines()
     fitting = [line.split() for line in done.stdout.splitlines() if line[:1].isdigit() and " to " in line]
-    rows = {words[0]: float(words[6]) for words in fitting}  # mesh, remat, gradient_accumulation_steps, GiB, best, to, worst
+    rows = {words[0]: float(words[6]) for words in fitting}  # mesh, remat, microbatches, GiB, best, to, worst
     fastest = min(rows, key=rows.__getitem__)
     assert rows.keys() == {"4×1×1", "1×4×1"} and row.startswith(fastest)
     assert best.startswith(f"--config.mesh.data={fastest[0]} --config.mesh.fsdp={fastest[2]}")

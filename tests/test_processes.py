@@ -29,7 +29,7 @@ def program() -> None:
     then = flags.DEFINE_string("then", "", "")
     flags.FLAGS(sys.argv)
 
-    def act(roster: processes.Roster, step: int) -> None:
+    def act(group: processes.ProcessGroup, step: int) -> None:
         if then.value == "UserError":
             raise UserError("the text is missing")
         if then.value == "ValueError":
@@ -37,20 +37,20 @@ def program() -> None:
         if then.value == "SystemExit":
             sys.exit(75)
         if then.value == "leave":
-            roster.at_leave(lambda: print("left", flush=True))
-            roster.leave(75, "SIGTERM: there is nothing to save")
+            group.at_leave(lambda: print("left", flush=True))
+            group.leave(75, "SIGTERM: there is nothing to save")
         if then.value == "sleep":
-            with roster.untimed("compiling"):
+            with group.untimed("compiling"):
                 time.sleep(2.5)
         if then.value == "hang":
-            roster.progress("waiting for a batch", step)
+            group.progress("waiting for a batch", step)
             time.sleep(1000)
         if then.value == "shout":  # until the pipe is full
             while True:
                 print("x" * 1000, file=sys.stderr if color.value == "black" else sys.stdout, flush=True)
 
     def run() -> None:
-        with processes.join({"color": color.value, "config.train.steps": str(steps.value)}, stall.value) as roster:
+        with processes.join({"color": color.value, "config.train.steps": str(steps.value)}, stall.value) as group:
             import jax
             import jax.numpy as jnp
 
@@ -58,23 +58,23 @@ def program() -> None:
             sharding = jax.NamedSharding(mesh, jax.P("data"))
             x = jax.make_array_from_callback((mesh.size,), sharding, lambda i: jnp.arange(1.0, mesh.size + 1)[i])
             total = jax.jit(jnp.sum, out_shardings=jax.NamedSharding(mesh, jax.P()))
-            with roster.untimed("compiling"):
+            with group.untimed("compiling"):
                 total(x)
             for step in range(1, steps.value + 1):
                 if step == 3:
-                    act(roster, step - 1)
-                roster.progress("summing", step - 1)
+                    act(group, step - 1)
+                group.progress("summing", step - 1)
                 found = float(total(x))
                 if step < 5:
                     print("step", step, flush=True)
                 time.sleep(0.02)
             if then.value == "differ":
-                roster.check_same("corpus", f"of {roster.index}")
-            roster.check_same("corpus", "the same")
+                group.check_same("corpus", f"of {group.index}")
+            group.check_same("corpus", "the same")
             if then.value == "linger":
                 time.sleep(2.5)
-            result = {"sum": found, "index": roster.index, "count": roster.count, "hosts": roster.hosts}
-            print(json.dumps({**result, "run_id": roster.run_id}), flush=True)
+            result = {"sum": found, "index": group.index, "count": group.count, "hosts": group.hosts}
+            print(json.dumps({**result, "run_id": group.run_id}), flush=True)
 
     try:
         run()

@@ -25,19 +25,19 @@ SOON = {"epochs": 2, "seeds": 1, "learning_rates": "3e-3", "batch_size": 16, "ma
 
 
 @pytest.fixture(scope="module")
-def model(trained_run) -> trained.Trained:
+def model(trained_run) -> trained.LoadedModel:
     """On 8 devices, 4 × 2."""
     return restored(trained_run, data=4, fsdp=2)
 
 
-def restored(run, data: int, fsdp: int) -> trained.Trained:
+def restored(run, data: int, fsdp: int) -> trained.LoadedModel:
     c = checkpoint.read_config(str(run))
     c.mesh.data, c.mesh.fsdp = data, fsdp
     c.finetune.update(SOON)
     return trained.restore(str(run), config_lib.build(c))
 
 
-def with_finetune(model: trained.Trained, **changes) -> trained.Trained:
+def with_finetune(model: trained.LoadedModel, **changes) -> trained.LoadedModel:
     finetuned = dataclasses.replace(model.config.finetune, **changes)
     return model._replace(config=dataclasses.replace(model.config, finetune=finetuned))
 

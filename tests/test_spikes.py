@@ -28,11 +28,11 @@ def test_mean_and_deviation_are_those_of_the_values():
 
 
 def test_no_spike_while_warming_up_nor_in_calm():
-    assert not spikes.scores(after(calm(24)), jnp.array([100.0, 100.0])).any()
+    assert not spikes.z_scores(after(calm(24)), jnp.array([100.0, 100.0])).any()
     running = after(calm(200))
-    scores = np.array([spikes.scores(running, jnp.asarray(v, jnp.float32)) for v in calm(1000)])
+    scores = np.array([spikes.z_scores(running, jnp.asarray(v, jnp.float32)) for v in calm(1000)])
     assert scores.max() < 5 and (scores > 4).mean() < 0.005
-    assert not spikes.scores(running, jnp.array([0.0, 0.0])).any(), "less than usual is no spike"
+    assert not spikes.z_scores(running, jnp.array([0.0, 0.0])).any(), "less than usual is no spike"
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -40,7 +40,7 @@ def test_a_spike_in_either_is_seen_and_hardly_moves_the_statistics(which):
     running = after(calm(200))
     value = np.array([3.0, 1.0])
     value[which] *= 4
-    assert spikes.scores(running, jnp.asarray(value, jnp.float32))[which] > 10
+    assert spikes.z_scores(running, jnp.asarray(value, jnp.float32))[which] > 10
     moved = spikes.updated(running, jnp.asarray(value, jnp.float32), 4.0)
     assert abs(moved.mean_2 - running.mean_2)[which] < 0.13 * np.sqrt(running.variance_2[which])
 

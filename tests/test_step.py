@@ -56,7 +56,7 @@ def built(mesh_shape: tuple[int, int, int], overrides: tuple = ()):
     config = make_config(mesh_shape, overrides)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh_shape))])
     with jax.set_mesh(mesh):
-        return config, mesh, step.make_steps(config, V, mesh, phases.of(config)[0])
+        return config, mesh, step.make_steps(config, V, mesh, phases.parse_phases(config)[0])
 
 
 @functools.cache
@@ -208,7 +208,7 @@ def z_loss_as_defined() -> dict[str, float]:
     """Half the mean of (log Z)², by JAX's logsumexp, beside the cross-entropy, and the norm of the gradient of both."""
     config, mesh, steps = built((1, 1, 1))
     with jax.set_mesh(mesh):
-        slots = objective.num_slots(config.objective, L, 0.15)
+        slots = objective.max_predictions_per_row(config.objective, L, 0.15)
         batch, key = sharding.global_batch(host_batch(0), mesh), step.run_key(config, "mask")
         t = objective.targets(config.objective, batch, key, vocabulary(), masking.rates(config.objective, 0.15), slots)
 
@@ -225,7 +225,11 @@ def z_loss_as_defined() -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("mesh", "way"),
-    [((2, 1, 2), ()), ((1, 1, 1), (("train.gradient_accumulation_steps", 4),)), ((2, 1, 1), (("train.reproducible", True),))],
+    [
+        ((2, 1, 2), ()),
+        ((1, 1, 1), (("train.gradient_accumulation_steps", 4),)),
+        ((2, 1, 1), (("train.reproducible", True),)),
+    ],
     ids=["tensor", "gradient_accumulation_steps", "reproducible"],
 )
 def test_z_loss_is_trained_on_and_told_apart(mesh, way):

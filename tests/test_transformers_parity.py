@@ -221,7 +221,7 @@ def test_electra(embedding_sharing, one_device):
     tokens = noise.integers(4, V, (3, L)).astype(np.int32)
     tokens[:, 0], tokens[:, -1], tokens[1, 17:] = CLS, 2, PAD
     batch = sharding.split_rows({"tokens": tokens, "row_ids": np.eye(3, 2, dtype=np.uint32)}, one_device)
-    rates, slots = masking.rates(c.objective, 0.3), objective.num_slots(c.objective, L, 0.3)
+    rates, slots = masking.rates(c.objective, 0.3), objective.max_predictions_per_row(c.objective, L, 0.3)
     t = objective.targets(c.objective, batch, jax.random.key(0), vocab, rates, slots)
 
     def loss(params):

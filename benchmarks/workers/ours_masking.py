@@ -25,7 +25,7 @@ def build(spec: dict[str, Any]) -> Callable[[], dict[str, float]]:
     stream = np.load(folder / "tokens.npy").reshape(-1).astype(np.int32)
 
     def of_shape(rows: int, length: int) -> Callable[[], Any]:
-        slots = masking.num_slots(length, o.mask_rate)
+        slots = masking.max_predictions_per_row(length, o.mask_rate)
         mask = jax.jit(lambda tokens, row_ids: masking.mask_tokens(tokens, row_ids, key, vocab, o, rates, slots))
         tokens = jax.numpy.asarray(stream[: rows * length].reshape(rows, length))
         row_ids = jax.numpy.asarray(np.stack([np.zeros(rows), np.arange(rows)], axis=1).astype(np.uint32))

@@ -66,7 +66,7 @@ class Stream:
         return [position / rows for position, rows in zip(self.positions(row), self.num_rows, strict=True)]
 
 
-class Place(NamedTuple):
+class DataCursor(NamedTuple):
     """Where in its text a run is: what has to be saved to read on, whatever it has read before."""
 
     row: int = 0  # of the run: how many it has had
@@ -85,11 +85,11 @@ class Place(NamedTuple):
         starts, orders = tuple(self.taken.get(name, 0) for name in names), tuple(numbers[name] for name in names)
         return dataclasses.replace(corpus.stream(), first=self.first, starts=starts, orders=orders)
 
-    def turned(self, before: "Mixture") -> "Place":
+    def turned(self, before: "Mixture") -> "DataCursor":
         """The place from which on other corpora than before are read, or with other weights, each from where it was."""
         here = self.stream(before).positions(self.row)
         names = (part.fingerprint for part in before.corpora.values())
-        return Place(self.row, self.row, {**self.taken, **dict(zip(names, here, strict=True))})
+        return DataCursor(self.row, self.row, {**self.taken, **dict(zip(names, here, strict=True))})
 
 
 def counts(weights: Sequence[int], n: int) -> list[int]:

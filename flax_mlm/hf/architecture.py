@@ -68,7 +68,7 @@ class Architecture:
     defaults: Mapping[str, Any]
 
 
-class Place(NamedTuple):
+class ParamMapping(NamedTuple):
     """Where one leaf of our parameters is in their file."""
 
     path: tuple[str, ...]
@@ -88,7 +88,7 @@ class Place(NamedTuple):
         return 1 if self.dims[0] in "DFE" else len(self.dims) - 1
 
 
-def places(architecture: Architecture, model: Any, num_layers: int) -> Iterator[Place]:
+def places(architecture: Architecture, model: Any, num_layers: int) -> Iterator[ParamMapping]:
     """For every leaf of a `heads.Model`, where it is in their file.
 
     Raises:
@@ -109,7 +109,7 @@ def places(architecture: Architecture, model: Any, num_layers: int) -> Iterator[
         # Where they have fewer than all layers, the first ones lack it.
         layers = range(num_layers - leaf.shape[0], num_layers) if stacked and "{}" in first else [0]
         names = [[part.format(layer) + suffix for part in parts] for layer in layers]
-        yield Place(path, leaf.shape, dims[path], names, row.transform)
+        yield ParamMapping(path, leaf.shape, dims[path], names, row.transform)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -120,7 +120,7 @@ def _flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[
             yield (*prefix, name), value
 
 
-def to_theirs(where: list[Place], params: Any, offset: int) -> dict[str, np.ndarray]:
+def to_theirs(where: list[ParamMapping], params: Any, offset: int) -> dict[str, np.ndarray]:
     """Our parameters under their names.
 
     Args:
@@ -144,7 +144,9 @@ def to_theirs(where: list[Place], params: Any, offset: int) -> dict[str, np.ndar
     return tensors
 
 
-def to_ours(where: list[Place], tensors: Mapping[str, np.ndarray], offset: int) -> dict[tuple[str, ...], np.ndarray]:
+def to_ours(
+    where: list[ParamMapping], tensors: Mapping[str, np.ndarray], offset: int
+) -> dict[tuple[str, ...], np.ndarray]:
     """Their weights as our parameters by path, float32. Those whose weights are not there are left out.
 
     Raises:

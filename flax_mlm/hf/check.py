@@ -13,7 +13,7 @@ from flax_mlm import sharding
 from flax_mlm.data import sources
 from flax_mlm.errors import UserError
 from flax_mlm.hf import tokenizer_json
-from flax_mlm.trained import Trained
+from flax_mlm.trained import LoadedModel
 
 _TEXTS = 64
 _ROWS = 8  # at a time
@@ -54,7 +54,7 @@ def need() -> None:
             raise UserError(f"--check needs {package}; pip install torch transformers")
 
 
-def run(folder: Path, model: Trained) -> Difference:
+def run(folder: Path, model: LoadedModel) -> Difference:
     """Compares on texts of many lengths, in float32, those with masks included."""
     import torch
     import transformers
@@ -84,7 +84,7 @@ def run(folder: Path, model: Trained) -> Difference:
     return Difference(len(pairs), other, *compare(net, model, rows))
 
 
-def compare(net: Any, model: Trained, rows: list[list[int]]) -> tuple[float, float]:
+def compare(net: Any, model: LoadedModel, rows: list[list[int]]) -> tuple[float, float]:
     """Largest differences of hidden states and of scores between a module of transformers and our model.
 
     Args:
@@ -113,7 +113,7 @@ def real_texts() -> list[str]:
     return lines[:: len(lines) // _TEXTS][:_TEXTS]
 
 
-def outputs(model: Trained) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def outputs(model: LoadedModel) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """What gives hidden states (B, L, D) and scores (B, L, V), with rtd (B, L), for tokens (B, L) and which of them are
     real (B, L), each row one segment."""
     net, objective = model.steps.model, model.config.objective.name
@@ -127,7 +127,10 @@ def outputs(model: Trained) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarr
 
     def run(tokens_BL: np.ndarray, real_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, length = tokens_BL.shape
-        more = ((0, -rows % sharding.batch_parts(model.mesh)), (0, -length % 64))  # few shapes, since each is compiled
+        more = (
+            (0, -rows % sharding.num_batch_shards(model.mesh)),
+            (0, -length % 64),
+        )  # few shapes, since each is compiled
         places_BL = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BL.shape)
         arrays = [np.pad(x, more) for x in (tokens_BL, real_BL.astype(np.int32), places_BL, places_BL)]
         with jax.set_mesh(model.mesh):

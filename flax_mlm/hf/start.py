@@ -18,8 +18,8 @@ def state(config: Config, steps: Steps, tokenizer: tokenizer_lib.Tokenizer, log:
     """A new state with the weights of the folder `config.init_from`.
 
     Args:
-      tokenizer: of the run. Pieces that `tokenizer.extra_tokens_file` has added begin as the mean of the pieces that spelled them
-        before (arXiv:2112.14569 §3.1).
+      tokenizer: of the run. Tokens that `tokenizer.extra_tokens_file` has added begin as the mean of the tokens
+        that spelled them before (arXiv:2112.14569 §3.1).
       log: is told what is taken, and what is left out.
 
     Raises:
@@ -46,7 +46,7 @@ def state(config: Config, steps: Steps, tokenizer: tokenizer_lib.Tokenizer, log:
 
 
 def _checked(
-    folder: folder_lib.Folder, where: list[architecture_lib.Place], new_head: bool, log: Callable[[str], None]
+    folder: folder_lib.Folder, where: list[architecture_lib.ParamMapping], new_head: bool, log: Callable[[str], None]
 ) -> dict[str, np.ndarray]:
     """The weights of the folder that are wanted, all of them."""
     architecture, tensors = folder.architecture, folder.tensors()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax_mlm import sharding
 from flax_mlm.config import Config, MeshConfig
 from flax_mlm.errors import UserError
-from flax_mlm.model.elementwise import largest
+from flax_mlm.model.elementwise import max_last_axis
 
 _LONG = {"tpu": 512, "gpu": 128}  # tokens from which on the (L, L) scores cost more than the kernel
 SAVED = "attention"  # what a kernel keeps for the backward pass has this name, for policies of recomputation
@@ -174,7 +174,7 @@ def _softmax_attention_forward(
 ) -> tuple[jax.Array, tuple]:
     scores = jnp.einsum("...LHd,...MHd->...HLM", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - largest(scores)[..., None])
+    weights = jnp.exp(scores - max_last_axis(scores)[..., None])
     inverse_sum = _queries_first(1.0 / weights.sum(-1, keepdims=True))
     weights = weights.astype(v.dtype)
     y = _queries_first(jnp.einsum("...HLM,...MHd->...HLd", _times(weights, kept), v))

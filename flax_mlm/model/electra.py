@@ -19,7 +19,7 @@ from flax import nnx
 
 from flax_mlm import sharding
 from flax_mlm.config import Config, ModelConfig
-from flax_mlm.model.elementwise import gelu, plus
+from flax_mlm.model.elementwise import add_bias, gelu
 from flax_mlm.model.encoder import Encoder, Linear
 from flax_mlm.model.heads import Model, functions, language_model, vocab_rows
 
@@ -40,7 +40,7 @@ class DetectionHead(nnx.Module):
         x_BLE = gelu(self.dense("BLD,DE->BLE", x_BLD, "LE"))
         detector_1E = self.detector[...].astype(x_BLE.dtype)
         scores_BL1 = jnp.einsum("BLE,SE->BLS", x_BLE, detector_1E, preferred_element_type=jnp.float32)
-        return plus(scores_BL1, self.detector_bias[...])[..., 0]
+        return add_bias(scores_BL1, self.detector_bias[...])[..., 0]
 
 
 class Discriminator(nnx.Module):

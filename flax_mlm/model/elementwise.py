@@ -14,12 +14,12 @@ from flax_mlm import sharding
 
 
 @jax.custom_vjp
-def plus(x: jax.Array, vector: jax.Array) -> jax.Array:
+def add_bias(x: jax.Array, vector: jax.Array) -> jax.Array:
     """x (B, L, ...) + vector (...)."""
     return x + vector
 
 
-plus.defvjp(lambda x, vector: (x + vector, vector), lambda vector, g: (g, _sum_rows(g, vector)))
+add_bias.defvjp(lambda x, vector: (x + vector, vector), lambda vector, g: (g, _sum_rows(g, vector)))
 
 
 def _sum_rows(x: jax.Array, vector: jax.Array) -> jax.Array:
@@ -95,7 +95,7 @@ def _layer_norm_backward(kept: tuple, g: jax.Array) -> tuple[jax.Array, jax.Arra
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-def largest(x: jax.Array) -> jax.Array:
+def max_last_axis(x: jax.Array) -> jax.Array:
     """The maximum over the last dimension; without a derivative.
 
     XLA:CPU takes four times as long for one as for a sum, but compares arrays at the speed of memory: there, halves are

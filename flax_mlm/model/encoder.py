@@ -22,7 +22,7 @@ from flax import nnx
 from flax_mlm import sharding
 from flax_mlm.config import ModelConfig
 from flax_mlm.model import attention
-from flax_mlm.model.elementwise import geglu, gelu, layer_norm, plus
+from flax_mlm.model.elementwise import add_bias, geglu, gelu, layer_norm
 from flax_mlm.model.projection import SAVED, project
 
 # Called as drop(x, site): zeroes a share of x. `site` tells the places of one layer apart.
@@ -49,7 +49,7 @@ class Linear(nnx.Module):
     def __call__(self, equation: str, x: jax.Array, out_dims: str) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         y = project(equation, x, kernel, sharding.batch_spec(*out_dims))
-        return plus(y, self.bias[...].astype(x.dtype)) if hasattr(self, "bias") else y
+        return add_bias(y, self.bias[...].astype(x.dtype)) if hasattr(self, "bias") else y
 
     def each(self, equation: str, x: jax.Array, out_dims: str) -> list[jax.Array]:
         """By each of the kernels in one of (D, 2 or 3, ...). As one matmul they cost 1 to 4% more, on a CPU and on an
@@ -58,7 +58,7 @@ class Linear(nnx.Module):
         kernels = [jnp.squeeze(kernel, 1) for kernel in jax.lax.split(fused, [1] * fused.shape[1], axis=1)]
         ys = [project(equation, x, kernel, spec) for kernel in kernels]
         if hasattr(self, "bias"):
-            ys = [plus(y, bias) for y, bias in zip(ys, jnp.unstack(self.bias[...].astype(x.dtype)), strict=True)]
+            ys = [add_bias(y, bias) for y, bias in zip(ys, jnp.unstack(self.bias[...].astype(x.dtype)), strict=True)]
         return ys
 
 
@@ -123,7 +123,9 @@ class Embeddings(nnx.Module):
         width, letter = (c.embedding_size, "E") if c.embedding_size else (c.hidden_size, "D")
 
         def table(letters: str, rows: int) -> nnx.Param:
-            return nnx.Param(c.initializer_range * jax.random.normal(rngs.params(), (rows, width)), dims=letters + letter)
+            return nnx.Param(
+                c.initializer_range * jax.random.normal(rngs.params(), (rows, width)), dims=letters + letter
+            )
 
         self.token = table("V", vocab_rows)
         if c.position_embedding == "learned":

@@ -9,7 +9,7 @@ from flax import nnx
 
 from flax_mlm import sharding
 from flax_mlm.config import ModelConfig
-from flax_mlm.model.elementwise import gelu, plus
+from flax_mlm.model.elementwise import add_bias, gelu
 from flax_mlm.model.encoder import Encoder, LayerNorm, Linear
 from flax_mlm.model.projection import project
 
@@ -27,8 +27,8 @@ class VocabularyHead(nnx.Module):
         """Scores (B, K, V), float32."""
         x_BKE = self.norm(gelu(self.dense("BKD,DE->BKE", x_BKD, "KE")))
         embedding_VE, spec = embedding_VE.astype(x_BKE.dtype), sharding.batch_spec("K", "V")
-        scores_BKV = project("BKE,VE->BKV", x_BKE, embedding_VE, spec, jnp.float32)
-        return plus(scores_BKV, self.decoder_bias[...])
+        logits_BKV = project("BKE,VE->BKV", x_BKE, embedding_VE, spec, jnp.float32)
+        return add_bias(logits_BKV, self.decoder_bias[...])
 
 
 class LanguageModel(nnx.Module):

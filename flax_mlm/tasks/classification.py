@@ -15,13 +15,19 @@ from flax_mlm.errors import UserError
 from flax_mlm.finetune import Log, Poll
 from flax_mlm.tasks import report
 from flax_mlm.tasks.labelled import Labelled
-from flax_mlm.trained import Trained
+from flax_mlm.trained import LoadedModel
 
 _REGRESSION = ("spearman", "pearson")
 
 
 def run(
-    trained: Trained, train: Labelled, dev: Labelled | None, test: Labelled | None, metric: str, log: Log, poll: Poll
+    trained: LoadedModel,
+    train: Labelled,
+    dev: Labelled | None,
+    test: Labelled | None,
+    metric: str,
+    log: Log,
+    poll: Poll,
 ) -> dict[str, Any]:
     """Fine-tunes and evaluates on `test`, or where there is none on `dev`.
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from flax_mlm import files
 from flax_mlm.errors import UserError
-from flax_mlm.filler import Filler
-from flax_mlm.trained import Trained
+from flax_mlm.filler import MaskFiller
+from flax_mlm.trained import LoadedModel
 
 Cloze = tuple[str, tuple[str, ...]]  # text, answers
 
@@ -53,7 +53,7 @@ def read(path: str) -> list[Cloze]:
     return clozes
 
 
-def fitting(trained: Trained, clozes: Sequence[Cloze]) -> list[Cloze]:
+def fitting(trained: LoadedModel, clozes: Sequence[Cloze]) -> list[Cloze]:
     """Those that the model takes, whichever answer is put in."""
     t, limit = trained.tokenizer, trained.row_length
 
@@ -64,7 +64,7 @@ def fitting(trained: Trained, clozes: Sequence[Cloze]) -> list[Cloze]:
     return [cloze for cloze in clozes if length(cloze) <= limit]
 
 
-def run(trained: Trained, clozes: list[Cloze], poll: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+def run(trained: LoadedModel, clozes: list[Cloze], poll: Callable[[], Any] = lambda: None) -> dict[str, Any]:
     """Where the answers stand among all pieces of the vocabulary.
 
     An answer of several pieces is given as many masks, filled from left to right; its rank is that of its first piece.
@@ -76,7 +76,7 @@ def run(trained: Trained, clozes: list[Cloze], poll: Callable[[], Any] = lambda:
       top1, top5 (shares of the clozes), mean_reciprocal_rank, log_probability (mean of the answers', nats), clozes,
       and `answers`: for each cloze text, answer, probability, rank (from 1) and the model's own five words.
     """
-    filler = Filler(trained)
+    filler = MaskFiller(trained)
     answers: list[dict[str, Any]] = []
     for text, words in clozes:
         poll()

@@ -14,7 +14,7 @@ import numpy as np
 from flax_mlm import likelihood
 from flax_mlm.errors import UserError
 from flax_mlm.tasks import labelled
-from flax_mlm.trained import Trained
+from flax_mlm.trained import LoadedModel
 
 Pair = tuple[str, str]  # good, bad
 
@@ -39,7 +39,7 @@ def read(path: str) -> dict[str, list[Pair]]:
     return pairs
 
 
-def run(trained: Trained, pairs: dict[str, list[Pair]], variant: str, poll: Callable[[], Any]) -> dict[str, Any]:
+def run(trained: LoadedModel, pairs: dict[str, list[Pair]], variant: str, poll: Callable[[], Any]) -> dict[str, Any]:
     """Accuracy: the share of the pairs whose good sentence has the higher log-likelihood (a tie is half right).
 
     Args:

@@ -13,8 +13,8 @@ from flax_mlm import sharding
 from flax_mlm.data.mixture import Mixture
 from flax_mlm.data.pipeline import eval_batches
 from flax_mlm.preemption import Stopped
-from flax_mlm.step import Answers
-from flax_mlm.trained import Trained
+from flax_mlm.step import EvalOutput
+from flax_mlm.trained import LoadedModel
 
 
 class Measured(NamedTuple):
@@ -27,7 +27,7 @@ class Measured(NamedTuple):
     counts_V: np.ndarray  # int64, how often each piece is in the rows; 0 for special ones
 
 
-def run(trained: Trained, corpus: Mixture, poll: Callable[[], bool] = lambda: False) -> dict[str, float]:
+def run(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool] = lambda: False) -> dict[str, float]:
     """Evaluates on the held-out rows, each once. Masks follow from the seed and the row's number, so that every
     call, on any number of devices, predicts the same tokens.
 
@@ -51,7 +51,7 @@ def run(trained: Trained, corpus: Mixture, poll: Callable[[], bool] = lambda: Fa
     return summary(measure(trained, corpus, poll), corpus)
 
 
-def measure(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Measured:
+def measure(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool]) -> Measured:
     """As `run`, with the sums that its numbers, and those of `breakdown`, follow from."""
     is_special_V = np.asarray(trained.vocab.is_special)
     counts_V, token_V4 = np.zeros(len(is_special_V), np.int64), np.zeros((len(is_special_V), 4))
@@ -73,7 +73,7 @@ def measure(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Meas
     return Measured(np.concatenate(row_R4), [len(n) for n in numbers], token_V4, position_L4, counts_V)
 
 
-def answers(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Iterator[tuple[np.ndarray, Answers]]:
+def answers(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool]) -> Iterator[tuple[np.ndarray, EvalOutput]]:
     """For every batch of the held-out rows the tokens of this process, and what the model says of all rows; those that
     fill up the last batch are all padding and have nothing to predict."""
     config = trained.config

@@ -16,7 +16,7 @@ from flax_mlm.contrastive import Pairs
 from flax_mlm.errors import UserError
 from flax_mlm.finetune import Log, Params, Poll
 from flax_mlm.tasks import classification, labelled, report
-from flax_mlm.trained import Trained
+from flax_mlm.trained import LoadedModel
 
 _QUERY = ("query", "anchor", "question", "sentence1", "premise", "sentence", "text")
 _POSITIVE = ("positive", "pos", "answer", "document", "passage", "context")
@@ -99,7 +99,7 @@ def read_benchmark(folder: str, split: str) -> Benchmark:
 
 
 def run(
-    trained: Trained,
+    trained: LoadedModel,
     train: Pairs | None,
     dev: Pairs | None,
     test: Benchmark | labelled.Labelled,

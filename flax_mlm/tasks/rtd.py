@@ -13,7 +13,7 @@ import numpy as np
 
 from flax_mlm.data.mixture import Mixture
 from flax_mlm.tasks import mlm
-from flax_mlm.trained import Trained
+from flax_mlm.trained import LoadedModel
 
 
 class Measured(NamedTuple):
@@ -30,7 +30,7 @@ class Measured(NamedTuple):
     generator_correct: np.ndarray
 
 
-def run(trained: Trained, corpus: Mixture, poll: Callable[[], bool] = lambda: False) -> dict[str, float]:
+def run(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool] = lambda: False) -> dict[str, float]:
     """Evaluates on the held-out rows, each once. Arguments and errors are those of `mlm.run`.
 
     Returns:
@@ -43,7 +43,7 @@ def run(trained: Trained, corpus: Mixture, poll: Callable[[], bool] = lambda: Fa
     return summary(measure(trained, corpus, poll), corpus)
 
 
-def measure(trained: Trained, corpus: Mixture, poll: Callable[[], bool]) -> Measured:
+def measure(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool]) -> Measured:
     """As `run`, with the sums that its numbers follow from."""
     rows: list[np.ndarray] = []
     for _, answers in mlm.answers(trained, corpus, poll):

@@ -21,7 +21,7 @@ class Score(NamedTuple):
     again: Callable[[np.ndarray], float]  # numbers of examples, some repeated -> the metric over them
 
 
-def of(result: dict[str, Any]) -> Score:
+def headline_metric(result: dict[str, Any]) -> Score:
     """The score of a result of `evaluate`, as it is in its JSON."""
     return {
         "mlm": _mlm,

@@ -14,13 +14,13 @@ from flax_mlm.errors import UserError
 from flax_mlm.finetune import Log, Poll
 from flax_mlm.tasks import report
 from flax_mlm.tasks.conll import Tagged
-from flax_mlm.trained import Trained
+from flax_mlm.trained import LoadedModel
 
 _NONE = -1  # the label of pieces that are not the first of a word
 
 
 def run(
-    trained: Trained, train: Tagged, dev: Tagged | None, test: Tagged | None, log: Log, poll: Poll
+    trained: LoadedModel, train: Tagged, dev: Tagged | None, test: Tagged | None, log: Log, poll: Poll
 ) -> dict[str, Any]:
     """Fine-tunes with each learning rate, then with every seed, and evaluates on `test`, or else on `dev`.
 
@@ -97,7 +97,7 @@ class Rows(NamedTuple):
     sentences: list[int]  # the number of the sentence that each row is of
 
 
-def split(trained: Trained, part: Tagged, ids: dict[str, int]) -> Rows:
+def split(trained: LoadedModel, part: Tagged, ids: dict[str, int]) -> Rows:
     """The rows of tagged sentences; a row ends between words."""
     t, config = trained.tokenizer, trained.config
     room = min(config.finetune.max_length, trained.max_length) - 2

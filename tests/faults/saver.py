@@ -36,7 +36,7 @@ def main(workdir: Path, last: int, max_to_keep: int) -> None:
         "corpus": "none",
         "text": {},
     }
-    checkpoints = checkpoint.Checkpoints(workdir, config.build(c), meta, jax.jit(fingerprint.of))
+    checkpoints = checkpoint.Checkpoints(workdir, config.build(c), meta, jax.jit(fingerprint.fingerprint_tree))
     expected = state_at(0)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected)
     restored = checkpoints.restore_latest(abstract, lambda line: print(line, flush=True))

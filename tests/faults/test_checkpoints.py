@@ -36,7 +36,7 @@ META = {
     "corpus": "a" * 64,
     "text": {},
 }
-of = jax.jit(fingerprint.of)
+of = jax.jit(fingerprint.fingerprint_tree)
 
 
 def state_at(step: int, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> State:
