@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import turns
 from configs import base
-from flax_mlm import config as config_lib
+from flax_mlm.config import schema as config_lib
 from flax_mlm.errors import UserError
 
 BATCHES = 4  # taken in turn
@@ -114,7 +114,7 @@ class Case:
     @property
     def slots(self) -> int:
         """Predicted tokens of a row."""
-        from flax_mlm import masking
+        from flax_mlm.objectives import masking
 
         return masking.max_predictions_per_row(self.length, self.config("bert").objective.mask_rate)
 
@@ -141,7 +141,7 @@ class Case:
 
     def flops(self, family: str = "bert") -> float:
         """Useful FLOPs of one step; only predicted tokens are scored, and a window is all that its layers look at."""
-        from flax_mlm import flops
+        from flax_mlm.model import flops
         from flax_mlm.model.heads import vocab_rows
 
         model = self.config(family).model
@@ -200,7 +200,7 @@ def vocabulary(ids: Ids) -> Any:
     """Lookup tables for masking; each token is a word of its own."""
     import jax.numpy as jnp
 
-    from flax_mlm import masking
+    from flax_mlm.objectives import masking
 
     is_special = np.isin(np.arange(ids.vocab_size), ids.special)
     ordinary = jnp.asarray(np.flatnonzero(~is_special), jnp.int32)
@@ -220,11 +220,13 @@ def write(folder: Path) -> None:
     """Adds batches.npz, with the tokens hidden that our step will hide, and hf/ with our initial weights."""
     import jax
 
-    from flax_mlm import masking, objective, sharding
+    from flax_mlm.distributed import mesh as sharding
     from flax_mlm.hf import architecture as architecture_lib
     from flax_mlm.hf import folder as folder_lib
     from flax_mlm.model.heads import vocab_rows
-    from flax_mlm.step import make_steps, run_key
+    from flax_mlm.objectives import language_modelling as objective
+    from flax_mlm.objectives import masking
+    from flax_mlm.training.step import make_steps, run_key
 
     config, ids = read(folder)
     tokens_NBL = np.load(folder / "tokens.npy").astype(np.int32)

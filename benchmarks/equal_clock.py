@@ -27,9 +27,13 @@ import numpy as np
 from absl import flags
 
 from benchmarks import case, turns
-from flax_mlm import command, files, metrics, phases, tables
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.cli import tables
+from flax_mlm.config import phases
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
+from flax_mlm.storage import files
+from flax_mlm.training import metrics
 
 _OUTPUT = flags.DEFINE_string("output", "", "folder for all that was measured")
 _MINUTES = flags.DEFINE_float("minutes", 60.0, "of training, of the standard", lower_bound=0.1)
@@ -69,11 +73,13 @@ def write_case(config: Config, folder: Path) -> None:
     """Blocks of training text, held-out rows with what is hidden in them, and the tokenizer."""
     import jax
 
-    from flax_mlm import masking, objective, sharding
     from flax_mlm.data.mixture import Mixture
+    from flax_mlm.distributed import mesh as sharding
     from flax_mlm.hf import tokenizer_json
+    from flax_mlm.objectives import language_modelling as objective
+    from flax_mlm.objectives import masking
     from flax_mlm.prepare import prepare_cached
-    from flax_mlm.step import run_key
+    from flax_mlm.training.step import run_key
 
     config = phases.parse_phases(config)[-1].config  # ours is evaluated with the objective that it ends with
     corpus = prepare_cached(config, turns.say)

@@ -24,8 +24,10 @@ from absl import flags
 
 from benchmarks import case as case_lib
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm import command, files, tables
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.cli import tables
+from flax_mlm.config.schema import Config
+from flax_mlm.storage import files
 
 LIMITS = (2e-2, 5e-2)  # of a loss from ours, both in bfloat16: at the first step, and of the first four at most
 SPECIAL = case_lib.Ids(0, [0, 1, 2, 3, 4], pad_id=0, cls_id=2, sep_id=3, mask_id=4)  # as in our own tokenizers

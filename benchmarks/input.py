@@ -22,8 +22,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm import command, files, tables
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.cli import tables
+from flax_mlm.config.schema import Config
+from flax_mlm.storage import files
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "of each kind", lower_bound=1)
 _ROWS = flags.DEFINE_integer("rows", 256, "rows of a batch", lower_bound=1)

@@ -18,8 +18,10 @@ from absl import flags
 
 from benchmarks import case as case_lib
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm import command, files, tables
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.cli import tables
+from flax_mlm.config.schema import Config
+from flax_mlm.storage import files
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "turns of each program", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 20, "of each shape in a step of a turn", lower_bound=1)

@@ -16,8 +16,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks import case, turns
-from flax_mlm import command, files, tables
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.cli import tables
+from flax_mlm.config.schema import Config
+from flax_mlm.storage import files
 
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "turns of each", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 3, "of a turn", lower_bound=1)
@@ -27,9 +29,10 @@ _JSON = flags.DEFINE_string("json", "", "file for all that was measured")
 def main(config: Config) -> None:
     import jax
 
-    from flax_mlm import masking, sharding
+    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.objectives import masking
     from flax_mlm.prepare import open_corpus
-    from flax_mlm.step import make_steps
+    from flax_mlm.training.step import make_steps
 
     corpus = open_corpus(config, turns.say)
     tokenizer, size = corpus.tokenizer(), config.train.global_batch_size

@@ -15,8 +15,8 @@ from typing import Any
 
 from absl import flags
 
-from flax_mlm import command
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.config.schema import Config
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "rounds of each kind", lower_bound=2)
 _STEPS = flags.DEFINE_integer("steps", 50, "steps of a round", lower_bound=2)
@@ -26,8 +26,10 @@ def main(config: Config) -> None:
     import jax
     import numpy as np
 
-    from flax_mlm import checkpoint, masking, sharding
-    from flax_mlm.step import make_steps
+    from flax_mlm.checkpoint import manager as checkpoint
+    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.objectives import masking
+    from flax_mlm.training.step import make_steps
 
     vocab_size, length, size = config.tokenizer.vocab_size, config.data.seq_len, config.train.global_batch_size
     mesh = sharding.make_mesh(config.mesh)

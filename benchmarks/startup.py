@@ -18,9 +18,11 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm import command, files, tables
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.cli import tables
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure
+from flax_mlm.storage import files
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "starts of each kind", lower_bound=1)
 _COMMANDS = flags.DEFINE_list(

@@ -15,8 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from flax_mlm import chips, config, rehearsal, roofline
+from flax_mlm.config import schema as config
+from flax_mlm.distributed import chips
 from flax_mlm.errors import Failure
+from flax_mlm.planning import compile as rehearsal
+from flax_mlm.planning import roofline
 
 MODELS = {
     "BERT-base, 128": ("bert_base", {}),

@@ -20,9 +20,11 @@ from absl import flags
 
 from benchmarks import case as case_lib
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm import command, files, tables
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.cli import tables
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
+from flax_mlm.storage import files
 
 LIMITS = (1e-4, 1e-3)  # of a loss from ours: at the first step, and of the first four at most
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 CPU = {"JAX_PLATFORMS": "cpu"}  # for a worker: else JAX looks for other devices first, where libtpu is for seconds
 
-# As it was when the benchmark started: a peer must not run with settings that `flax_mlm.environment` makes for us.
+# As it was when the benchmark started: a peer must not run with settings of flax_mlm/distributed/environment.py.
 ENVIRONMENT = dict(os.environ)
 
 

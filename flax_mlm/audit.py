@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flax_mlm import command, phases
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.config import phases
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 
 if TYPE_CHECKING:
-    from flax_mlm import masking
     from flax_mlm.data.tokenizer import Tokenizer
+    from flax_mlm.objectives import masking
 
 _ROWS = flags.DEFINE_integer("rows", 4, "rows to print", lower_bound=0)
 _TOKENS = flags.DEFINE_integer("tokens", 1_000_000, "tokens to measure", lower_bound=1)
@@ -58,8 +59,8 @@ def audit(
     import jax
     import jax.numpy as jnp
 
-    from flax_mlm import masking
-    from flax_mlm.step import rates_at, run_key
+    from flax_mlm.objectives import masking
+    from flax_mlm.training.step import rates_at, run_key
 
     objective, key = phase.config.objective, run_key(phase.config, "mask")
     vocab = masking.vocabulary(tokenizer)

@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm import buckets, command, files, tables
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.cli import tables
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
+from flax_mlm.storage import files, gcs
 
 _CHECKPOINTS = flags.DEFINE_list(
     "checkpoints", [], "workdirs, checkpoints or Hugging Face folders; NAME=PATH names one"
@@ -64,7 +66,7 @@ def main(config: Config) -> None:
     specs = [spec._replace(arguments=[*overrides, *spec.arguments]) for spec in tasks]  # the last of two counts
     if not _OUTPUT.value:
         raise UserError("--output is missing; name a folder for the results")
-    buckets.refuse("--output", _OUTPUT.value)
+    gcs.refuse("--output", _OUTPUT.value)
     output = Path(_OUTPUT.value).expanduser()
     checkpoints = {name: find(path) for name, path in paths.items()}
     results: dict[str, dict[str, dict[str, Any]]] = {}
@@ -119,7 +121,7 @@ def find(path: str) -> Checkpoint:
     Raises:
       UserError: there is none that is sound.
     """
-    from flax_mlm import checkpoint
+    from flax_mlm.checkpoint import manager as checkpoint
     from flax_mlm.hf import folder
 
     if not folder.is_one(path):
@@ -179,7 +181,7 @@ def compared(task: str, results: dict[str, dict[str, Any]], draws: int) -> list[
     """The rows of a task: one for each metric that its results have (masked and next-token loss are two)."""
     import numpy as np
 
-    from flax_mlm.tasks import scores
+    from flax_mlm.evaluation import headline as scores
 
     scored = {name: scores.headline_metric(result) for name, result in results.items()}
     rows: dict[str, Row] = {}

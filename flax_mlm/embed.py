@@ -13,9 +13,10 @@ from typing import Any
 
 from absl import flags
 
-from flax_mlm import buckets, command, files
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
+from flax_mlm.storage import files, gcs
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a folder, or a Hugging Face folder"
@@ -29,7 +30,7 @@ _DIMENSIONS = flags.DEFINE_integer("dimensions", 0, "only the first so many, mad
 
 
 def main(config: Config) -> None:
-    buckets.refuse("--output", _OUTPUT.value)
+    gcs.refuse("--output", _OUTPUT.value)
     output = Path(_OUTPUT.value).expanduser()
     if output.suffix not in (".npy", ".parquet"):
         raise UserError(f"--output is '{_OUTPUT.value}'; it takes a name that ends in .npy or .parquet")
@@ -43,8 +44,11 @@ def main(config: Config) -> None:
     import numpy as np
     from rich.progress import Progress
 
-    from flax_mlm import contrastive, finetune, sharding, trained
-    from flax_mlm.tasks import labelled
+    from flax_mlm.data import tables as labelled
+    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.finetuning import contrastive
+    from flax_mlm.finetuning import loop as finetune
+    from flax_mlm.inference import load as trained
 
     records = labelled.records(_INPUT.value)
     for where, record in records:

@@ -13,9 +13,11 @@ from typing import Any
 
 from absl import flags
 
-from flax_mlm import buckets, command, processes
-from flax_mlm.config import Config, flatten
+from flax_mlm.cli import app as command
+from flax_mlm.config.schema import Config, flatten
+from flax_mlm.distributed import processes
 from flax_mlm.errors import UserError
+from flax_mlm.storage import gcs
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a folder, or a Hugging Face folder"
@@ -79,13 +81,14 @@ flags.adopt_module_key_flags(processes)
 def main(config: Config) -> None:
     import jax
 
-    from flax_mlm import files, trained
+    from flax_mlm.inference import load as trained
+    from flax_mlm.storage import files
 
     for option in sorted({option.name for some in _OPTIONS.values() for option in some}):
         if flags.FLAGS[option].present and option not in [known.name for known in _OPTIONS[_TASK.value]]:
             raise UserError(f"--{option} is none of --task={_TASK.value}")
-    buckets.refuse("--save", _SAVE.value)
-    buckets.refuse("--json", _JSON.value)
+    gcs.refuse("--save", _SAVE.value)
+    gcs.refuse("--json", _JSON.value)
     task = {
         "mlm": _mlm,
         "cloze": _cloze,
@@ -119,10 +122,10 @@ Answer = tuple[dict[str, Any], list[str]]  # result, and as lines
 
 
 def _mlm(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
-    from flax_mlm import sharding
+    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.evaluation import mlm, rtd
     from flax_mlm.prepare import open_corpus
-    from flax_mlm.step import make_steps
-    from flax_mlm.tasks import mlm, rtd
+    from flax_mlm.training.step import make_steps
 
     result: dict[str, Any]
     config, rates = model.config, _rates(_MASK_RATES.value)
@@ -170,14 +173,14 @@ def _rates(text: str) -> list[float]:
 
 
 def _cloze(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
-    from flax_mlm.tasks import cloze
+    from flax_mlm.evaluation import cloze
 
     result = cloze.run(model, cloze.read(_DATA.value), poll)
     return result, cloze.table(result)
 
 
 def _minimal_pairs(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
-    from flax_mlm.tasks import minimal_pairs
+    from flax_mlm.evaluation import minimal_pairs
 
     if not _DATA.value:
         raise UserError("--data is missing; name a .jsonl file of pairs, or a folder of such")
@@ -186,7 +189,7 @@ def _minimal_pairs(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
 
 
 def _classification(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
-    from flax_mlm.tasks import classification, report
+    from flax_mlm.evaluation import classification, report
 
     _check_fine_tuning(model, group)
     train, dev, test = (_labelled(flag.value) if flag.value else None for flag in (_TRAIN, _DEV, _TEST))
@@ -197,7 +200,8 @@ def _classification(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
 
 
 def _tagging(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
-    from flax_mlm.tasks import conll, report, tagging
+    from flax_mlm.data import conll
+    from flax_mlm.evaluation import report, tagging
 
     _check_fine_tuning(model, group)
     train, dev, test = (conll.read(flag.value) if flag.value else None for flag in (_TRAIN, _DEV, _TEST))
@@ -208,8 +212,9 @@ def _tagging(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
 
 
 def _retrieval(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
-    from flax_mlm import checkpoint, files
-    from flax_mlm.tasks import retrieval
+    from flax_mlm.checkpoint import manager as checkpoint
+    from flax_mlm.evaluation import retrieval
+    from flax_mlm.storage import files
 
     _check_fine_tuning(model, group)
     save = Path(_SAVE.value).expanduser()
@@ -231,13 +236,13 @@ def _retrieval(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
 
 
 def _labelled(source: str) -> Any:
-    from flax_mlm.tasks import labelled
+    from flax_mlm.data import tables as labelled
 
     return labelled.read(source, _TEXT.value, _PAIR.value, _LABEL.value)
 
 
 def _check_fine_tuning(model: Any, group: Any) -> None:
-    from flax_mlm import sharding
+    from flax_mlm.distributed import mesh as sharding
 
     if group.count > 1:
         raise UserError(f"--task={_TASK.value} runs in one process, on all its devices; there are {group.count}")

@@ -14,9 +14,10 @@ from typing import Any
 
 from absl import flags
 
-from flax_mlm import buckets, command
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
+from flax_mlm.storage import gcs
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a folder, or a Hugging Face folder"
@@ -38,18 +39,18 @@ LIMIT = 1e-4  # largest difference of a hidden state or a logit that --check all
 def main(config: Config) -> None:
     if not _OUTPUT.value:
         raise UserError("--output is missing; name the folder to make, such as --output=exported")
-    buckets.refuse("--output", _OUTPUT.value)
+    gcs.refuse("--output", _OUTPUT.value)
     output = Path(_OUTPUT.value).expanduser().absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output: '{output}' exists; name another folder, or delete that one")
 
     import jax
 
-    from flax_mlm import trained
-    from flax_mlm.hf import check
+    from flax_mlm.inference import load as trained
+    from flax_mlm.inference import parity
 
     if _CHECK.value:
-        check.need()
+        parity.need()
     exact = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     with jax.default_matmul_precision("highest"):
         model = trained.restore(_CHECKPOINT.value, exact)
@@ -59,7 +60,7 @@ def main(config: Config) -> None:
         size = sum(f.stat().st_size for f in output.iterdir())
         print(f"written to {output}, {size / 2**20:,.1f} MiB")
         if _CHECK.value:
-            found = check.run(output, model)
+            found = parity.run(output, model)
             print("\n".join(found.lines()))
             if not found.is_same(LIMIT):
                 raise Failure(f"'{output}' is not the same model in transformers")
@@ -129,11 +130,11 @@ def write(output: Path, config: Config, model: Any) -> None:
 
 def _result(step: int) -> dict[str, float] | None:
     """What the run said of itself at its end, if that is the step at hand."""
-    from flax_mlm import checkpoint
+    from flax_mlm.checkpoint import manager as checkpoint
 
     for folder in checkpoint.find(_CHECKPOINT.value):
         file = folder.parent.parent / "result.json"
-        with buckets.errors(folder):
+        with gcs.errors(folder):
             # A run that goes on removes the file, and what comes last is what it is of.
             if checkpoint.steps_in(file.parent)[-1:] == [step] and file.exists():
                 return json.loads(file.read_text())

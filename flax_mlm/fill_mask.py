@@ -6,8 +6,8 @@ python -m flax_mlm.fill_mask --checkpoint=runs/quickstart --targets=war,peace "W
 
 from absl import flags
 
-from flax_mlm import command
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -19,8 +19,8 @@ _TARGETS = flags.DEFINE_list("targets", [], "rank only these words (comma-separa
 
 
 def main(config: Config) -> None:
-    from flax_mlm import trained
-    from flax_mlm.filler import MaskFiller
+    from flax_mlm.inference import load as trained
+    from flax_mlm.inference.mask_filler import MaskFiller
 
     if config.objective.name != "mlm":
         raise UserError(f"this checkpoint was trained with objective {config.objective.name}; filling masks needs mlm")

@@ -18,11 +18,16 @@ from typing import Any
 
 from absl import flags
 
-from flax_mlm import chips, command, files, phases, rehearsal, roofline
-from flax_mlm import config as config_lib
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.config import phases
+from flax_mlm.config import schema as config_lib
+from flax_mlm.config.schema import Config
+from flax_mlm.distributed import chips
 from flax_mlm.errors import UserError
-from flax_mlm.rehearsal import CompiledStep, Target
+from flax_mlm.planning import compile as rehearsal
+from flax_mlm.planning import roofline
+from flax_mlm.planning.compile import CompiledStep, Target
+from flax_mlm.storage import files
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "cpu", "what to plan for: a TPU slice such as v5e:4x4 or v5p:4x4x4, cpu[:DEVICES], gpu:NAME[:DEVICES]"
@@ -245,7 +250,7 @@ def cost(config: Config, found: CompiledStep, chip: chips.Chip | None) -> Iterat
             f"            at {chip.flops / 1e12:,.0f} TFLOP/s, {chip.bandwidth / 1e12:.2f} TB/s, {chip.link / 1e9:.0f} "
             f"GB/s a link and way{wrap}, {chip.network / 1e9:.1f} GB/s a chip between slices"
         )
-        yield "            from all at once to one after another; see flax_mlm/roofline.py. Not a measurement"
+        yield "            from all at once to one after another; see flax_mlm/planning/roofline.py. Not a measurement"
     t = config.train
     budget = _TOKEN_BUDGET.value or t.tokens or tokens * t.steps
 

@@ -30,8 +30,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from flax_mlm import files
-from flax_mlm.config import Config
+from flax_mlm.config.schema import Config
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.data import sources
 from flax_mlm.data import tokenizer as tokenizer_lib
@@ -39,6 +38,7 @@ from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
 from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import UserError
+from flax_mlm.storage import files
 
 CHUNK = 1 << 20  # characters that a worker takes at a time
 
@@ -413,7 +413,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    from flax_mlm import command
+    from flax_mlm.cli import app as command
 
     flags.DEFINE_string("output", "", "folder to make; what is made meanwhile lies in OUTPUT.tmp")
     command.run(main)

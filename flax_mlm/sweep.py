@@ -25,10 +25,14 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm import buckets, claim, command, files, grid, metrics, phases, tables
-from flax_mlm.config import Config
+from flax_mlm.cli import app as command
+from flax_mlm.cli import grid, tables
+from flax_mlm.cli.grid import Setting, said, spelt
+from flax_mlm.config import phases
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import PREEMPTED, UserError
-from flax_mlm.grid import Setting, said, spelt
+from flax_mlm.storage import files, gcs
+from flax_mlm.training import metrics, run_config
 
 _GRID = flags.DEFINE_string("grid", "", "field=value,value; field=value,...: all combinations; a&b=1&2,3&4: together")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "runs of each setting, from the config's seed on", lower_bound=1)
@@ -38,7 +42,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the commands that would be
 # As it is before the base config changes it (environment.prepare): each run sees to its own.
 _ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 # What a run may have been started with before: as in train, but for what decides its result.
-_FREE = ("eval.batch_size", *(name for name in claim.FREE if name != "eval."))
+_FREE = ("eval.batch_size", *(name for name in run_config.FREE if name != "eval."))
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # <sys/prctl.h>
 
 
@@ -70,7 +74,7 @@ def main(config: Config) -> int:
     settings = grid.parse(_GRID.value)
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name a folder for the runs, such as --workdir=runs/sweep")
-    buckets.refuse("--workdir", _WORKDIR.value)
+    gcs.refuse("--workdir", _WORKDIR.value)
     workdir = Path(_WORKDIR.value).expanduser()
     seeds = range(config.seed, config.seed + _SEEDS.value)
     base = command.config_arguments(sys.argv)
@@ -122,7 +126,7 @@ def make_run(base: list[str], setting: Setting, seed: int, workdir: Path) -> Run
         config = command.resolve([*base, *given])
     except UserError as e:
         raise UserError(f"--grid: {said(setting)}: {e}") from e
-    claim.check(folder, config, _FREE)
+    run_config.check(folder, config, _FREE)
     return Run(setting, seed, folder, [*base, *given, f"--workdir={folder}"], config)
 
 

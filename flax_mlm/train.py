@@ -15,10 +15,15 @@ from typing import Any
 from absl import flags
 from rich.progress import Progress
 
-from flax_mlm import buckets, claim, command, console, files, phases, preemption, processes
-from flax_mlm.budget import Budget
-from flax_mlm.config import Config, flatten
+from flax_mlm.cli import app as command
+from flax_mlm.cli import console
+from flax_mlm.config import phases
+from flax_mlm.config.schema import Config, flatten
+from flax_mlm.distributed import preemption, processes
 from flax_mlm.errors import PREEMPTED, UserError
+from flax_mlm.storage import files, gcs
+from flax_mlm.training import run_config
+from flax_mlm.training.budget import Budget
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "folder of the run, or gs://BUCKET/FOLDER: checkpoints, metrics.jsonl, config.json"
@@ -27,16 +32,19 @@ _WORKDIR = flags.DEFINE_string(
 flags.adopt_module_key_flags(processes)
 
 
-def train(config: Config, workdir: buckets.AnyPath) -> int:
+def train(config: Config, workdir: gcs.AnyPath) -> int:
     """Trains, saves, evaluates. Returns the exit code."""
     stop = preemption.Stop()
 
     import jax  # heavy imports wait until flags and config are known to be right
 
-    from flax_mlm import chips, lease, metrics, sharding
     from flax_mlm.data import mixture
+    from flax_mlm.distributed import chips
+    from flax_mlm.distributed import mesh as sharding
     from flax_mlm.prepare import open_corpora
-    from flax_mlm.run import Run
+    from flax_mlm.storage import lease
+    from flax_mlm.training import metrics
+    from flax_mlm.training.loop import Run
 
     identity = {"jax": jax.__version__, **flatten(config.to_dict())}
     with processes.join(identity, config.train.stall_timeout) as group, contextlib.ExitStack() as at_exit:
@@ -50,14 +58,14 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         if config.train.reproducible:
             sharding.check_batch("train.batch_groups", config.train.batch_groups, mesh)
         at_exit.enter_context(jax.set_mesh(mesh))
-        at_exit.enter_context(buckets.errors(workdir))
-        buckets.check("--workdir", workdir)
+        at_exit.enter_context(gcs.errors(workdir))
+        gcs.check("--workdir", workdir)
 
         # The folder, to which the first process alone writes, and the text of one corpus or several, as rows of tokens.
         is_main, log = group.index == 0, print if group.index == 0 else lambda *_: None
         held = clock = None
         if is_main:
-            claim.refuse_foreign(workdir)
+            run_config.refuse_foreign(workdir)
             held = lease.Lease(workdir, group.run_id)
             at_exit.callback(held.release)
             group.at_leave(held.release)
@@ -67,7 +75,7 @@ def train(config: Config, workdir: buckets.AnyPath) -> int:
         group.check_same("corpus", mixture.fingerprint_of(mixtures))
         group.check_same("--workdir", lease.holder(workdir))
         if is_main:
-            claim.take(workdir, config)
+            run_config.take(workdir, config)
             if has_budget:
                 clock = Budget(workdir, config.train.seconds(chips.count(mesh.devices.flat[:])))
                 at_exit.callback(clock.close)
@@ -154,7 +162,7 @@ def is_multiple(step: int, every: int) -> bool:
 def main(config: Config) -> int:
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name a folder for the run, such as --workdir=runs/first")
-    bucket = buckets.parse("--workdir", _WORKDIR.value)
+    bucket = gcs.parse("--workdir", _WORKDIR.value)
     return train(config, bucket or Path(_WORKDIR.value).expanduser().absolute())
 
 

@@ -28,9 +28,12 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm import buckets, command, metrics, phases
-from flax_mlm.config import LENGTHS, Config
+from flax_mlm.cli import app as command
+from flax_mlm.config import phases
+from flax_mlm.config.schema import LENGTHS, Config
 from flax_mlm.errors import Failure, UserError
+from flax_mlm.storage import gcs
+from flax_mlm.training import metrics
 
 _STEPS = flags.DEFINE_integer("steps", 30, "steps of each run", lower_bound=6)
 _KILLS = flags.DEFINE_integer("kills", 2, "kills in the run that is killed", lower_bound=1)
@@ -88,7 +91,8 @@ def main(config: Config) -> int:
         raise UserError(f"--steps is {_STEPS.value}, which may be too few: {e}") from e
     here = Shape()
     with folder_of_runs() as folder:
-        code = f"from flax_mlm import config\n\ndef get_config():\n    return config.from_dict({config.to_dict()!r})\n"
+        code = "from flax_mlm.config import schema as config\n\n"
+        code += f"def get_config():\n    return config.from_dict({config.to_dict()!r})\n"
         (folder / "config.py").write_text(code)
 
         def run(name: str, *legs: tuple[Shape, int | None], begun: Path | None = None) -> Found:
@@ -142,7 +146,8 @@ def parse_shapes(text: str) -> list[Shape]:
 
 def backend() -> str:
     """Where JAX computes here. Asked in a process of its own: an accelerator serves one at a time."""
-    code = "from flax_mlm import environment; environment.prepare(); import jax; print(jax.default_backend())"
+    code = "from flax_mlm.distributed import environment; environment.prepare(); import jax; "
+    code += "print(jax.default_backend())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
@@ -152,7 +157,7 @@ def folder_of_runs() -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="verify_resume-") as name:
             yield Path(name)
         return
-    buckets.refuse("--workdir", _WORKDIR.value)
+    gcs.refuse("--workdir", _WORKDIR.value)
     folder = Path(_WORKDIR.value).expanduser().absolute()
     try:
         folder.mkdir(parents=True)
@@ -209,7 +214,7 @@ def hashes(workdir: Path, step: int) -> Found:
     """Of the metrics of every step, and of the arrays by the fingerprints in the checkpoint."""
     from etils import epath
 
-    from flax_mlm import checkpoint
+    from flax_mlm.checkpoint import manager as checkpoint
 
     arrays = checkpoint.read_meta(epath.Path(workdir) / "checkpoints" / str(step))["arrays"]
     lines, steps = metrics.lines(workdir), metrics.lines(workdir, "train")

@@ -14,14 +14,17 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from flax_mlm import environment
+from flax_mlm.distributed import environment
 
 environment.prepare()
 
 import jax  # noqa: E402  (only now that the environment is set)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_compilation_cache_dir", None)
+# Compiling is most of what the tests do; what is compiled is keyed by the program and by jaxlib's version.
+COMPILED = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flax_mlm" / "test-xla"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,9 +76,10 @@ _TIMES = ("today", "at night", "every morning", "all day")
 
 class Toy:
     """A small text that can be learned: what an animal does, and where, follows from the animal. `folder` holds
-    text.txt, a corpus made from it, and a cache of compiled programs that all the commands share."""
+    text.txt and a corpus made from it."""
 
     animals = _ANIMALS
+    compiled = COMPILED
 
     def __init__(self, folder: Path):
         self.folder, self.text, self.corpus = folder, folder / "text.txt", folder / "corpus"
@@ -103,7 +107,7 @@ class Toy:
     def start(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen:
         """Starts `python -m flax_mlm.COMMAND` in a process of its own."""
         env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {_QUICKLY}"}
-        env |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
+        env |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "2"}
         env |= {"TF_ENABLE_ONEDNN_OPTS": "0"}
         line = [sys.executable, "-m", f"flax_mlm.{command}", *map(str, arguments)]

@@ -9,8 +9,10 @@ import pytest
 from rich.console import Console
 
 from configs import base
-from flax_mlm import audit, masking, phases
-from flax_mlm import config as config_lib
+from flax_mlm import audit
+from flax_mlm.config import phases
+from flax_mlm.config import schema as config_lib
+from flax_mlm.objectives import masking
 
 L = 32
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"▁w{i}" for i in range(40)), *(f"c{i}" for i in range(20))]
@@ -69,7 +71,7 @@ def test_marks_read_without_colour():
 
 def test_rows_are_those_of_training():
     config = make_config()
-    from flax_mlm.step import run_key
+    from flax_mlm.training.step import run_key
 
     batch = next(iter(batches()))
     slots = masking.max_predictions_per_row(L, 0.15)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
-from flax_mlm import averaging, optimizer
-from flax_mlm import config as config_lib
+from flax_mlm.config import schema as config_lib
+from flax_mlm.optim import averaging, optimizer
 
 OPTIMIZER = config_lib.build(base.get_config()).optimizer
 

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
-from flax_mlm import command, environment, limits
-from flax_mlm import config as config_lib
+from flax_mlm.cli import app as command
+from flax_mlm.config import schema as config_lib
+from flax_mlm.config import validate
+from flax_mlm.distributed import environment
 
 FIELDS = config_lib.field_types()
 BAD_TEXTS = {
@@ -96,7 +98,7 @@ def test_negative_numbers_are_refused(path, value):
     assert path in refused(f"--config.{path}={int(value // 1) if kind is int else value}")
 
 
-CHOICES = sorted(limits.CHOICES)
+CHOICES = sorted(validate.CHOICES)
 
 
 @pytest.mark.parametrize("path", CHOICES)
@@ -104,7 +106,7 @@ CHOICES = sorted(limits.CHOICES)
 def test_unknown_choices_are_answered_with_the_known(path, text):
     line = refused(f"--config.{path}={text}")
     assert path in line and f"'{text}'" in line
-    assert all(choice in line for choice in limits.CHOICES[path])
+    assert all(choice in line for choice in validate.CHOICES[path])
 
 
 @settings(max_examples=200, deadline=None)

@@ -17,9 +17,13 @@ from faults.runs import Watched, assert_same_run, finish, metrics_of
 from faults.test_checkpoints import opened, restored, state_at
 
 from configs import base
-from flax_mlm import buckets, checkpoint, lease, metrics, shelf
-from flax_mlm import config as config_lib
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.checkpoint import store as shelf
+from flax_mlm.config import schema as config_lib
 from flax_mlm.errors import Failure, UserError
+from flax_mlm.storage import gcs as gcs_lib
+from flax_mlm.storage import lease
+from flax_mlm.training import metrics
 
 # Coroutines that orbax drops when a checkpoint cannot be read or written.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -249,7 +253,7 @@ def test_an_outage_is_no_damage(gcs, saved, monkeypatch):
             restored(saved)
     for name in ("/meta/metadata", ""):
         gcs.fault = lambda method, bucket, path, name=name: 403 if path.endswith(name) and method == "GET" else None
-        with pytest.raises(UserError, match="do not allow"), buckets.errors(saved):
+        with pytest.raises(UserError, match="do not allow"), gcs_lib.errors(saved):
             restored(saved)
     gcs.fault = None
     assert restored(saved)[0] == 30 and checkpoint.steps_in(saved) == [10, 20, 30]
@@ -292,7 +296,7 @@ def test_a_save_that_fails_is_tried_again(gcs, saved, capsys, monkeypatch):
     gcs.fault = None
 
     def cannot_see_the_lease() -> None:
-        raise buckets.Unreachable("it does not answer")
+        raise gcs.Unreachable("it does not answer")
 
     assert not checkpoints.save(45, state_at(45), cannot_see_the_lease)
     assert "WARNING: step 45 could not be saved (Unreachable: it does not answer)" in capsys.readouterr().out
@@ -349,10 +353,10 @@ def test_a_write_that_was_done_although_its_answer_was_lost(gcs):
 
     gcs.answer = lossy
     try:
-        assert buckets.write(path, b"mine", 0)
+        assert gcs.write(path, b"mine", 0)
     finally:
         gcs.answer = answer
-    assert next(seen) > 1 and not buckets.write(path, b"theirs", 0)
+    assert next(seen) > 1 and not gcs.write(path, b"theirs", 0)
 
 
 def test_metrics_that_cannot_be_copied_are_a_warning(gcs, capsys):

@@ -10,8 +10,8 @@ from faults.runs import Watched, finish, metrics_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flax_mlm import budget
 from flax_mlm.errors import UserError
+from flax_mlm.training import budget
 
 
 class Clock:

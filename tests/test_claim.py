@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flax_mlm import claim
 from flax_mlm.errors import UserError
+from flax_mlm.training import run_config
 
 _FOREIGN = {
     "a torch run": {"checkpoints/1000/model.pt": "x", "checkpoints/2000/model.pt": "x"},
@@ -33,7 +33,7 @@ def _fill(folder: Path, files: dict[str, str]) -> None:
 def test_what_another_program_wrote_is_refused(tmp_path, files):
     _fill(tmp_path, files)
     with pytest.raises(UserError, match="which no run of flax_mlm has written; use a new folder"):
-        claim.refuse_foreign(tmp_path)
+        run_config.refuse_foreign(tmp_path)
 
 
 def test_train_touches_nothing_of_another_program(toy, tmp_path):
@@ -48,12 +48,12 @@ def test_train_touches_nothing_of_another_program(toy, tmp_path):
 @pytest.mark.parametrize("files", [{}, {"train.log": "step 1"}, {"checkpoints/.trash/1-abc/1/params/d": "x"}])
 def test_what_no_run_would_change_is_no_reason_to_refuse(tmp_path, files):
     _fill(tmp_path, files)
-    claim.refuse_foreign(tmp_path)
+    run_config.refuse_foreign(tmp_path)
 
 
 def test_a_run_is_ours(tmp_path, trained_run):
-    claim.refuse_foreign(trained_run)
+    run_config.refuse_foreign(trained_run)
     metadata = next((trained_run / "checkpoints").glob("*/meta/metadata"))
     _fill(tmp_path, {"checkpoints/7/meta/metadata": metadata.read_text()})
     assert json.loads(metadata.read_text())["format"]
-    claim.refuse_foreign(tmp_path)
+    run_config.refuse_foreign(tmp_path)

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from configs import base, quickstart
-from flax_mlm import claim, files
-from flax_mlm import command as command_lib
-from flax_mlm import config as config_lib
+from flax_mlm.cli import app as command_lib
+from flax_mlm.config import schema as config_lib
 from flax_mlm.errors import UserError
+from flax_mlm.storage import files
+from flax_mlm.training import run_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
@@ -160,12 +161,12 @@ def test_a_workdir_of_another_run(refused, toy, trained_run):
 def test_where_a_rewind_goes_back_to_is_of_the_run(tmp_path):
     c = base.get_config()
     c.optimizer.spike_action = "rewind"
-    claim.take(tmp_path, config_lib.build(c))
+    run_config.take(tmp_path, config_lib.build(c))
     c.train.max_to_keep, c.train.log_every = 5, 7
-    claim.take(tmp_path, config_lib.build(c))
+    run_config.take(tmp_path, config_lib.build(c))
     c.train.checkpoint_every = 7
     with pytest.raises(UserError, match=r"holds a run with train.checkpoint_every = 1000, and this one has 7"):
-        claim.take(tmp_path, config_lib.build(c))
+        run_config.take(tmp_path, config_lib.build(c))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import sklearn.metrics
 
 from configs import base
 from flax_mlm import compare
-from flax_mlm.tasks import scores
+from flax_mlm.evaluation import headline as scores
 
 
 def test_the_command(toy, trained_run, causal_run, tmp_path):

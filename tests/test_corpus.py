@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_mlm.config import TokenizerConfig
+from flax_mlm.config.schema import TokenizerConfig
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.data.corpus import Corpus

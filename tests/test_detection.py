@@ -18,13 +18,19 @@ from test_step import answers as answers_of
 from test_step import train as train_steps
 
 from configs import electra_small
-from flax_mlm import checkpoint, detection, flops, masking, metrics, objective, phases, sharding, step
-from flax_mlm import config as config_lib
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import phases
+from flax_mlm.config import schema as config_lib
 from flax_mlm.data import corpus as corpus_lib
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.errors import UserError
-from flax_mlm.model import electra
-from flax_mlm.tasks import rtd
-from flax_mlm.trained import restore
+from flax_mlm.evaluation import rtd
+from flax_mlm.inference.load import restore
+from flax_mlm.model import electra, flops
+from flax_mlm.objectives import language_modelling as objective
+from flax_mlm.objectives import masking
+from flax_mlm.objectives import replaced_token_detection as detection
+from flax_mlm.training import metrics, step
 
 SHARINGS = ("none", "shared", "gradient_disentangled")
 RTD = (("objective.name", "rtd"), ("objective.generator_size", 0.5), ("model.num_layers", 2))

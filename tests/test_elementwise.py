@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_mlm import sharding
-from flax_mlm.config import MeshConfig
+from flax_mlm.config.schema import MeshConfig
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.model import elementwise
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from configs import base, bert_base, bert_large, modernbert_base, modernbert_large
-from flax_mlm import config as config_lib
-from flax_mlm import sharding
+from flax_mlm.config import schema as config_lib
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.errors import UserError
 from flax_mlm.model import attention, encoder, heads
 

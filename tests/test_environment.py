@@ -16,8 +16,8 @@ def test_sums_are_right_under_jit():
 
 
 def test_flags_are_added_to_the_users_own():
-    code = "from flax_mlm import environment as e, os; e.prepare(); e.prepare(); print(os.environ['XLA_FLAGS'])"
-    code = code.replace(", os", "; import os")
+    code = "import os; from flax_mlm.distributed import environment as e; e.prepare(); e.prepare(); "
+    code += "print(os.environ['XLA_FLAGS'])"
     flags = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "XLA_FLAGS": "--xla_dump_to=/nowhere"},
@@ -30,7 +30,7 @@ def test_flags_are_added_to_the_users_own():
 
 
 def test_a_flag_that_jaxlib_does_not_know_is_seen_as_such():
-    from flax_mlm.environment import _jaxlib_knows
+    from flax_mlm.distributed.environment import _jaxlib_knows
 
     assert _jaxlib_knows("--xla_force_host_platform_device_count=8")
     assert not _jaxlib_knows("--xla_there_is_no_such_flag_in_any_jaxlib=1")

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from configs import base
-from flax_mlm import checkpoint, masking, sharding, trained
-from flax_mlm import config as config_lib
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import schema as config_lib
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
-from flax_mlm.step import make_steps
-from flax_mlm.tasks import mlm
+from flax_mlm.distributed import mesh as sharding
+from flax_mlm.evaluation import mlm
+from flax_mlm.inference import load as trained
+from flax_mlm.objectives import masking
+from flax_mlm.training.step import make_steps
 
 EXACT = ("rows", "predicted_tokens", "unigram_entropy", "majority_accuracy")
 

@@ -21,7 +21,7 @@ def gcs():
 
 def python(gcs: FakeGcs, code: str) -> list:
     """Runs code in a process of its own, which prints JSON."""
-    code = f"from flax_mlm import environment; environment.prepare_paths()\n{code}"
+    code = f"from flax_mlm.distributed import environment; environment.prepare_paths()\n{code}"
     env = {**os.environ, **gcs.env, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 
-from flax_mlm import checkpoint, trained
-from flax_mlm import config as config_lib
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import schema as config_lib
 from flax_mlm.errors import UserError
-from flax_mlm.filler import MaskFiller
+from flax_mlm.inference import load as trained
+from flax_mlm.inference.mask_filler import MaskFiller
 
 ONE = "The [MASK] barks in the garden at night."
 TWO = "The [MASK] [MASK] in the garden at night."

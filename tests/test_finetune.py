@@ -15,10 +15,15 @@ from hypothesis import strategies as st
 from seqeval.metrics import f1_score
 from seqeval.scheme import IOB2, IOBES
 
-from flax_mlm import checkpoint, finetune, sharding, trained
-from flax_mlm import config as config_lib
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import schema as config_lib
+from flax_mlm.data import conll
+from flax_mlm.data import tables as labelled
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.errors import UserError
-from flax_mlm.tasks import classification, conll, labelled, report, tagging
+from flax_mlm.evaluation import classification, report, tagging
+from flax_mlm.finetuning import loop as finetune
+from flax_mlm.inference import load as trained
 
 SOON = {"epochs": 4, "seeds": 2, "learning_rates": "3e-3,1e-2", "batch_size": 16, "dropout_rate": 0.0, "max_length": 24}
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_mlm import fingerprint, sharding
-from flax_mlm.config import MeshConfig
+from flax_mlm.checkpoint import fingerprint
+from flax_mlm.config.schema import MeshConfig
+from flax_mlm.distributed import mesh as sharding
 
 DTYPES = ("float32", "bfloat16", "int32", "uint8", "bool")
 of = jax.jit(fingerprint.fingerprint_tree)

@@ -22,8 +22,8 @@ from configs import (
     quickstart,
     small,
 )
-from flax_mlm import config as config_lib
-from flax_mlm import sharding
+from flax_mlm.config import schema as config_lib
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.model import electra, heads
 
 FOLDER = Path(__file__).parent / "golden"

@@ -11,15 +11,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import base
-from flax_mlm import config as config_lib
-from flax_mlm import metrics, sharding
+from flax_mlm.config import schema as config_lib
 from flax_mlm.data import tokenizer as tokenizer_lib
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.errors import UserError
 from flax_mlm.hf import architecture as architecture_lib
-from flax_mlm.hf import bert, folder, modernbert, start, tokenizer_json
+from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
+from flax_mlm.hf import weights as start
 from flax_mlm.hf.folder import ARCHITECTURES
 from flax_mlm.model import heads
-from flax_mlm.step import make_steps
+from flax_mlm.training import metrics
+from flax_mlm.training.step import make_steps
 
 SMALL = {"num_layers": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "max_positions": 64}
 BERT = {"norm_eps": 1e-12}

@@ -16,17 +16,24 @@ import pytest
 from test_hf import SHAPES, opened, written
 
 from configs import base, bert_base, modernbert_base
-from flax_mlm import config as config_lib
-from flax_mlm import contrastive, finetune, likelihood, masking, objective, sharding
+from flax_mlm.config import schema as config_lib
 from flax_mlm.data import sources
+from flax_mlm.data import tables as labelled
 from flax_mlm.data import tokenizer as tokenizer_lib
+from flax_mlm.distributed import mesh as sharding
+from flax_mlm.evaluation import retrieval
+from flax_mlm.finetuning import contrastive
+from flax_mlm.finetuning import loop as finetune
 from flax_mlm.hf import architecture as architecture_lib
-from flax_mlm.hf import bert, check, folder, modernbert, start, tokenizer_json
+from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
 from flax_mlm.hf import sentence_transformers as sentence_transformers_files
+from flax_mlm.hf import weights as start
+from flax_mlm.inference import likelihood, parity
+from flax_mlm.inference.load import LoadedModel, untied
 from flax_mlm.model import electra, heads
-from flax_mlm.step import make_steps, run_key
-from flax_mlm.tasks import labelled, retrieval
-from flax_mlm.trained import LoadedModel, untied
+from flax_mlm.objectives import language_modelling as objective
+from flax_mlm.objectives import masking
+from flax_mlm.training.step import make_steps, run_key
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
@@ -154,10 +161,10 @@ def test_check_of_every_architecture(kind, vocabulary, tmp_path):
     model = model._replace(config=dataclasses.replace(
         model.config, objective=dataclasses.replace(model.config.objective, name=architecture.objective)
     ))  # fmt: skip
-    found = check.run(path, model)
+    found = parity.run(path, model)
     assert found.is_same(LIMIT), found.lines()
     tampered = model._replace(params=jax.tree.map(lambda x: x * 1.01, model.params))
-    assert not check.run(path, tampered).is_same(LIMIT)
+    assert not parity.run(path, tampered).is_same(LIMIT)
 
 
 @pytest.mark.parametrize("embedding_size", [0, 16])
@@ -186,10 +193,10 @@ def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_
         ("special_tokens_map.json", tokenizer_json.special_tokens(vocabulary)),
     ):
         (tmp_path / name).write_text(json.dumps(content))
-    found = check.run(tmp_path, model)
+    found = parity.run(tmp_path, model)
     assert found.is_same(LIMIT), found.lines()
     tampered = model._replace(params=jax.tree.map(lambda x: x * 1.01, model.params))
-    assert not check.run(tmp_path, tampered).is_same(LIMIT)
+    assert not parity.run(tmp_path, tampered).is_same(LIMIT)
 
     # Its encoder, with a new head, is a model to go on from.
     again = model_of(tmp_path, reinit_head=True)
@@ -206,7 +213,7 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     ids = [vocabulary.cls_id, *vocabulary.encode_with_mask(text), vocabulary.sep_id]
     answers = transformers.pipeline("fill-mask", model=str(path), tokenizer=str(path))(text, top_k=3)
     tokens = np.array([ids], np.int32)
-    hidden, scores = check.outputs(model)(tokens, tokens >= 0)
+    hidden, scores = parity.outputs(model)(tokens, tokens >= 0)
     at = ids.index(vocabulary.mask_id)
     assert [a["token"] for a in answers] == np.argsort(-scores[0, at])[:3].tolist()
     probabilities = np.asarray(jax.nn.softmax(scores[0, at]))
@@ -215,7 +222,7 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     pooled = sentence_transformers.SentenceTransformer(str(path), device="cpu").encode(["The dog of the people."])
     ids = [vocabulary.cls_id, *vocabulary.encode(["The dog of the people."])[0], vocabulary.sep_id]
-    hidden, _ = check.outputs(model)(np.array([ids], np.int32), np.ones((1, len(ids)), bool))
+    hidden, _ = parity.outputs(model)(np.array([ids], np.int32), np.ones((1, len(ids)), bool))
     np.testing.assert_allclose(pooled[0], hidden[0].mean(0), atol=LIMIT)
 
     pytest.importorskip("onnxscript")
@@ -254,7 +261,7 @@ def test_real_weights_against_torch(name):
     net = kind.from_pretrained(path, attn_implementation="eager").eval()
     tokenizer = model.tokenizer
     rows = [[tokenizer.cls_id, *ids[:200], tokenizer.sep_id] for ids in tokenizer.encode(sentences(64))]
-    differences = check.compare(net, model, rows)
+    differences = parity.compare(net, model, rows)
     print(f"{name}: hidden {differences[0]:.1e}, logits {differences[1]:.1e}")
     assert max(differences) <= LIMIT
 
@@ -268,7 +275,7 @@ def test_a_packaged_sentence_encoder_gives_the_same_embeddings():
     model = model_of(path, reinit_head=True)
     reference = SentenceTransformer(str(path), device="cpu")
     texts = sentences(64)
-    expected, t, run = reference.encode(texts), model.tokenizer, check.outputs(model)
+    expected, t, run = reference.encode(texts), model.tokenizer, parity.outputs(model)
     rows = [[t.cls_id, *ids[: reference.max_seq_length - 2], t.sep_id] for ids in t.encode(texts)]
     for begin in range(0, 64, 16):
         part = rows[begin : begin + 16]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from flax_mlm.distributed.processes import gpus_of_task
 from flax_mlm.errors import UserError
-from flax_mlm.processes import gpus_of_task
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
@@ -96,7 +96,7 @@ class Slurm:
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "VENV": str(venv), "PYTHONPATH": str(ROOT),
             "SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "1",
             "SLURM_NNODES": str(nodes), "SLURM_NTASKS_PER_NODE": str(tasks), "XLA_FLAGS": "",
-            "JAX_COMPILATION_CACHE_DIR": str(toy.folder / "compiled"), "TF_ENABLE_ONEDNN_OPTS": "0",
+            "JAX_COMPILATION_CACHE_DIR": str(toy.compiled), "TF_ENABLE_ONEDNN_OPTS": "0",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         } | more  # fmt: skip
 

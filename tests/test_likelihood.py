@@ -8,11 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from flax_mlm import checkpoint, likelihood, sharding, trained
-from flax_mlm import config as config_lib
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import schema as config_lib
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.errors import UserError
-from flax_mlm.filler import MaskFiller
-from flax_mlm.tasks import cloze, minimal_pairs
+from flax_mlm.evaluation import cloze, minimal_pairs
+from flax_mlm.inference import likelihood
+from flax_mlm.inference import load as trained
+from flax_mlm.inference.mask_filler import MaskFiller
 
 TEXTS = ["The dog barks in the garden today.", "Fish.", "The cat sleeps near the river. The cow eats all day."] * 3
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from configs import base
-from flax_mlm import config as config_lib
-from flax_mlm import masking, sharding
-from flax_mlm import objective as objective_lib
-from flax_mlm.config import MeshConfig
+from flax_mlm.config import schema as config_lib
+from flax_mlm.config.schema import MeshConfig
+from flax_mlm.distributed import mesh as sharding
+from flax_mlm.objectives import language_modelling as objective_lib
+from flax_mlm.objectives import masking
 
 STRATEGIES = ("token", "whole_word", "span")
 BASE = config_lib.build(base.get_config()).objective

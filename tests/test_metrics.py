@@ -11,8 +11,9 @@ import time
 import pytest
 
 from configs import base, bert_base
-from flax_mlm import config as config_lib
-from flax_mlm import flops, metrics
+from flax_mlm.config import schema as config_lib
+from flax_mlm.model import flops
+from flax_mlm.training import metrics
 
 CONFIG = config_lib.build(base.get_config())
 

@@ -12,8 +12,8 @@ import test_corpus
 from faults.runs import assert_same_run, finish, metrics_of
 
 from configs import base
-from flax_mlm import checkpoint
-from flax_mlm import config as config_lib
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import schema as config_lib
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture

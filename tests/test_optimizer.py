@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base
-from flax_mlm import config as config_lib
-from flax_mlm import optimizer, sharding
+from flax_mlm.config import schema as config_lib
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.model import heads
+from flax_mlm.optim import optimizer
 
 CONFIG = config_lib.build(base.get_config())
 OPTIMIZER = dataclasses.replace(CONFIG.optimizer, learning_rate=1.0, warmup_fraction=0.1)

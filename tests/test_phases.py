@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 from test_step import V, host_batch, make_config, vocabulary
 
 from configs import base
-from flax_mlm import checkpoint, optimizer, phases, sharding, step
-from flax_mlm import config as config_lib
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import phases
+from flax_mlm.config import schema as config_lib
 from flax_mlm.data.stream import DataCursor, Stream
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.errors import UserError
+from flax_mlm.optim import optimizer
+from flax_mlm.training import step
 
 
 def parts_of(text: str, **train) -> list[phases.Phase]:

@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from flax_mlm import chips, config, plan, rehearsal, roofline
+from flax_mlm import plan
+from flax_mlm.config import schema as config
+from flax_mlm.distributed import chips
 from flax_mlm.errors import UserError
-from flax_mlm.hlo import Program
+from flax_mlm.planning import compile as rehearsal
+from flax_mlm.planning import roofline
+from flax_mlm.planning.hlo import Program
 
 SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -189,7 +193,7 @@ def test_a_room_that_is_only_made_moves_nothing():
 
 
 def test_tiles_are_padded():
-    from flax_mlm import hlo
+    from flax_mlm.planning import hlo
 
     assert hlo._padded("f32[3,5]{1,0:T(8,128)}") == 8 * 128 * 4
     assert hlo._padded("bf16[16,130]{0,1:T(8,128)(2,1)}") == 136 * 128 * 2  # the minor dimension is the first

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from test_plan import TINY, bert
 
-from flax_mlm import config, rehearsal
+from flax_mlm.config import schema as config
+from flax_mlm.planning import compile as rehearsal
 
 pytest.importorskip("libtpu")
 

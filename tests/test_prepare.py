@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import base
-from flax_mlm import config as config_lib
 from flax_mlm import prepare as prepare_lib
+from flax_mlm.config import schema as config_lib
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.errors import UserError

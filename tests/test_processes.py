@@ -19,7 +19,7 @@ def program() -> None:
     """Joins the others, and sums over all devices, step by step; before step 3 it does what --then says."""
     from absl import flags
 
-    from flax_mlm import environment, processes
+    from flax_mlm.distributed import environment, processes
     from flax_mlm.errors import Failure, UserError
 
     environment.prepare()

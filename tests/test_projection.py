@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_mlm import sharding
-from flax_mlm.config import MeshConfig
+from flax_mlm.config.schema import MeshConfig
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.model.projection import project
 
 SIZES = dict(zip("BLKDEFHdV", (2, 6, 3, 8, 4, 12, 2, 4, 10), strict=True))

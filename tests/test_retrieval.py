@@ -15,11 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
-from flax_mlm import checkpoint, contrastive, finetune, sharding, trained
-from flax_mlm import config as config_lib
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import schema as config_lib
+from flax_mlm.data import tables as labelled
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.errors import UserError
-from flax_mlm.step import make_steps
-from flax_mlm.tasks import labelled, retrieval
+from flax_mlm.evaluation import retrieval
+from flax_mlm.finetuning import contrastive
+from flax_mlm.finetuning import loop as finetune
+from flax_mlm.inference import load as trained
+from flax_mlm.training.step import make_steps
 
 SOON = {"epochs": 2, "seeds": 1, "learning_rates": "3e-3", "batch_size": 16, "max_length": 24, "pooling": "mean"}
 

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_mlm.data import sources
+from flax_mlm.data import tables as labelled
 from flax_mlm.data.pipeline import tensorflow
 from flax_mlm.errors import UserError
-from flax_mlm.tasks import labelled, minimal_pairs
+from flax_mlm.evaluation import minimal_pairs
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 

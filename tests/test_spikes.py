@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_mlm import spikes
+from flax_mlm.optim import spikes
 
 
 def after(values: np.ndarray, threshold: float = 4.0) -> spikes.Running:

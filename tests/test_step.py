@@ -9,8 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import base
-from flax_mlm import config as config_lib
-from flax_mlm import masking, objective, optimizer, phases, sharding, spikes, step
+from flax_mlm.config import phases
+from flax_mlm.config import schema as config_lib
+from flax_mlm.distributed import mesh as sharding
+from flax_mlm.objectives import language_modelling as objective
+from flax_mlm.objectives import masking
+from flax_mlm.optim import optimizer, spikes
+from flax_mlm.training import step
 
 V, B, L = 101, 16, 32
 MODERN = {

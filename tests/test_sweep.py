@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
-from flax_mlm import command, sweep
-from flax_mlm import grid as grid_lib
+from flax_mlm import sweep
+from flax_mlm.cli import app as command
+from flax_mlm.cli import grid as grid_lib
 
 BASE = [f"--config={base.__file__}"]
 TEXTS = st.text(st.characters(codec="utf8", exclude_characters='"\n', exclude_categories=("C", "Z")), max_size=20)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from flax_mlm.config import TokenizerConfig
+from flax_mlm.config.schema import TokenizerConfig
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import UserError

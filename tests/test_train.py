@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from faults.runs import arrays, assert_same_run, finish, metrics_of
 
-from flax_mlm import checkpoint, trained
-from flax_mlm import config as config_lib
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import schema as config_lib
+from flax_mlm.inference import load as trained
 
 STEPS = 60
 SHORT = {"train__steps": STEPS, "train__checkpoint_every": 10, "train__eval_every": 20, "model__vocab_multiple_of": 2}

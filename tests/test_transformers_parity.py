@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 
 from configs import bert_base, bert_large, modernbert_base, modernbert_large
-from flax_mlm import config as config_lib
-from flax_mlm import detection, masking, objective, sharding, step
+from flax_mlm.config import schema as config_lib
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.hf import architecture, bert, folder
 from flax_mlm.model import electra, heads
+from flax_mlm.objectives import language_modelling as objective
+from flax_mlm.objectives import masking
+from flax_mlm.objectives import replaced_token_detection as detection
+from flax_mlm.training import step
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")

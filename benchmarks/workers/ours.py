@@ -1,7 +1,7 @@
 """Our step, as `flax_mlm.train` makes it: masking included, compiled beforehand; an accelerator has the next step when
 the last one's scalars are read."""
 
-from flax_mlm import environment
+from flax_mlm.distributed import environment
 
 environment.prepare()  # as every command does before anything imports jax
 
@@ -16,8 +16,8 @@ import numpy as np  # noqa: E402
 
 from benchmarks import case  # noqa: E402
 from benchmarks.workers.serving import serve  # noqa: E402
-from flax_mlm import sharding  # noqa: E402
-from flax_mlm.step import make_steps  # noqa: E402
+from flax_mlm.distributed import mesh as sharding  # noqa: E402
+from flax_mlm.training.step import make_steps  # noqa: E402
 
 
 def build(spec: dict[str, Any]) -> Callable[[], Any]:

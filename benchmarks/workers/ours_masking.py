@@ -1,6 +1,6 @@
 """Our masking alone, jitted: tokens hidden in batches of several shapes."""
 
-from flax_mlm import environment
+from flax_mlm.distributed import environment
 
 environment.prepare()  # as every command does before anything imports jax
 
@@ -13,7 +13,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks import case  # noqa: E402
 from benchmarks.workers.serving import seconds_of_calls, serve  # noqa: E402
-from flax_mlm import masking  # noqa: E402
+from flax_mlm.objectives import masking  # noqa: E402
 
 
 def build(spec: dict[str, Any]) -> Callable[[], dict[str, float]]:

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flax_mlm import buckets, files
 from flax_mlm.data import packing as packing_lib
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import Failure, UserError
+from flax_mlm.storage import files, gcs
 
 FORMAT = 2  # raised whenever older readers would misread
 MANIFEST = "corpus.json"
@@ -80,7 +80,7 @@ class Rows:
             out[here] = self._shards[s].read(indices[here] - starts[s])
 
         if indices.size:
-            buckets.together(fill, np.unique(shard).tolist(), self._shards[0].file.path)
+            gcs.together(fill, np.unique(shard).tolist(), self._shards[0].file.path)
         return out
 
 
@@ -178,8 +178,8 @@ class Corpus:
           UserError: it is not a corpus, of another format, damaged or incomplete, names files outside of the folder,
             or its tokenizer is another one.
         """
-        folder = buckets.parse("data.corpus", os.fspath(path)) or epath.Path(path).expanduser()
-        buckets.check("data.corpus", folder)
+        folder = gcs.parse("data.corpus", os.fspath(path)) or epath.Path(path).expanduser()
+        gcs.check("data.corpus", folder)
         file = folder / MANIFEST
         with _reading(file):
             if not file.exists():
@@ -203,7 +203,7 @@ class Corpus:
             raise UserError(f"{file} is damaged ({type(e).__name__}: {e}); {_REMEDY}") from e
         corpus._tokenizer.check_size()
         shards = [shard for rows in corpus._splits.values() for shard in rows._shards]
-        buckets.together(_File.check_size, [part for s in shards for part in (s.file, s.checksums)], folder)
+        gcs.together(_File.check_size, [part for s in shards for part in (s.file, s.checksums)], folder)
         corpus._tokenizer.content()
         return corpus
 
@@ -366,9 +366,9 @@ def _file(folder: epath.Path, entry: dict[str, Any], least: int) -> _File:
 
 def _read_ranges(path: epath.Path, starts: list[int], lengths: list[int]) -> list[bytes]:
     """Parts of a file. In a bucket each is a request of its own: an open file would read megabytes ahead of each."""
-    if buckets.is_one(path):
+    if gcs.is_one(path):
         ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-        return buckets.client().cat_ranges([os.fspath(path)] * len(starts), starts, ends, on_error="raise")
+        return gcs.client().cat_ranges([os.fspath(path)] * len(starts), starts, ends, on_error="raise")
     file = os.open(path, os.O_RDONLY)  # a buffer would read 8 KiB for each row
     try:
         return [os.pread(file, length, start) for start, length in zip(starts, lengths, strict=True)]
@@ -380,7 +380,7 @@ def _read_ranges(path: epath.Path, starts: list[int], lengths: list[int]) -> lis
 def _reading(path: epath.Path) -> Iterator[None]:
     """Names the file when it cannot be read."""
     try:
-        with buckets.errors(path):
+        with gcs.errors(path):
             yield
     except (UserError, Failure):
         raise

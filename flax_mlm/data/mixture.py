@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flax_mlm import buckets
-from flax_mlm.config import DataConfig
+from flax_mlm.config.schema import DataConfig
 from flax_mlm.data.corpus import SPLITS, Corpus, Rows
 from flax_mlm.data.stream import Stream, counts, whole_numbers
 from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import UserError
+from flax_mlm.storage import gcs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _spread(num_rows: int, wanted: int) -> np.ndarray:
 
 
 def _resolved(path: epath.Path) -> str:
-    return os.fspath(path).rstrip("/") if buckets.is_one(path) else os.path.realpath(path)
+    return os.fspath(path).rstrip("/") if gcs.is_one(path) else os.path.realpath(path)
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flax_mlm import buckets
-from flax_mlm.config import TokenizerConfig
+from flax_mlm.config.schema import TokenizerConfig
 from flax_mlm.data.sources import cut
 from flax_mlm.errors import UserError
+from flax_mlm.storage import gcs
 
 MASK_TEXT = "[MASK]"  # how a mask is written in a cloze text, whatever the vocabulary calls it
 
@@ -278,7 +278,7 @@ def load(path: str | Path, extend: str | Path = "") -> Tokenizer:
     Raises:
       UserError: there is none, it cannot be read, or a special piece is missing.
     """
-    file = buckets.parse("tokenizer.path", os.fspath(path)) or epath.Path(path).expanduser()
+    file = gcs.parse("tokenizer.path", os.fspath(path)) or epath.Path(path).expanduser()
     if file.is_dir():
         names = ("tokenizer.model", "tokenizer.json", "vocab.txt")
         found = [file / name for name in names if (file / name).exists()]

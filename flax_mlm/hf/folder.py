@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from flax_mlm.config import ModelConfig
+from flax_mlm.config.schema import ModelConfig
 from flax_mlm.errors import UserError
 from flax_mlm.hf import bert, modernbert, sentence_transformers
 from flax_mlm.hf.architecture import Architecture

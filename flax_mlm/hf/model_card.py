@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from flax_mlm.config import Config
+from flax_mlm.config.schema import Config
 from flax_mlm.hf.architecture import Architecture
 
 _USE = {

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flax_mlm.config import Config
+from flax_mlm.config.schema import Config
 
 _FILE = "1_Pooling/config.json"
 _MODES = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from flax_mlm import sharding
-from flax_mlm.config import Config, MeshConfig
+from flax_mlm.config.schema import Config, MeshConfig
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.errors import UserError
 from flax_mlm.model.elementwise import max_last_axis
 

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_mlm import sharding
-from flax_mlm.config import Config, ModelConfig
+from flax_mlm.config.schema import Config, ModelConfig
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.model.elementwise import add_bias, gelu
 from flax_mlm.model.encoder import Encoder, Linear
 from flax_mlm.model.heads import Model, functions, language_model, vocab_rows

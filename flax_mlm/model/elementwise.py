@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from flax_mlm import sharding
+from flax_mlm.distributed import mesh as sharding
 
 
 @jax.custom_vjp

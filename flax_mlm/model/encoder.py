@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_mlm import sharding
-from flax_mlm.config import ModelConfig
+from flax_mlm.config.schema import ModelConfig
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.model import attention
 from flax_mlm.model.elementwise import add_bias, geglu, gelu, layer_norm
 from flax_mlm.model.projection import SAVED, project

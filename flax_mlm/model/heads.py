@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_mlm import sharding
-from flax_mlm.config import ModelConfig
+from flax_mlm.config.schema import ModelConfig
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.model.elementwise import add_bias, gelu
 from flax_mlm.model.encoder import Encoder, LayerNorm, Linear
 from flax_mlm.model.projection import project

@@ -10,7 +10,7 @@ import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from flax_mlm import sharding
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.model.attention import SAVED, Attend, DropProbabilities
 
 _BLOCKS = (512, 256, 128)  # the largest that divides L

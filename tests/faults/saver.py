@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from configs import base
-from flax_mlm import checkpoint, config, fingerprint
+from flax_mlm.checkpoint import fingerprint
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import schema as config
 
 
 class State(NamedTuple):

@@ -18,10 +18,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base
-from flax_mlm import checkpoint, files, fingerprint, sharding
-from flax_mlm import config as config_lib
-from flax_mlm.config import MeshConfig
+from flax_mlm.checkpoint import fingerprint
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import schema as config_lib
+from flax_mlm.config.schema import MeshConfig
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.errors import Failure, UserError
+from flax_mlm.storage import files
 
 from .saver import State
 

@@ -16,11 +16,11 @@ import pytest
 import zstandard
 from etils import epath
 
-from flax_mlm import sharding
-from flax_mlm.config import MeshConfig
+from flax_mlm.config.schema import MeshConfig
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.data import pipeline
 from flax_mlm.data.corpus import Corpus
+from flax_mlm.distributed import mesh as sharding
 from flax_mlm.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent

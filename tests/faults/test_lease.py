@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flax_mlm import lease
 from flax_mlm.errors import UserError
+from flax_mlm.storage import lease
 
 ROOT = Path(__file__).parent.parent.parent
 HOLDER = """

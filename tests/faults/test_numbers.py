@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from test_step import V, host_batch, make_config, vocabulary
 
-from flax_mlm import sharding, step
+from flax_mlm.distributed import mesh as sharding
+from flax_mlm.training import step
 
 
 @pytest.mark.fault(46)

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_mlm import checkpoint, claim
-from flax_mlm import config as config_lib
+from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.config import schema as config_lib
 from flax_mlm.errors import UserError
+from flax_mlm.training import run_config
 
 from .runs import Watched, arrays, assert_same_run, finish, metrics_of
 
@@ -357,10 +358,10 @@ def test_a_workdir_that_cannot_be(toy, tmp_path, outcome, where):
 )
 def test_a_workdir_of_another_run(trained_run, outcome, name, value):
     c = config_lib.from_dict(json.loads((trained_run / "config.json").read_text()))
-    claim.take(trained_run, config_lib.build(c))
+    run_config.take(trained_run, config_lib.build(c))
     c.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=f"holds a run with {name} = .*, and this one has {value}"):
-        claim.take(trained_run, config_lib.build(c))
+        run_config.take(trained_run, config_lib.build(c))
     outcome("detected")
 
 

@@ -1,0 +1,127 @@
+"""Labelled texts and pairs of texts from files: tables (tabs, or CSV), JSON lines, lines of text (.txt), prepared
+TensorFlow Datasets."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax_mlm.data import sources
+from flax_mlm.errors import UserError
+from flax_mlm.storage import files
+
+_TEXT = ("sentence", "text", "sentence1", "premise", "question", "question1")
+_PAIR = ("sentence2", "hypothesis", "question2", "text2")
+LABEL = ("label", "score", "labels")
+
+
+class Labelled(NamedTuple):
+    """N texts with their labels as they are written."""
+
+    texts: list[str]
+    pairs: list[str] | None  # the second text of each
+    labels: list[str]
+
+    def take(self, numbers: Iterable[int]) -> "Labelled":
+        """Some of them."""
+        some = list(numbers)
+        pairs = None if self.pairs is None else [self.pairs[i] for i in some]
+        return Labelled([self.texts[i] for i in some], pairs, [self.labels[i] for i in some])
+
+
+def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labelled:
+    """Reads a file, or `tfds:NAME[/config]:split`.
+
+    Args:
+      text, pair, label: names of the columns, or their numbers from 1 in a table without header; empty: the usual names
+        (`sentence`, `sentence1` and `sentence2`, `label` and the like).
+
+    Raises:
+      UserError: it cannot be read, holds nothing, or lacks a column; the message names the file and the line.
+    """
+    lines = records(source, numbered=(text or label).isdecimal())
+    first = lines[0][1]
+    if not text and not pair:
+        known = [name for name in _TEXT if name in first]
+        if len(known) > 1 and not any(name in first for name in _PAIR):
+            raise UserError(f"{source} has columns {' and '.join(known)}; say which are --text and --pair")
+    columns = {
+        "text": text or next((name for name in _TEXT if name in first), ""),
+        "pair": pair or next((name for name in _PAIR if name in first), ""),
+        "label": label or next((name for name in LABEL if name in first), ""),
+    }
+    for what in ("text", "label"):
+        if not columns[what]:
+            raise UserError(f"{source} has no column that is plainly the {what} ({_names(first)}); say --{what}=NAME")
+    found: dict[str, list[str]] = {what: [] for what, name in columns.items() if name}
+    for where, record in lines:
+        for what, values in found.items():
+            value = record.get(columns[what])
+            if value is None or (what != "pair" and str(value).strip() == ""):
+                raise UserError(f"{where} has no {columns[what]} ({_names(record)})")
+            values.append(str(value))
+    return Labelled(found["text"], found.get("pair"), found["label"])
+
+
+def records(source: str, numbered: bool = False) -> list[tuple[str, dict[str, Any]]]:
+    """(where it is, column -> value) of every line of a file, or of every example of a TensorFlow Dataset.
+
+    Args:
+      numbered: a table has no header; its columns are called 1, 2, 3 ...
+
+    Raises:
+      UserError: it cannot be read, or holds nothing.
+    """
+    found = _tfds(source) if source.startswith("tfds:") else _file(Path(source).expanduser(), numbered)
+    if not found:
+        raise UserError(f"{source} holds no examples")
+    return found
+
+
+def _names(record: dict[str, Any]) -> str:
+    return "it has " + ", ".join(map(str, record))
+
+
+def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
+    content = files.read_text(file)
+    lines = content.split("\n")  # and not at U+2028 and the like, which a text may hold
+    if file.suffix in (".jsonl", ".json"):
+        records = []
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as e:
+                    raise UserError(f"{file}:{number} is not JSON: {e}") from e
+                if not isinstance(record, dict):
+                    raise UserError(f"{file}:{number} is not a JSON object")
+                records.append((f"{file}:{number}", record))
+        return records
+    if file.suffix == ".txt":
+        return [(f"{file}:{i}", {"text": line}) for i, line in enumerate(lines, 1) if line.strip()]
+    has_tabs = "\t" in content.partition("\n")[0]
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if has_tabs else {}
+    csv.field_size_limit(1 << 24)
+    reader = csv.reader(io.StringIO(content), **dialect)
+    rows = [(f"{file}:{reader.line_num}", row) for row in reader if row]
+    if numbered:
+        header = [str(i) for i in range(1, max((len(row) for _, row in rows), default=0) + 1)]
+    else:
+        header = [name.strip() for name in rows.pop(0)[1]] if rows else []
+        if longer := next(((where, len(row)) for where, row in rows if len(row) > len(header)), None):
+            raise UserError(
+                f"{longer[0]} has {longer[1]} columns, and the first line {len(header)}; text with a comma in it goes "
+                "into double quotes"
+            )
+    return [(where, dict(zip(header, row, strict=False))) for where, row in rows]
+
+
+def _tfds(source: str) -> list[tuple[str, dict[str, Any]]]:
+    builder, split = sources.prepared_tfds(f"'{source}' cannot be read", source.removeprefix("tfds:"))
+    records = []
+    for i, example in enumerate(builder.as_dataset(split=split).as_numpy_iterator()):
+        plain = {k: v.decode(errors="replace") if isinstance(v, bytes) else v for k, v in example.items()}
+        records.append((f"{source}[{i}]", plain))
+    return records

@@ -1,0 +1,221 @@
+"""Speed, and where the numbers go: a line on the console, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flax_mlm.config.schema import Config
+from flax_mlm.storage import files, gcs
+from flax_mlm.storage.mirror import Mirror
+
+_METRICS = "metrics.jsonl"
+_NO_TOTALS = {"tokens_seen": 0, "train_seconds": 0.0}
+
+
+class Throughput:
+    """Rates over the time since the last report, and totals of the whole run."""
+
+    def __init__(self, progress: float, peak: float | None, before: Mapping[str, float]):
+        """`progress` is the share of the run that is done, and `before` holds the totals of that; empty for nothing."""
+        self._peak, self._before = peak, {**_NO_TOTALS, **before}
+        self._start(progress)
+
+    def _start(self, progress: float) -> None:
+        self._progress, self._since = progress, time.perf_counter()
+        self._tokens, self._flops, self._waited = 0.0, 0.0, 0.0
+        self._paused_at: float | None = None
+
+    def add(self, tokens: float, flops: float) -> None:
+        """Counts a step: its tokens, padding excluded, and its model FLOPs."""
+        self._tokens += tokens
+        self._flops += flops
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training; it does not count."""
+        self._paused_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - self._paused_at
+            self._paused_at = None
+
+    def _elapsed(self) -> float:
+        return max((self._paused_at or time.perf_counter()) - self._since, 1e-9)
+
+    def totals(self) -> dict[str, float]:
+        """tokens_seen (padding excluded) and train_seconds of the run until now, over all its restarts: without pauses,
+        compilation, and what was lost when it was killed; with steps that were gone back from."""
+        return {
+            "tokens_seen": self._before["tokens_seen"] + int(self._tokens),
+            "train_seconds": self._before["train_seconds"] + self._elapsed(),
+        }
+
+    def report(self, progress: float) -> dict[str, float]:
+        """tokens_per_second, data_wait (share of the time), eta_seconds, mfu where the peak is known, and the totals.
+        The next report's rates begin here."""
+        elapsed, self._before = self._elapsed(), self.totals()
+        left = (1.0 - progress) / max(progress - self._progress, 1e-9)
+        rates = {
+            "tokens_per_second": self._tokens / elapsed,
+            "data_wait": self._waited / elapsed,
+            "eta_seconds": min(left * elapsed, 1e9),
+        }
+        if self._peak:
+            rates["mfu"] = self._flops / elapsed / self._peak
+        self._start(progress)
+        return rates | self._before
+
+
+def train_line(step: str, m: dict[str, float]) -> str:
+    """One greppable line, which begins with `step`. Of several corpora it says how often each has been gone through."""
+    parts = [
+        step,
+        f"loss {m['loss']:.4f}",
+        f"accuracy {m['accuracy']:.4f}",
+        f"lr {m['learning_rate']:.2e}",
+        f"grad_norm {m['grad_norm']:.3f}",
+        f"tokens/s {m['tokens_per_second']:,.0f}",
+        f"mfu {m['mfu']:.1%}" if "mfu" in m else "mfu unknown",
+        f"data_wait {m['data_wait']:.1%}",
+        *(f"{name} {value:.2f}" for name, value in m.items() if name.startswith("epochs/")),
+        f"eta {datetime.timedelta(seconds=round(m['eta_seconds']))}",
+    ]
+    if "generator_loss" in m:
+        parts[2:2] = [f"generator {m['generator_loss']:.4f}", f"discriminator {m['discriminator_loss']:.4f}"]
+    return "  ".join(parts + ([f"skipped {m['skipped']:.0f}"] if m["skipped"] else []))
+
+
+def lines(workdir: Path, kind: str = "") -> list[dict[str, Any]]:
+    """What a run has logged so far, in a folder; of one kind (train, validation, ...), or of all. Half a line, written
+    when the run was killed, is left out."""
+    file, found = workdir / _METRICS, []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if kind in ("", line["kind"])]
+
+
+class Writers:
+    """metrics.jsonl always, TensorBoard and Weights & Biases when asked for. Make it on process 0 only.
+
+    For a workdir in a bucket the files are written to a folder here, and copied there.
+    """
+
+    def __init__(self, workdir: gcs.AnyPath, config: Config, start_step: int):
+        """Lines of what comes after the training of `start_step`, written by a run that was killed later, are
+        dropped: those steps are done again."""
+        self._mirror = None if isinstance(workdir, Path) else Mirror(workdir)
+        if self._mirror:
+            self._mirror.fetch(_METRICS)
+        self._folder = self._mirror.folder if self._mirror else Path(workdir)
+        self._has_tensorboard = config.log.tensorboard
+        self._wandb = None
+        self._open(start_step)
+        if config.log.wandb_project:
+            try:
+                import wandb
+
+                name, own = workdir.name, hashlib.sha256(str(workdir).encode()).hexdigest()[:8]
+                self._wandb = wandb.init(
+                    project=config.log.wandb_project,
+                    name=name,
+                    id=f"{name}-{own}",
+                    resume="allow",
+                    config=config.to_dict(),
+                )
+            except Exception as e:  # a missing package, account or network never stops a run
+                print(f"Weights & Biases is off: {type(e).__name__}: {e}")
+
+    def _open(self, start_step: int) -> None:
+        path = self._folder / _METRICS
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if _is_before(line, start_step)]
+            if kept != lines:
+                files.write_text(path, "".join(kept))
+        self._file, self._unwritten = path.open("ab", buffering=0), b""
+        self._tensorboard = None
+        if self._has_tensorboard:
+            from tensorboardX import SummaryWriter
+
+            # A bounded queue would hold us up for ever once the thread that empties it has met a full disk.
+            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1, max_queue=0)
+
+    def go_back(self, step: int) -> None:
+        """Drops what was written after the training of `step`, as a restart there would."""
+        self._file.close()
+        self._close_tensorboard()
+        self._open(step)
+
+    def flush(self) -> None:
+        """Has all that was written so far copied to the bucket, if the workdir is in one; metrics.jsonl before it
+        returns. Before a checkpoint, that is: the lines up to it are not written again."""
+        if self._mirror:
+            if self._tensorboard:
+                with contextlib.suppress(OSError):
+                    self._tensorboard.flush()
+            self._mirror.copy(_METRICS)
+            self._mirror.soon()
+
+    def write(self, step: int, kind: str, values: dict[str, float], text: str = "") -> None:
+        """Records scalars under `kind`: "train", "validation", "cloze" or "rewind" (see train.py). The text, Markdown,
+        goes to TensorBoard alone."""
+        self._unwritten += (json.dumps({"step": step, "kind": kind, **values}) + "\n").encode()
+        try:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as e:  # a full disk, say: with the next line we try again
+            print(f"WARNING: metrics.jsonl cannot be written ({e.strerror})", flush=True)
+        self._check_tensorboard()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            if text:
+                self._tensorboard.add_text(kind, text, step)
+        if self._wandb:
+            try:
+                self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+            except Exception as e:
+                print(f"Weights & Biases is off: {type(e).__name__}: {e}")
+                self._wandb = None
+
+    def _check_tensorboard(self) -> None:
+        """Turns it off when its thread, which writes, has ended: tensorboardX would neither say so nor let us leave."""
+        if self._tensorboard and not (writer := self._tensorboard.file_writer.event_writer)._worker.is_alive():
+            print("WARNING: TensorBoard is off: its files cannot be written", flush=True)
+            writer._event_queue.cancel_join_thread()
+            self._tensorboard = None
+
+    def _close_tensorboard(self) -> None:
+        self._check_tensorboard()
+        if self._tensorboard:
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
+
+    def close(self) -> None:
+        self._file.close()
+        self._close_tensorboard()
+        if self._mirror:
+            self._mirror.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _is_before(line: str, start_step: int) -> bool:
+    try:
+        m = json.loads(line)
+        return m["step"] < start_step or (m["step"] == start_step and m["kind"] == "train")
+    except (ValueError, KeyError, TypeError):  # half a line, written when the run was killed
+        return False

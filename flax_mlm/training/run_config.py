@@ -1,0 +1,106 @@
+"""One workdir, one run: `config.json` says which, and what of it may change when it goes on."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from flax_mlm.config.schema import Config, flatten, from_dict
+from flax_mlm.errors import UserError
+from flax_mlm.storage import files, gcs
+
+_FILE = "config.json"
+
+# May differ between a run and its continuation: they change where, how often or how fast, but not what is learned.
+FREE = (
+    *("data.cache_dir", "data.num_workers", "train.gradient_accumulation_steps", "train.logits_chunks"),
+    *("model.attention", "model.scan_layers", "model.remat"),
+    *("train.log_every", "train.eval_every", "train.cloze_every", "train.checkpoint_every", "train.stall_timeout"),
+    *("train.max_to_keep", "train.keep_period", "train.max_failed_saves"),
+    *("eval.", "finetune.", "mesh.", "log."),
+)
+
+
+def refuse_foreign(workdir: gcs.AnyPath) -> None:
+    """Checks that nothing in a workdir belongs to another program, before anything in it is touched: a run deletes,
+    moves and rewrites files under the names that it uses.
+
+    Raises:
+      UserError: the folder holds files of those names that no run of flax_mlm has written, or cannot be read.
+    """
+    try:
+        with gcs.errors(workdir):
+            foreign = next(_foreign(workdir), None)
+    except OSError as e:
+        raise _unusable(workdir, e) from e
+    if foreign:
+        raise UserError(
+            f"--workdir: '{workdir}' holds '{foreign}', which no run of flax_mlm has written; use a new folder"
+        )
+
+
+def _foreign(workdir: gcs.AnyPath) -> Iterator[str]:
+    """Files that a run would change, and that are not known to be one's."""
+    if (workdir / _FILE).exists():
+        if not _is_json_with(workdir / _FILE, "data", "model", "objective", "optimizer", "train", "mesh"):
+            yield _FILE
+        return
+    folder, own = workdir / "checkpoints", (".trash", ".quarantine")
+    steps = [path for path in (folder.iterdir() if folder.is_dir() else []) if path.name not in own]
+    for path in steps:
+        if not _is_json_with(path / "meta" / "metadata", "format", "tokenizer", "sha256"):
+            yield f"checkpoints/{path.name}"
+    if not steps:
+        yield from (name for name in ("metrics.jsonl", "result.json") if (workdir / name).exists())
+
+
+def _is_json_with(file: gcs.AnyPath, *keys: str) -> bool:
+    try:
+        content: Any = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and all(key in content for key in keys)
+
+
+def take(workdir: gcs.AnyPath, config: Config) -> None:
+    """Writes `config.json` into a new workdir, or checks that the run in it is this one.
+
+    Raises:
+      UserError: the workdir belongs to a run with another config, or cannot be written.
+    """
+    file = workdir / _FILE
+    try:
+        with gcs.errors(workdir):
+            if not file.exists():  # the folder is there, with our lease in it
+                files.write_json(file, config.to_dict())
+                return
+    except OSError as e:
+        raise _unusable(workdir, e) from e
+    check(workdir, config)
+
+
+def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) -> None:
+    """Whether a run in a workdir, if there is one, is this one, but for the fields and whole sections that `free`
+    names; it may have begun before some of the fields existed.
+
+    Raises:
+      UserError: it is not, or cannot be read.
+    """
+    file = workdir / _FILE
+    try:
+        with gcs.errors(workdir):
+            held = flatten(from_dict(json.loads(file.read_text())).to_dict()) if file.exists() else None
+    except (OSError, ValueError, TypeError) as e:
+        raise _unusable(workdir, e) from e
+    for name, value in flatten(config.to_dict()).items():
+        may_differ = name in free or f"{name.split('.')[0]}." in free
+        if name == "train.checkpoint_every" and config.optimizer.spike_action == "rewind":
+            may_differ = False  # a rewind goes back to a multiple of it
+        if held is not None and held.get(name) != value and not may_differ:
+            raise UserError(
+                f"--workdir: '{workdir}' holds a run with {name} = {held.get(name)}, and this one has {value}; "
+                "use another --workdir"
+            )
+
+
+def _unusable(workdir: gcs.AnyPath, e: Exception) -> UserError:
+    return UserError(f"--workdir: '{workdir}' cannot be used: {e}")
