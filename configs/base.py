@@ -106,9 +106,8 @@ def get_config() -> ConfigDict:
     c.optimizer.eps = 1e-6
     c.optimizer.weight_decay = 0.01  # on matrices and embeddings; never on norms and biases
     c.optimizer.max_grad_norm = 1.0  # global-norm clip; 0.0: none
-    # updates left out in a row (not finite, or a spike), or rewinds to one step, that stop the run
-    c.optimizer.max_skipped_steps = 10
-    c.optimizer.spike_action = "none"  # none | clip (ZClip) | skip (the update) | rewind (to the last checkpoint)
+    c.optimizer.max_skipped_steps = 10  # updates left out in a row (not finite, or a spike) that stop the run
+    c.optimizer.spike_action = "none"  # none | clip (ZClip) | skip (the update)
     c.optimizer.spike_threshold = 4.0  # standard deviations of loss or grad norm above its mean; ZClip takes 2.5
     # none | ema | lawa: an average of the weights over the steps, kept beside them (4 bytes a parameter), is what is
     # evaluated, exported and fine-tuned; `evaluate --config.optimizer.averaging=none` asks the last weights instead

@@ -126,13 +126,10 @@ def train(config: Config, workdir: gcs.AnyPath) -> int:
                 looks = (config.train.eval_every, config.train.cloze_every)
                 is_pause = is_due or run.is_over or any(is_multiple(run.step, n) for n in looks)
                 asked = run.asks(seen)
-                if asked != "rewind" and (is_pause or asked):  # what follows is of the step that was just made
+                if is_pause or asked:  # what follows is of the step that was just made
                     seen, unread = unread(), None
                     asked = run.asks(seen) or asked
-                if asked == "rewind":
-                    run.rewind(seen)
-                    unread = None
-                elif asked == "end":
+                if asked == "end":
                     run.give_up()
                 elif asked == "stop":
                     raise preemption.Stopped

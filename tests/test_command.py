@@ -14,9 +14,7 @@ import pytest
 from configs import base, quickstart
 from flax_mlm.cli import app as command_lib
 from flax_mlm.config import schema as config_lib
-from flax_mlm.errors import UserError
 from flax_mlm.storage import files
-from flax_mlm.training import run_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
@@ -158,17 +156,6 @@ def test_a_workdir_of_another_run(refused, toy, trained_run):
     assert "model.attention_dropout_rate = 0.0, and this one has 0.1" in line, "model.attention may change; not this"
 
 
-def test_where_a_rewind_goes_back_to_is_of_the_run(tmp_path):
-    c = base.get_config()
-    c.optimizer.spike_action = "rewind"
-    run_config.take(tmp_path, config_lib.build(c))
-    c.train.max_to_keep, c.train.log_every = 5, 7
-    run_config.take(tmp_path, config_lib.build(c))
-    c.train.checkpoint_every = 7
-    with pytest.raises(UserError, match=r"holds a run with train.checkpoint_every = 1000, and this one has 7"):
-        run_config.take(tmp_path, config_lib.build(c))
-
-
 @pytest.fixture(scope="module")
 def other_corpus(toy) -> Path:
     """The same text, with another tokenizer."""
@@ -237,7 +224,7 @@ def test_spellings_that_work(toy, tmp_path):
     )  # fmt: skip
     assert config["train"]["steps"] == 1_000_000 and config["tokenizer"]["sample_bytes"] == 1000
     assert config["model"]["scan_layers"] is None and config["log"]["tensorboard"] is False
-    assert config["model"]["glu"] is True and config["model"]["positions"] == "rope"
+    assert config["model"]["glu"] is True and config["model"]["position_embedding"] == "rope"
     assert config["optimizer"]["learning_rate"] == 1.0 and config["data"]["source"] == "text:a=b c#d"
     assert printed(toy, "--config.model.scan_layers=yes")["model"]["scan_layers"] is True
     assert printed(toy) == config_lib.build(quickstart.get_config()).to_dict()

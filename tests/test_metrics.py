@@ -48,9 +48,6 @@ def test_an_evaluation_of_the_restored_step_is_done_again_its_training_is_not(tm
     for step in (1, 2, 3):
         writers.write(step, "train", {"loss": 1.0})
         writers.write(step, "validation", {"loss": 1.0})
-    writers.go_back(2)
-    assert steps_in(tmp_path) == [(1, "train"), (1, "validation"), (2, "train")]
-    writers.write(2, "rewind", {"from_step": 3})
     writers.close()
     metrics.Writers(tmp_path, config, 2).close()
     assert steps_in(tmp_path) == [(1, "train"), (1, "validation"), (2, "train")]

@@ -435,69 +435,56 @@ class Checkpoints:
             raise Failure(f"{said}; {self.failed_in_a_row} saves in a row have failed; {rest}") from e
         print(f"WARNING: {said}; {rest}; the next save will try again", flush=True)
 
-    def restore_latest(self, abstract: Any, log: Log, before: int | None = None) -> Any | None:
-        """The newest sound state, or None where nothing was ever saved.
+    def restore_latest(self, abstract: Any, log: Log) -> Any | None:
+        """Restores the newest sound state; returns None where nothing was ever saved.
 
         Args:
           abstract: a TrainState of shapes, dtypes and shardings.
-          log: is told what is restored, what is skipped and why.
-          before: only steps before this one that were saved on schedule, not for a preemption; where there is none,
-            None. Later steps are discarded.
+          log: called with one line for each checkpoint that is restored, or skipped, and why.
 
         Raises:
-          UserError: there are checkpoints, but none is sound; or they are of another run.
-          Failure: one cannot be read, by no fault of its own; or none before a step is sound.
+          UserError: there are checkpoints, but none is sound; or they belong to another run.
+          Failure: one cannot be read, though it is not damaged; or, with several processes, the newest is damaged.
         """
-        items, was_damaged = _items(abstract), False
-        while (step := self._agreed(self._candidate(before))) >= 0:
-            checkpoint = epath.Path(self._folder / str(step))
+        items = _items(abstract)
+        while (step := self._agreed(max(steps_in(self._workdir), default=-1))) >= 0:
             try:
-                meta = read_meta(checkpoint)
-                if meta["corpus"] != self._meta["corpus"]:
-                    raise UserError(
-                        f"--workdir: '{self._workdir}' was trained on corpus {meta['corpus'][:12]}, and this is "
-                        f"{self._meta['corpus'][:12]}; use another --workdir"
-                    )
-                state = restore(checkpoint, meta, items, self._fingerprint)
+                meta, state = self._try_restore(step, items)
             except Damaged as e:
-                was_damaged = True
-                if not self._is_alone:
-                    from flax_mlm.distributed.processes import lost_within
-
-                    time.sleep(lost_within())  # a peer that is lost fails our reading, too: it is our end, not damage
-                where = self._shelf.quarantine(str(step))
-                log(f"checkpoint {step} skipped, and moved to {where}: {e}")
-                if not self._is_alone:  # the others may have read it, and wait
-                    raise Failure(f"{e}; it is moved to {where}; start again from the step before") from e
+                self._put_aside(step, e, log)
                 continue
-            if before is not None:
-                self._discard_after(step)
-            log(f"restored step {step} from {checkpoint}")
+            log(f"restored step {step} from {self._folder / str(step)}")
             self.so_far = {name: meta[name] for name in _SO_FAR if name in meta}
             return abstract._replace(**{**state.pop("rest"), **state})
-        # Also when they were put away by an earlier start: a run never begins anew unasked.
-        if before is None and self._shelf.has_quarantine():
+        # Also when an earlier start has put them aside: a run never starts over by itself.
+        if self._shelf.has_quarantine():
             raise UserError(
                 f"none of the checkpoints in '{self._workdir}' is sound (they are in checkpoints/.quarantine); "
                 "use another --workdir"
             )
-        if before is not None:
-            if was_damaged:
-                raise Failure(f"no checkpoint before step {before} is sound; they are in checkpoints/.quarantine")
-            self._discard_after(0)
         return None
 
-    def _discard_after(self, step: int) -> None:
-        if self._is_main:
-            for later in steps_in(self._workdir):
-                if later > step:
-                    self._shelf.discard(str(later))
+    def _try_restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The `meta` and the items of one step. Raises as `restore`, and UserError where it belongs to another run."""
+        checkpoint = epath.Path(self._folder / str(step))
+        meta = read_meta(checkpoint)
+        if meta["corpus"] != self._meta["corpus"]:
+            raise UserError(
+                f"--workdir: '{self._workdir}' was trained on corpus {meta['corpus'][:12]}, and this is "
+                f"{self._meta['corpus'][:12]}; use another --workdir"
+            )
+        return meta, restore(checkpoint, meta, items, self._fingerprint)
 
-    def _candidate(self, before: int | None) -> int:
-        steps = steps_in(self._workdir)
-        if before is not None:
-            steps = [s for s in steps if s < before and s % self._train.checkpoint_every == 0]
-        return max(steps, default=-1)
+    def _put_aside(self, step: int, damage: Damaged, log: Log) -> None:
+        """Moves a damaged step to quarantine. With several processes raises Failure: the others may have read it."""
+        if not self._is_alone:
+            from flax_mlm.distributed.processes import lost_within
+
+            time.sleep(lost_within())  # losing a peer fails the reading here, too, and then the run ends first
+        where = self._shelf.quarantine(str(step))
+        log(f"checkpoint {step} skipped, and moved to {where}: {damage}")
+        if not self._is_alone:
+            raise Failure(f"{damage}; it is moved to {where}; start again from the step before") from damage
 
     def _agreed(self, step: int) -> int:
         """What process 0 says, for it is the one that tidies up meanwhile."""

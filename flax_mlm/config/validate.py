@@ -23,7 +23,7 @@ CHOICES = {
     "finetune.pooling": ("cls", "mean", "last"),
     "optimizer.name": ("adamw", "stable_adamw", "schedule_free", "lamb", "muon"),
     "optimizer.schedule": ("linear", "cosine", "wsd", "constant"),
-    "optimizer.spike_action": ("none", "clip", "skip", "rewind"),
+    "optimizer.spike_action": ("none", "clip", "skip"),
     "optimizer.averaging": ("none", "ema", "lawa"),
 }
 _AT_LEAST = {

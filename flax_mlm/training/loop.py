@@ -1,6 +1,5 @@
 """A run between its steps: what it is by now, and what is done with it besides training; train.py tells when."""
 
-import collections
 import contextlib
 import dataclasses
 import time
@@ -74,7 +73,7 @@ class Run:
         self._roster, self._stop, self._log, self._held, self._clock = group, stop, log, held, clock
         self._writers: metrics.Writers | None = None
         self._programs: dict[int, jax.stages.Compiled] = {}
-        self._rewinds, self._evaluated = collections.Counter[int](), set[int]()
+        self._evaluated = set[int]()
         self._tokenizer = mixtures[0].tokenizer()
         self._vocab = masking.vocabulary(self._tokenizer)
         self.steps_of = [make_steps(part.config, mixtures[0].vocab_size, mesh, part) for part in parts]
@@ -151,14 +150,13 @@ class Run:
         )
 
     def enter(self, phase: int) -> None:
-        """Turns to another phase: the next, or when the run has gone back to an earlier one."""
+        """Turns to the next phase."""
         before, after = self._mixtures[self.phase], self._mixtures[phase]
         if after is not before:
             self.place = self.place.turned(before)
-        if phase > self.phase:
-            had = max(corpus.seq_len for corpus in self._mixtures[:phase])
-            trained = self._config.model.max_positions if self._config.init_from else had  # a folder has them all
-            self.state = at_phase(self.state, trained, after.seq_len)
+        had = max(corpus.seq_len for corpus in self._mixtures[:phase])
+        trained = self._config.model.max_positions if self._config.init_from else had  # a folder has them all
+        self.state = at_phase(self.state, trained, after.seq_len)
         self.phase = phase
         self._batches.close()
         self._batches = self._batches_from_here()
@@ -284,38 +282,11 @@ class Run:
                 time.sleep(1)  # it gives up by itself
 
     def asks(self, seen: dict[str, Any]) -> str:
-        """What a step's numbers ask for: "rewind" after a spike, "end" where too many updates in a row were skipped,
-        "stop" after a signal, or nothing."""
-        o = self._config.optimizer
-        if o.spike_action == "rewind" and seen.get("spike", 0) > 0:
-            return "rewind"
-        if seen.get("skipped_in_a_row", 0) >= o.max_skipped_steps:
+        """What a step's numbers ask for: "end" where too many updates in a row were skipped, "stop" after a signal, or
+        nothing."""
+        if seen.get("skipped_in_a_row", 0) >= self._config.optimizer.max_skipped_steps:
             return "end"
         return "stop" if seen.get("stop") else ""
-
-    def rewind(self, seen: dict[str, Any]) -> None:
-        """Takes up the last scheduled checkpoint before a spike, to go on with the rows after it. Raises Failure."""
-        spiked, self.phase = seen["step"], seen["phase"]
-        self._checkpoints.wait()
-        del self.state  # two would be in memory
-        with self._roster.untimed("restoring"):
-            restored = self._checkpoints.restore_latest(self.steps_of[0].abstract, self._log, before=spiked)
-            self._take(restored or self._new_state())
-        self.place = seen["place"]
-        self._rewinds[self.step] += 1
-        if self._rewinds[self.step] > self._config.optimizer.max_skipped_steps:
-            raise Failure(
-                f"the loss spikes again and again after step {self.step}, the last time at {spiked}. {_ADVICE}"
-            )
-        if self._writers:
-            print(
-                f"the loss spiked at step {spiked}: back to step {self.step}, on with row {self.place.row}", flush=True
-            )
-            self._writers.go_back(self.step)
-            self._writers.write(self.step, "rewind", {"from_step": spiked, "rows": self.place.row})
-        if self._clock:
-            self._clock.progress = self.progress
-        self.enter(self._checkpoints.so_far.get("phase", 0) if self.step else 0)
 
     def give_up(self) -> NoReturn:
         """Saves what there is. Raises Failure."""

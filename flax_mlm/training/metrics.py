@@ -154,12 +154,6 @@ class Writers:
             # A bounded queue would hold us up for ever once the thread that empties it has met a full disk.
             self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1, max_queue=0)
 
-    def go_back(self, step: int) -> None:
-        """Drops what was written after the training of `step`, as a restart there would."""
-        self._file.close()
-        self._close_tensorboard()
-        self._open(step)
-
     def flush(self) -> None:
         """Has all that was written so far copied to the bucket, if the workdir is in one; metrics.jsonl before it
         returns. Before a checkpoint, that is: the lines up to it are not written again."""
@@ -171,8 +165,8 @@ class Writers:
             self._mirror.soon()
 
     def write(self, step: int, kind: str, values: dict[str, float], text: str = "") -> None:
-        """Records scalars under `kind`: "train", "validation", "cloze" or "rewind" (see train.py). The text, Markdown,
-        goes to TensorBoard alone."""
+        """Records scalars under `kind`: "train", "validation" or "cloze" (see train.py). The text, Markdown, goes to
+        TensorBoard alone."""
         self._unwritten += (json.dumps({"step": step, "kind": kind, **values}) + "\n").encode()
         try:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]

@@ -93,8 +93,6 @@ def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) ->
         raise _unusable(workdir, e) from e
     for name, value in flatten(config.to_dict()).items():
         may_differ = name in free or f"{name.split('.')[0]}." in free
-        if name == "train.checkpoint_every" and config.optimizer.spike_action == "rewind":
-            may_differ = False  # a rewind goes back to a multiple of it
         if held is not None and held.get(name) != value and not may_differ:
             raise UserError(
                 f"--workdir: '{workdir}' holds a run with {name} = {held.get(name)}, and this one has {value}; "

@@ -221,7 +221,7 @@ def _train_step(
         lr = phase.value("optimizer.learning_rate", share) * optimizer.learning_rate(config.optimizer, begin, end)
         tx = optimizer.make(config.optimizer, dims, weight_decay=phase.value("optimizer.weight_decay", share))
         good = jnp.isfinite(values_2).all()
-        if action in ("skip", "rewind"):
+        if action == "skip":
             good &= ~spike
 
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:

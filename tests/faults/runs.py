@@ -118,7 +118,7 @@ def assert_same_run(workdir: Path, other: Path, step: int) -> None:
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name, strict=True)
-    for kind in ("train", "validation", "rewind"):
+    for kind in ("train", "validation"):
         assert metrics_of(workdir, kind) == metrics_of(other, kind)
     assert (workdir / "result.json").read_text() == (other / "result.json").read_text()
     assert not (workdir / "lease.json").exists()

@@ -240,18 +240,6 @@ def test_when_all_are_damaged_nothing_begins_anew(workdir, outcome):
     outcome("detected", 3, damages=3)
 
 
-@pytest.mark.fault(27)
-def test_a_run_goes_back_to_a_sound_checkpoint_or_not_at_all(workdir, outcome):
-    for step in (10, 20):
-        os.truncate(workdir / "checkpoints" / str(step) / "meta" / "metadata", 100)
-    checkpoints = opened(workdir)
-    with pytest.raises(Failure, match="no checkpoint before step 25 is sound"):
-        checkpoints.restore_latest(abstract(state_at(0)), print, before=25)
-    checkpoints.close()
-    assert checkpoint.steps_in(workdir) == [30], "which is sound, and kept"
-    outcome("detected", damages=2)
-
-
 @pytest.mark.fault(21)
 @pytest.mark.parametrize(
     "error",
@@ -560,19 +548,6 @@ def test_tidying_up_does_not_fall_behind(tmp_path, monkeypatch):
     goes_on.set()
     checkpoints.close()
     assert len(settled) == 2 and settled[-1] == "50" and checkpoint.steps_in(tmp_path) == [40, 50]
-
-
-def test_going_back_before_a_step_drops_what_follows(workdir):
-    checkpoints = opened(workdir, max_to_keep=9)
-    checkpoints.save(37, state_at(37))
-    checkpoints.wait()
-    state = checkpoints.restore_latest(abstract(state_at(0)), print, before=38)
-    same_bits(state, state_at(30))  # not 37, which a preemption left
-    assert checkpoint.steps_in(workdir) == [10, 20, 30]
-    assert int(checkpoints.restore_latest(abstract(state_at(0)), print, before=30).step) == 20
-    assert checkpoints.restore_latest(abstract(state_at(0)), print, before=10) is None
-    assert checkpoint.steps_in(workdir) == [], "the run begins anew, and these are not of it"
-    checkpoints.close()
 
 
 class Saver:
