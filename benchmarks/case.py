@@ -220,7 +220,8 @@ def write(folder: Path) -> None:
     """Adds batches.npz, with the tokens hidden that our step will hide, and hf/ with our initial weights."""
     import jax
 
-    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.distributed.batches import shard_rows
+    from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.hf import architecture as architecture_lib
     from flax_mlm.hf import folder as folder_lib
     from flax_mlm.model.heads import vocab_rows
@@ -233,7 +234,7 @@ def write(folder: Path) -> None:
     row_ids_NB2 = np.zeros((*tokens_NBL.shape[:2], 2), np.uint32)
     row_ids_NB2[..., 1] = np.arange(row_ids_NB2[..., 1].size).reshape(row_ids_NB2.shape[:2])
     slots = objective.max_predictions_per_row(config.objective, config.data.seq_len, config.objective.mask_rate)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         steps, vocab = make_steps(config, ids.vocab_size, mesh), vocabulary(ids)
         o, key = config.objective, run_key(config, "mask")
@@ -241,7 +242,7 @@ def write(folder: Path) -> None:
         targets = jax.jit(lambda rows: objective.targets(o, rows, key, vocab, rates, slots))
         inputs, hidden = np.empty_like(tokens_NBL), np.empty_like(tokens_NBL)
         for n, (tokens, row_ids) in enumerate(zip(tokens_NBL, row_ids_NB2, strict=True)):
-            t = jax.device_get(targets(sharding.split_rows({"tokens": tokens, "row_ids": row_ids}, mesh)))
+            t = jax.device_get(targets(shard_rows({"tokens": tokens, "row_ids": row_ids}, mesh)))
             inputs[n], hidden[n] = t.inputs_BL, labels(t)
         params = jax.device_get(steps.init().params)
     np.savez(folder / "batches.npz", tokens=tokens_NBL, row_ids=row_ids_NB2, inputs=inputs, labels=hidden)

@@ -74,7 +74,8 @@ def write_case(config: Config, folder: Path) -> None:
     import jax
 
     from flax_mlm.data.mixture import Mixture
-    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.distributed.batches import shard_rows
+    from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.hf import tokenizer_json
     from flax_mlm.objectives import language_modelling as objective
     from flax_mlm.objectives import masking
@@ -97,12 +98,12 @@ def write_case(config: Config, folder: Path) -> None:
         masking.max_predictions_per_row(length, config.eval.mask_rate),
         masking.rates(o, config.eval.mask_rate),
     )
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         hide = jax.jit(lambda rows: objective.targets(o, rows, key, vocab, rates, slots))
         for name, tokens in ("blocks", held_out), ("rows", corpus.split("validation").read(numbers)):
             row_ids = np.stack([numbers >> 32, numbers & 0xFFFFFFFF], axis=1).astype(np.uint32)[: len(tokens)]
-            t = jax.device_get(hide(sharding.split_rows({"tokens": tokens, "row_ids": row_ids}, mesh)))
+            t = jax.device_get(hide(shard_rows({"tokens": tokens, "row_ids": row_ids}, mesh)))
             is_real = t.segment_ids_BL > 0 if name == "rows" else np.ones_like(tokens)
             with files.replacing(folder / f"{name}.npz") as new, new.open("wb") as file:
                 np.savez(file, inputs=t.inputs_BL, labels=case.labels(t), real=is_real)

@@ -29,7 +29,8 @@ _JSON = flags.DEFINE_string("json", "", "file for all that was measured")
 def main(config: Config) -> None:
     import jax
 
-    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.distributed.batches import abstract_batch, shard_batch
+    from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.objectives import masking
     from flax_mlm.prepare import open_corpus
     from flax_mlm.training.step import make_steps
@@ -42,13 +43,11 @@ def main(config: Config) -> None:
     padded = case.unpacked(packed, int(tokenizer.cls_id), int(tokenizer.pad_id))
     kinds = {"packed": rng.permutation(packed), "padded": rng.permutation(padded)}
 
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         steps, vocab = make_steps(config, corpus.vocab_size, mesh), masking.vocabulary(tokenizer)
         state: Any = steps.init()
-        program = steps.train.lower(
-            steps.abstract, sharding.abstract_batch(size, corpus.seq_len, mesh), vocab
-        ).compile()
+        program = steps.train.lower(steps.abstract, abstract_batch(size, corpus.seq_len, mesh), vocab).compile()
 
         def turn(rows: np.ndarray, number: int) -> tuple[float, float]:
             """Seconds, and tokens that were no padding."""
@@ -57,7 +56,7 @@ def main(config: Config) -> None:
             for step in range(number * _STEPS.value, (number + 1) * _STEPS.value):
                 at = np.arange(step * size, (step + 1) * size)
                 row_ids = np.stack([np.zeros(size), at], axis=1).astype(np.uint32)
-                batch = sharding.global_batch({"tokens": rows[at % len(rows)], "row_ids": row_ids}, mesh)
+                batch = shard_batch({"tokens": rows[at % len(rows)], "row_ids": row_ids}, mesh)
                 state, values = program(state, batch, vocab)
                 tokens += float(values["tokens"])
             return time.perf_counter() - start, tokens

@@ -27,12 +27,13 @@ def main(config: Config) -> None:
     import numpy as np
 
     from flax_mlm.checkpoint import manager as checkpoint
-    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.distributed.batches import shard_batch
+    from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.objectives import masking
     from flax_mlm.training.step import make_steps
 
     vocab_size, length, size = config.tokenizer.vocab_size, config.data.seq_len, config.train.global_batch_size
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     is_special = np.arange(vocab_size) < 5
     words = jax.numpy.arange(5, vocab_size, dtype=jax.numpy.int32)
     vocab = masking.Vocabulary(jax.numpy.asarray(is_special), jax.numpy.asarray(~is_special), words, 0, 2, 4)
@@ -53,7 +54,7 @@ def main(config: Config) -> None:
             """Seconds for so many steps."""
             start = time.perf_counter()
             for _ in range(count):
-                batch = sharding.global_batch({"tokens": tokens, "row_ids": row_ids}, mesh)
+                batch = shard_batch({"tokens": tokens, "row_ids": row_ids}, mesh)
                 self.state, values = self.steps.train(self.state, batch, vocab)
                 jax.block_until_ready(values)
             return time.perf_counter() - start

@@ -45,7 +45,7 @@ def main(config: Config) -> None:
     from rich.progress import Progress
 
     from flax_mlm.data import tables as labelled
-    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.distributed.mesh import check_batch
     from flax_mlm.finetuning import contrastive
     from flax_mlm.finetuning import loop as finetune
     from flax_mlm.inference import load as trained
@@ -55,7 +55,7 @@ def main(config: Config) -> None:
         if not isinstance(record.get(_TEXT.value), str):
             raise UserError(f"{where} has no {_TEXT.value} (it has {', '.join(map(str, record))})")
     model = trained.restore(_CHECKPOINT.value, config)
-    sharding.check_batch("finetune.batch_size", config.finetune.batch_size, model.mesh)
+    check_batch("finetune.batch_size", config.finetune.batch_size, model.mesh)
     texts = finetune.tokenised(model, [record[_TEXT.value] for _, record in records])
     with Progress(disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("embedding", total=-(-len(texts) // config.finetune.batch_size))

@@ -122,14 +122,14 @@ Answer = tuple[dict[str, Any], list[str]]  # result, and as lines
 
 
 def _mlm(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
-    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.distributed.mesh import check_batch
     from flax_mlm.evaluation import mlm, rtd
     from flax_mlm.prepare import open_corpus
     from flax_mlm.training.step import make_steps
 
     result: dict[str, Any]
     config, rates = model.config, _rates(_MASK_RATES.value)
-    sharding.check_batch("eval.batch_size", config.eval.batch_size, model.mesh)
+    check_batch("eval.batch_size", config.eval.batch_size, model.mesh)
     with group.untimed("opening the corpus"):
         corpus = open_corpus(config)
     if corpus.tokenizer().fingerprint != model.tokenizer.fingerprint:
@@ -242,11 +242,11 @@ def _labelled(source: str) -> Any:
 
 
 def _check_fine_tuning(model: Any, group: Any) -> None:
-    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.distributed.mesh import check_batch
 
     if group.count > 1:
         raise UserError(f"--task={_TASK.value} runs in one process, on all its devices; there are {group.count}")
-    sharding.check_batch("finetune.batch_size", model.config.finetune.batch_size, model.mesh)
+    check_batch("finetune.batch_size", model.config.finetune.batch_size, model.mesh)
 
 
 if __name__ == "__main__":

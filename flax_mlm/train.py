@@ -40,7 +40,7 @@ def train(config: Config, workdir: gcs.AnyPath) -> int:
 
     from flax_mlm.data import mixture
     from flax_mlm.distributed import chips
-    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.distributed.mesh import check_batch, make_mesh
     from flax_mlm.prepare import open_corpora
     from flax_mlm.storage import lease
     from flax_mlm.training import metrics
@@ -51,12 +51,12 @@ def train(config: Config, workdir: gcs.AnyPath) -> int:
         stop.leave = lambda reason: group.leave(PREEMPTED, reason)
         # The devices of all processes, checked before any work is done.
         parts, has_budget = phases.parse_phases(config), config.train.has_budget
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh)
         for t in (part.config.train for part in parts):
-            sharding.check_batch("train.global_batch_size", t.global_batch_size, mesh, t.gradient_accumulation_steps)
-        sharding.check_batch("eval.batch_size", config.eval.batch_size, mesh)
+            check_batch("train.global_batch_size", t.global_batch_size, mesh, t.gradient_accumulation_steps)
+        check_batch("eval.batch_size", config.eval.batch_size, mesh)
         if config.train.reproducible:
-            sharding.check_batch("train.batch_groups", config.train.batch_groups, mesh)
+            check_batch("train.batch_groups", config.train.batch_groups, mesh)
         at_exit.enter_context(jax.set_mesh(mesh))
         at_exit.enter_context(gcs.errors(workdir))
         gcs.check("--workdir", workdir)

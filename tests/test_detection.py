@@ -22,7 +22,8 @@ from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config import phases
 from flax_mlm.config import schema as config_lib
 from flax_mlm.data import corpus as corpus_lib
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_batch
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import rtd
 from flax_mlm.inference.load import restore
@@ -49,7 +50,7 @@ NARROW = (("optimizer.name", "lamb"), ("model.embedding_size", 16))
 def test_pieces_are_drawn_as_often_as_the_generator_says():
     size, draws = 7, 40_000
     scores_V = jnp.array([0.0, 1.0, 2.0, -1.0, 0.5, 30.0, 30.0])  # the last two are no pieces
-    with jax.set_mesh(sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])):
+    with jax.set_mesh(make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])):
         logits_BKV = jnp.broadcast_to(scores_V, (4, draws // 4, size))
         keys_B = jax.random.split(jax.random.key(0), 4)
         drawn = np.asarray(detection.draw(logits_BKV, keys_B, 5))
@@ -85,7 +86,7 @@ def test_only_other_tokens_count_as_replaced():
 def built(name: str):
     """Steps, parameters (none of them 0) and targets, on one device, without dropout."""
     config = make_config((1, 1, 1), (*sharing(name), *STILL))
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         steps = step.make_steps(config, V, mesh)
         noise = np.random.default_rng(0)
@@ -100,7 +101,7 @@ def built(name: str):
             lambda rows: objective.targets(
                 config.objective, rows, step.run_key(config, "mask"), vocabulary(), rates, slots
             )
-        )(sharding.global_batch(host_batch(0), mesh))
+        )(shard_batch(host_batch(0), mesh))
     return config, mesh, steps, params, targets
 
 
@@ -202,7 +203,7 @@ def test_disentangled_embeddings_begin_as_the_generators():
 def test_what_is_drawn_changes_with_the_row_and_not_with_the_masks():
     config, mesh, *_ = built("none")
     with jax.set_mesh(mesh):
-        rows = sharding.global_batch(host_batch(0), mesh)
+        rows = shard_batch(host_batch(0), mesh)
         o, key = config.objective, jax.random.key(0)
         keys = jax.jit(lambda rate: objective.targets(o, rows, key, vocabulary(), masking.rates(o, rate), 8))
         first, second = (keys(rate).sample_keys_B for rate in (0.15, 0.3))

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from flax_mlm.config.schema import MeshConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.model import elementwise
 
 
 @pytest.fixture(autouse=True)
 def mesh():
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1), jax.devices()[:1])):
+    with jax.set_mesh(make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1), jax.devices()[:1])):
         yield
 
 

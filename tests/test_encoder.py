@@ -10,7 +10,8 @@ import pytest
 
 from configs import base, bert_base, bert_large, modernbert_base, modernbert_large
 from flax_mlm.config import schema as config_lib
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_rows
+from flax_mlm.distributed.mesh import make_mesh, param_spec
 from flax_mlm.errors import UserError
 from flax_mlm.model import attention, encoder, heads
 
@@ -42,7 +43,7 @@ SHAPES = pytest.mark.parametrize("shape", [BERT, MODERN], ids=["bert", "modernbe
 
 @pytest.fixture(autouse=True)
 def one_device():
-    mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -174,14 +175,14 @@ def test_kernels_compute_what_plain_attention_does(shape, how, causal, monkeypat
     segments = np.sort(rng.integers(1, 6, (4, 256)), axis=1).astype(np.int32)
     segments[1, 200:] = 0
     positions = (np.arange(256) - np.argmax(segments[:, :, None] == segments[:, None, :], axis=2)).astype(np.int32)
-    mesh, found = sharding.make_mesh(config_lib.MeshConfig(*parts), jax.devices()[: np.prod(parts)]), {}
+    mesh, found = make_mesh(config_lib.MeshConfig(*parts), jax.devices()[: np.prod(parts)]), {}
     with jax.set_mesh(mesh):
-        batch = sharding.split_rows([tokens, segments, positions], mesh)
+        batch = shard_rows([tokens, segments, positions], mesh)
         for name in ("plain", kernel):
             m = heads.language_model(dataclasses.replace(shape, attention=name, vocab_multiple_of=2), V)
             params = jax.jit(
                 lambda m=m: jax.tree.map(
-                    lambda x, dims: jax.reshard(x, sharding.param_spec(dims, x.ndim)), m.init(jax.random.key(0)), m.dims
+                    lambda x, dims: jax.reshard(x, param_spec(dims, x.ndim)), m.init(jax.random.key(0)), m.dims
                 )
             )()
 

@@ -15,7 +15,8 @@ from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config import schema as config_lib
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_batch
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import mlm
 from flax_mlm.inference import load as trained
 from flax_mlm.objectives import masking
@@ -119,7 +120,7 @@ def sums_of_each_row(model: trained.LoadedModel, corpus: Mixture) -> np.ndarray:
     for start in range(0, len(tokens_RL), 8):
         number = np.minimum(np.arange(start, start + 8), len(tokens_RL) - 1)
         row_ids = np.stack([np.zeros(8), number], 1).astype(np.uint32)
-        batch = sharding.global_batch({"tokens": tokens_RL[number], "row_ids": row_ids}, model.mesh)
+        batch = shard_batch({"tokens": tokens_RL[number], "row_ids": row_ids}, model.mesh)
         with jax.set_mesh(model.mesh):
             answers, _ = jax.device_get(model.steps.evaluate(model.params, batch, model.vocab))
             scored = answers.scored
@@ -248,7 +249,7 @@ def test_an_untrained_model_is_no_better_than_the_vocabulary(toy, corpus):
     c.model.update(num_layers=1, hidden_size=32, num_heads=2, intermediate_size=64)
     c.data.seq_len, c.eval.batch_size = 32, 16
     config = config_lib.build(c)
-    mesh, tokenizer = sharding.make_mesh(config.mesh), corpus.tokenizer()
+    mesh, tokenizer = make_mesh(config.mesh), corpus.tokenizer()
     with jax.set_mesh(mesh):
         steps = make_steps(config, corpus.vocab_size, mesh)
         params = steps.init().params

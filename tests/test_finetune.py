@@ -19,7 +19,7 @@ from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config import schema as config_lib
 from flax_mlm.data import conll
 from flax_mlm.data import tables as labelled
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import classification, report, tagging
 from flax_mlm.finetuning import loop as finetune
@@ -203,7 +203,7 @@ def test_pooling(model, pooling):
     found = finetune.predict(model, finetune.make_vectors(model), model.params, texts, quiet)
     tokens, types = finetune.padded(model, texts)
     with jax.set_mesh(model.mesh):
-        arrays = sharding.split_rows([tokens, types], model.mesh)
+        arrays = shard_rows([tokens, types], model.mesh)
         states_BLD = np.asarray(jax.jit(lambda a, b: finetune.encode(model, model.params, a, b))(*arrays))
     for states_LD, vector, row in zip(states_BLD, found, texts.tokens, strict=True):
         n = len(row)

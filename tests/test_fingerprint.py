@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_mlm.checkpoint import fingerprint
 from flax_mlm.config.schema import MeshConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import make_mesh
 
 DTYPES = ("float32", "bfloat16", "int32", "uint8", "bool")
 of = jax.jit(fingerprint.fingerprint_tree)
@@ -25,7 +25,7 @@ def test_the_same_on_every_mesh(dtype):
     x = some(dtype, (16, 8, 3))
     expected = np.asarray(of({"x": x})["x"])
     for shape, spec in (((8, 1, 1), ("data",)), ((2, 4, 1), ("fsdp", "data")), ((1, 2, 4), ("fsdp", "tensor"))):
-        mesh = sharding.make_mesh(MeshConfig(*shape))
+        mesh = make_mesh(MeshConfig(*shape))
         with jax.set_mesh(mesh):
             split = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
             np.testing.assert_array_equal(of({"x": split})["x"], expected)

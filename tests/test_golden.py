@@ -23,7 +23,7 @@ from configs import (
     small,
 )
 from flax_mlm.config import schema as config_lib
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import make_mesh, param_spec
 from flax_mlm.model import electra, heads
 
 FOLDER = Path(__file__).parent / "golden"
@@ -53,13 +53,13 @@ def test_parameter_tree(request, module):
         _, model = electra.networks(config, vocab_size)
     else:
         model = heads.language_model(config.model, vocab_size)
-    mesh = sharding.make_mesh(config_lib.MeshConfig(2, 2, 2))
+    mesh = make_mesh(config_lib.MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(model.init, jax.random.key(0))
 
     def line(path, x, dims: str) -> str:
         name = "/".join(k.key for k in path)
-        return f"{name:55} {x.dtype} {x.shape!s:25} {sharding.param_spec(dims, x.ndim)}"
+        return f"{name:55} {x.dtype} {x.shape!s:25} {param_spec(dims, x.ndim)}"
 
     lines = jax.tree.leaves(jax.tree_util.tree_map_with_path(line, shapes, model.dims))
     compare(request, f"{module.__name__.split('.')[-1]}.params.txt", "\n".join(lines) + "\n")

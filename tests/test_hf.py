@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from configs import base
 from flax_mlm.config import schema as config_lib
 from flax_mlm.data import tokenizer as tokenizer_lib
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.hf import architecture as architecture_lib
 from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
@@ -75,7 +75,7 @@ def opened(path: Path, **changes):
     folder.adopt(c, set())
     config = config_lib.build(c)
     tokenizer = tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extra_tokens_file)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     return config, make_steps(config, tokenizer.vocab_size, mesh), tokenizer, mesh
 
 

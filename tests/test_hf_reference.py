@@ -20,7 +20,8 @@ from flax_mlm.config import schema as config_lib
 from flax_mlm.data import sources
 from flax_mlm.data import tables as labelled
 from flax_mlm.data import tokenizer as tokenizer_lib
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_batch, shard_rows
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import retrieval
 from flax_mlm.finetuning import contrastive
 from flax_mlm.finetuning import loop as finetune
@@ -50,7 +51,7 @@ def model_of(path: Path, **changes) -> LoadedModel:
     config, _, tokenizer, _ = opened(path, **changes)
     exact = dataclasses.replace(config.model, dropout_rate=0.0, attention_dropout_rate=0.0, scan_layers=True)
     config = dataclasses.replace(config, model=exact)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         steps = make_steps(config, tokenizer.vocab_size, mesh)
         params = start.state(config, steps, tokenizer, print).params
@@ -97,7 +98,7 @@ def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, t
     exact["scan_layers"] = True  # compiled once for all
     model = dataclasses.replace(config.model, **exact, **fields)
     config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, seq_len=128))
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     net = heads.language_model(model, vocabulary.vocab_size)
     params = net.init(jax.random.key(0))
     encode, score = jax.jit(net.encode), jax.jit(net.apply)
@@ -136,7 +137,7 @@ def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, t
         for begin in range(0, len(layout), 8):
             part = slice(begin, begin + 8)
             with jax.set_mesh(mesh):
-                batch = sharding.split_rows([tokens[part], segments[part], positions[part]], mesh)
+                batch = shard_rows([tokens[part], segments[part], positions[part]], mesh)
                 everywhere = np.broadcast_to(np.arange(length, dtype=np.int32), tokens[part].shape)
                 hidden = np.asarray(encode(params, *batch))
                 scores = np.asarray(score(params, *batch, predict_BK=jnp.asarray(everywhere)))
@@ -175,7 +176,7 @@ def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_
     c.model.update(num_layers=2, hidden_size=32, num_heads=2, intermediate_size=48, max_positions=64)
     c.model.update(embedding_size=embedding_size, dropout_rate=0.0, attention_dropout_rate=0.0)
     config = config_lib.build(c)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         steps = make_steps(config, vocabulary.vocab_size, mesh)
         noise = np.random.default_rng(0)
@@ -320,7 +321,7 @@ def test_continued_training_has_the_losses_of_torch():
         train=dataclasses.replace(config.train, steps=20, global_batch_size=8),
     )
     o = config.optimizer
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     vocab = masking.vocabulary(tokenizer)
     ids = [x[:62] for x in tokenizer.encode(sentences(600)) if len(x) > 8][: 20 * 8]
     tokens = np.full((20, 8, 64), tokenizer.pad_id, np.int32)
@@ -340,7 +341,7 @@ def test_continued_training_has_the_losses_of_torch():
         slots = objective.max_predictions_per_row(config.objective, 64, config.objective.mask_rate)
         for step in range(20):
             row_ids = np.stack([np.zeros(8), np.arange(8) + 8 * step], axis=1).astype(np.uint32)
-            batch = sharding.global_batch({"tokens": tokens[step], "row_ids": row_ids}, mesh)
+            batch = shard_batch({"tokens": tokens[step], "row_ids": row_ids}, mesh)
             rates = masking.rates(config.objective, 0.15)
             targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
             state, metrics = steps.train(state, batch, vocab)

@@ -10,7 +10,8 @@ import pytest
 
 from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config import schema as config_lib
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_rows
+from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import cloze, minimal_pairs
 from flax_mlm.inference import likelihood
@@ -35,11 +36,11 @@ def causal(causal_run) -> trained.LoadedModel:
 
 def log_probability(model: trained.LoadedModel, tokens: list[int], place: int, label: int) -> float:
     """Of one piece at one place of one row, asked alone."""
-    rows = np.full((sharding.num_batch_shards(model.mesh), 32), model.tokenizer.pad_id, np.int32)
+    rows = np.full((num_batch_shards(model.mesh), 32), model.tokenizer.pad_id, np.int32)
     rows[0, : len(tokens)] = tokens
     with jax.set_mesh(model.mesh):
         places = np.full((len(rows), 1), place, np.int32)
-        rows, places = sharding.split_rows([rows, places], model.mesh)
+        rows, places = shard_rows([rows, places], model.mesh)
         return float(model.steps.score(model.params, rows, places, model.vocab)[0, 0, label])
 
 

@@ -16,7 +16,8 @@ from scipy import stats
 from configs import base
 from flax_mlm.config import schema as config_lib
 from flax_mlm.config.schema import MeshConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_batch
+from flax_mlm.distributed.mesh import BATCH, make_mesh
 from flax_mlm.objectives import language_modelling as objective_lib
 from flax_mlm.objectives import masking
 
@@ -239,15 +240,15 @@ def test_masks_on_an_explicit_mesh_equal_those_of_one_device(strategy):
 
     def everything(devices: int) -> objective_lib.Targets:
         """As the train step does it, the rows split over the mesh."""
-        mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=min(devices, 2), tensor=1), jax.devices()[:devices])
+        mesh = make_mesh(MeshConfig(data=-1, fsdp=min(devices, 2), tensor=1), jax.devices()[:devices])
         with jax.set_mesh(mesh):
-            rows = sharding.global_batch({"tokens": tokens, "row_ids": ids}, mesh)
+            rows = shard_batch({"tokens": tokens, "row_ids": ids}, mesh)
             of = jax.jit(lambda rows: objective_lib.targets(o, rows, KEY, vocab, masking.rates(o, 0.15), slots))
             return of(rows)
 
     one, many = everything(1), everything(8)
     for expected, found in zip(*map(jax.tree.leaves, (one, many)), strict=True):
-        assert found.sharding.spec[0] == sharding.BATCH
+        assert found.sharding.spec[0] == BATCH
         np.testing.assert_array_equal(expected, found)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base
 from flax_mlm.config import schema as config_lib
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.model import heads
 from flax_mlm.optim import optimizer
 
@@ -25,7 +25,7 @@ SHAPE = dataclasses.replace(CONFIG.model, num_layers=3, hidden_size=16, num_head
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
 

@@ -20,7 +20,8 @@ from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config import phases
 from flax_mlm.config import schema as config_lib
 from flax_mlm.data.stream import DataCursor, Stream
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_batch
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.optim import optimizer
 from flax_mlm.training import step
@@ -217,11 +218,11 @@ def test_what_moves_moves_in_the_step():
     text = "0%: objective.mask_rate->0.3; 50%: optimizer.learning_rate=0.02->0.01, optimizer.weight_decay=0.5->0.0"
     changes = (("train.phases", text), ("optimizer.warmup_fraction", 0.0), ("optimizer.schedule", "constant"))
     config = make_config((1, 1, 1), changes)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     parts, history = phases.parse_phases(config), []
     with jax.set_mesh(mesh):
         steps = [step.make_steps(part.config, V, mesh, part) for part in parts]
-        state, rows = steps[0].init(), sharding.global_batch(host_batch(0), mesh)
+        state, rows = steps[0].init(), shard_batch(host_batch(0), mesh)
         for i in range(10):
             number = phases.number(parts, i, 0.0)
             before = jax.device_get(state)
@@ -251,12 +252,12 @@ def test_replacements_move_too():
 
 def test_the_clock_of_a_batch_moves_a_run_with_a_budget():
     config = make_config((1, 1, 1), (("train.budget_minutes", 1.0), ("optimizer.schedule", "linear")))
-    mesh, history = sharding.make_mesh(config.mesh, jax.devices()[:1]), []
+    mesh, history = make_mesh(config.mesh, jax.devices()[:1]), []
     with jax.set_mesh(mesh):
         steps = step.make_steps(config, V, mesh)
         state = steps.init()
         for progress in (0.1, 0.6, 0.5, 1.0):  # never back
-            rows = sharding.global_batch(host_batch(0), mesh, progress=progress)
+            rows = shard_batch(host_batch(0), mesh, progress=progress)
             state, values = steps.train(state, rows, vocabulary())
             history.append((float(values["progress"]), float(values["learning_rate"])))
     assert [p for p, _ in history] == pytest.approx([0.1, 0.6, 0.6, 1.0])
@@ -267,10 +268,10 @@ def test_the_clock_of_a_batch_moves_a_run_with_a_budget():
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 1)])
 def test_longer_rows_begin_with_the_positions_there_are(mesh):
     config = make_config(mesh, (("optimizer.averaging", "ema"), ("model.max_positions", 64)))
-    devices = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh))])
+    devices = make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh))])
     with jax.set_mesh(devices):
         steps = step.make_steps(config, V, devices)
-        state, _ = steps.train(steps.init(), sharding.global_batch(host_batch(0), devices), vocabulary())
+        state, _ = steps.train(steps.init(), shard_batch(host_batch(0), devices), vocabulary())
         before = jax.device_get(state)
         after = jax.device_get(step.at_phase(state, 16, 40))
     assert before.running.steps == 1 and after.running.steps == 0, "what is a spike is learned anew"

@@ -159,16 +159,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
-from flax_mlm import sharding
+from flax_mlm.distributed.batches import local_rows, shard_replicated_rows, shard_rows
+from flax_mlm.distributed.mesh import AXES, replicate
 
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 rows = np.arange(24).reshape(12, 2)
 for order, shape in (([0, 2, 3, 1], (2, 2, 1)), ([3, 0, 1, 2], (4, 1, 1)), ([0, 2, 3, 1], (2, 1, 2))):
-    mesh = Mesh(np.array(jax.devices())[order].reshape(shape), sharding.AXES, (AxisType.Explicit,) * 3)
+    mesh = Mesh(np.array(jax.devices())[order].reshape(shape), AXES, (AxisType.Explicit,) * 3)
     with jax.set_mesh(mesh):
-        own = sharding.split_rows(rows[sharding.own_rows(mesh, 12)], mesh)
-        for found in (own, sharding.shard_replicated_rows(rows, mesh)):
-            np.testing.assert_array_equal(jax.jit(sharding.replicate)(found), rows)
+        own = shard_rows(rows[local_rows(mesh, 12)], mesh)
+        for found in (own, shard_replicated_rows(rows, mesh)):
+            np.testing.assert_array_equal(jax.jit(replicate)(found), rows)
 """
 
 

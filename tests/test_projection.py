@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flax_mlm.config.schema import MeshConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import batch_spec, make_mesh
 from flax_mlm.model.projection import project
 
 SIZES = dict(zip("BLKDEFHdV", (2, 6, 3, 8, 4, 12, 2, 4, 10), strict=True))
@@ -25,9 +25,9 @@ def test_gradients_are_those_of_einsum(equation, dtype):
         return (multiply(x, kernel) * direction.astype(jnp.float32)).sum()
 
     def ours(x, kernel):
-        return project(equation, x, kernel, sharding.batch_spec(*[None] * (len(of_y) - 1)), jnp.float32)
+        return project(equation, x, kernel, batch_spec(*[None] * (len(of_y) - 1)), jnp.float32)
 
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+    with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
         found = jax.grad(loss, argnums=(0, 1))(x, kernel, ours)
     exact = jax.grad(loss, argnums=(0, 1))(
         *(a.astype(jnp.float32) for a in (x, kernel)), lambda *a: jnp.einsum(equation, *a)

@@ -18,7 +18,7 @@ import scipy.stats
 from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config import schema as config_lib
 from flax_mlm.data import tables as labelled
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import retrieval
 from flax_mlm.finetuning import contrastive
@@ -80,7 +80,7 @@ def test_the_loss_is_that_of_its_formula_on_any_mesh(trained_run, model, dimensi
         tokens_RL, types_RL = finetune.padded(one, texts.take(np.maximum(ids_BG, 0).ravel().tolist()))
         shape = *ids_BG.shape, tokens_RL.shape[1]
         with jax.set_mesh(one.mesh):
-            batch = sharding.split_rows([tokens_RL.reshape(shape), types_RL.reshape(shape), ids_BG], one.mesh)
+            batch = shard_rows([tokens_RL.reshape(shape), types_RL.reshape(shape), ids_BG], one.mesh)
             loss = jax.jit(contrastive.make_loss(one))
             found.append(float(loss(one.params, *batch, jax.random.key(0))))
     vectors = finetune.make_vectors(one)

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from configs import base
 from flax_mlm.config import phases
 from flax_mlm.config import schema as config_lib
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import abstract_batch, shard_batch
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.objectives import language_modelling as objective
 from flax_mlm.objectives import masking
 from flax_mlm.optim import optimizer, spikes
@@ -59,7 +60,7 @@ def host_batch(i: int) -> dict[str, np.ndarray]:
 def built(mesh_shape: tuple[int, int, int], overrides: tuple = ()):
     """The config, the mesh, and what is jitted for them: compiled once for tests that follow each other."""
     config = make_config(mesh_shape, overrides)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh_shape))])
+    mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh_shape))])
     with jax.set_mesh(mesh):
         return config, mesh, step.make_steps(config, V, mesh, phases.parse_phases(config)[0])
 
@@ -72,7 +73,7 @@ def train(mesh_shape: tuple[int, int, int], overrides: tuple = (), num_steps: in
         state, history = steps.init(), []
         for i in range(num_steps):
             with jax.transfer_guard_device_to_host("disallow"):
-                state, metrics = steps.train(state, sharding.global_batch(host_batch(i), mesh), vocabulary())
+                state, metrics = steps.train(state, shard_batch(host_batch(i), mesh), vocabulary())
             jax.block_until_ready(state)
             history.append({k: float(v) for k, v in metrics.items()})
         return history, state
@@ -83,7 +84,7 @@ def answers(*training):
     """The evaluation of what `train` ends with."""
     _, mesh, steps = built(*training[:2])
     with jax.set_mesh(mesh):
-        batch = sharding.global_batch(host_batch(0), mesh)
+        batch = shard_batch(host_batch(0), mesh)
         return jax.device_get(steps.evaluate(train(*training)[1].weights, batch, vocabulary())[0])
 
 
@@ -151,10 +152,10 @@ def test_of_scores_in_parts_one_part_is_there_at_a_time():
     used = []
     for chunks in (1, 8):
         config = make_config((1, 1, 1), (*CLM, ("train.logits_chunks", chunks)))
-        mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
         with jax.set_mesh(mesh):
             steps = step.make_steps(config, 8000, mesh)
-            batch = sharding.abstract_batch(B, L, mesh)
+            batch = abstract_batch(B, L, mesh)
             compiled = steps.train.lower(steps.abstract, batch, vocabulary(8000)).compile()
         used.append(compiled.memory_analysis().temp_size_in_bytes)
     assert used[1] < 0.4 * used[0]
@@ -190,10 +191,10 @@ def test_a_reproducible_model_is_evaluated_on_any_number_of_devices():
     config = make_config((8, 1, 1), (("train.reproducible", True), ("train.batch_groups", 2)))
     found = []
     for devices in (2, 8):
-        mesh = sharding.make_mesh(config_lib.MeshConfig(-1, 1, 1), jax.devices()[:devices])
+        mesh = make_mesh(config_lib.MeshConfig(-1, 1, 1), jax.devices()[:devices])
         with jax.set_mesh(mesh):
             steps = step.make_steps(config, V, mesh)
-            batch = sharding.global_batch(host_batch(0), mesh)
+            batch = shard_batch(host_batch(0), mesh)
             found.append(jax.device_get(steps.evaluate(steps.init().params, batch, vocabulary())[0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
 
@@ -201,7 +202,7 @@ def test_a_reproducible_model_is_evaluated_on_any_number_of_devices():
 def test_any_process_can_stop_all():
     _, mesh, steps = built((8, 1, 1))
     with jax.set_mesh(mesh):
-        batch = sharding.global_batch(host_batch(0), mesh)
+        batch = shard_batch(host_batch(0), mesh)
         for wish in (False, True):
             batch["stop"] = jax.device_put(np.arange(B) // 2 == (5 if wish else -1), batch["stop"].sharding)
             assert steps.evaluate(steps.init().params, batch, vocabulary())[1] == wish
@@ -214,7 +215,7 @@ def z_loss_as_defined() -> dict[str, float]:
     config, mesh, steps = built((1, 1, 1))
     with jax.set_mesh(mesh):
         slots = objective.max_predictions_per_row(config.objective, L, 0.15)
-        batch, key = sharding.global_batch(host_batch(0), mesh), step.run_key(config, "mask")
+        batch, key = shard_batch(host_batch(0), mesh), step.run_key(config, "mask")
         t = objective.targets(config.objective, batch, key, vocabulary(), masking.rates(config.objective, 0.15), slots)
 
         def loss(params):
@@ -249,13 +250,13 @@ def test_a_spike_is_left_alone_cut_or_left_out(action):
     """Statistics are given that make every gradient a spike."""
     averaging = (("optimizer.averaging", "ema"),) if action == "skip" else ()
     config = make_config((1, 1, 1), (("optimizer.spike_action", action), ("optimizer.max_grad_norm", 0.0), *averaging))
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         steps = step.make_steps(config, V, mesh)
         start = steps.init()
         old = jax.device_get(start.params)
         before = spikes.Running(jnp.int32(100), jnp.array([4.6, 0.01]), jnp.array([1.0, 1e-6]))
-        batch = sharding.global_batch(host_batch(0), mesh)
+        batch = shard_batch(host_batch(0), mesh)
         state, metrics = steps.train(start._replace(running=before), batch, vocabulary())
         _, calm = steps.train(steps.init(), batch, vocabulary())
     assert metrics["spike"] and not calm["spike"] and metrics["grad_norm"] == calm["grad_norm"]
@@ -283,10 +284,10 @@ def has_mu(x) -> bool:
 
 def test_the_gradient_is_cut_as_a_whole():
     config = make_config((1, 1, 1), (("optimizer.max_grad_norm", 0.05),))
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         steps = step.make_steps(config, V, mesh)
-        state, metrics = steps.train(steps.init(), sharding.global_batch(host_batch(0), mesh), vocabulary())
+        state, metrics = steps.train(steps.init(), shard_batch(host_batch(0), mesh), vocabulary())
     assert metrics["grad_norm"] > 0.1, "what is logged is not cut"
     assert norm_of_moment(state) == pytest.approx(0.1 * 0.05, rel=1e-3)
 
@@ -317,10 +318,10 @@ def test_every_leaf_is_split_as_its_dimensions_say():
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_gathered_layers_are_not_kept_for_the_backward_pass(remat):
     config = make_config((2, 4, 1), (("model.remat", remat),))
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         steps = step.make_steps(config, V, mesh)
-        rows = sharding.abstract_batch(B, L, mesh)["tokens"]
+        rows = abstract_batch(B, L, mesh)["tokens"]
 
         def loss(params, tokens):
             return steps.model.apply(params, tokens, tokens, tokens, predict_BK=tokens).sum()
@@ -352,13 +353,13 @@ def test_the_mask_rate_moves_over_the_run():
 @pytest.mark.parametrize("crosses", [False, True])
 def test_documents_of_a_row_see_each_other_only_where_asked(crosses):
     config = make_config((1, 1, 1), (("objective.name", "clm"), ("objective.attend_across_documents", crosses)))
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     batch, other = host_batch(0), host_batch(0)
     other["tokens"][:, 1:15] = host_batch(1)["tokens"][:, 1:15]  # another first document, of the same length
     with jax.set_mesh(mesh):
         steps = step.make_steps(config, V, mesh)
         params = steps.init().params
-        a, b = (steps.evaluate(params, sharding.global_batch(rows, mesh), vocabulary())[0] for rows in (batch, other))
+        a, b = (steps.evaluate(params, shard_batch(rows, mesh), vocabulary())[0] for rows in (batch, other))
     second = slice(16, L - 4)  # what is predicted in the second document, which is the same
     assert (a.labels_BK[:-1, second] == b.labels_BK[:-1, second]).all() and a.weights_BK[:-1, second].all()
     same = a.scored.loss_BK[:-1, second] == b.scored.loss_BK[:-1, second]
@@ -373,7 +374,7 @@ def test_a_batch_with_nothing_to_predict_gives_no_nan():
     with jax.set_mesh(mesh):
         state = steps.init()
         before = jax.device_get(state.params)
-        state, metrics = steps.train(state, sharding.global_batch(batch, mesh), vocabulary())
+        state, metrics = steps.train(state, shard_batch(batch, mesh), vocabulary())
         assert float(metrics["loss"]) == 0.0
         assert int(metrics["skipped"]) == 0
         jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
@@ -384,7 +385,7 @@ def test_the_step_is_compiled_once():
     with jax.set_mesh(mesh):
         state = steps.init()
         for i in range(3):
-            state, _ = steps.train(state, sharding.global_batch(host_batch(i), mesh), vocabulary())
+            state, _ = steps.train(state, shard_batch(host_batch(i), mesh), vocabulary())
             jax.block_until_ready(state)
         assert steps.train._cache_size() == 1
         same = jax.tree.map(lambda a, x: a.sharding.spec == x.sharding.spec, steps.abstract, state)
@@ -395,6 +396,6 @@ def test_the_step_is_compiled_once():
 def test_nothing_is_gathered_or_scattered_where_parameters_are_whole(shape):
     _, mesh, steps = built(shape)
     with jax.set_mesh(mesh):
-        lowered = steps.train.lower(steps.abstract, sharding.abstract_batch(B, L, mesh), vocabulary())
+        lowered = steps.train.lower(steps.abstract, abstract_batch(B, L, mesh), vocabulary())
         text = lowered.compile().as_text()
     assert "reduce-scatter" not in text and "all-gather" not in text

@@ -14,7 +14,8 @@ import pytest
 
 from configs import bert_base, bert_large, modernbert_base, modernbert_large
 from flax_mlm.config import schema as config_lib
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_rows
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.hf import architecture, bert, folder
 from flax_mlm.model import electra, heads
 from flax_mlm.objectives import language_modelling as objective
@@ -60,7 +61,7 @@ laid_out = pytest.mark.parametrize("layout", LAYOUTS)
 
 @pytest.fixture(autouse=True)
 def one_device():
-    mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -138,7 +139,7 @@ def theirs(net, batch, parts, with_types: bool):
 def arguments(batch, mesh, with_types: bool):
     """The same batch for our model, with scores wanted at every position."""
     everywhere = np.broadcast_to(np.arange(L, dtype=np.int32), batch[0].shape)
-    *args, types, predict = sharding.split_rows([*batch, everywhere], mesh)
+    *args, types, predict = shard_rows([*batch, everywhere], mesh)
     return args, predict, {"token_types_BL": types} if with_types else {}
 
 
@@ -224,7 +225,7 @@ def test_electra(embedding_sharing, one_device):
     vocab = masking.Vocabulary(jnp.asarray(special), jnp.asarray(~special), ordinary, PAD, CLS, 3)
     tokens = noise.integers(4, V, (3, L)).astype(np.int32)
     tokens[:, 0], tokens[:, -1], tokens[1, 17:] = CLS, 2, PAD
-    batch = sharding.split_rows({"tokens": tokens, "row_ids": np.eye(3, 2, dtype=np.uint32)}, one_device)
+    batch = shard_rows({"tokens": tokens, "row_ids": np.eye(3, 2, dtype=np.uint32)}, one_device)
     rates, slots = masking.rates(c.objective, 0.3), objective.max_predictions_per_row(c.objective, L, 0.3)
     t = objective.targets(c.objective, batch, jax.random.key(0), vocab, rates, slots)
 

@@ -16,7 +16,8 @@ import numpy as np  # noqa: E402
 
 from benchmarks import case  # noqa: E402
 from benchmarks.workers.serving import serve  # noqa: E402
-from flax_mlm.distributed import mesh as sharding  # noqa: E402
+from flax_mlm.distributed.batches import abstract_batch, shard_batch  # noqa: E402
+from flax_mlm.distributed.mesh import make_mesh  # noqa: E402
 from flax_mlm.training.step import make_steps  # noqa: E402
 
 
@@ -25,11 +26,11 @@ def build(spec: dict[str, Any]) -> Callable[[], Any]:
     folder = Path(spec["folder"])
     config, ids = case.read(folder)
     config = replace(config, model=replace(config.model, scan_layers=spec["scan_layers"]))
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     jax.set_mesh(mesh)
     steps, vocab = make_steps(config, ids.vocab_size, mesh), case.vocabulary(ids)
     state = steps.init()
-    rows = sharding.abstract_batch(config.train.global_batch_size, config.data.seq_len, mesh)
+    rows = abstract_batch(config.train.global_batch_size, config.data.seq_len, mesh)
     program = steps.train.lower(steps.abstract, rows, vocab).compile()
     arrays = np.load(folder / "batches.npz")
     batches = itertools.cycle(zip(arrays["tokens"], arrays["row_ids"], strict=True))
@@ -37,7 +38,7 @@ def build(spec: dict[str, Any]) -> Callable[[], Any]:
     def step() -> Any:
         nonlocal state
         tokens, row_ids = next(batches)
-        batch = sharding.global_batch({"tokens": tokens, "row_ids": row_ids}, mesh)
+        batch = shard_batch({"tokens": tokens, "row_ids": row_ids}, mesh)
         state, values = program(state, batch, vocab)
 
         def loss() -> float:

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from flax_mlm.data.mixture import Mixture
 from flax_mlm.data.pipeline import eval_batches
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.inference.load import LoadedModel
 from flax_mlm.training.step import EvalOutput
@@ -66,7 +66,7 @@ def measure(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool]) -> 
         np.add.at(position_L4, found.positions_BK[used], sums_BK4[used])
     if jax.process_count() > 1:  # each has seen its own rows, or with `tensor` also those of others: all equally often
         counts_V = np.asarray(multihost_utils.process_allgather(counts_V)).sum(0)
-        own = len(sharding.own_rows(trained.mesh, trained.config.eval.batch_size))
+        own = len(local_rows(trained.mesh, trained.config.eval.batch_size))
         counts_V //= jax.process_count() * own // trained.config.eval.batch_size
     counts_V = np.where(is_special_V, 0, counts_V)
     numbers = corpus.held_out(trained.config.eval.max_rows)
@@ -81,9 +81,9 @@ def answers(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool]) -> 
         corpus.split("validation"),
         np.concatenate(corpus.held_out(config.eval.max_rows)),
         batch_size=config.eval.batch_size,
-        slots=sharding.own_rows(trained.mesh, config.eval.batch_size),
+        slots=local_rows(trained.mesh, config.eval.batch_size),
     ):
-        global_batch = sharding.global_batch(batch, trained.mesh, stop=poll())
+        global_batch = shard_batch(batch, trained.mesh, stop=poll())
         found, stop = jax.device_get(trained.steps.evaluate(trained.params, global_batch, trained.vocab))
         if stop:
             raise Stopped

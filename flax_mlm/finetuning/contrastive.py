@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import merge_rows, shard_rows, unmerge_rows
+from flax_mlm.distributed.mesh import replicate, reshard_like
 from flax_mlm.errors import UserError
 from flax_mlm.finetuning import loop as finetune
 from flax_mlm.finetuning.loop import Params, Poll
@@ -79,7 +80,7 @@ def _make_loss_score(
         losses = []
         for i, batch in enumerate(held_out(np.random.default_rng(0))):
             poll()
-            arrays = sharding.split_rows(list(batch), trained.mesh)
+            arrays = shard_rows(list(batch), trained.mesh)
             losses.append(float(just_loss(params, *arrays, jax.random.fold_in(jax.random.key(0), i))))
         return -float(np.mean(losses))
 
@@ -118,18 +119,18 @@ def make_loss(trained: LoadedModel) -> Callable[..., jax.Array]:
 
     def loss(params: Params, tokens_BGL: jax.Array, types_BGL: jax.Array, ids_BG: jax.Array, key: jax.Array) -> Any:
         groups, size = ids_BG.shape
-        tokens_RL, types_RL = sharding.merge_rows((tokens_BGL, types_BGL))
+        tokens_RL, types_RL = merge_rows((tokens_BGL, types_BGL))
         keys_R = finetune.row_keys(key, tokens_RL[:, 0])
         states_RLD = finetune.encode(trained, params, tokens_RL, types_RL, keys_R)
-        vectors_BGD = sharding.unmerge_rows(finetune.pooled(trained, states_RLD, tokens_RL), size)
+        vectors_BGD = unmerge_rows(finetune.pooled(trained, states_RLD, tokens_RL), size)
         queries_BD = vectors_BGD[:, 0]
-        candidates_CD = sharding.replicate(vectors_BGD[:, 1:]).reshape(groups * (size - 1), -1)
-        ids_C = sharding.replicate(ids_BG[:, 1:]).reshape(-1)
+        candidates_CD = replicate(vectors_BGD[:, 1:]).reshape(groups * (size - 1), -1)
+        ids_C = replicate(ids_BG[:, 1:]).reshape(-1)
         place_C = jnp.arange(len(ids_C), dtype=jnp.int32)
-        own_B = sharding.like(jnp.arange(groups, dtype=jnp.int32) * (size - 1), ids_BG[:, 0])
+        own_B = reshard_like(jnp.arange(groups, dtype=jnp.int32) * (size - 1), ids_BG[:, 0])
         is_own_BC = place_C == own_B[:, None]
         same_BC = (ids_C == ids_BG[:, :1]) | (ids_C == ids_BG[:, 1:2]) | (ids_C == _NONE)
-        query_C = jnp.repeat(sharding.replicate(ids_BG[:, 0]), size - 1)
+        query_C = jnp.repeat(replicate(ids_BG[:, 0]), size - 1)
         same_BC |= (place_C % (size - 1) == 0) & (query_C == ids_BG[:, :1])
         total = jnp.float32(0.0)
         for width in sizes:

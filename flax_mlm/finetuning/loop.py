@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 from flax_mlm.config.schema import FinetuneConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_rows
+from flax_mlm.distributed.mesh import replicate, reshard_like
 from flax_mlm.errors import UserError
 from flax_mlm.inference.load import LoadedModel
 from flax_mlm.optim import optimizer
@@ -89,7 +90,7 @@ def encode(
     """
     causal, has_types = trained.config.objective.name == "clm", trained.config.model.type_vocab_size > 1
     segments_BL = (tokens_BL != trained.tokenizer.pad_id).astype(jnp.int32)
-    positions_BL = sharding.like(jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1), tokens_BL)
+    positions_BL = reshard_like(jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1), tokens_BL)
     states = trained.steps.model.encode(
         {**trained.params, "encoder": params["encoder"]},
         tokens_BL,
@@ -113,7 +114,7 @@ def make_vectors(trained: LoadedModel) -> Vectors:
 
 def row_keys(key: jax.Array, like_B: jax.Array) -> jax.Array:
     """A key for each row, laid out as another array of the rows."""
-    return sharding.like(jax.random.split(key, like_B.shape[0]), like_B)
+    return reshard_like(jax.random.split(key, like_B.shape[0]), like_B)
 
 
 def make_trainer(
@@ -140,7 +141,7 @@ def make_trainer(
     ) -> tuple[Params, Any, jax.Array]:
         value, grads = jax.value_and_grad(loss)(params, *batch, key)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-            updates, state = tx.update(sharding.like(grads, params), state, params)
+            updates, state = tx.update(reshard_like(grads, params), state, params)
         return jax.tree.map(lambda p, u: p - lr * u, params, updates), state, value
 
     return Trainer(jax.jit(init), jax.jit(train, donate_argnums=1))
@@ -214,7 +215,7 @@ def fit(
             for batch in epoch(np.random.default_rng([seed, number])):
                 poll()
                 rate = learning_rate * min((step + 1) / warmup, (total - step) / max(total - warmup, 1), 1.0)
-                arrays = sharding.split_rows(list(batch), trained.mesh)
+                arrays = shard_rows(list(batch), trained.mesh)
                 params, state, loss = trainer.train(
                     params, state, arrays, jax.random.fold_in(key, step), jnp.float32(rate)
                 )
@@ -270,8 +271,8 @@ def predict(
             poll()
             numbers = order[begin : begin + size]
             filled = numbers + [numbers[-1]] * (size - len(numbers))
-            tokens, types = sharding.split_rows(list(padded(trained, texts.take(filled))), trained.mesh)
-            rows = np.asarray(sharding.replicate(function(params, tokens, types)))
+            tokens, types = shard_rows(list(padded(trained, texts.take(filled))), trained.mesh)
+            rows = np.asarray(replicate(function(params, tokens, types)))
             for i, row in zip(numbers, rows, strict=False):
                 found[i] = row
     return found

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_replicated_rows
+from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
 from flax_mlm.inference.load import LoadedModel
 
@@ -67,7 +68,7 @@ def _hidden_in_turn(number: int, tokens: list[int], starts: np.ndarray, mask: in
 
 def scores(trained: LoadedModel, rows: Sequence[Row], poll: Callable[[], Any]) -> np.ndarray:
     """The sum of each row's log-probabilities, float64 (len(rows),). `poll` is called before every batch."""
-    result, parts = np.zeros(len(rows)), sharding.num_batch_shards(trained.mesh)
+    result, parts = np.zeros(len(rows)), num_batch_shards(trained.mesh)
     kinds: dict[tuple[int, int], list[int]] = {}  # rows by padded length and number of slots
     for i, row in enumerate(rows):
         length = trained.padded_length(len(row.tokens))
@@ -84,7 +85,7 @@ def scores(trained: LoadedModel, rows: Sequence[Row], poll: Callable[[], Any]) -
                 tokens_BL[b, : len(row.tokens)] = row.tokens
                 places_BK[b, :count], labels_BK[b, :count], used_BK[b, :count] = row.places, row.labels, 1.0
             with jax.set_mesh(trained.mesh):
-                tokens, places, labels = sharding.shard_replicated_rows([tokens_BL, places_BK, labels_BK], trained.mesh)
+                tokens, places, labels = shard_replicated_rows([tokens_BL, places_BK, labels_BK], trained.mesh)
                 found_BK = trained.steps.score_labels(trained.params, tokens, places, labels, trained.vocab)
             result[batch] = (np.asarray(found_BK, np.float64) * used_BK).sum(1)[: len(batch)]
     return result

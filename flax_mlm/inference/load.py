@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer import Tokenizer, load
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.hf import folder as folder_lib
 from flax_mlm.hf import weights as start
@@ -61,7 +61,7 @@ def restore(path: str, config: Config) -> LoadedModel:
     Raises:
       UserError: there is none, or none that is sound and fits the config.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     if folder_lib.is_one(path):
         tokenizer = load(config.tokenizer.path, config.tokenizer.extra_tokens_file)
         with jax.set_mesh(mesh):

@@ -38,19 +38,20 @@ class MaskFiller:
         import jax
         import numpy as np
 
-        from flax_mlm.distributed import mesh as sharding
+        from flax_mlm.distributed.batches import shard_replicated_rows
+        from flax_mlm.distributed.mesh import num_batch_shards
 
         t = self._trained
         ahead = int(t.config.objective.name == "clm")  # a causal model stands before what it predicts
         places = [self.masks(row) for row in rows]
-        parts = sharding.num_batch_shards(t.mesh)
+        parts = num_batch_shards(t.mesh)
         shape = -(-len(rows) // parts) * parts, t.padded_length(max(map(len, rows)))
         tokens_BL = np.full(shape, t.tokenizer.pad_id, np.int32)
         predict_BK = np.zeros((len(tokens_BL), max(map(len, places))), np.int32)
         for b, row in enumerate(rows):
             tokens_BL[b, : len(row)] = row
             predict_BK[b, : len(places[b])] = np.array(places[b], np.int32) - ahead
-        tokens, predict = sharding.shard_replicated_rows([tokens_BL, predict_BK], t.mesh)
+        tokens, predict = shard_replicated_rows([tokens_BL, predict_BK], t.mesh)
         with jax.set_mesh(t.mesh):
             logits_BKV = np.array(t.steps.score(t.params, tokens, predict, t.vocab))[..., : t.tokenizer.vocab_size]
         logits_BKV[..., t.tokenizer.is_special] = -np.inf

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from flax_mlm.data import sources
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_rows
+from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
 from flax_mlm.hf import tokenizer_json
 from flax_mlm.inference.load import LoadedModel
@@ -128,13 +129,13 @@ def outputs(model: LoadedModel) -> Callable[[np.ndarray, np.ndarray], tuple[np.n
     def run(tokens_BL: np.ndarray, real_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, length = tokens_BL.shape
         more = (
-            (0, -rows % sharding.num_batch_shards(model.mesh)),
+            (0, -rows % num_batch_shards(model.mesh)),
             (0, -length % 64),
         )  # few shapes, since each is compiled
         places_BL = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BL.shape)
         arrays = [np.pad(x, more) for x in (tokens_BL, real_BL.astype(np.int32), places_BL, places_BL)]
         with jax.set_mesh(model.mesh):
-            hidden, scores = forward(model.params, *sharding.split_rows(arrays, model.mesh))
+            hidden, scores = forward(model.params, *shard_rows(arrays, model.mesh))
         return np.asarray(hidden)[:rows, :length], np.asarray(scores)[:rows, :length]
 
     return run

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mlm.config.schema import Config, MeshConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import batch_spec, make_mesh, per_row_and_head
 from flax_mlm.errors import UserError
 from flax_mlm.model.elementwise import max_last_axis
 
@@ -52,18 +52,18 @@ def _cudnn_works(width: int) -> bool:
     the GPU, and on which cuDNN is installed. Says why not."""
 
     def gradients(implementation: Callable[..., Attend]) -> jax.Array:
-        segment_ids_BL = jax.reshard(jnp.broadcast_to(jnp.arange(128) // 48, (2, 128)), sharding.batch_spec(None))
+        segment_ids_BL = jax.reshard(jnp.broadcast_to(jnp.arange(128) // 48, (2, 128)), batch_spec(None))
         qkv = jax.random.normal(jax.random.key(0), (3, 2, 128, 2, width), jnp.bfloat16)
         attend = implementation(segment_ids_BL, False, [None])
 
         def loss(qkv: jax.Array) -> jax.Array:
-            q, k, v = (jax.reshard(x_BLHd, sharding.batch_spec(None, "H", None)) for x_BLHd in qkv)
+            q, k, v = (jax.reshard(x_BLHd, batch_spec(None, "H", None)) for x_BLHd in qkv)
             return jnp.square(attend(jnp.int32(0), q, k, v, None).astype(jnp.float32)).mean()
 
         return jax.jit(jax.grad(loss))(qkv)
 
     try:
-        with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])):
+        with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])):
             expected, found = gradients(plain), gradients(cudnn)
         error = jnp.abs(found - expected).max() / jnp.abs(expected).max()
         if error <= 0.05:
@@ -234,7 +234,7 @@ def cudnn(
         kind: jax.Array, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: DropProbabilities
     ) -> jax.Array:
         local = functools.partial(_by_kind, masked)
-        return sharding.per_row_and_head(local, (q_BLHd, k_BLHd, v_BLHd), masks, kind)
+        return per_row_and_head(local, (q_BLHd, k_BLHd, v_BLHd), masks, kind)
 
     return attend
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_mlm.config.schema import Config, ModelConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.fsdp import gather_fsdp
+from flax_mlm.distributed.mesh import reshard_like
 from flax_mlm.model.elementwise import add_bias, gelu
 from flax_mlm.model.encoder import Encoder, Linear
 from flax_mlm.model.heads import Model, functions, language_model, vocab_rows
@@ -53,7 +54,7 @@ class Discriminator(nnx.Module):
     def scores(self, x_BLD: jax.Array) -> jax.Array:
         """Scores (B, L)."""
         with jax.named_scope("head"):
-            head = sharding.gather_fsdp(nnx.state(self.head), x_BLD.dtype)
+            head = gather_fsdp(nnx.state(self.head), x_BLD.dtype)
             return nnx.merge(nnx.graphdef(self.head), head)(x_BLD)
 
 
@@ -104,7 +105,7 @@ def untied(params: Any, sharing: str) -> Any:
     if sharing == "gradient_disentangled":
 
         def add(base: jax.Array, change: jax.Array) -> jax.Array:
-            return sharding.like(jax.lax.stop_gradient(base), change) + change
+            return reshard_like(jax.lax.stop_gradient(base), change) + change
 
         return _with_tables(params, jax.tree.map(add, _tables(generator), _tables(params)))
     return params

@@ -20,7 +20,8 @@ import numpy as np
 from flax import nnx
 
 from flax_mlm.config.schema import ModelConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.fsdp import gather_fsdp, save_all_but_gathered, splits_parameters
+from flax_mlm.distributed.mesh import batch_spec, replicate
 from flax_mlm.model import attention
 from flax_mlm.model.elementwise import add_bias, geglu, gelu, layer_norm
 from flax_mlm.model.projection import SAVED, project
@@ -48,13 +49,13 @@ class Linear(nnx.Module):
 
     def __call__(self, equation: str, x: jax.Array, out_dims: str) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
-        y = project(equation, x, kernel, sharding.batch_spec(*out_dims))
+        y = project(equation, x, kernel, batch_spec(*out_dims))
         return add_bias(y, self.bias[...].astype(x.dtype)) if hasattr(self, "bias") else y
 
     def each(self, equation: str, x: jax.Array, out_dims: str) -> list[jax.Array]:
         """By each of the kernels in one of (D, 2 or 3, ...). As one matmul they cost 1 to 4% more, on a CPU and on an
         H200: its result has to be cut, and the gradient of that put together."""
-        spec, fused = sharding.batch_spec(*out_dims), self.kernel[...].astype(x.dtype)
+        spec, fused = batch_spec(*out_dims), self.kernel[...].astype(x.dtype)
         kernels = [jnp.squeeze(kernel, 1) for kernel in jax.lax.split(fused, [1] * fused.shape[1], axis=1)]
         ys = [project(equation, x, kernel, spec) for kernel in kernels]
         if hasattr(self, "bias"):
@@ -135,12 +136,12 @@ class Embeddings(nnx.Module):
         self.norm = LayerNorm(c, width)
 
     def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, token_types_BL: jax.Array | None) -> jax.Array:
-        rows = sharding.batch_spec(None, None)
-        x_BLD = sharding.gather_fsdp(self.token[...]).at[tokens_BL].get(out_sharding=rows)
+        rows = batch_spec(None, None)
+        x_BLD = gather_fsdp(self.token[...]).at[tokens_BL].get(out_sharding=rows)
         if self.config.position_embedding == "learned":
-            x_BLD += sharding.gather_fsdp(self.position[...]).at[positions_BL].get(out_sharding=rows)
+            x_BLD += gather_fsdp(self.position[...]).at[positions_BL].get(out_sharding=rows)
         if self.config.type_vocab_size:
-            table_TD = sharding.replicate(self.token_type[...])
+            table_TD = replicate(self.token_type[...])
             x_BLD += table_TD[0] if token_types_BL is None else table_TD.at[token_types_BL].get(out_sharding=rows)
         return self.norm(x_BLD).astype(self.config.dtype)
 
@@ -193,7 +194,7 @@ class Encoder(nnx.Module):
             x_BLD = self.embeddings(tokens_BL, positions_BL, token_types_BL)
             x_BLD = dropout(x_BLD, dropout_keys_B, c.dropout_rate, site=3)
             if c.embedding_size:
-                projection = nnx.merge(nnx.graphdef(self.projection), sharding.gather_fsdp(nnx.state(self.projection)))
+                projection = nnx.merge(nnx.graphdef(self.projection), gather_fsdp(nnx.state(self.projection)))
                 x_BLD = projection("BLE,ED->BLD", x_BLD, "LD")
         # Per kind of layer, stacked: [0] global, [1] local. A layer picks its own inside the scan.
         kinds: list[tuple[int | None, float]] = [(None, c.rope_theta_global)]
@@ -216,7 +217,7 @@ class Encoder(nnx.Module):
         def layer_step(x_BLD: jax.Array, scanned: Any) -> tuple[jax.Array, None]:
             index, layer_params, norm_params = scanned
             layer_params = jax.tree.map(lambda p: p[0], layers) if c.share_layers else layer_params
-            layer_params = sharding.gather_fsdp(layer_params, c.dtype)
+            layer_params = gather_fsdp(layer_params, c.dtype)
             is_local = (index % c.global_attn_every_n_layers > 0).astype(jnp.int32)
             keys_B = None
             if dropout_keys_B is not None:
@@ -240,8 +241,8 @@ class Encoder(nnx.Module):
             return layer(x_BLD, attention_norm, attend, tables, drop), None
 
         dots = jax.checkpoint_policies.save_only_these_names(attention.SAVED, SAVED)
-        policy = {"none": sharding.save_all_but_gathered, "dots": dots, "full": None}[c.remat]
-        if c.remat != "none" or sharding.splits_parameters():
+        policy = {"none": save_all_but_gathered, "dots": dots, "full": None}[c.remat]
+        if c.remat != "none" or splits_parameters():
             # Unrolled, the compiler would see twice the same computation and do it once.
             layer_step = jax.checkpoint(layer_step, policy=policy, prevent_cse=not c.scan_layers)
         indices = np.arange(c.num_layers, dtype=np.int32)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_mlm.config.schema import ModelConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.fsdp import gather_fsdp
+from flax_mlm.distributed.mesh import batch_spec
 from flax_mlm.model.elementwise import add_bias, gelu
 from flax_mlm.model.encoder import Encoder, LayerNorm, Linear
 from flax_mlm.model.projection import project
@@ -26,7 +27,7 @@ class VocabularyHead(nnx.Module):
     def __call__(self, x_BKD: jax.Array, embedding_VE: jax.Array) -> jax.Array:
         """Scores (B, K, V), float32."""
         x_BKE = self.norm(gelu(self.dense("BKD,DE->BKE", x_BKD, "KE")))
-        embedding_VE, spec = embedding_VE.astype(x_BKE.dtype), sharding.batch_spec("K", "V")
+        embedding_VE, spec = embedding_VE.astype(x_BKE.dtype), batch_spec("K", "V")
         logits_BKV = project("BKE,VE->BKV", x_BKE, embedding_VE, spec, jnp.float32)
         return add_bias(logits_BKV, self.decoder_bias[...])
 
@@ -41,9 +42,9 @@ class LanguageModel(nnx.Module):
     def scores(self, x_BLD: jax.Array) -> Callable[[jax.Array], jax.Array]:
         """What gives the scores (B, K, V) at positions `predict_BK`; only these reach the vocabulary matmul."""
         with jax.named_scope("head"):
-            head = sharding.gather_fsdp(nnx.state(self.head), x_BLD.dtype)
+            head = gather_fsdp(nnx.state(self.head), x_BLD.dtype)
             head = nnx.merge(nnx.graphdef(self.head), head)
-            embedding_VE = sharding.gather_fsdp(self.encoder.embeddings.token[...], x_BLD.dtype)
+            embedding_VE = gather_fsdp(self.encoder.embeddings.token[...], x_BLD.dtype)
 
         @jax.named_scope("head")
         def at(predict_BK: jax.Array) -> jax.Array:

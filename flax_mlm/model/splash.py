@@ -10,7 +10,7 @@ import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import per_row_and_head
 from flax_mlm.model.attention import SAVED, Attend, DropProbabilities
 
 _BLOCKS = (512, 256, 128)  # the largest that divides L
@@ -52,6 +52,6 @@ def splash(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None
             y = jax.lax.switch(kind, branches, q, k, v, segments)
             return y.swapaxes(1, 2)
 
-        return sharding.per_row_and_head(local, (q_BLHd, k_BLHd, v_BLHd), segment_ids_BL, kind)
+        return per_row_and_head(local, (q_BLHd, k_BLHd, v_BLHd), segment_ids_BL, kind)
 
     return attend

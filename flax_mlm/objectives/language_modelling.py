@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mlm.config.schema import ObjectiveConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import per_row
 from flax_mlm.model.elementwise import max_last_axis
 from flax_mlm.model.heads import Model
 from flax_mlm.objectives import masking
@@ -98,7 +98,7 @@ def targets(
         return Targets(tokens_BL, *context, predict_BK, tokens_BL[:, 1:], same_BK.astype(jnp.float32))
 
     rates = masking.Rates(*(jnp.asarray(x, jnp.float32) for x in rates))
-    return sharding.per_row(of_rows, rows, key, vocab, rates)
+    return per_row(of_rows, rows, key, vocab, rates)
 
 
 def language_modelling(model: Model, config: ObjectiveConfig, chunks: int = 1) -> Loss:

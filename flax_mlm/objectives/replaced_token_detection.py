@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mlm.config.schema import ObjectiveConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import reshard_like
 from flax_mlm.model.heads import Model
 from flax_mlm.objectives.language_modelling import Loss, Targets, TokenLosses, at_least_1, score
 
@@ -81,7 +81,7 @@ def draw(logits_BKV: jax.Array, keys_B: Any, vocab_size: int) -> jax.Array:
     """
     noise_BKV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BKV.shape[1:]))(keys_B)
     logits_BKV = jax.lax.stop_gradient(logits_BKV)
-    logits_BKV += sharding.like(noise_BKV, logits_BKV)
+    logits_BKV += reshard_like(noise_BKV, logits_BKV)
     is_piece_V = jax.lax.broadcasted_iota(jnp.int32, logits_BKV.shape, 2) < vocab_size
     return jnp.where(is_piece_V, logits_BKV, -jnp.inf).argmax(-1).astype(jnp.int32)
 

@@ -10,7 +10,7 @@ import optax.contrib
 from optax.contrib._muon import scale_by_shape  # not exported, though `optax.contrib.muon` is made of it
 
 from flax_mlm.config.schema import OptimizerConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import with_auto_axes
 
 # Every parameter by the last part of its name: whether it decays.
 _DECAYS = {
@@ -101,7 +101,7 @@ def _muon(dims: Any) -> optax.GradientTransformation:
     )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return sharding.without_axes(chain.update, like=(updates, state))(updates, state)
+        return with_auto_axes(chain.update, like=(updates, state))(updates, state)
 
     return optax.GradientTransformation(chain.init, update)
 

@@ -156,7 +156,8 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from flax_mlm.distributed import chips
-    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.distributed.batches import abstract_batch
+    from flax_mlm.distributed.mesh import check_batch, make_mesh
     from flax_mlm.model import attention
     from flax_mlm.model.heads import vocab_rows
     from flax_mlm.planning import hlo
@@ -168,16 +169,16 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="plain"))
         phase = phase._replace(config=config)
     devices = _devices(target)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch(
+    mesh = make_mesh(config.mesh, devices)
+    check_batch(
         "train.global_batch_size", config.train.global_batch_size, mesh, config.train.gradient_accumulation_steps
     )
     if config.train.reproducible:
-        sharding.check_batch("train.batch_groups", config.train.batch_groups, mesh)
+        check_batch("train.batch_groups", config.train.batch_groups, mesh)
     with jax.set_mesh(mesh):
         steps = make_steps(config, vocab_size, mesh, phase)
         t = config.train
-        rows = sharding.abstract_batch(t.global_batch_size, config.data.seq_len, mesh, phase.num_steps is None)
+        rows = abstract_batch(t.global_batch_size, config.data.seq_len, mesh, phase.num_steps is None)
         vocab = _abstract_vocabulary(vocab_size, mesh)
         kernel = attention.implementation(
             attention.choose(config, devices[0].platform),
@@ -272,7 +273,8 @@ def _kept(phase: phases.Phase, steps: Any, mesh: Any, vocab: Any) -> int:
     """Bytes that one device keeps from the forward pass of a (micro)batch for the backward pass."""
     import jax
 
-    from flax_mlm.distributed import mesh as sharding
+    from flax_mlm.distributed.batches import abstract_batch
+    from flax_mlm.distributed.mesh import bind_to_mesh, num_batch_shards
     from flax_mlm.objectives import language_modelling as objective
     from flax_mlm.training.step import inputs, rates_at
 
@@ -285,14 +287,14 @@ def _kept(phase: phases.Phase, steps: Any, mesh: Any, vocab: Any) -> int:
         _, backward = jax.vjp(lambda p: steps.loss.total(steps.loss.predict(p, targets, keys_B), counts)[0], params)
         return backward
 
-    pieces = config.train.batch_groups // sharding.num_batch_shards(mesh) if config.train.reproducible else 1
+    pieces = config.train.batch_groups // num_batch_shards(mesh) if config.train.reproducible else 1
     rows = config.train.global_batch_size // (config.train.gradient_accumulation_steps * pieces)
-    batch = sharding.abstract_batch(rows, config.data.seq_len, mesh)
+    batch = abstract_batch(rows, config.data.seq_len, mesh)
     jaxpr = jax.make_jaxpr(forward)(steps.abstract.params, batch, vocab).jaxpr
     given = {id(v) for v in jaxpr.invars}
     kept = {id(v): v.aval for v in jaxpr.outvars if id(v) not in given and hasattr(v.aval, "sharding")}
     arrays = [x for x in kept.values() if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)]
-    return _on_one(sharding.concrete(arrays, mesh))
+    return _on_one(bind_to_mesh(arrays, mesh))
 
 
 def _links(group: list[Any], target: Target) -> float:

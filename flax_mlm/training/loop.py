@@ -16,7 +16,7 @@ from flax_mlm.data import mixture
 from flax_mlm.data.pipeline import train_batches
 from flax_mlm.data.stream import DataCursor
 from flax_mlm.distributed import chips
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import abstract_batch, local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stop, Stopped
 from flax_mlm.distributed.processes import ProcessGroup
 from flax_mlm.errors import Failure
@@ -123,7 +123,7 @@ class Run:
             with self._roster.untimed("compiling"):
                 size = self._parts[phase].config.train.global_batch_size
                 seq_len, has_budget = self._mixtures[phase].seq_len, self._config.train.has_budget
-                rows = sharding.abstract_batch(size, seq_len, self._mesh, has_budget)
+                rows = abstract_batch(size, seq_len, self._mesh, has_budget)
                 lowered = self.steps_of[phase].train.lower(self.steps_of[0].abstract, rows, self._vocab)
                 self._programs[phase] = lowered.compile()
         return self._programs[phase]
@@ -145,7 +145,7 @@ class Run:
             seed=self._config.seed,
             global_batch_size=size,
             first_row=self.place.row,
-            slots=sharding.own_rows(self._mesh, size),
+            slots=local_rows(self._mesh, size),
             stream=self.place.stream(corpus),
         )
 
@@ -169,7 +169,7 @@ class Run:
         share = None
         if self._config.train.has_budget:
             share = self._clock.next_progress() if self._clock else 0.0
-        return sharding.global_batch(rows, self._mesh, self._stop.requested, share)
+        return shard_batch(rows, self._mesh, self._stop.requested, share)
 
     def update(self, batch: dict[str, jax.Array]) -> Callable[[], dict[str, Any]]:
         """One step. Returns a function that waits for it, and tells of it (see `_read`)."""

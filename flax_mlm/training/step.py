@@ -13,7 +13,9 @@ from flax_mlm.checkpoint import fingerprint
 from flax_mlm.config import phases
 from flax_mlm.config.phases import Phase
 from flax_mlm.config.schema import Config
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import split_microbatches
+from flax_mlm.distributed.deterministic import map_groups, sum_groups
+from flax_mlm.distributed.mesh import bind_to_mesh, num_batch_shards, param_spec, per_row, replicate, reshard_like
 from flax_mlm.errors import UserError
 from flax_mlm.model import attention, electra, encoder, flops
 from flax_mlm.model.heads import Model, language_model, vocab_rows
@@ -103,13 +105,13 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
 
     def init(params: Any = None) -> TrainState:
         params = params or model.init(run_key(config, "init"))
-        params = jax.tree.map(lambda x, d: jax.reshard(x, sharding.param_spec(d, x.ndim)), params, model.dims)
+        params = jax.tree.map(lambda x, d: jax.reshard(x, param_spec(d, x.ndim)), params, model.dims)
         average = jax.tree.map(jnp.copy, params) if config.optimizer.averages != "none" else None
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, jnp.float32(0.0), params, tx.init(params), zero, zero, spikes.start(), average)
 
     with jax.set_mesh(mesh):
-        abstract = sharding.concrete(jax.eval_shape(init), mesh)
+        abstract = bind_to_mesh(jax.eval_shape(init), mesh)
     return Steps(
         model,
         flops=config.train.global_batch_size * per_row,
@@ -172,7 +174,7 @@ def _train_step(
         """Where it must be the same bit for bit, whole on every device, since even elementwise code may round
         differently at another shape; and with barriers, lest the compiler move the cut into shards before the
         arithmetic."""
-        return barrier(sharding.replicate(tree)) if config.train.reproducible else tree
+        return barrier(replicate(tree)) if config.train.reproducible else tree
 
     def gradients(at: Any, counts: Any, parts: Any) -> tuple[dict[str, jax.Array], Any]:
         """The means over the global batch, of which `counts` are the numbers, and the gradient of the loss at some
@@ -183,19 +185,14 @@ def _train_step(
 
         gradient = jax.value_and_grad(part_loss, has_aux=True)
         if config.train.reproducible:
-            (_, means), grads = sharding.by_groups(
-                lambda shared, part: gradient(*shared, part),
-                config.train.batch_groups,
-                (at, counts),
-                parts,
-                add=True,
-            )
+            groups = config.train.batch_groups
+            (_, means), grads = sum_groups(lambda shared, part: gradient(*shared, part), groups, (at, counts), parts)
         elif accumulate == 1:
             (_, means), grads = gradient(at, counts, parts)
         else:
             values, _ = jax.eval_shape(gradient, at, counts, parts)
             zeros = jax.tree.map(jnp.zeros_like, (jax.tree.map(lambda _: counts[0], values), at))
-            parts = jax.tree.map(lambda x: sharding.split_microbatches(x, accumulate), parts)
+            parts = jax.tree.map(lambda x: split_microbatches(x, accumulate), parts)
 
             def add(total: Any, part: Any) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, gradient(at, counts, part)), None
@@ -210,7 +207,7 @@ def _train_step(
         """The state after the step, and what became of the gradient."""
         grad_norm = optimizer.global_norm(grads)
         old, average = whole(((state.params, state.opt_state), state.average))
-        grads = sharding.like(grads, old[0])
+        grads = reshard_like(grads, old[0])
         values_2 = jnp.stack([loss, grad_norm])
         spike = (spikes.z_scores(state.running, values_2) > spike_threshold).any()
         largest, counted_2 = jnp.float32(config.optimizer.max_grad_norm or jnp.inf), values_2
@@ -238,7 +235,7 @@ def _train_step(
         new = barrier(new)
         average = averaging.updated(config.optimizer, config.train.steps, state.step, average, new[0])
         held = (state.params, state.opt_state), state.average
-        (params, opt_state), average = sharding.like(barrier((new, average)), held)
+        (params, opt_state), average = reshard_like(barrier((new, average)), held)
         bad = 1 - good.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
@@ -294,22 +291,15 @@ def _eval_step(config: Config, loss: objective.Loss) -> Callable[..., tuple[Eval
         o, key = config.objective, run_key(config, "eval")
         targets = objective.targets(o, batch, key, vocab, masking.rates(o, config.eval.mask_rate), slots)
         # Where it cannot be the same bit for bit, on more devices than there are groups, it is the same up to rounding.
-        parts = sharding.num_batch_shards(jax.sharding.get_abstract_mesh())
+        parts = num_batch_shards(jax.sharding.get_abstract_mesh())
         if config.train.reproducible and config.train.batch_groups % parts == 0:
-            scored = sharding.by_groups(
-                lambda params, part: loss.predict(params, part, None),
-                config.train.batch_groups,
-                params,
-                targets,
-                add=False,
-            )
+            groups = config.train.batch_groups
+            scored = map_groups(lambda params, part: loss.predict(params, part, None), groups, params, targets)
         else:
             scored = loss.predict(params, targets, None)
-        positions_BK = sharding.per_row(
-            lambda t: jnp.take_along_axis(t.positions_BL, t.predict_BK, axis=1) + ahead, targets
-        )
+        positions_BK = per_row(lambda t: jnp.take_along_axis(t.positions_BL, t.predict_BK, axis=1) + ahead, targets)
         answers = EvalOutput(scored, targets.weights_BK, targets.labels_BK, positions_BK)
-        return sharding.replicate(answers), batch["stop"].any()
+        return replicate(answers), batch["stop"].any()
 
     return eval_step
 
@@ -328,7 +318,7 @@ def _scores(config: Config, model: Model) -> Callable[..., jax.Array]:
                 "this encoder was trained with objective rtd: it says which tokens were replaced, and not which word "
                 "belongs where; that takes mlm or clm"
             )
-        segments_BL, positions_BL = sharding.per_row(
+        segments_BL, positions_BL = per_row(
             lambda tokens, vocab: (s := masking.segment_ids(tokens, vocab), masking.positions(s)), tokens_BL, vocab
         )
         return model.apply(params, tokens_BL, segments_BL, positions_BL, predict_BK=predict_BK, causal=causal)
@@ -341,7 +331,7 @@ def _score(config: Config, model: Model) -> Callable[..., jax.Array]:
 
     def score(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: masking.Vocabulary) -> jax.Array:
         """Log-probabilities (B, K, V) of every piece at chosen positions."""
-        return sharding.replicate(jax.nn.log_softmax(scores(params, tokens_BL, predict_BK, vocab), axis=-1))
+        return replicate(jax.nn.log_softmax(scores(params, tokens_BL, predict_BK, vocab), axis=-1))
 
     return score
 
@@ -353,6 +343,6 @@ def _score_labels(config: Config, model: Model) -> Callable[..., jax.Array]:
         params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, labels_BK: jax.Array, vocab: masking.Vocabulary
     ) -> jax.Array:
         """Log-probabilities (B, K) of one piece each at chosen positions."""
-        return sharding.replicate(objective.log_probabilities(scores(params, tokens_BL, predict_BK, vocab), labels_BK))
+        return replicate(objective.log_probabilities(scores(params, tokens_BL, predict_BK, vocab), labels_BK))
 
     return score_labels

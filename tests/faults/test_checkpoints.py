@@ -22,7 +22,7 @@ from flax_mlm.checkpoint import fingerprint
 from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config import schema as config_lib
 from flax_mlm.config.schema import MeshConfig
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files
 
@@ -44,7 +44,7 @@ of = jax.jit(fingerprint.fingerprint_tree)
 
 def state_at(step: int, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> State:
     """What a step holds follows from its number; it is split over the mesh."""
-    mesh = sharding.make_mesh(MeshConfig(*mesh_shape), jax.devices()[: int(np.prod(mesh_shape))])
+    mesh = make_mesh(MeshConfig(*mesh_shape), jax.devices()[: int(np.prod(mesh_shape))])
     w = np.random.default_rng(step).normal(size=(8, 24)).astype(np.float32)
     split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("fsdp", None), PartitionSpec()))
     tree = {"w": w, "b": w[0]}
@@ -299,7 +299,7 @@ def test_restored_on_another_mesh(saved, tmp_path, outcome, mesh):
 @pytest.mark.parametrize("mesh", [(3, 1, 1), (16, 1, 1), (-1, 3, 1)], ids=str)
 def test_a_mesh_that_does_not_fit_the_devices(outcome, mesh):
     with pytest.raises(UserError, match=r"mesh.data × mesh.fsdp × mesh.tensor is .* but there are 8 devices"):
-        sharding.make_mesh(MeshConfig(*mesh))
+        make_mesh(MeshConfig(*mesh))
     outcome("detected")
 
 

@@ -20,7 +20,7 @@ from flax_mlm.config.schema import MeshConfig
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.data import pipeline
 from flax_mlm.data.corpus import Corpus
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.mesh import check_batch, make_mesh
 from flax_mlm.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -199,9 +199,9 @@ def test_any_number_of_hosts_gets_the_same_batches(toy, outcome, start):
 @pytest.mark.fault(43)
 @pytest.mark.parametrize("parts", [3, 5, 6])
 def test_a_batch_that_devices_cannot_share(outcome, parts):
-    mesh = sharding.make_mesh(MeshConfig(parts, 1, 1), jax.devices()[:parts])
+    mesh = make_mesh(MeshConfig(parts, 1, 1), jax.devices()[:parts])
     with pytest.raises(UserError, match=f"train.global_batch_size is 16; it must be divisible by {parts}"):
-        sharding.check_batch("train.global_batch_size", 16, mesh)
+        check_batch("train.global_batch_size", 16, mesh)
     outcome("detected")
 
 

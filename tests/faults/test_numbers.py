@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from test_step import V, host_batch, make_config, vocabulary
 
-from flax_mlm.distributed import mesh as sharding
+from flax_mlm.distributed.batches import shard_batch
+from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.training import step
 
 
@@ -13,7 +14,7 @@ from flax_mlm.training import step
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_a_non_finite_step_changes_nothing_and_is_counted(outcome, value):
     config = make_config((1, 1, 1))
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
 
     def with_kernel(state: step.TrainState, value: float) -> step.TrainState:
         """The state with one weight of the MLPs replaced."""
@@ -27,13 +28,13 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(outcome, value):
 
     with jax.set_mesh(mesh):
         steps = step.make_steps(config, V, mesh)
-        state, _ = steps.train(steps.init(), sharding.global_batch(host_batch(0), mesh), vocabulary())
+        state, _ = steps.train(steps.init(), shard_batch(host_batch(0), mesh), vocabulary())
         state = with_kernel(state, value)
         before = jax.device_get((state.params, state.opt_state))
-        state, metrics = steps.train(state, sharding.global_batch(host_batch(1), mesh), vocabulary())
+        state, metrics = steps.train(state, shard_batch(host_batch(1), mesh), vocabulary())
         assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"]), int(state.step)) == (1, 1, 2)
         jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.opt_state)))
         state = with_kernel(state, 0.0)
-        state, metrics = steps.train(state, sharding.global_batch(host_batch(2), mesh), vocabulary())
+        state, metrics = steps.train(state, shard_batch(host_batch(2), mesh), vocabulary())
         assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"]), int(state.step)) == (1, 0, 3)
     outcome("recovered")
