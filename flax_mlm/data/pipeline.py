@@ -49,7 +49,7 @@ def train_batches(
       global_batch_size: B, rows over all hosts.
       start_step, stop_step: Which batches.
       first_row: Of the stream, where batch 0 begins.
-      slots: int64 (n,), numbers below B of the rows of each batch that this host feeds (`distributed.batches.local_rows`); None:
+      slots: int64 (n,), numbers below B of the rows of each batch that this host feeds (`batches.local_rows`); None:
         all.
       stream: How the corpora take turns; None: there is one.
 
