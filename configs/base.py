@@ -50,8 +50,7 @@ def get_config() -> ConfigDict:
     c.model.embedding_size = 0  # E, width of the embeddings, projected to hidden_size (ALBERT); 0: hidden_size itself
     c.model.share_layers = False  # all layers use the weights of one (ALBERT)
     c.model.global_attn_every_n_layers = 1  # every n-th layer sees the whole segment, the others a window; 1: all do
-    # plain | splash (TPU) | cudnn (GPU) | interpreted (splash, slow) | auto: kernels where there is no dropout of
-    # probabilities, on TPUs from L 512 on, on GPUs from 128
+    # xla | splash (TPU) | cudnn (GPU) | auto: a kernel if no attention dropout, on TPUs from L 512 on, on GPUs from 128
     c.model.attention = "auto"
     c.model.sliding_window = 128  # tokens a windowed layer sees, half on each side
     c.model.rope_theta_global = 10_000.0

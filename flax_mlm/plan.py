@@ -211,7 +211,7 @@ def movement(found: CompiledStep) -> Iterator[str]:
         total = sums.setdefault(key, [0, 0.0, 0.0])
         for i, value in enumerate((one["times"], one["times"] * one["bytes"], one["sent"])):
             total[i] += value
-    beside = ", besides those of the attention kernel" if found.attention != "plain" else ""
+    beside = ", besides those of the attention kernel" if found.attention != "xla" else ""
     yield f"matmuls     {found.matmul_ratio:.2f} × the FLOPs of the model, as compiled{beside}"
     yield f"operations  {found.fusions:,} fusions and {found.copies:,} copies by each device in a step"
     yield f"traffic     {found.traffic / 1e9:,.1f} GB of memory read and written by each device in a step"

@@ -67,7 +67,7 @@ def refused(toy, tmp_path):
         (["--config.train.phases=half: objective.name=mlm"], "'half: objective.name=mlm' is not a phase"),
         (["--config.train.phases=50%: name=mlm"], "'name' cannot change within a run"),
         (["--config.train.phases=50%: optimizer.name=adamw"], "'optimizer.name' cannot change within a run"),
-        (["--config.model.attention=flash"], "it can be auto, plain, splash, cudnn, interpreted"),
+        (["--config.model.attention=flash"], "it can be auto, xla, splash, cudnn"),
         (
             ["--config.model.attention=splash"],
             "data.seq_len is 64; with model.attention = 'splash' it must be",

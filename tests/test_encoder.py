@@ -13,7 +13,11 @@ from flax_mlm.config import schema as config_lib
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import make_mesh, param_spec
 from flax_mlm.errors import UserError
-from flax_mlm.model import attention, encoder, heads
+from flax_mlm.model import encoder, heads
+from flax_mlm.model.attention import dispatch, rotary, splash
+from flax_mlm.model.attention.cudnn import cudnn
+from flax_mlm.model.attention.dispatch import resolve_attention, select_kernel
+from flax_mlm.model.attention.xla import xla
 
 V, L = 50, 24
 BERT = dataclasses.replace(
@@ -148,7 +152,7 @@ def test_layers_are_scanned_where_that_pays(platform, fsdp, layers, asked, scans
     assert encoder.scans_layers(shape, platform, fsdp) is scans
 
 
-BLOCKS, SPLIT, CUDNN = ("interpreted", (1, 1, 1), 32), ("interpreted", (2, 2, 2), 40), ("cudnn", (2, 2, 2), 32)
+BLOCKS, SPLIT, CUDNN = ("splash", (1, 1, 1), 32), ("splash", (2, 2, 2), 40), ("cudnn", (2, 2, 2), 32)
 OFTEN = [(BERT, BLOCKS, True), (BERT, SPLIT, False), (BERT, CUDNN, False), (MODERN, BLOCKS, False)]
 OFTEN += [(MODERN, SPLIT, True), (MODERN, CUDNN, False), (MODERN, CUDNN, True)]
 RARELY = [
@@ -163,11 +167,12 @@ RARELY = [
 @pytest.mark.parametrize(
     ("shape", "how", "causal"), [*OFTEN, *(pytest.param(*row, marks=pytest.mark.full) for row in RARELY)]
 )
-def test_kernels_compute_what_plain_attention_does(shape, how, causal, monkeypatch):
-    """Splash, interpreted, and what cuDNN is asked for, computed by XLA: packed rows, padding, windows that plain
-    attention takes in blocks and whole; rows and heads split over devices; in the scan, recomputed. Hidden states of
-    real tokens and gradients."""
-    monkeypatch.setattr(attention, "cudnn", functools.partial(attention.cudnn, implementation="xla"))
+def test_kernels_compute_what_xla_attention_does(shape, how, causal, monkeypatch):
+    """Compares splash, interpreted, and cuDNN's call, computed by XLA, with `xla`: hidden states of real tokens, and
+    gradients. With packed rows, padding, windows in blocks and whole, rows and heads split over devices, in the scan,
+    recomputed."""
+    monkeypatch.setattr(splash, "splash", functools.partial(splash.splash, interpret=True))
+    monkeypatch.setattr(dispatch, "cudnn", functools.partial(cudnn, implementation="xla"))
     kernel, parts, window = how
     shape = dataclasses.replace(shape, max_positions=256, sliding_window=window, remat="dots")
     rng = np.random.default_rng(0)
@@ -178,7 +183,7 @@ def test_kernels_compute_what_plain_attention_does(shape, how, causal, monkeypat
     mesh, found = make_mesh(config_lib.MeshConfig(*parts), jax.devices()[: np.prod(parts)]), {}
     with jax.set_mesh(mesh):
         batch = shard_rows([tokens, segments, positions], mesh)
-        for name in ("plain", kernel):
+        for name in ("xla", kernel):
             m = heads.language_model(dataclasses.replace(shape, attention=name, vocab_multiple_of=2), V)
             params = jax.jit(
                 lambda m=m: jax.tree.map(
@@ -191,7 +196,7 @@ def test_kernels_compute_what_plain_attention_does(shape, how, causal, monkeypat
                 return jnp.square(hidden - 0.1).sum(), hidden
 
             found[name] = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
-    gradients, hidden = zip(*(found[name] for name in ("plain", kernel)), strict=True)
+    gradients, hidden = zip(*(found[name] for name in ("xla", kernel)), strict=True)
     np.testing.assert_allclose(*hidden, atol=2e-5)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(gradients[0]))  # some are 0 but for rounding
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), *gradients)
@@ -203,36 +208,34 @@ def test_a_window_taken_in_blocks_is_that_of_whole_rows(length, window, causal):
     rng = np.random.default_rng(length)
     segments = np.sort(rng.integers(0, 4, (2, length)), axis=1)[:, ::-1].astype(np.int32)  # padding at the end
     q, k, v = rng.standard_normal((3, 2, length, 2, 4), np.float32)
-    attend = attention.plain(segments, causal, [None, window])
-    alone = attention.plain(segments, causal, [window])
-    traced = str(jax.make_jaxpr(lambda *qkv: alone(jnp.int32(0), *qkv, None))(q, k, v))
-    whole = f"f32[2,2,{length},{length}]"  # scores of all with all
+    traced = str(jax.make_jaxpr(xla(segments, causal, window))(q, k, v))
+    whole = f"f32[2,2,{length},{length}]"  # logits of all queries and all keys
     assert (whole not in traced) is (length % (2 * (window // 2)) == 0), "which it is"
     distance = np.arange(length)[:, None] - np.arange(length)
     seen = (segments[:, :, None] == segments[:, None]) & (distance >= 0 if causal else True)
-    for kind, mask in enumerate((seen, seen & (np.abs(distance) <= window // 2))):
-        scores = np.where(mask[:, None], np.einsum("BLHd,BMHd->BHLM", q, k) / 2, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
+    for reach, mask in ((None, seen), (window, seen & (np.abs(distance) <= window // 2))):
+        logits = np.where(mask[:, None], np.einsum("BLHd,BMHd->BHLM", q, k) / 2, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
         expected = np.einsum("BHLM,BMHd->BLHd", weights / weights.sum(-1, keepdims=True), v)
-        np.testing.assert_allclose(attend(kind, q, k, v, None), expected, atol=1e-5)
+        np.testing.assert_allclose(xla(segments, causal, reach)(q, k, v), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.03)])
-def test_plain_attention_and_its_gradients_are_those_of_the_definition(dtype, tolerance, drops):
+def test_xla_attention_and_its_gradients_are_those_of_the_definition(dtype, tolerance, drops):
     """In bfloat16 the gradient at a key that is alone in its segment is 0 but for the rounding of the result."""
     segments = jnp.array([[1] * 7 + [2] * 4 + [0]] * 2)
     kept = jnp.where(jax.random.bernoulli(jax.random.key(3), 0.8, (2, 3, 12, 12)), 1.25, 0.0) if drops else None
     q, k, v, g = (2 * jax.random.normal(jax.random.key(i), (2, 12, 3, 4)).astype(dtype) for i in range(4))
 
     def definition(q, k, v):
-        scores = jnp.einsum("BLHd,BMHd->BHLM", q, k) / 2
-        scores = jnp.where((segments[:, :, None] == segments[:, None])[:, None], scores, -1e30)
-        return jnp.einsum("BHLM,BMHd->BLHd", jax.nn.softmax(scores) * (kept if drops else 1.0), v)
+        logits = jnp.einsum("BLHd,BMHd->BHLM", q, k) / 2
+        logits = jnp.where((segments[:, :, None] == segments[:, None])[:, None], logits, -1e30)
+        return jnp.einsum("BHLM,BMHd->BLHd", jax.nn.softmax(logits) * (kept if drops else 1.0), v)
 
-    attend = attention.plain(segments, False, [None])
+    attend = xla(segments, False, None)
     drop = (lambda weights: weights * kept.astype(dtype)) if drops else None
-    y, backward = jax.vjp(lambda *qkv: attend(jnp.int32(0), *qkv, drop), q, k, v)
+    y, backward = jax.vjp(lambda *qkv: attend(*qkv, drop), q, k, v)
     exact, exact_backward = jax.vjp(definition, *(x.astype(jnp.float32) for x in (q, k, v)))
     assert y.dtype == dtype
     residuals = [x.nbytes for x in jax.tree.leaves(backward)]
@@ -243,45 +246,47 @@ def test_plain_attention_and_its_gradients_are_those_of_the_definition(dtype, to
         np.testing.assert_allclose(np.float32(found) / np.abs(right).max(), right / np.abs(right).max(), atol=tolerance)
 
 
-def test_cudnn_is_taken_where_it_computes_what_plain_attention_does(monkeypatch, capsys):
-    assert not attention._cudnn_works(64)
-    assert capsys.readouterr().err.startswith("model.attention: plain, for cuDNN's cannot be taken: ")
-    by_xla = functools.partial(attention.cudnn, implementation="xla")
-    monkeypatch.setattr(attention, "cudnn", by_xla)
+def test_cudnn_is_selected_if_its_gradients_are_right(monkeypatch, capsys):
+    assert not dispatch._cudnn_works(64)
+    message = "model.attention: falling back to XLA attention: cuDNN flash attention unavailable ("
+    assert capsys.readouterr().err.startswith(message)
+    by_xla = functools.partial(cudnn, implementation="xla")
+    monkeypatch.setattr(dispatch, "cudnn", by_xla)
     with jax.numpy_dtype_promotion("standard"):  # needed by XLA's code, not by cuDNN's
-        assert attention._cudnn_works(32) and not capsys.readouterr().err
-        monkeypatch.setattr(attention, "cudnn", lambda segments, *args: by_xla(segments * 0, *args))
-        assert not attention._cudnn_works(96)
-    assert "its gradients are wrong by" in capsys.readouterr().err
+        assert dispatch._cudnn_works(32)
+        assert not capsys.readouterr().err
+        monkeypatch.setattr(dispatch, "cudnn", lambda segments, *args: by_xla(segments * 0, *args))
+        assert not dispatch._cudnn_works(96)
+    assert "its gradients differ by" in capsys.readouterr().err
 
 
-def test_which_attention_is_taken(monkeypatch):
+def test_attention_is_resolved_by_config_and_platform(monkeypatch):
     c = base.get_config()
     c.data.seq_len = c.model.max_positions = 512
     config = config_lib.build(c)
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=256))
     exact = dataclasses.replace(config, train=dataclasses.replace(config.train, reproducible=True))
-    for one, expected in ((config, "splash"), (short, "plain"), (exact, "plain")):
-        assert [attention.choose(one, platform) for platform in ("tpu", "gpu", "cpu")] == [expected, "plain", "plain"]
+    for one, expected in ((config, "splash"), (short, "xla"), (exact, "xla")):
+        assert [resolve_attention(one, platform) for platform in ("tpu", "gpu", "cpu")] == [expected, "xla", "xla"]
     c.model.dtype, c.model.attention_dropout_rate = "bfloat16", 0.0
-    assert attention.choose(config_lib.build(c), "gpu") == "plain", "there is no cuDNN here, which is found out"
-    monkeypatch.setattr(attention, "_cudnn_works", lambda width: width == 64)
-    for length, expected in ((512, "cudnn"), (128, "cudnn"), (64, "plain")):
+    assert resolve_attention(config_lib.build(c), "gpu") == "xla", "no cuDNN here"
+    monkeypatch.setattr(dispatch, "_cudnn_works", lambda width: width == 64)
+    for length, expected in ((512, "cudnn"), (128, "cudnn"), (64, "xla")):
         c.data.seq_len = length
-        assert attention.choose(config_lib.build(c), "gpu") == expected
+        assert resolve_attention(config_lib.build(c), "gpu") == expected
     c.model.attention = "cudnn"
     with pytest.raises(UserError, match="cudnn, which runs on GPUs; the devices here are of kind cpu"):
-        attention.choose(config_lib.build(c), "cpu")
-    assert attention.implementation("cudnn", 514, drops=False) is attention.cudnn
+        resolve_attention(config_lib.build(c), "cpu")
+    assert select_kernel("cudnn", 514, drops=False) is cudnn
     c.model.dtype = "float32"
     with pytest.raises(UserError, match=r"model.dtype is float32; with model.attention = 'cudnn' it must be bfloat16"):
         config_lib.build(c)
     splash = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="splash"))
     with pytest.raises(UserError, match="splash, which runs on TPUs; the devices here are of kind cpu"):
-        attention.choose(splash, "cpu")
-    assert attention.implementation("splash", 512, drops=True) is attention.plain
-    assert attention.implementation("splash", 520, drops=False) is attention.plain
-    assert attention.implementation("splash", 512, drops=False) is not attention.plain
+        resolve_attention(splash, "cpu")
+    assert select_kernel("splash", 512, drops=True) is xla
+    assert select_kernel("splash", 520, drops=False) is xla
+    assert select_kernel("splash", 512, drops=False) is not xla
 
 
 def test_remat_keeps_less():
@@ -325,8 +330,8 @@ def test_rotary_scores_depend_on_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 8))
 
     def score(i: int, j: int) -> float:
-        table = attention.rotary_table(jnp.array([[i, j]]), 8, 10_000.0)
-        turned = attention.rotate(jnp.stack([q, k])[None, :, None], table)[0, :, 0]
+        table = rotary.rotary_table(jnp.array([[i, j]]), 8, 10_000.0)
+        turned = rotary.rotate(jnp.stack([q, k])[None, :, None], table)[0, :, 0]
         return float(turned[0] @ turned[1])
 
     assert score(3, 7) == pytest.approx(score(103, 107), abs=1e-4)

@@ -66,7 +66,7 @@ def test_several_corpora_may_be_named():
         ("model.sliding_window", 64),
         ("model.dropout_rate", 0.0),
         ("model.attention_dropout_rate", 0.0),
-        ("model.attention", "plain"),
+        ("model.attention", "xla"),
         ("model.remat", "full"),
         ("objective.masking", "span"),
         ("objective.z_loss", 1e-4),

@@ -276,7 +276,7 @@ def test_links_that_a_group_sends_through(group, shape, links):
 def found(**changes) -> rehearsal.CompiledStep:
     values = dict(
         device_kind="TPU v5 lite", devices=4, chips=4, mesh={"data": 4, "fsdp": 1, "tensor": 1}, parameters=1,
-        vocab_rows=128, flops=4 * 197e12 * 0.010, attention="plain", parameter_bytes=1, optimizer_bytes=1,
+        vocab_rows=128, flops=4 * 197e12 * 0.010, attention="xla", parameter_bytes=1, optimizer_bytes=1,
         activation_bytes=1, argument_bytes=1, traffic=int(0.82e12 * 0.020),
         collectives=[
             {"axes": ["data"], "sent": 50e9 * 0.004, "links": 2.0},
@@ -381,7 +381,7 @@ def test_the_command_plans_for_cpus_and_gpus(toy, tmp_path):
     done = toy.run("plan", *toy.flags(), "--topology=gpu:h100:2", "--price=2", "--token_budget=1e9")
     assert done.returncode == 0, done.stderr
     assert "not compiled" in done.stdout and "989 TFLOP/s" in done.stdout and "at 2 per chip-hour" in done.stdout
-    assert "attention plain, " in done.stdout
+    assert "attention xla, " in done.stdout
     done = toy.run("plan", *toy.flags(train__tokens=1e6), "--topology=cpu:2")
     assert done.returncode == 0, done.stderr
     budget = toy.flags(train__budget_cost=16, train__price_per_chip_hour=2)
@@ -391,7 +391,7 @@ def test_the_command_plans_for_cpus_and_gpus(toy, tmp_path):
     assert "            16.00, at 2 per chip-hour" in done.stdout
     more = toy.flags(model__attention="cudnn", model__dtype="bfloat16", model__attention_dropout_rate=0.0)
     done = toy.run("plan", *more, "--topology=gpu:h100")
-    assert done.returncode == 0 and "attention plain (cuDNN's where it can, which keeps less)" in done.stdout
+    assert done.returncode == 0 and "attention xla (cuDNN's where it can, which keeps less)" in done.stdout
 
 
 @pytest.mark.parametrize(

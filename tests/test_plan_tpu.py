@@ -76,10 +76,10 @@ def test_long_rows_are_attended_to_by_the_kernel_in_less_memory():
             },
             **{"model.attention_dropout_rate": 0.0, "model.dropout_rate": 0.0},
         )
-        for name in ("auto", "plain")
+        for name in ("auto", "xla")
     }
-    assert (sizes["auto"].attention, sizes["plain"].attention) == ("splash", "plain")
-    assert sizes["auto"].temporary_bytes < 0.7 * sizes["plain"].temporary_bytes
+    assert (sizes["auto"].attention, sizes["xla"].attention) == ("splash", "xla")
+    assert sizes["auto"].temporary_bytes < 0.7 * sizes["xla"].temporary_bytes
 
 
 GOLDEN = Path(__file__).parent / "golden" / "tpu.json"

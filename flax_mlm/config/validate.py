@@ -13,7 +13,7 @@ CHOICES = {
     "tokenizer.normalization": ("nmt_nfkc", "nmt_nfkc_cf", "identity"),
     "model.position_embedding": ("learned", "rope"),
     "model.norm_position": ("post", "pre"),
-    "model.attention": ("auto", "plain", "splash", "cudnn", "interpreted"),
+    "model.attention": ("auto", "xla", "splash", "cudnn"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "objective.name": ("mlm", "clm", "rtd"),
@@ -119,7 +119,7 @@ def check(c: Config) -> None:
     c.finetune.rates()
     c.finetune.sizes(c.model.hidden_size)
     _check_model(c)
-    if c.model.attention in ("splash", "cudnn", "interpreted"):
+    if c.model.attention in ("splash", "cudnn"):
         _check_kernel(c)
     _check_mesh(c)
     if c.objective.name == "rtd":

@@ -11,6 +11,7 @@ projections.
 Parameters are float32; `dtype` is that of the computation.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,9 @@ from flax import nnx
 from flax_mlm.config.schema import ModelConfig
 from flax_mlm.distributed.fsdp import gather_fsdp, save_all_but_gathered, splits_parameters
 from flax_mlm.distributed.mesh import batch_spec, replicate
-from flax_mlm.model import attention
+from flax_mlm.model.attention import types
+from flax_mlm.model.attention.dispatch import select_kernel
+from flax_mlm.model.attention.rotary import rotary_table, rotate
 from flax_mlm.model.elementwise import add_bias, geglu, gelu, layer_norm
 from flax_mlm.model.projection import SAVED, project
 
@@ -103,7 +106,7 @@ class Layer(nnx.Module):
     def _attention(self, x_BLD: jax.Array, attend: Any, rotary: Any) -> jax.Array:
         q, k, v = self.qkv.each("BLD,DHd->BLHd", x_BLD, "LHd")
         if rotary is not None:
-            q, k = attention.rotate(q, rotary), attention.rotate(k, rotary)
+            q, k = rotate(q, rotary), rotate(k, rotary)
         return self.attention_out("BLHd,HdD->BLD", attend(q, k, v), "LD")
 
     @jax.named_scope("mlp")
@@ -201,11 +204,11 @@ class Encoder(nnx.Module):
         if c.global_attn_every_n_layers > 1:
             kinds.append((c.sliding_window, c.rope_theta_local))
         drops = dropout_keys_B is not None and c.attention_dropout_rate > 0.0
-        implementation = attention.implementation(c.attention, tokens_BL.shape[1], drops)
-        attention_of_kind = implementation(segment_ids_BL, causal, [window for window, _ in kinds])
+        kernel = select_kernel(c.attention, tokens_BL.shape[1], drops)
+        attends = [kernel(segment_ids_BL, causal, window) for window, _ in kinds]
         rotary = None
         if c.position_embedding == "rope":
-            tables = [attention.rotary_table(positions_BL, c.hidden_size // c.num_heads, theta) for _, theta in kinds]
+            tables = [rotary_table(positions_BL, c.hidden_size // c.num_heads, theta) for _, theta in kinds]
             rotary = jax.tree.map(lambda *t: jnp.stack(t), *tables)
 
         graphdef, layers = nnx.split(self.layers)
@@ -236,11 +239,12 @@ class Encoder(nnx.Module):
 
             def attend(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array) -> jax.Array:
                 drop_weights = (lambda weights: drop(weights, 2)) if drops else None
-                return attention_of_kind(is_local, q_BLHd, k_BLHd, v_BLHd, drop_weights)
+                branches = [functools.partial(attend, drop=drop_weights) for attend in attends]
+                return jax.lax.switch(is_local, branches, q_BLHd, k_BLHd, v_BLHd)
 
             return layer(x_BLD, attention_norm, attend, tables, drop), None
 
-        dots = jax.checkpoint_policies.save_only_these_names(attention.SAVED, SAVED)
+        dots = jax.checkpoint_policies.save_only_these_names(types.SAVED, SAVED)
         policy = {"none": save_all_but_gathered, "dots": dots, "full": None}[c.remat]
         if c.remat != "none" or splits_parameters():
             # Unrolled, the compiler would see twice the same computation and do it once.

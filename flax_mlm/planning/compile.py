@@ -71,7 +71,7 @@ class CompiledStep:
     parameters: int
     vocab_rows: int
     flops: float  # model FLOPs of a step, all devices together
-    attention: str  # plain or splash
+    attention: str  # xla or splash
     parameter_bytes: int
     optimizer_bytes: int  # an average of the weights, where one is kept, included
     activation_bytes: int  # kept by the forward pass for the backward pass
@@ -158,15 +158,16 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
     from flax_mlm.distributed import chips
     from flax_mlm.distributed.batches import abstract_batch
     from flax_mlm.distributed.mesh import check_batch, make_mesh
-    from flax_mlm.model import attention
+    from flax_mlm.model.attention.dispatch import resolve_attention, select_kernel
+    from flax_mlm.model.attention.xla import xla
     from flax_mlm.model.heads import vocab_rows
     from flax_mlm.planning import hlo
     from flax_mlm.training.step import make_steps
 
     jax.config.update("jax_compilation_cache_dir", None)
-    cudnn = target.kind == "gpu" and attention.choose(config, "gpu", lambda width: True) == "cudnn"
+    cudnn = target.kind == "gpu" and resolve_attention(config, "gpu", lambda width: True) == "cudnn"
     if cudnn:  # which cannot even be traced here
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="plain"))
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
         phase = phase._replace(config=config)
     devices = _devices(target)
     mesh = make_mesh(config.mesh, devices)
@@ -180,8 +181,8 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
         t = config.train
         rows = abstract_batch(t.global_batch_size, config.data.seq_len, mesh, phase.num_steps is None)
         vocab = _abstract_vocabulary(vocab_size, mesh)
-        kernel = attention.implementation(
-            attention.choose(config, devices[0].platform),
+        kernel = select_kernel(
+            resolve_attention(config, devices[0].platform),
             config.data.seq_len,
             config.model.attention_dropout_rate > 0.0,
         )
@@ -193,7 +194,7 @@ def _child(asked: dict[str, Any]) -> dict[str, Any]:
             parameters=sum(x.size for x in jax.tree.leaves(steps.abstract.params)),
             vocab_rows=vocab_rows(config.model, vocab_size),
             flops=steps.flops,
-            attention="plain" if kernel is attention.plain else "splash",
+            attention="xla" if kernel is xla else "splash",
             cudnn=cudnn,
             parameter_bytes=_on_one(steps.abstract.params),
             optimizer_bytes=_on_one((steps.abstract.opt_state, steps.abstract.average)),

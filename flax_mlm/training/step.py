@@ -17,7 +17,8 @@ from flax_mlm.distributed.batches import split_microbatches
 from flax_mlm.distributed.deterministic import map_groups, sum_groups
 from flax_mlm.distributed.mesh import bind_to_mesh, num_batch_shards, param_spec, per_row, replicate, reshard_like
 from flax_mlm.errors import UserError
-from flax_mlm.model import attention, electra, encoder, flops
+from flax_mlm.model import electra, encoder, flops
+from flax_mlm.model.attention.dispatch import resolve_attention
 from flax_mlm.model.heads import Model, language_model, vocab_rows
 from flax_mlm.objectives import language_modelling as objective
 from flax_mlm.objectives import masking
@@ -87,7 +88,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
     platform = mesh.devices.flat[0].platform
     model_config = dataclasses.replace(
         config.model,
-        attention=attention.choose(config, platform),
+        attention=resolve_attention(config, platform),
         scan_layers=encoder.scans_layers(config.model, platform, config.mesh.fsdp),
     )
     config = dataclasses.replace(config, model=model_config)

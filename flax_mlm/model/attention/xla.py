@@ -1,0 +1,78 @@
+"""Attention as XLA compiles it: any device, any mask, with dropout."""
+
+import jax
+import jax.numpy as jnp
+
+from flax_mlm.model.attention.masks import layer_mask, split_blocks
+from flax_mlm.model.attention.types import Attend, Drop
+from flax_mlm.model.elementwise import max_last_axis
+
+
+def xla(segment_ids_BL: jax.Array, causal: bool, window: int | None) -> Attend:
+    """Builds softmax(q·k / sqrt(d)) · v, the softmax in float32. Arguments: see `attention_mask`."""
+    mask = layer_mask(segment_ids_BL, causal, window)
+
+    def attend(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop | None = None) -> jax.Array:
+        q, k, v = split_blocks(q_BLHd, k_BLHd, v_BLHd, mask)
+        *rows, length, heads, _ = q.shape
+        factors = drop(jnp.ones((*rows, heads, length, k.shape[-3]), q.dtype)) if drop else None
+        return _softmax_attention(q, k, v, mask, factors).reshape(q_BLHd.shape)
+
+    return attend
+
+
+@jax.custom_vjp
+def _softmax_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, factors: jax.Array | None
+) -> jax.Array:
+    """Computes softmax attention, dividing by the softmax's sum after the product with v.
+
+    perf(xla-cpu): the derivative that JAX finds goes over arrays (L, M) three more times.
+
+    Args:
+      q: (..., L, H, d).
+      k, v: (..., M, H, d).
+      mask: bool (..., 1, L, M).
+      factors: (..., H, L, M), what dropout multiplies the probabilities by; None: no dropout.
+    """
+    return _softmax_attention_forward(q, k, v, mask, factors)[0]
+
+
+def _softmax_attention_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, factors: jax.Array | None
+) -> tuple[jax.Array, tuple]:
+    logits = jnp.einsum("...LHd,...MHd->...HLM", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(logits - max_last_axis(logits)[..., None])
+    inverse_sum = _queries_first(1.0 / weights.sum(-1, keepdims=True))
+    weights = weights.astype(v.dtype)
+    y = _queries_first(jnp.einsum("...HLM,...MHd->...HLd", _apply_dropout(weights, factors), v))
+    y = (y.astype(jnp.float32) * inverse_sum).astype(v.dtype)
+    return y, (q, k, v, factors, weights, inverse_sum, y)
+
+
+def _softmax_attention_backward(residuals: tuple, g: jax.Array) -> tuple:
+    q, k, v, factors, weights, inverse_sum, y = residuals
+    g = (g.astype(jnp.float32) * inverse_sum).astype(g.dtype)
+    grad_v = jnp.einsum("...HLM,...LHd->...MHd", _apply_dropout(weights, factors), g)
+    # perf(xla-tpu): without the barrier both matmuls below would compute this one inside themselves.
+    grad_weights = jax.lax.optimization_barrier(jnp.einsum("...LHd,...MHd->...HLM", g, v))
+    # The sum of weights × gradients, taken where it is smaller (arXiv:2205.14135, appendix B.2).
+    mean = _queries_first((g.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1, keepdims=True))
+    grad_logits = _apply_dropout(grad_weights, factors).astype(jnp.float32) - mean
+    grad_logits = (weights.astype(jnp.float32) * grad_logits * q.shape[-1] ** -0.5).astype(q.dtype)
+    grad_q = _queries_first(jnp.einsum("...HLM,...MHd->...HLd", grad_logits, k))
+    grad_k = jnp.einsum("...HLM,...LHd->...MHd", grad_logits, q)
+    return grad_q, grad_k, grad_v, None, None
+
+
+_softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backward)
+
+
+def _queries_first(x: jax.Array) -> jax.Array:
+    """(..., H, L, d) -> (..., L, H, d), or back."""
+    return jnp.swapaxes(x, -3, -2)
+
+
+def _apply_dropout(x: jax.Array, factors: jax.Array | None) -> jax.Array:
+    return x if factors is None else x * factors
