@@ -19,7 +19,8 @@ import numpy as np
 
 from benchmarks import turns
 from configs import base
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build, from_dict
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 
 BATCHES = 4  # taken in turn
@@ -76,7 +77,7 @@ class Case:
     def name(self) -> str:
         return f"{self.layers}×{self.width}, {self.rows}×{self.length} tokens, {self.vocab:,} words"
 
-    def config(self, family: str) -> config_lib.Config:
+    def config(self, family: str) -> Config:
         """Our config. A ModernBERT's gated MLP is two thirds as wide as BERT's: the same FLOPs."""
         values = base.get_config()
         changes: dict[str, Any] = {
@@ -109,7 +110,7 @@ class Case:
                 "model.global_attn_every_n_layers": 3,
             }
         values.update_from_flattened_dict(changes)
-        return config_lib.build(values)
+        return build(values)
 
     @property
     def slots(self) -> int:
@@ -161,7 +162,7 @@ class Case:
         subprocess.run(line, cwd=turns.ROOT, check=True, env={**os.environ, **turns.CPU})
 
 
-def real_rows(case: Case, config: config_lib.Config) -> tuple[Any, np.ndarray]:
+def real_rows(case: Case, config: Config) -> tuple[Any, np.ndarray]:
     """A tokenizer of real text and rows for a case, of the source that the config names."""
     from flax_mlm.prepare import prepare_cached
 
@@ -190,10 +191,10 @@ def full_rows(rows: Any, count: int, ids: Ids) -> np.ndarray:
     )
 
 
-def read(folder: Path) -> tuple[config_lib.Config, Ids]:
+def read(folder: Path) -> tuple[Config, Ids]:
     """What case.json says."""
     about = json.loads((folder / "case.json").read_text())
-    return config_lib.build(config_lib.from_dict(about["config"])), Ids(**about["ids"])
+    return build(from_dict(about["config"])), Ids(**about["ids"])
 
 
 def vocabulary(ids: Ids) -> Any:

@@ -15,7 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from flax_mlm.config import schema as config
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import Config
 from flax_mlm.distributed import chips
 from flax_mlm.errors import Failure
 from flax_mlm.planning import compile as rehearsal
@@ -35,13 +36,13 @@ SCALES = [*((f"v5e:{shape}", 1) for shape in ("2x4", "4x4", "4x8", "8x8", "8x16"
 SCALES += [("v5e:4x4", 16)]
 
 
-def of(name: str, changes: dict[str, Any]) -> config.Config:
+def of(name: str, changes: dict[str, Any]) -> Config:
     values = importlib.import_module(f"configs.{name}").get_config()
     values.update_from_flattened_dict(changes)
-    return config.build(values)
+    return build(values)
 
 
-def record(file: Path, key: list[Any], found: rehearsal.CompiledStep, planned: config.Config) -> None:
+def record(file: Path, key: list[Any], found: rehearsal.CompiledStep, planned: Config) -> None:
     chip = chips.of_kind(found.device_kind)
     assert chip
     roof = roofline.estimate(found, planned, chip)
@@ -64,9 +65,7 @@ def record(file: Path, key: list[Any], found: rehearsal.CompiledStep, planned: c
     print(json.dumps(line), flush=True)
 
 
-def fewest_parts(
-    name: str, changes: dict[str, Any], target: rehearsal.Target
-) -> tuple[rehearsal.CompiledStep, config.Config]:
+def fewest_parts(name: str, changes: dict[str, Any], target: rehearsal.Target) -> tuple[rehearsal.CompiledStep, Config]:
     """The model in the fewest microbatches that fit the target, and its config; layers recomputed as that says."""
     planned = of(name, changes)
     mesh = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False).mesh

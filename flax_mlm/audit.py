@@ -39,7 +39,7 @@ def main(config: Config) -> int:
     if config.objective.name == "clm":
         raise UserError("objective.name is 'clm', which masks nothing; the audit is for 'mlm' and 'rtd'")
     corpus = open_corpus(config)
-    phase = phase.of_rows(corpus.seq_len, corpus.tokens_per_row)
+    phase = phase.with_rows(corpus.seq_len, corpus.tokens_per_row)
     batch_size = config.train.global_batch_size
     batches = pipeline.train_batches(
         corpus.split("train"),
@@ -141,7 +141,7 @@ def _report(phase: phases.Phase, seen: Counter[str], console: Console) -> int:
     def share(part: str, whole: str) -> str:
         return f"{100 * seen[part] / max(seen[whole], 1):.2f}%"
 
-    ends = {path: f" → {100 * value:g}%" for path, value in phase.last.items()}
+    ends = {path: f" → {100 * value:g}%" for path, value in phase.final_values.items()}
 
     def rate(name: str) -> str:
         return f"{100 * getattr(o, name):g}%{ends.get(f'objective.{name}', '')}"

@@ -14,7 +14,8 @@ from typing import Any
 from absl import flags
 
 from flax_mlm.cli import app as command
-from flax_mlm.config.schema import Config, flatten
+from flax_mlm.config.load import flatten
+from flax_mlm.config.schema import Config
 from flax_mlm.distributed import processes
 from flax_mlm.errors import UserError
 from flax_mlm.storage import gcs

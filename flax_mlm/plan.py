@@ -20,7 +20,7 @@ from absl import flags
 
 from flax_mlm.cli import app as command
 from flax_mlm.config import phases
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build, from_dict
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import chips
 from flax_mlm.errors import UserError
@@ -100,7 +100,8 @@ def heaviest_phase(config: Config) -> Config:
     heaviest = max(found, key=weight)
     if len(found) > 1:
         print(f"of the {len(found)} phases the heaviest, from {heaviest.begin:.0%} of the run on, is planned")
-    moves = f"0%: {', '.join(f'{path}->{value}' for path, value in heaviest.last.items())}" if heaviest.last else ""
+    interpolated = ", ".join(f"{path}->{value}" for path, value in heaviest.final_values.items())
+    moves = f"0%: {interpolated}" if interpolated else ""
     train = dataclasses.replace(heaviest.config.train, phases=moves)
     return dataclasses.replace(heaviest.config, train=train)
 
@@ -263,16 +264,15 @@ def cost(config: Config, found: CompiledStep, chip: chips.Chip | None) -> Iterat
     yield f"a day       {span([86.4e-6 / s * tokens for s in reversed(bounds)], ',.2f', ' billion tokens')}"
     by_clock = t.has_budget and not _TOKEN_BUDGET.value
     if by_clock:
-        hours = [t.seconds(found.chips) / 3600]
+        hours = [t.budget_minutes / 60]
         seen = span([3.6e-6 * hours[0] / s * tokens for s in reversed(bounds)], ",.2f", " billion tokens")
         yield f"the run     {seen} in the {hours[0]:,.2f} hours of train.{t.unit}"
     else:
         hours = [budget / tokens * s / 3600 for s in bounds]
         yield f"the run     {budget / 1e9:,.2f} billion tokens: {span([h / 24 for h in hours], ',.2f', ' days')}"
-    price = _PRICE.value if _PRICE.value is not None else t.price_per_chip_hour
-    if price or _PRICE.value is not None:
-        costs = span([h * found.chips * price for h in hours], ",.2f", "", by_clock)
-        yield f"            {costs}, at {price:g} per chip-hour"
+    if _PRICE.value is not None:
+        costs = span([h * found.chips * _PRICE.value for h in hours], ",.2f", "", by_clock)
+        yield f"            {costs}, at {_PRICE.value:g} per chip-hour"
 
 
 def gib(size: float) -> str:
@@ -281,10 +281,10 @@ def gib(size: float) -> str:
 
 def changed(config: Config, change: dict[str, Any]) -> Config | None:
     """The config with these fields, or None if it could not be."""
-    values = config_lib.from_dict(config.to_dict())
+    values = from_dict(config.to_dict())
     values.update_from_flattened_dict(change)
     try:
-        return config_lib.build(values)
+        return build(values)
     except UserError:
         return None
 

@@ -27,7 +27,7 @@ from absl import flags
 
 from flax_mlm.cli import app as command
 from flax_mlm.cli import grid, tables
-from flax_mlm.cli.grid import Setting, said, spelt
+from flax_mlm.cli.grid import Setting, describe, spell
 from flax_mlm.config import phases
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import PREEMPTED, UserError
@@ -57,7 +57,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{said(self.setting)}, seed={self.seed}"
+        return f"{describe(self.setting)}, seed={self.seed}"
 
     def curve(self) -> list[dict[str, Any]]:
         """The evaluations so far, as metrics.jsonl has them."""
@@ -71,7 +71,7 @@ class Run(NamedTuple):
 
 
 def main(config: Config) -> int:
-    settings = grid.parse(_GRID.value)
+    settings = grid.parse_grid(_GRID.value)
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name a folder for the runs, such as --workdir=runs/sweep")
     gcs.refuse("--workdir", _WORKDIR.value)
@@ -120,12 +120,12 @@ def make_run(base: list[str], setting: Setting, seed: int, workdir: Path) -> Run
     Raises:
       UserError: the config cannot be; or there is a run in its folder already, with another one.
     """
-    given = [f"--config.{path}={spelt(value)}" for path, value in {**setting, "seed": seed}.items()]
+    given = [f"--config.{path}={spell(value)}" for path, value in {**setting, "seed": seed}.items()]
     folder = workdir / grid.folder_name(setting, seed)
     try:
         config = command.resolve([*base, *given])
     except UserError as e:
-        raise UserError(f"--grid: {said(setting)}: {e}") from e
+        raise UserError(f"--grid: {describe(setting)}: {e}") from e
     run_config.check(folder, config, _FREE)
     return Run(setting, seed, folder, [*base, *given, f"--workdir={folder}"], config)
 
@@ -290,7 +290,7 @@ def table(rows: list[Row]) -> str:
         loss = cell(row, "loss", ".4f")
         done = sum("loss" in entry for entry in row.runs)
         lines.append([
-            *map(spelt, row.setting.values()),
+            *map(spell, row.setting.values()),
             f"**{loss}**" if row.is_best else loss, difference(row), cell(row, "accuracy", ".4f"),
             cell(row, "bits_per_byte", ".3f"), cell(row, "tokens_seen", ",.0f"), cell(row, "train_seconds", ",.1f"),
             cell(row, "tokens_per_second", ",.0f"), f"{done}/{len(row.runs)}",
@@ -305,7 +305,7 @@ def table(rows: list[Row]) -> str:
             "the losses do not compare (over other vocabularies, bits per byte do)."
         )
     for row in rows:
-        notes += [f"{said(row.setting)}, seed={run['seed']}: {run['error']}" for run in row.runs if "error" in run]
+        notes += [f"{describe(row.setting)}, seed={run['seed']}: {run['error']}" for run in row.runs if "error" in run]
     return tables.markdown(header, lines, len(fields)) + "".join(f"\n\n{note}" for note in notes) + "\n"
 
 
@@ -322,7 +322,7 @@ def plot(file: Path, runs: list[Run]) -> None:
     curves: dict[str, list[list[dict[str, Any]]]] = {}
     for run in runs:
         if run.result():
-            curves.setdefault(said(run.setting), []).append(run.curve())
+            curves.setdefault(describe(run.setting), []).append(run.curve())
     if not curves:
         file.unlink(missing_ok=True)  # of other settings
         return

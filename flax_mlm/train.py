@@ -18,7 +18,8 @@ from rich.progress import Progress
 from flax_mlm.cli import app as command
 from flax_mlm.cli import console
 from flax_mlm.config import phases
-from flax_mlm.config.schema import Config, flatten
+from flax_mlm.config.load import flatten
+from flax_mlm.config.schema import Config
 from flax_mlm.distributed import preemption, processes
 from flax_mlm.errors import PREEMPTED, UserError
 from flax_mlm.storage import files, gcs
@@ -39,7 +40,6 @@ def train(config: Config, workdir: gcs.AnyPath) -> int:
     import jax  # heavy imports wait until flags and config are known to be right
 
     from flax_mlm.data import mixture
-    from flax_mlm.distributed import chips
     from flax_mlm.distributed.mesh import check_batch, make_mesh
     from flax_mlm.prepare import open_corpora
     from flax_mlm.storage import lease
@@ -77,9 +77,9 @@ def train(config: Config, workdir: gcs.AnyPath) -> int:
         if is_main:
             run_config.take(workdir, config)
             if has_budget:
-                clock = Budget(workdir, config.train.seconds(chips.count(mesh.devices.flat[:])))
+                clock = Budget(workdir, 60 * config.train.budget_minutes)
                 at_exit.callback(clock.close)
-        parts = phases.settled(parts, [c.seq_len for c in mixtures], [c.tokens_per_row for c in mixtures])
+        parts = phases.with_corpora(parts, [c.seq_len for c in mixtures], [c.tokens_per_row for c in mixtures])
 
         # The model and its optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.
         run = Run(config, workdir, parts, mixtures, mesh, group, stop, log, held, clock)

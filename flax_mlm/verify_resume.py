@@ -74,8 +74,8 @@ def main(config: Config) -> int:
         print("devices other than CPUs cannot be divided at will: no moves (on a CPU: JAX_PLATFORMS=cpu)")
         shapes = []
     every = max(2, _STEPS.value // 3)
-    in_steps: dict[str, Any] = {**dict.fromkeys(LENGTHS, 0.0), "price_per_chip_hour": 0.0, "steps": _STEPS.value}
-    in_steps["phases"] = phases.in_shares(phases.parse_phases(config))
+    in_steps: dict[str, Any] = {**dict.fromkeys(LENGTHS, 0.0), "steps": _STEPS.value}
+    in_steps["phases"] = phases.in_fractions(phases.parse_phases(config))
     often: dict[str, Any] = {"log_every": 1, "eval_every": every, "checkpoint_every": every, "max_to_keep": 9}
     o = config.optimizer
     config = dataclasses.replace(
@@ -91,8 +91,8 @@ def main(config: Config) -> int:
         raise UserError(f"--steps is {_STEPS.value}, which may be too few: {e}") from e
     here = Shape()
     with folder_of_runs() as folder:
-        code = "from flax_mlm.config import schema as config\n\n"
-        code += f"def get_config():\n    return config.from_dict({config.to_dict()!r})\n"
+        code = "from flax_mlm.config.load import from_dict\n\n"
+        code += f"def get_config():\n    return from_dict({config.to_dict()!r})\n"
         (folder / "config.py").write_text(code)
 
         def run(name: str, *legs: tuple[Shape, int | None], begun: Path | None = None) -> Found:

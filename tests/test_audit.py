@@ -11,7 +11,7 @@ from rich.console import Console
 from configs import base
 from flax_mlm import audit
 from flax_mlm.config import phases
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
 from flax_mlm.objectives import masking
 
 L = 32
@@ -31,7 +31,7 @@ class FakeTokenizer:
 def make_config(**objective):
     c = base.get_config()
     c.objective.update(objective)
-    return config_lib.build(c)
+    return build(c)
 
 
 def batches(steps=2, rows=64):
@@ -45,7 +45,7 @@ def batches(steps=2, rows=64):
 
 def run(show=2, **objective):
     console = Console(file=io.StringIO(), width=120, color_system=None)
-    code = audit.audit(phases.whole(make_config(**objective)), FakeTokenizer(), batches(), show, console)
+    code = audit.audit(phases.single_phase(make_config(**objective)), FakeTokenizer(), batches(), show, console)
     return code, console.file.getvalue()
 
 

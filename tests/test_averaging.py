@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import OptimizerConfig
 from flax_mlm.optim import averaging, optimizer
 
-OPTIMIZER = config_lib.build(base.get_config()).optimizer
+OPTIMIZER = build(base.get_config()).optimizer
 
 
-def averages(config: config_lib.OptimizerConfig, start: float, weights: np.ndarray) -> np.ndarray:
+def averages(config: OptimizerConfig, start: float, weights: np.ndarray) -> np.ndarray:
     """The average after each of the steps that made these weights, one number each."""
 
     def step(average, numbered):

@@ -19,7 +19,7 @@ from faults.test_checkpoints import opened, restored, state_at
 from configs import base
 from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.checkpoint import store as shelf
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import gcs as gcs_lib
 from flax_mlm.storage import lease
@@ -360,7 +360,7 @@ def test_a_write_that_was_done_although_its_answer_was_lost(gcs):
 
 
 def test_metrics_that_cannot_be_copied_are_a_warning(gcs, capsys):
-    config = config_lib.build(base.get_config())
+    config = build(base.get_config())
     writers = metrics.Writers(epath.Path("gs://bucket/metrics"), config, 0)
     gcs.fault = lambda method, bucket, name: 403 if method == "POST" else None
     writers.write(1, "train", {"loss": 1.0})

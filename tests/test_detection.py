@@ -20,7 +20,8 @@ from test_step import train as train_steps
 from configs import electra_small
 from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config import phases
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import MeshConfig
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
@@ -50,7 +51,7 @@ NARROW = (("optimizer.name", "lamb"), ("model.embedding_size", 16))
 def test_pieces_are_drawn_as_often_as_the_generator_says():
     size, draws = 7, 40_000
     scores_V = jnp.array([0.0, 1.0, 2.0, -1.0, 0.5, 30.0, 30.0])  # the last two are no pieces
-    with jax.set_mesh(make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])):
+    with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
         logits_BKV = jnp.broadcast_to(scores_V, (4, draws // 4, size))
         keys_B = jax.random.split(jax.random.key(0), 4)
         drawn = np.asarray(detection.draw(logits_BKV, keys_B, 5))
@@ -261,7 +262,7 @@ def test_a_reproducible_run_has_the_same_bits_on_every_mesh():
 
 def test_the_flops_are_those_of_both():
     """ELECTRA-small: 12 layers of 256 that see L tokens, 12 of 64 that do too, and 19 of them the vocabulary."""
-    config = config_lib.build(electra_small.get_config())
+    config = build(electra_small.get_config())
     length, slots, vocab = 128, 19, 30_592
     encoder, generator = 12 * (4 * 256**2 + 2 * 256 * 1024) + 128 * 256, 12 * (4 * 64**2 + 2 * 64 * 256) + 128 * 64
     expected = 6 * (encoder + generator + 256**2 + 256) * length + 12 * 12 * (256 + 64) * length**2
@@ -396,9 +397,9 @@ def test_what_needs_words_is_refused(toy, rtd_run):
 
 
 def test_the_encoder_is_whole_after_restoring(toy, rtd_run):
-    config = config_lib.build(checkpoint.read_config(str(rtd_run)))
+    config = build(checkpoint.read_config(str(rtd_run)))
     assert config.objective.embedding_sharing == "gradient_disentangled"
-    model = restore(str(rtd_run), dataclasses.replace(config, mesh=config_lib.MeshConfig(1, 8, 1)))
+    model = restore(str(rtd_run), dataclasses.replace(config, mesh=MeshConfig(1, 8, 1)))
     merged = np.asarray(model.params["encoder"]["embeddings"]["token"])
     base = np.asarray(model.params["generator"]["encoder"]["embeddings"]["token"])
     assert 0 < np.abs(merged - base).mean() < np.abs(base).mean()
@@ -447,8 +448,8 @@ def test_export(toy, rtd_run, tmp_path):
     tensors = load_file(tmp_path / "exported" / "model.safetensors")
     assert tensors["discriminator_predictions.dense_prediction.weight"].shape == (1, 32)
     assert not any("generator" in name for name in tensors)
-    config = config_lib.build(checkpoint.read_config(str(rtd_run)))
-    merged = restore(str(rtd_run), dataclasses.replace(config, mesh=config_lib.MeshConfig(8, 1, 1))).params
+    config = build(checkpoint.read_config(str(rtd_run)))
+    merged = restore(str(rtd_run), dataclasses.replace(config, mesh=MeshConfig(8, 1, 1))).params
     table = tensors["electra.embeddings.word_embeddings.weight"]
     np.testing.assert_array_equal(table, merged["encoder"]["embeddings"]["token"])
     card = (tmp_path / "exported" / "README.md").read_text()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from configs import base, bert_base, bert_large, modernbert_base, modernbert_large
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import MeshConfig, ModelConfig
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import make_mesh, param_spec
 from flax_mlm.errors import UserError
@@ -21,7 +22,7 @@ from flax_mlm.model.attention.xla import xla
 
 V, L = 50, 24
 BERT = dataclasses.replace(
-    config_lib.build(base.get_config()).model,
+    build(base.get_config()).model,
     num_layers=3,
     hidden_size=32,
     num_heads=2,
@@ -47,7 +48,7 @@ SHAPES = pytest.mark.parametrize("shape", [BERT, MODERN], ids=["bert", "modernbe
 
 @pytest.fixture(autouse=True)
 def one_device():
-    mesh = make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -60,7 +61,7 @@ def packed_row() -> tuple[jax.Array, jax.Array, jax.Array]:
     return tuple(jnp.asarray(x, jnp.int32) for x in (tokens, segments, positions))
 
 
-def model(shape: config_lib.ModelConfig):
+def model(shape: ModelConfig):
     """The model, jitted, and parameters with every bias and scale away from its trivial value."""
     m = heads.language_model(shape, V)
     rng = np.random.default_rng(0)
@@ -70,7 +71,7 @@ def model(shape: config_lib.ModelConfig):
 
 
 @functools.cache
-def gradients(shape: config_lib.ModelConfig):
+def gradients(shape: ModelConfig):
     m, params = model(shape)
     context, predict = packed_row(), jnp.arange(0, L, 3, dtype=jnp.int32)[None]
     compiled = jax.jit(jax.grad(lambda p: jnp.square(m.apply(p, *context, predict_BK=predict)).mean()))
@@ -78,7 +79,7 @@ def gradients(shape: config_lib.ModelConfig):
     return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
 
-def influence(shape: config_lib.ModelConfig, causal: bool) -> np.ndarray:
+def influence(shape: ModelConfig, causal: bool) -> np.ndarray:
     """(L, L): whether output i depends on the embedding of token j, by gradients."""
     m, params = model(shape)
     tokens, segments, positions = packed_row()
@@ -180,7 +181,7 @@ def test_kernels_compute_what_xla_attention_does(shape, how, causal, monkeypatch
     segments = np.sort(rng.integers(1, 6, (4, 256)), axis=1).astype(np.int32)
     segments[1, 200:] = 0
     positions = (np.arange(256) - np.argmax(segments[:, :, None] == segments[:, None, :], axis=2)).astype(np.int32)
-    mesh, found = make_mesh(config_lib.MeshConfig(*parts), jax.devices()[: np.prod(parts)]), {}
+    mesh, found = make_mesh(MeshConfig(*parts), jax.devices()[: np.prod(parts)]), {}
     with jax.set_mesh(mesh):
         batch = shard_rows([tokens, segments, positions], mesh)
         for name in ("xla", kernel):
@@ -263,24 +264,24 @@ def test_cudnn_is_selected_if_its_gradients_are_right(monkeypatch, capsys):
 def test_attention_is_resolved_by_config_and_platform(monkeypatch):
     c = base.get_config()
     c.data.seq_len = c.model.max_positions = 512
-    config = config_lib.build(c)
+    config = build(c)
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=256))
     exact = dataclasses.replace(config, train=dataclasses.replace(config.train, reproducible=True))
     for one, expected in ((config, "splash"), (short, "xla"), (exact, "xla")):
         assert [resolve_attention(one, platform) for platform in ("tpu", "gpu", "cpu")] == [expected, "xla", "xla"]
     c.model.dtype, c.model.attention_dropout_rate = "bfloat16", 0.0
-    assert resolve_attention(config_lib.build(c), "gpu") == "xla", "no cuDNN here"
+    assert resolve_attention(build(c), "gpu") == "xla", "no cuDNN here"
     monkeypatch.setattr(dispatch, "_cudnn_works", lambda width: width == 64)
     for length, expected in ((512, "cudnn"), (128, "cudnn"), (64, "xla")):
         c.data.seq_len = length
-        assert resolve_attention(config_lib.build(c), "gpu") == expected
+        assert resolve_attention(build(c), "gpu") == expected
     c.model.attention = "cudnn"
     with pytest.raises(UserError, match="cudnn, which runs on GPUs; the devices here are of kind cpu"):
-        resolve_attention(config_lib.build(c), "cpu")
+        resolve_attention(build(c), "cpu")
     assert select_kernel("cudnn", 514, drops=False) is cudnn
     c.model.dtype = "float32"
-    with pytest.raises(UserError, match=r"model.dtype is float32; with model.attention = 'cudnn' it must be bfloat16"):
-        config_lib.build(c)
+    with pytest.raises(UserError, match=r"model.dtype is float32; expected bfloat16 with model.attention=cudnn"):
+        build(c)
     splash = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="splash"))
     with pytest.raises(UserError, match="splash, which runs on TPUs; the devices here are of kind cpu"):
         resolve_attention(splash, "cpu")
@@ -350,7 +351,7 @@ def test_rotary_scores_depend_on_distance_alone():
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_parameter_counts_are_the_published_models(file, vocab_size, count):
-    shape = dataclasses.replace(config_lib.build(file.get_config()).model, vocab_multiple_of=1)
+    shape = dataclasses.replace(build(file.get_config()).model, vocab_multiple_of=1)
     m = heads.language_model(shape, vocab_size)
     assert sum(x.size for x in jax.tree.leaves(jax.eval_shape(m.init, jax.random.key(0)))) == count
 

@@ -12,7 +12,7 @@ import pytest
 
 from configs import base
 from flax_mlm.checkpoint import manager as checkpoint
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build, from_dict
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
 from flax_mlm.distributed.batches import shard_batch
@@ -35,7 +35,7 @@ def model(trained_run) -> trained.LoadedModel:
     """On 8 devices, 4 × 2."""
     c = checkpoint.read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2
-    return trained.restore(str(trained_run), config_lib.build(c))
+    return trained.restore(str(trained_run), build(c))
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def result(model, corpus) -> dict[str, float]:
 
 
 def with_eval(model: trained.LoadedModel, **changes) -> trained.LoadedModel:
-    c = config_lib.from_dict(model.config.to_dict())
+    c = from_dict(model.config.to_dict())
     c.eval.update(changes)
-    return model._replace(config=config_lib.build(c))
+    return model._replace(config=build(c))
 
 
 def held_out_tokens(corpus: Mixture, model: trained.LoadedModel) -> np.ndarray:
@@ -188,9 +188,9 @@ def test_breakdowns_add_up_to_the_whole(model, corpus, result):
 
 def test_positions_are_those_of_what_is_predicted(model, corpus):
     """With clm every token but [CLS] is predicted once, at its own place."""
-    c = config_lib.from_dict(model.config.to_dict())
+    c = from_dict(model.config.to_dict())
     c.objective.name = "clm"
-    config = config_lib.build(c)
+    config = build(c)
     with jax.set_mesh(model.mesh):
         steps = make_steps(config, corpus.vocab_size, model.mesh)
         causal = model._replace(config=config, steps=steps)
@@ -248,7 +248,7 @@ def test_an_untrained_model_is_no_better_than_the_vocabulary(toy, corpus):
     c = base.get_config()
     c.model.update(num_layers=1, hidden_size=32, num_heads=2, intermediate_size=64)
     c.data.seq_len, c.eval.batch_size = 32, 16
-    config = config_lib.build(c)
+    config = build(c)
     mesh, tokenizer = make_mesh(config.mesh), corpus.tokenizer()
     with jax.set_mesh(mesh):
         steps = make_steps(config, corpus.vocab_size, mesh)

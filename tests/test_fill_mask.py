@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_mlm.checkpoint import manager as checkpoint
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
 from flax_mlm.errors import UserError
 from flax_mlm.inference import load as trained
 from flax_mlm.inference.mask_filler import MaskFiller
@@ -19,7 +19,7 @@ TWO = "The [MASK] [MASK] in the garden at night."
 
 @pytest.fixture(scope="module")
 def model(trained_run) -> trained.LoadedModel:
-    return trained.restore(str(trained_run), config_lib.build(checkpoint.read_config(str(trained_run))))
+    return trained.restore(str(trained_run), build(checkpoint.read_config(str(trained_run))))
 
 
 @pytest.fixture(scope="module")

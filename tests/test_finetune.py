@@ -16,7 +16,7 @@ from seqeval.metrics import f1_score
 from seqeval.scheme import IOB2, IOBES
 
 from flax_mlm.checkpoint import manager as checkpoint
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build, from_dict
 from flax_mlm.data import conll
 from flax_mlm.data import tables as labelled
 from flax_mlm.distributed.batches import shard_rows
@@ -34,7 +34,7 @@ def model(trained_run) -> trained.LoadedModel:
     c = checkpoint.read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2
     c.finetune.update(SOON)
-    return trained.restore(str(trained_run), config_lib.build(c))
+    return trained.restore(str(trained_run), build(c))
 
 
 def sentences(toy, count: int, seed: int) -> list[tuple[str, str]]:
@@ -188,10 +188,10 @@ def test_labels_that_will_not_do(model):
     with pytest.raises(UserError, match="--train holds 1 examples, too few to leave some out"):
         classification.run(model, as_labelled([("x", "a")]), None, None, "accuracy", quiet, quiet)
     for rates in ("", "fast", "0.1,2"):
-        c = config_lib.from_dict(model.config.to_dict())
+        c = from_dict(model.config.to_dict())
         c.finetune.learning_rates = rates
         with pytest.raises(UserError, match=r"finetune.learning_rates is"):
-            config_lib.build(c)
+            build(c)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])

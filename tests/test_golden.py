@@ -22,7 +22,8 @@ from configs import (
     quickstart,
     small,
 )
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh, param_spec
 from flax_mlm.model import electra, heads
 
@@ -41,19 +42,19 @@ def compare(request: pytest.FixtureRequest, name: str, text: str) -> None:
 
 @BY_NAME
 def test_resolved_config(request, module):
-    values = config_lib.build(module.get_config()).to_dict()
+    values = build(module.get_config()).to_dict()
     compare(request, f"{module.__name__.split('.')[-1]}.config.json", json.dumps(values, indent=1) + "\n")
 
 
 @BY_NAME
 def test_parameter_tree(request, module):
-    config = config_lib.build(module.get_config())
+    config = build(module.get_config())
     vocab_size = config.tokenizer.vocab_size
     if config.objective.name == "rtd":
         _, model = electra.networks(config, vocab_size)
     else:
         model = heads.language_model(config.model, vocab_size)
-    mesh = make_mesh(config_lib.MeshConfig(2, 2, 2))
+    mesh = make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(model.init, jax.random.key(0))
 

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import base
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import ModelConfig
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
@@ -40,8 +41,8 @@ SHAPES = {
 }
 
 
-def model_config(**fields) -> config_lib.ModelConfig:
-    return dataclasses.replace(config_lib.build(base.get_config()).model, **SMALL, **fields)
+def model_config(**fields) -> ModelConfig:
+    return dataclasses.replace(build(base.get_config()).model, **SMALL, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def opened(path: Path, **changes):
     c.optimizer.averaging = changes.pop("averaging", "none")
     c.data.seq_len = 32
     folder.adopt(c, set())
-    config = config_lib.build(c)
+    config = build(c)
     tokenizer = tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extra_tokens_file)
     mesh = make_mesh(config.mesh)
     return config, make_steps(config, tokenizer.vocab_size, mesh), tokenizer, mesh
@@ -328,7 +329,7 @@ def test_tokenizer_json_cuts_the_built_in_corpus_alike(model_type, normalization
 
     parts = sources.documents("builtin").parts(Counter())
     lines = [line for _, text in parts for line in text.split("\n") if line.strip()]
-    config = config_lib.build(base.get_config()).tokenizer
+    config = build(base.get_config()).tokenizer
     config = dataclasses.replace(config, model_type=model_type, normalization=normalization, vocab_size=4000)
     tokenizer = tokenizer_lib.train(lines[::20], config)
     converted = tokenizer_json.content(tokenizer, 0)

@@ -16,7 +16,7 @@ import pytest
 from test_hf import SHAPES, opened, written
 
 from configs import base, bert_base, modernbert_base
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
 from flax_mlm.data import sources
 from flax_mlm.data import tables as labelled
 from flax_mlm.data import tokenizer as tokenizer_lib
@@ -77,7 +77,7 @@ def sentences(count: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def vocabulary() -> tokenizer_lib.Tokenizer:
-    config = config_lib.build(base.get_config()).tokenizer
+    config = build(base.get_config()).tokenizer
     return tokenizer_lib.train(sentences(4000), dataclasses.replace(config, vocab_size=4000))
 
 
@@ -93,7 +93,7 @@ def vocabulary() -> tokenizer_lib.Tokenizer:
 )
 def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, tmp_path):
     """64 sentences, first each alone, then packed into rows of several."""
-    config = config_lib.build(file.get_config())
+    config = build(file.get_config())
     exact = {"dtype": "float32", "dropout_rate": 0.0, "attention_dropout_rate": 0.0, "vocab_multiple_of": 1}
     exact["scan_layers"] = True  # compiled once for all
     model = dataclasses.replace(config.model, **exact, **fields)
@@ -175,7 +175,7 @@ def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_
     c.objective.name, c.objective.generator_size, c.data.seq_len = "rtd", 0.5, 32
     c.model.update(num_layers=2, hidden_size=32, num_heads=2, intermediate_size=48, max_positions=64)
     c.model.update(embedding_size=embedding_size, dropout_rate=0.0, attention_dropout_rate=0.0)
-    config = config_lib.build(c)
+    config = build(c)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         steps = make_steps(config, vocabulary.vocab_size, mesh)

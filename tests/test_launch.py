@@ -172,7 +172,7 @@ def test_a_slurm_job_is_not_queued_for_ever(toy, tmp_path):
         ({}, [], "--workdir is missing"),
         ({"SLURM_JOB_ID": ""}, ["--workdir=w"], "no Slurm job; submit it"),
         ({"SLURM_SUBMIT_DIR": "/"}, ["--workdir=w"], "/ is not the repository"),
-        ({}, ["--workdir=w", "--config.train.steps=x"], "--config.train.steps is 'x'; it takes a whole number"),
+        ({}, ["--workdir=w", "--config.train.steps=x"], "--config.train.steps is 'x'; expected a whole number"),
     ],
 )
 def test_a_mistake_ends_a_slurm_job(toy, tmp_path, changes, arguments, message):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flax_mlm.checkpoint import manager as checkpoint
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
@@ -26,12 +26,12 @@ def model(trained_run) -> trained.LoadedModel:
     """On 8 devices, 4 × 2."""
     c = checkpoint.read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2
-    return trained.restore(str(trained_run), config_lib.build(c))
+    return trained.restore(str(trained_run), build(c))
 
 
 @pytest.fixture(scope="module")
 def causal(causal_run) -> trained.LoadedModel:
-    return trained.restore(str(causal_run), config_lib.build(checkpoint.read_config(str(causal_run))))
+    return trained.restore(str(causal_run), build(checkpoint.read_config(str(causal_run))))
 
 
 def log_probability(model: trained.LoadedModel, tokens: list[int], place: int, label: int) -> float:

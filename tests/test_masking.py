@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from configs import base
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import BATCH, make_mesh
@@ -22,7 +22,7 @@ from flax_mlm.objectives import language_modelling as objective_lib
 from flax_mlm.objectives import masking
 
 STRATEGIES = ("token", "whole_word", "span")
-BASE = config_lib.build(base.get_config()).objective
+BASE = build(base.get_config()).objective
 B, L, V, NUM_SPECIAL = 8, 24, 32, 6  # kept in most tests, so that each strategy is compiled once
 KEY = jax.random.key(7)
 

@@ -11,14 +11,15 @@ import time
 import pytest
 
 from configs import base, bert_base
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import Config
 from flax_mlm.model import flops
 from flax_mlm.training import metrics
 
-CONFIG = config_lib.build(base.get_config())
+CONFIG = build(base.get_config())
 
 
-def with_log(**changes) -> config_lib.Config:
+def with_log(**changes) -> Config:
     return dataclasses.replace(CONFIG, log=dataclasses.replace(CONFIG.log, **changes))
 
 
@@ -120,7 +121,7 @@ def test_a_missing_tracker_never_stops_a_run(tmp_path, monkeypatch, capsys):
 
 
 def test_flops_of_bert_base_are_six_per_parameter_and_token_plus_attention_and_head():
-    shape = config_lib.build(bert_base.get_config()).model
+    shape = build(bert_base.get_config()).model
     length, slots, vocab = 512, 76, 30_522
     blocks = 12 * (4 * 768**2 + 2 * 768 * 3072)
     expected = 6 * blocks * length + 12 * 12 * 768 * length**2 + 6 * slots * (768**2 + 768 * vocab)

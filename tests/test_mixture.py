@@ -13,15 +13,16 @@ from faults.runs import assert_same_run, finish, metrics_of
 
 from configs import base
 from flax_mlm.checkpoint import manager as checkpoint
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import DataConfig
 from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
 from flax_mlm.errors import UserError
 
 
-def data(corpus: str) -> config_lib.DataConfig:
-    return dataclasses.replace(config_lib.build(base.get_config()).data, corpus=corpus)
+def data(corpus: str) -> DataConfig:
+    return dataclasses.replace(build(base.get_config()).data, corpus=corpus)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,8 @@ def test_folders_and_weights_are_told_apart(text, folders):
         ("a:1e999999999,b:1", "the weight of 'a' is 1e999999999"),
         ("a:1.2.3,b:1", "the weight of 'a' is 1.2.3"),
         ("a:1,b", "'b' has no weight, but others have"),
-        ("a,,b", "'a,,b' has an empty part"),
-        (":1,b:1", "':1,b:1' has an empty part"),
+        ("a,,b", "'a,,b' has an empty item"),
+        (":1,b:1", "':1,b:1' has an empty item"),
         ("a:1,a:2", "'a' is named twice"),
     ],
 )
@@ -61,7 +62,7 @@ def test_weights_that_are_none(text, said):
     c = base.get_config()
     c.data.corpus = text
     with pytest.raises(UserError, match=re.escape(f"data.corpus: {said}")):
-        config_lib.build(c)
+        build(c)
 
 
 def test_a_folder_may_be_called_anything(tmp_path, monkeypatch):
@@ -72,7 +73,7 @@ def test_a_folder_may_be_called_anything(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tok():
-    config = dataclasses.replace(config_lib.build(base.get_config()).tokenizer, vocab_size=280)
+    config = dataclasses.replace(build(base.get_config()).tokenizer, vocab_size=280)
     return tokenizer_lib.train(["the cat sat on the mat and the dog sat on the cat " * 20], config)
 
 
@@ -165,7 +166,7 @@ def test_held_out_rows_are_spread_by_weight(folders):
 )
 def test_folders_that_do_not_go_together(folders, tok, monkeypatch, second, said):
     (folders / "link").symlink_to(folders / "wiki")
-    config = dataclasses.replace(config_lib.build(base.get_config()).tokenizer, vocab_size=280)
+    config = dataclasses.replace(build(base.get_config()).tokenizer, vocab_size=280)
     other = tokenizer_lib.train(["a very different text of birds that sing in the morning " * 20], config)
     test_corpus.write(folders / "other_tokenizer", other)
     monkeypatch.setattr(test_corpus, "L", 16)

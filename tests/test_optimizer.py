@@ -13,19 +13,20 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.model import heads
 from flax_mlm.optim import optimizer
 
-CONFIG = config_lib.build(base.get_config())
+CONFIG = build(base.get_config())
 OPTIMIZER = dataclasses.replace(CONFIG.optimizer, learning_rate=1.0, warmup_fraction=0.1)
 SHAPE = dataclasses.replace(CONFIG.model, num_layers=3, hidden_size=16, num_heads=2, intermediate_size=32, glu=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    mesh = make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
 

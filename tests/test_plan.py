@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from flax_mlm import plan
-from flax_mlm.config import schema as config
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import Config
 from flax_mlm.distributed import chips
 from flax_mlm.errors import UserError
 from flax_mlm.planning import compile as rehearsal
@@ -286,12 +287,12 @@ def found(**changes) -> rehearsal.CompiledStep:
     return rehearsal.CompiledStep(**(values | changes))
 
 
-def bert(**changes) -> config.Config:
+def bert(**changes) -> Config:
     from configs import bert_base
 
     values = bert_base.get_config()
     values.update_from_flattened_dict(changes)
-    return config.build(values)
+    return build(values)
 
 
 def test_the_roofline_is_bytes_and_flops_over_rates():
@@ -384,10 +385,9 @@ def test_the_command_plans_for_cpus_and_gpus(toy, tmp_path):
     assert "attention xla, " in done.stdout
     done = toy.run("plan", *toy.flags(train__tokens=1e6), "--topology=cpu:2")
     assert done.returncode == 0, done.stderr
-    budget = toy.flags(train__budget_cost=16, train__price_per_chip_hour=2)
-    done = toy.run("plan", *budget, "--topology=gpu:h100:2")
+    done = toy.run("plan", *toy.flags(train__budget_minutes=240), "--topology=gpu:h100:2", "--price=2")
     assert done.returncode == 0, done.stderr
-    assert "billion tokens at best in the 4.00 hours of train.budget_cost" in done.stdout
+    assert "billion tokens at best in the 4.00 hours of train.budget_minutes" in done.stdout
     assert "            16.00, at 2 per chip-hour" in done.stdout
     more = toy.flags(model__attention="cudnn", model__dtype="bfloat16", model__attention_dropout_rate=0.0)
     done = toy.run("plan", *more, "--topology=gpu:h100")

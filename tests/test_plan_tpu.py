@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_plan import TINY, bert
 
-from flax_mlm.config import schema as config
+from flax_mlm.config.load import build
 from flax_mlm.planning import compile as rehearsal
 
 pytest.importorskip("libtpu")
@@ -105,7 +105,7 @@ def test_what_the_compiler_makes_of_a_step_stays_as_it_was(name, request):
     module, topology = name.split(" on ")
     values = importlib.import_module(f"configs.{module}").get_config()
     values.update_from_flattened_dict(STEPS[name])
-    built = config.build(values)
+    built = build(values)
     found = rehearsal.rehearse(built, built.tokenizer.vocab_size, rehearsal.parse(topology))
     got = {
         "matmuls": found.matmul_ratio,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from configs import base
 from flax_mlm import prepare as prepare_lib
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.errors import UserError
@@ -31,7 +31,7 @@ def make_config(**changes):
     for name, value in changes.items():
         section, _, field = name.partition("_")
         c[section][field] = value
-    return config_lib.build(c)
+    return build(c)
 
 
 @pytest.fixture(scope="module")

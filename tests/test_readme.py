@@ -45,12 +45,12 @@ def options() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_in_the_examples_exists(command):
-    from flax_mlm.config.schema import field_types
+    from flax_mlm.config.knobs import knobs
 
     line = [sys.executable, "-m", f"flax_mlm.{command}", "--help"]
     text = subprocess.run(line, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     for _, option in (o for o in options() if o[0] == command):
         if option.startswith("config."):
-            assert option.removeprefix("config.") in field_types(), option
+            assert option.removeprefix("config.") in knobs(), option
         else:
             assert re.search(rf"--(\[no\])?{option}\b", text), option

@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 
 from flax_mlm.checkpoint import manager as checkpoint
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
 from flax_mlm.data import tables as labelled
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
@@ -39,7 +39,7 @@ def restored(run, data: int, fsdp: int) -> trained.LoadedModel:
     c = checkpoint.read_config(str(run))
     c.mesh.data, c.mesh.fsdp = data, fsdp
     c.finetune.update(SOON)
-    return trained.restore(str(run), config_lib.build(c))
+    return trained.restore(str(run), build(c))
 
 
 def with_finetune(model: trained.LoadedModel, **changes) -> trained.LoadedModel:
@@ -289,7 +289,7 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
     assert done.returncode == 0 and "6 vectors of 32" in done.stdout, done
     vectors_ND = np.load(tmp_path / "v.npy")
     np.testing.assert_allclose(np.linalg.norm(vectors_ND, axis=1), 1.0, atol=1e-5)
-    kept = trained.restore(str(tmp_path / "kept"), config_lib.build(checkpoint.read_config(str(tmp_path / "kept"))))
+    kept = trained.restore(str(tmp_path / "kept"), build(checkpoint.read_config(str(tmp_path / "kept"))))
     kept = with_finetune(kept, batch_size=16)
     expected = contrastive.vectors_of(kept, finetune.make_vectors(kept), kept.params, list(documents.values()), quiet)
     np.testing.assert_allclose(vectors_ND, expected, atol=1e-5)
@@ -329,7 +329,7 @@ def test_numpy_files_are_written_without_pyarrow(trained_run, tmp_path):
             ["--task=retrieval", "--test=t.txt", "--save=t.txt/new", "--train=t.txt"],
             "--save: 't.txt/new' cannot be written: Not a directory",
         ),
-        ("evaluate", ["--config.finetune.matryoshka_dims=64"], "it takes numbers below model.hidden_size, 32"),
+        ("evaluate", ["--config.finetune.matryoshka_dims=64"], "expected numbers below model.hidden_size, 32"),
     ],
 )
 def test_what_the_commands_refuse(toy, trained_run, tmp_path, command, flags, message):

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from flax_mlm.config import phases
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import Config, MeshConfig
 from flax_mlm.distributed.batches import abstract_batch, shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.objectives import language_modelling as objective
@@ -30,7 +31,7 @@ MODERN = {
 }
 
 
-def make_config(mesh: tuple[int, int, int], overrides: tuple = ()) -> config_lib.Config:
+def make_config(mesh: tuple[int, int, int], overrides: tuple = ()) -> Config:
     c = base.get_config()
     c.model.update(num_layers=3, hidden_size=32, num_heads=4, intermediate_size=64, vocab_multiple_of=8)
     c.model.scan_layers = True
@@ -38,7 +39,7 @@ def make_config(mesh: tuple[int, int, int], overrides: tuple = ()) -> config_lib
     c.optimizer.learning_rate = 0.01
     c.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
     c.update_from_flattened_dict(dict(overrides))
-    return config_lib.build(c)
+    return build(c)
 
 
 def vocabulary(size: int = V) -> masking.Vocabulary:
@@ -191,7 +192,7 @@ def test_a_reproducible_model_is_evaluated_on_any_number_of_devices():
     config = make_config((8, 1, 1), (("train.reproducible", True), ("train.batch_groups", 2)))
     found = []
     for devices in (2, 8):
-        mesh = make_mesh(config_lib.MeshConfig(-1, 1, 1), jax.devices()[:devices])
+        mesh = make_mesh(MeshConfig(-1, 1, 1), jax.devices()[:devices])
         with jax.set_mesh(mesh):
             steps = step.make_steps(config, V, mesh)
             batch = shard_batch(host_batch(0), mesh)

@@ -11,7 +11,7 @@ import pytest
 from faults.runs import arrays, assert_same_run, finish, metrics_of
 
 from flax_mlm.checkpoint import manager as checkpoint
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build, from_dict
 from flax_mlm.inference import load as trained
 
 STEPS = 60
@@ -30,7 +30,7 @@ def test_a_run_leaves_what_it_says_and_has_learned(toy, trained_run):
     assert [line["step"] for line in lines] == [line["rows"] // 16 for line in lines] == list(range(1, 301))
     assert lines[-1]["learning_rate"] < lines[60]["learning_rate"] and lines[-1]["skipped"] == 0
     assert len({line["batch_fingerprint"] for line in lines}) == 300
-    config_lib.build(config_lib.from_dict(json.loads((trained_run / "config.json").read_text())))
+    build(from_dict(json.loads((trained_run / "config.json").read_text())))
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(toy, trained_run):
@@ -169,7 +169,7 @@ def test_the_average_of_the_weights_is_what_a_run_is_judged_by(toy, straight, tm
     assert loss("--config.optimizer.averaging=none") == pytest.approx(last, abs=1e-4)
 
     # An encoder fine-tuned from the average has one set of weights.
-    config = config_lib.build(checkpoint.read_config(str(workdir)))
+    config = build(checkpoint.read_config(str(workdir)))
     model = trained.restore(str(workdir), config)
     with jax.set_mesh(model.mesh):
         checkpoint.save_encoder(tmp_path / "tuned", model, model.params["encoder"], 1)

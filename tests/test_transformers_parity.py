@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from configs import bert_base, bert_large, modernbert_base, modernbert_large
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import MeshConfig, ModelConfig
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.hf import architecture, bert, folder
@@ -61,12 +62,12 @@ laid_out = pytest.mark.parametrize("layout", LAYOUTS)
 
 @pytest.fixture(autouse=True)
 def one_device():
-    mesh = make_mesh(config_lib.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
 
 
-def reference(c: config_lib.ModelConfig, vocab_size: int):
+def reference(c: ModelConfig, vocab_size: int):
     """The transformers model of our shape. The rest, epsilons and token types included, is as it is by default."""
     kwargs = {"vocab_size": vocab_size, "pad_token_id": PAD, "attn_implementation": "eager"}
     kwargs |= {"num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads, "hidden_size": c.hidden_size}
@@ -82,7 +83,7 @@ def reference(c: config_lib.ModelConfig, vocab_size: int):
 @functools.cache
 def both(family: str):
     """Config, our model, the reference with random weights, and these weights as our parameters."""
-    config = config_lib.build((bert_base if family == "bert" else modernbert_base).get_config())
+    config = build((bert_base if family == "bert" else modernbert_base).get_config())
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **TINY, **EXACT, **OWN[family]))
     net, generator = reference(config.model, V), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -96,7 +97,7 @@ def both(family: str):
     return config, model, net, params
 
 
-def our_tree(c: config_lib.ModelConfig, model: heads.Model, arrays: dict[str, "torch.Tensor"]):
+def our_tree(c: ModelConfig, model: heads.Model, arrays: dict[str, "torch.Tensor"]):
     """The reference's weights, or their gradients, by name -> our parameter tree."""
 
     def leaf(path, x):
@@ -196,7 +197,7 @@ def test_parameter_counts(file):
     large |= {"num_hidden_layers": 28, "intermediate_size": 2624} if "modern" in file.__name__ else {}
     family = "ModernBert" if "modern" in file.__name__ else "Bert"
     published = getattr(transformers, f"{family}Config")(**large if "large" in file.__name__ else {})  # default: base
-    c = dataclasses.replace(config_lib.build(file.get_config()).model, vocab_multiple_of=1)
+    c = dataclasses.replace(build(file.get_config()).model, vocab_multiple_of=1)
     ours = jax.eval_shape(heads.language_model(c, published.vocab_size).init, jax.random.key(0))
     with torch.device("meta"):
         expected = sum(p.numel() for p in getattr(transformers, f"{family}ForMaskedLM")(published).parameters())
@@ -209,7 +210,7 @@ def test_parameter_counts(file):
 @pytest.mark.parametrize("embedding_sharing", ["none", "shared", "gradient_disentangled"])
 def test_electra(embedding_sharing, one_device):
     """The loss of both models, and the gradients of both, given what our generator has drawn."""
-    c = config_lib.build(bert_base.get_config())
+    c = build(bert_base.get_config())
     shape = dataclasses.replace(c.model, **TINY, **EXACT, num_layers=2, embedding_size=24)
     fields = {"name": "rtd", "generator_size": 0.5, "embedding_sharing": embedding_sharing, "mask_rate": 0.3}
     c = dataclasses.replace(

@@ -27,7 +27,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from flax_mlm.checkpoint import store as shelf
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import from_dict
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
 
@@ -163,7 +164,7 @@ def read_config(path: str) -> ConfigDict:
 
 def config_of(meta: dict[str, Any]) -> ConfigDict:
     """The config that the last step before a checkpoint was made with: that of its phase."""
-    config = config_lib.from_dict(meta["config"])
+    config = from_dict(meta["config"])
     config.train.phases = ""
     return config
 
@@ -179,7 +180,7 @@ def read_tokenizer(meta: dict[str, Any]) -> Any:
         return tokenizer.load(file)
 
 
-def make_meta(config: config_lib.Config, tokenizer: Any, corpus: str, text: dict[str, Any]) -> dict[str, Any]:
+def make_meta(config: Config, tokenizer: Any, corpus: str, text: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint carries beside arrays.
 
     Args:
@@ -299,7 +300,7 @@ class Checkpoints:
       so_far: what was saved with the step that was restored last; empty where there is none.
     """
 
-    def __init__(self, workdir: gcs.AnyPath, config: config_lib.Config, meta: dict[str, Any], fingerprint: Fingerprint):
+    def __init__(self, workdir: gcs.AnyPath, config: Config, meta: dict[str, Any], fingerprint: Fingerprint):
         """`meta` is stored with every checkpoint; see `make_meta`. Sweeps what a killed run left."""
         import jax
         import orbax.checkpoint as ocp

@@ -15,7 +15,9 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.knobs import knob, parse
+from flax_mlm.config.load import BASE, build
+from flax_mlm.config.schema import Config
 from flax_mlm.distributed import environment
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.hf import folder
@@ -25,7 +27,7 @@ DEFAULT_CONFIG = Path(__file__).parent.parent.parent / "configs" / "quickstart.p
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
 
 
-def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool = False, positional: str = "") -> None:
+def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, positional: str = "") -> None:
     """Parses the command line, builds the config, calls `main` and exits with its code.
 
     The config comes from `--config=FILE.py` (default: the quickstart), or, with `from_checkpoint`, from the
@@ -56,7 +58,7 @@ def run(main: Callable[[config_lib.Config], int | None], from_checkpoint: bool =
         sys.exit(1)
 
 
-def resolve(arguments: list[str]) -> config_lib.Config:
+def resolve(arguments: list[str]) -> Config:
     """The config that a command makes of its arguments `--config=FILE.py` and `--config.section.field=value`.
 
     Raises:
@@ -74,9 +76,7 @@ def config_arguments(argv: list[str]) -> list[str]:
     return named + overrides + [f"--config.{path}=none" for path in to_none]
 
 
-def _parse(
-    argv: list[str], values: flags.FlagValues, from_checkpoint: bool = False, positional: str = ""
-) -> config_lib.Config:
+def _parse(argv: list[str], values: flags.FlagValues, from_checkpoint: bool = False, positional: str = "") -> Config:
     """Sets the flags, and builds the config."""
     config_dict, argv = _load(argv, from_checkpoint)
     argv, to_none = _normalise(argv)
@@ -93,7 +93,7 @@ def _parse(
         config_dict.update_from_flattened_dict({path: None})
     if config_dict.get("init_from") and (not from_checkpoint or folder.is_one(values.checkpoint)):
         folder.adopt(config_dict, {match[2] for match in map(_OVERRIDE.fullmatch, argv) if match}, from_checkpoint)
-    return config_lib.build(config_dict)
+    return build(config_dict)
 
 
 def _help(from_checkpoint: bool) -> None:
@@ -116,7 +116,7 @@ def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]
             raise UserError("--checkpoint is missing; give the workdir of a run, or one of its checkpoints")
         rest.insert(1, f"--checkpoint={found}")
         if folder.is_one(found):
-            config = _from_file(str(config_lib.BASE))
+            config = _from_file(str(BASE))
             config.init_from = found
             return config, rest
         from flax_mlm.checkpoint.manager import read_config  # orbax is heavy, and not needed elsewhere in this file
@@ -174,16 +174,15 @@ def _normalise(argv: list[str]) -> tuple[list[str], list[str]]:
             result.append(argument)
             continue
         negated, path, text = match.groups()
-        kind, optional = config_lib.field_type(path)
-        if text is None and kind is bool:
+        if text is None and knob(path).type is bool:
             text = "false" if negated else "true"
         elif text is None:
             text = next(arguments, None)
             if text is None:
                 raise UserError(f"--config.{path} has no value; write --config.{path}=VALUE")
         to_none = [other for other in to_none if other != path]  # the last one counts
-        if optional and text.lower() == "none":
+        if (value := parse(path, text)) is None:
             to_none.append(path)
         else:
-            result.append(f"--config.{path}={config_lib.parse(kind, path, text)}")
+            result.append(f"--config.{path}={value}")
     return result, to_none

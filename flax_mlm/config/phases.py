@@ -1,9 +1,9 @@
-"""The parts of a run, each with a config of its own, and what moves within it.
+"""Phases: consecutive fractions of a run, each with its own config.
 
 `train.phases` is a text such as `0%: objective.mask_rate=0.3->0.15; 90%: data.seq_len=512, train.global_batch_size=64`:
-from where on, and which fields change there. `a->b` moves a number evenly from a to b in the course of its phase, `->b`
-from what it was. What is not mentioned stays as it was, a number that has moved as it was in the end. A part is known
-by its share of the run, so that it does not matter whether a run's length is given in steps, tokens or time.
+where each phase begins, and which fields change there. `a->b` interpolates a number linearly from a to b over the
+phase, and `->b` starts at the value before. Unmentioned fields keep their value, interpolated ones their last value. A
+phase begins at a fraction of the run, so that the length of the run may be given in steps, tokens or time.
 """
 
 import dataclasses
@@ -14,48 +14,61 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flax_mlm.config import validate
-from flax_mlm.config.schema import Config, field_types, parse, value_of
+from flax_mlm.config.grammar import split
+from flax_mlm.config.knobs import parse, value_of
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 
-MOVING = (
-    *("objective.mask_rate", "objective.mask_replace_prob", "objective.random_replace_prob"),
-    *("optimizer.learning_rate", "optimizer.weight_decay"),
+_INTERPOLATED = (
+    "objective.mask_rate",
+    "objective.mask_replace_prob",
+    "objective.random_replace_prob",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
 )
-_CHANGING = (
-    *MOVING,
+_CHANGEABLE = (
+    *_INTERPOLATED,
     "objective.",
-    *("train.global_batch_size", "train.gradient_accumulation_steps", "data.corpus", "data.seq_len"),
-    *("model.rope_theta_global", "model.rope_theta_local", "model.sliding_window"),
-    *("model.dropout_rate", "model.attention_dropout_rate", "model.attention", "model.remat"),
+    "train.global_batch_size",
+    "train.gradient_accumulation_steps",
+    "data.corpus",
+    "data.seq_len",
+    "model.rope_theta_global",
+    "model.rope_theta_local",
+    "model.sliding_window",
+    "model.dropout_rate",
+    "model.attention_dropout_rate",
+    "model.attention",
+    "model.remat",
 )
-_FIXED_WITH_RTD = ("name", "generator_size", "generator_depth", "embedding_sharing")
+_FIXED_WITH_RTD = ("name", "generator_size", "generator_depth", "embedding_sharing")  # parameters depend on them
 _NUMBER = r"\d+(?:_?\d)*(?:\.\d+)?(?:e[+-]?\d+)?"
 
 
 class Phase(NamedTuple):
-    """One part of a run."""
+    """One phase of a run."""
 
-    config: Config  # of what moves it has the first value
-    begin: float = 0.0  # as a share of the run
+    config: Config  # with the first values of interpolated fields
+    begin: float = 0.0  # as a fraction of the run
     end: float = 1.0
-    last: Mapping[str, float] = MappingProxyType({})  # of what moves: field -> its value at the end
+    final_values: Mapping[str, float] = MappingProxyType({})  # interpolated field -> value at the end of the phase
     changes: str = ""  # as the user wrote them
     first_step: int = 0
-    num_steps: int | None = None  # None: the clock decides
+    num_steps: int | None = None  # None: the run ends by time
 
-    def value(self, path: str, share: Any) -> Any:
-        """A number of the config after this share of the phase (a float, or an array)."""
+    def value(self, path: str, progress: Any) -> Any:
+        """The value of a field after this fraction of the phase, a float or an array."""
         first = value_of(self.config, path)
-        return first + share * (self.last[path] - first) if path in self.last else first
+        return first + progress * (self.final_values[path] - first) if path in self.final_values else first
 
-    def of_rows(self, seq_len: int, tokens_per_row: float) -> "Phase":
-        """With the rows that it has, now that its text is known, and of a run in tokens the steps.
+    def with_rows(self, seq_len: int, tokens_per_row: float) -> "Phase":
+        """The phase with the rows of its corpus and, if the run's length is in tokens, its number of steps.
 
         Args:
           seq_len: L.
-          tokens_per_row: without special ones.
+          tokens_per_row: mean tokens of a row, special tokens not counted.
         """
-        t, config = self.config.train, _with(self.config, {"data.seq_len": seq_len})
+        t, config = self.config.train, _with_values(self.config, {"data.seq_len": seq_len})
         if t.unit != "tokens":
             return self._replace(config=config)
         steps = (self.end - self.begin) * t.tokens / (t.global_batch_size * tokens_per_row)
@@ -63,155 +76,181 @@ class Phase(NamedTuple):
 
     @property
     def largest_mask_rate(self) -> float:
-        """The number of predicted slots K is sized for it."""
-        return max(self.config.objective.mask_rate, self.last.get("objective.mask_rate", 0.0))
+        """The mask rate that the number of prediction slots K is sized for."""
+        return max(self.config.objective.mask_rate, self.final_values.get("objective.mask_rate", 0.0))
 
 
-def whole(config: Config) -> Phase:
-    """A run that is all of one part."""
+class _Change(NamedTuple):
+    """One change as written: `field=first`, `field->final` or `field=first->final`."""
+
+    path: str
+    first: str | None
+    final: str | None
+
+
+def single_phase(config: Config) -> Phase:
+    """The only phase of a run whose config does not change."""
     return Phase(config, num_steps=config.train.steps if config.train.unit == "steps" else None)
 
 
 def parse_phases(config: Config) -> list[Phase]:
-    """The parts of a run, in order; of one whose length is in steps, also which steps each has.
+    """The phases of a run, in order; with their steps if the run's length is in steps.
 
     Raises:
-      UserError: `train.phases` cannot be read, or asks for what cannot be.
+      UserError: `train.phases` cannot be parsed, or a change is not possible.
     """
     length, unit = config.train.length, config.train.unit
-    first = dataclasses.replace(config, train=dataclasses.replace(config.train, phases=""))
-    found = [Phase(first)]
-    for part in filter(None, map(str.strip, config.train.phases.split(";"))):
-        match = re.fullmatch(rf"({_NUMBER})(%?)\s*:(.+)", part, re.S)
-        if not match:
-            raise _wrong(f"'{part}' is not a phase")
-        begin = float(match[1]) / (100 if match[2] else length)
-        if unit == "steps" and begin < 1:
-            begin = round(begin * length) / length
-        is_first = begin == 0.0 and len(found) == 1 and not found[0].changes
-        if not is_first and not found[-1].begin < begin < 1:
+    phases = [Phase(_with_values(config, {"train.phases": ""}))]
+    for text in filter(None, split(config.train.phases, ";")):
+        begin, changes = _parse_statement(text, length, unit)
+        is_first = begin == 0.0 and len(phases) == 1 and not phases[0].changes
+        if not is_first and not phases[-1].begin < begin < 1:
             if unit == "steps":
-                after = f"step {begin * length:g}, not between steps {found[-1].begin * length:g} and {length}"
+                at = f"step {begin * length:g}; expected one between steps {phases[-1].begin * length:g} and {length}"
             else:
-                after = f"{begin:.1%}, not between {found[-1].begin:.1%} and 100.0%"
-            raise _wrong(f"'{part}' begins at {after}")
-        before = found.pop()
+                at = f"{begin:.1%}; expected between {phases[-1].begin:.1%} and 100.0%"
+            raise _error(f"'{text}' begins at {at}")
+        before = phases.pop()
         if not is_first:
-            found.append(before._replace(end=begin))
-        found.append(_changed(before, begin, match[3].strip()))
-    _check_average(config, found)
+            phases.append(before._replace(end=begin))
+        phases.append(_next_phase(before, begin, changes))
+    _check_schedule_free(config, phases)
     if unit != "steps":
-        return found
-    return [p._replace(first_step=round(p.begin * length), num_steps=round((p.end - p.begin) * length)) for p in found]
+        return phases
+    return [p._replace(first_step=round(p.begin * length), num_steps=round((p.end - p.begin) * length)) for p in phases]
 
 
-def _changed(before: Phase, begin: float, changes: str) -> Phase:
-    """The phase after another one, or in place of the first."""
-    types, config = field_types(), _with(before.config, before.last)
-    last, parts, named = dict[str, float](), list[str](), set[str]()
-    for part in changes.split(","):
-        if "=" in part or "->" in part or not parts:
-            parts.append(part)
-        else:  # a comma in a value, which names several corpora
-            parts[-1] += f",{part}"
-    for part in parts:
-        match = re.fullmatch(r"([^=>]*?)\s*(?:=(.*?))?(?:->(.*))?", part.strip(), re.S)
+def _parse_statement(text: str, length: float, unit: str) -> tuple[float, str]:
+    """Parses `FROM: changes`. Returns the fraction of the run where the phase begins, and the changes."""
+    match = re.fullmatch(rf"({_NUMBER})(%?)\s*:(.+)", text, re.S)
+    if not match:
+        example = "'0%: objective.mask_rate=0.3->0.15; 50%: objective.name=clm'"
+        raise _error(f"cannot parse '{text}'; expected FROM: field=value, field=a->b; FROM: ... such as {example}")
+    begin = float(match[1]) / (100 if match[2] else length)
+    if unit == "steps" and begin < 1:
+        begin = round(begin * length) / length
+    return begin, match[3].strip()
+
+
+def _parse_changes(text: str) -> list[_Change]:
+    """Parses `field=value, field=a->b, ...`."""
+    items: list[str] = []
+    for item in split(text, ","):
+        if "=" in item or "->" in item or not items:
+            items.append(item)
+        else:  # the comma belongs to a value, such as several corpora
+            items[-1] += f",{item}"
+    changes: list[_Change] = []
+    for item in items:
+        match = re.fullmatch(r"([^=>]*?)\s*(?:=(.*?))?(?:->(.*))?", item, re.S)
         if not match or (match[2] is None and match[3] is None):
-            raise _wrong(f"'{part.strip()}' is not a change")
-        path, *texts = (text.strip() if text is not None else None for text in match.groups())
-        assert path is not None
-        if path not in types or not path.startswith(_CHANGING):
-            raise _wrong(f"'{path}' cannot change within a run")
-        if path in named:
-            raise _wrong(f"'{changes}' changes {path} twice")
-        named.add(path)
-        first, final = (None if text is None else parse(types[path][0], path, text) for text in texts)
+            raise _error(f"cannot parse '{item}'; expected field=value or field=a->b")
+        path, first, final = match.groups()
+        if path in [change.path for change in changes]:
+            raise _error(f"'{text}' changes {path} twice")
+        changes.append(_Change(path, first and first.strip(), final and final.strip()))
+    return changes
+
+
+def _next_phase(before: Phase, begin: float, text: str) -> Phase:
+    """The phase that changes what `text` says in the phase before."""
+    config, final_values = _with_values(before.config, before.final_values), dict[str, float]()
+    changes = _parse_changes(text)
+    for path, first, final in changes:
+        if not path.startswith(_CHANGEABLE):
+            raise _error(f"'{path}' cannot change within a run")
         if first is not None:
-            config = _with(config, {path: first})
+            config = _with_values(config, {path: parse(path, first)})
         if final is not None:
-            if path not in MOVING:
-                raise _wrong(f"'{path}' does not move; of what changes, {', '.join(MOVING)} do")
-            last[path] = final
-    if "data.seq_len" in named and config.data.corpus:
-        raise _wrong("'data.seq_len' is that of data.corpus; name a corpus that was prepared with other rows")
-    # A rate may end at 0, but not begin there.
-    moved = {path: value for path, value in last.items() if (path, value) != ("optimizer.learning_rate", 0.0)}
-    for changed in (config, _with(config, moved)):
+            if path not in _INTERPOLATED:
+                can = ", ".join(_INTERPOLATED)
+                raise _error(f"'{path}' cannot be interpolated with '->'; these can: {can}")
+            final_values[path] = parse(path, final)
+    if config.data.corpus and "data.seq_len" in [change.path for change in changes]:
+        raise _error("data.seq_len comes from data.corpus; name a corpus prepared with that data.seq_len")
+    _check_phase(before, begin, config, final_values, text)
+    return Phase(config, begin, 1.0, final_values, text)
+
+
+def _check_phase(before: Phase, begin: float, config: Config, final_values: Mapping[str, float], text: str) -> None:
+    """Raises UserError if the first or the last config of a phase is not valid."""
+    # A learning rate may end at 0, but not begin there.
+    final = {path: value for path, value in final_values.items() if (path, value) != ("optimizer.learning_rate", 0.0)}
+    for changed in (config, _with_values(config, final)):
         try:
             validate.check(changed)
         except UserError as e:
-            raise UserError(f"train.phases: '{changes}': {e}") from e
+            raise UserError(f"train.phases: '{text}': {e}") from e
     for name in _FIXED_WITH_RTD:
-        old, new = (getattr(c.objective, name) for c in (before.config, config))
+        old, new = getattr(before.config.objective, name), getattr(config.objective, name)
         if begin > 0 and "rtd" in (before.config.objective.name, config.objective.name) and old != new:
-            why = "with rtd the parameters depend on it"
-            raise _wrong(f"'{changes}' changes objective.{name} from {old} to {new}, but {why}")
-    return Phase(config, begin, 1.0, last, changes)
+            raise _error(
+                f"'{text}' changes objective.{name} from {old} to {new}, but the parameters of rtd depend on it"
+            )
 
 
-def _check_average(config: Config, found: Sequence[Phase]) -> None:
-    """Schedule-free's average goes by the number of steps and by a rate that only the warm-up changes."""
+def _check_schedule_free(config: Config, phases: Sequence[Phase]) -> None:
+    """Raises UserError if a phase changes what schedule-free's average depends on: the learning rate after warm-up, and
+    the number of steps."""
     if config.optimizer.name != "schedule_free":
         return
     fixed = ["optimizer.learning_rate"]
     if config.train.unit == "tokens":
         fixed += ["train.global_batch_size", "data.seq_len", "data.corpus"]
-    for path, phase in itertools.product(fixed, found):
-        if path in phase.last or value_of(phase.config, path) != value_of(config, path):
-            raise _wrong(
-                f"'{phase.changes}' changes {path}, which optimizer.name = 'schedule_free' needs the same throughout"
+    for path, phase in itertools.product(fixed, phases):
+        if path in phase.final_values or value_of(phase.config, path) != value_of(config, path):
+            raise _error(
+                f"'{phase.changes}' changes {path}, which must stay the same with optimizer.name=schedule_free"
             )
 
 
-def settled(phases: Sequence[Phase], seq_len: Sequence[int], tokens_per_row: Sequence[float]) -> list[Phase]:
-    """The phases, now that the corpus of each is known: with its rows, and where a run's length is in tokens with the
-    steps that each has.
+def with_corpora(phases: Sequence[Phase], seq_len: Sequence[int], tokens_per_row: Sequence[float]) -> list[Phase]:
+    """The phases with the rows of their corpora and, if the run's length is in tokens, with their steps.
 
     Args:
       seq_len: L of each phase's rows.
-      tokens_per_row: of each phase's rows, without special ones.
+      tokens_per_row: mean tokens of each phase's rows, special tokens not counted.
 
     Raises:
-      UserError: the run has too few steps for the average that is asked for.
+      UserError: the run has too few steps for `optimizer.averaging`.
     """
-    phases = [p.of_rows(n, each) for p, n, each in zip(phases, seq_len, tokens_per_row, strict=True)]
+    phases = [p.with_rows(n, tokens) for p, n, tokens in zip(phases, seq_len, tokens_per_row, strict=True)]
     if phases[0].config.train.unit != "tokens":
         return phases
     counts = [p.num_steps or 0 for p in phases]
     validate.check_snapshots(phases[0].config.optimizer, sum(counts))
     return [
-        p._replace(config=_with(p.config, {"train.steps": sum(counts)}), first_step=sum(counts[:i]))
+        p._replace(config=_with_values(p.config, {"train.steps": sum(counts)}), first_step=sum(counts[:i]))
         for i, p in enumerate(phases)
     ]
 
 
-def in_shares(phases: Sequence[Phase]) -> str:
-    """`train.phases`, for a run of any length."""
+def in_fractions(phases: Sequence[Phase]) -> str:
+    """`train.phases` with percentages, for a run of any length."""
     return "; ".join(f"{100 * p.begin:g}%: {p.changes}" for p in phases if p.changes)
 
 
-def number(phases: Sequence[Phase], step: int, progress: float) -> int:
-    """The number of the phase that update number `step`, from 0, belongs to, at this share of the run."""
+def index_at(phases: Sequence[Phase], step: int, progress: float) -> int:
+    """The index of the phase of update number `step`, counted from 0, at this fraction of the run."""
     begun = [i for i, p in enumerate(phases) if (p.begin <= progress if p.num_steps is None else p.first_step <= step)]
     return begun[-1]
 
 
 def is_over(phases: Sequence[Phase], step: int, progress: float) -> bool:
-    """Whether the run is done after so many updates, at this share of it."""
+    """True if the run is done after this many updates, at this fraction of the run."""
     last = phases[-1]
     return progress >= 1.0 if last.num_steps is None else step >= last.first_step + last.num_steps
 
 
-def _with(config: Config, values: Mapping[str, Any]) -> Config:
-    """The config with some fields, given by dotted names."""
+def _with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with some fields, given by dotted names, set to other values."""
     for path, value in values.items():
         section, _, name = path.rpartition(".")
-        if section and value_of(config, path) != value:
+        if value_of(config, path) != value:
             changed = dataclasses.replace(getattr(config, section), **{name: value})
             config = dataclasses.replace(config, **{section: changed})
     return config
 
 
-def _wrong(why: str) -> UserError:
-    example = "0%: objective.mask_rate=0.3->0.15; 50%: objective.name=clm"
-    return UserError(f"train.phases: {why}; it takes FROM: field=value, field=a->b; FROM: ... such as '{example}'")
+def _error(why: str) -> UserError:
+    return UserError(f"train.phases: {why}")

@@ -1,278 +1,270 @@
-"""ConfigDict at the edge, validated frozen dataclasses inside.
+"""The config as frozen dataclasses: each field with its type and, as metadata, the values that it may have.
 
-`configs/base.py` declares every knob with its default; the dataclasses here give each its type, and
-`build` checks what can be checked before anything heavy is imported.
+`configs/base.py` gives each field its default and explains it. Rules across fields are in `validate.py`.
 """
 
-import dataclasses
-import difflib
-import functools
 import math
 import os
 import re
-import runpy
-import typing
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
-
+from flax_mlm.config.allowed import (
+    OPEN_FRACTION,
+    POSITIVE,
+    POSITIVE_FRACTION,
+    PROBABILITY,
+    RATE,
+    at_least,
+    one_of,
+    within,
+)
+from flax_mlm.config.grammar import split
 from flax_mlm.errors import UserError
 
-LENGTHS = ("tokens", "budget_minutes", "budget_chip_hours", "budget_cost")  # of a run, where it is not in steps
 
-BASE = Path(__file__).parent.parent.parent / "configs" / "base.py"
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class DataConfig:
     source: str
     corpus: str
     cache_dir: str
-    seq_len: int
-    validation_every: int
-    packing: str
-    num_workers: int
+    seq_len: int = field(metadata=at_least(4))
+    validation_every: int = field(metadata=at_least(2))
+    packing: str = field(metadata=one_of("best_fit", "sequential"))
+    num_workers: int = field(metadata=at_least(0))
 
     def folders(self) -> dict[str, str]:
-        """Folder (or path in a bucket) -> weight as it was written, of each that `corpus` names; "" where it has none.
+        """Corpora of `corpus`: folder or gs:// path -> weight as written, "" for all of them if none has a weight.
 
         Raises:
-          UserError: a weight is not a positive number, some have none, or a folder is named twice.
+          UserError: a weight is not a positive number, only some corpora have one, or a folder is named twice.
         """
 
         def wrong(why: str) -> UserError:
-            return UserError(f"data.corpus: {why}; it takes a folder, or several such as 'wiki:0.7,books:0.3'")
+            return UserError(f"data.corpus: {why}; expected a folder, or several such as 'wiki:0.7,books:0.3'")
 
-        if not self.corpus or os.path.isdir(os.path.expanduser(self.corpus)):  # with whatever name
+        if not self.corpus or os.path.isdir(os.path.expanduser(self.corpus)):  # a folder may have any name
             return dict.fromkeys(filter(None, [self.corpus]), "")
-        found: dict[str, str] = {}
-        for part in self.corpus.split(","):
-            match = re.fullmatch(r"(.*?)(?::([+-]?(?:[\d.]+(?:e[+-]?\d+)?|nan|inf)))?", part.strip(), re.I | re.S)
+        weights: dict[str, str] = {}
+        for item in split(self.corpus, ","):
+            match = re.fullmatch(r"(.*?)(?::([+-]?(?:[\d.]+(?:e[+-]?\d+)?|nan|inf)))?", item, re.I | re.S)
             assert match
             path, weight = match[1], match[2] or ""
             if not path:
-                raise wrong(f"'{self.corpus}' has an empty part")
-            if path in found:
+                raise wrong(f"'{self.corpus}' has an empty item")
+            if path in weights:
                 raise wrong(f"'{path}' is named twice")
             try:
                 if weight and not 0 < float(weight) < math.inf:
                     raise ValueError
             except ValueError:
                 raise wrong(f"the weight of '{path}' is {weight}, not a positive number") from None
-            found[path] = weight
-        if "" in found.values() and any(found.values()):
-            path = next(path for path, weight in found.items() if not weight)
+            weights[path] = weight
+        if "" in weights.values() and any(weights.values()):
+            path = next(path for path, weight in weights.items() if not weight)
             raise wrong(f"'{path}' has no weight, but others have")
-        return found
+        return weights
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TokenizerConfig:
     path: str
     extra_tokens_file: str
-    model_type: str
-    vocab_size: int
-    normalization: str
-    character_coverage: float
-    sample_bytes: int
+    model_type: str = field(metadata=one_of("bpe", "unigram"))
+    vocab_size: int = field(metadata=at_least(1))
+    normalization: str = field(metadata=one_of("nmt_nfkc", "nmt_nfkc_cf", "identity"))
+    character_coverage: float = field(metadata=POSITIVE_FRACTION)
+    sample_bytes: int = field(metadata=at_least(1))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ModelConfig:
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    intermediate_size: int
-    max_positions: int
-    position_embedding: str
-    norm_position: str
-    norm_eps: float
+    num_layers: int = field(metadata=at_least(1))
+    hidden_size: int = field(metadata=at_least(1))
+    num_heads: int = field(metadata=at_least(1))
+    intermediate_size: int = field(metadata=at_least(1))
+    max_positions: int = field(metadata=at_least(1))
+    position_embedding: str = field(metadata=one_of("learned", "rope"))
+    norm_position: str = field(metadata=one_of("post", "pre"))
+    norm_eps: float = field(metadata=OPEN_FRACTION)
     use_bias: bool
     glu: bool
-    type_vocab_size: int
-    embedding_size: int
+    type_vocab_size: int = field(metadata=at_least(0))
+    embedding_size: int = field(metadata=at_least(0))
     share_layers: bool
-    global_attn_every_n_layers: int
-    sliding_window: int
-    attention: str
-    rope_theta_global: float
-    rope_theta_local: float
-    dropout_rate: float
-    attention_dropout_rate: float
-    initializer_range: float
-    vocab_multiple_of: int
-    dtype: str
+    global_attn_every_n_layers: int = field(metadata=at_least(1))
+    sliding_window: int = field(metadata=at_least(2))
+    attention: str = field(metadata=one_of("auto", "xla", "splash", "cudnn"))
+    rope_theta_global: float = field(metadata=within("(1, inf)"))
+    rope_theta_local: float = field(metadata=within("(1, inf)"))
+    dropout_rate: float = field(metadata=RATE)
+    attention_dropout_rate: float = field(metadata=RATE)
+    initializer_range: float = field(metadata=POSITIVE_FRACTION)
+    vocab_multiple_of: int = field(metadata=at_least(1))
+    dtype: str = field(metadata=one_of("float32", "bfloat16"))
     scan_layers: bool | None
-    remat: str
+    remat: str = field(metadata=one_of("none", "dots", "full"))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ObjectiveConfig:
-    name: str
-    masking: str
-    mask_rate: float
-    mask_replace_prob: float
-    random_replace_prob: float
-    span_stop: float
-    span_max_words: int
+    name: str = field(metadata=one_of("mlm", "clm", "rtd"))
+    masking: str = field(metadata=one_of("token", "whole_word", "span"))
+    mask_rate: float = field(metadata=POSITIVE_FRACTION)
+    mask_replace_prob: float = field(metadata=PROBABILITY)
+    random_replace_prob: float = field(metadata=PROBABILITY)
+    span_stop: float = field(metadata=POSITIVE_FRACTION)
+    span_max_words: int = field(metadata=at_least(1))
     attend_across_documents: bool
-    z_loss: float
-    generator_size: float
-    generator_depth: float
-    embedding_sharing: str
-    discriminator_weight: float
+    z_loss: float = field(metadata=at_least(0))
+    generator_size: float = field(metadata=POSITIVE_FRACTION)
+    generator_depth: float = field(metadata=POSITIVE_FRACTION)
+    embedding_sharing: str = field(metadata=one_of("none", "shared", "gradient_disentangled"))
+    discriminator_weight: float = field(metadata=POSITIVE)
 
     @property
     def masking_signature(self) -> list[Any]:
-        """How tokens are hidden; held-out losses of tokens that are hidden otherwise do not compare."""
+        """How tokens are masked; held-out losses with different signatures cannot be compared."""
         if self.name == "clm":
             return []
         spans = [self.span_stop, self.span_max_words] if self.masking == "span" else []
         return [self.masking, self.mask_replace_prob, self.random_replace_prob, *spans]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class OptimizerConfig:
-    name: str
-    learning_rate: float
-    schedule: str
-    warmup_fraction: float
-    decay_fraction: float
-    final_lr_fraction: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    max_grad_norm: float
-    max_skipped_steps: int
-    spike_action: str
-    spike_threshold: float
-    averaging: str
-    ema_decay: float
-    lawa_every: int
-    lawa_count: int
+    name: str = field(metadata=one_of("adamw", "stable_adamw", "schedule_free", "lamb", "muon"))
+    learning_rate: float = field(metadata=POSITIVE)
+    schedule: str = field(metadata=one_of("linear", "cosine", "wsd", "constant"))
+    warmup_fraction: float = field(metadata=PROBABILITY)
+    decay_fraction: float = field(metadata=PROBABILITY)
+    final_lr_fraction: float = field(metadata=PROBABILITY)
+    beta1: float = field(metadata=RATE)
+    beta2: float = field(metadata=RATE)
+    eps: float = field(metadata=OPEN_FRACTION)
+    weight_decay: float = field(metadata=at_least(0))
+    max_grad_norm: float = field(metadata=at_least(0))
+    max_skipped_steps: int = field(metadata=at_least(1))
+    spike_action: str = field(metadata=one_of("none", "clip", "skip"))
+    spike_threshold: float = field(metadata=POSITIVE)
+    averaging: str = field(metadata=one_of("none", "ema", "lawa"))
+    ema_decay: float = field(metadata=OPEN_FRACTION)
+    lawa_every: int = field(metadata=at_least(1))
+    lawa_count: int = field(metadata=at_least(1))
 
     @property
     def averages(self) -> str:
-        """Which average of the weights is kept beside them: ema, lawa, schedule_free or none."""
+        """The average of the weights that training keeps: ema, lawa, schedule_free or none."""
         return self.name if self.name == "schedule_free" else self.averaging
 
 
-@dataclasses.dataclass(frozen=True)
+LENGTHS = ("tokens", "budget_minutes")  # fields that replace train.steps as the length of a run
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    steps: int
-    tokens: float
-    budget_minutes: float
-    budget_chip_hours: float
-    budget_cost: float
-    price_per_chip_hour: float
+    steps: int = field(metadata=at_least(1))
+    tokens: float = field(metadata=at_least(0))
+    budget_minutes: float = field(metadata=at_least(0))
     phases: str
-    global_batch_size: int
-    gradient_accumulation_steps: int
-    logits_chunks: int
+    global_batch_size: int = field(metadata=at_least(1))
+    gradient_accumulation_steps: int = field(metadata=at_least(1))
+    logits_chunks: int = field(metadata=at_least(1))
     reproducible: bool
-    batch_groups: int
-    log_every: int
-    eval_every: int
-    cloze_every: int
-    checkpoint_every: int
-    max_to_keep: int
-    keep_period: int
-    max_failed_saves: int
-    stall_timeout: float
+    batch_groups: int = field(metadata=at_least(1))
+    log_every: int = field(metadata=at_least(1))
+    eval_every: int = field(metadata=at_least(0))
+    cloze_every: int = field(metadata=at_least(0))
+    checkpoint_every: int = field(metadata=at_least(1))
+    max_to_keep: int = field(metadata=at_least(1))
+    keep_period: int = field(metadata=at_least(0))
+    max_failed_saves: int = field(metadata=at_least(1))
+    stall_timeout: float = field(metadata=at_least(0))
 
     @property
     def unit(self) -> str:
-        """What the length of the run is given in: steps, tokens, budget_minutes, budget_chip_hours or budget_cost."""
+        """The unit of the run's length: steps, tokens or budget_minutes."""
         return next((name for name in LENGTHS if getattr(self, name)), "steps")
 
     @property
     def length(self) -> float:
-        """So many of them."""
+        """The run's length in `unit`."""
         return getattr(self, self.unit)
 
     @property
     def has_budget(self) -> bool:
-        """Whether the clock says when the run ends."""
-        return self.unit not in ("steps", "tokens")
-
-    def seconds(self, chips: int) -> float:
-        """The time that a budget is on so many chips."""
-        if self.budget_minutes:
-            return 60 * self.budget_minutes
-        return 3600 * (self.budget_chip_hours or self.budget_cost / self.price_per_chip_hour) / chips
+        """True if the run ends when its time is used up."""
+        return self.budget_minutes > 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class EvalConfig:
-    batch_size: int
-    max_rows: int
-    mask_rate: float
+    batch_size: int = field(metadata=at_least(1))
+    max_rows: int = field(metadata=at_least(0))
+    mask_rate: float = field(metadata=POSITIVE_FRACTION)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class FinetuneConfig:
-    method: str
-    pooling: str
+    method: str = field(metadata=one_of("full", "probe"))
+    pooling: str = field(metadata=one_of("cls", "mean", "last"))
     learning_rates: str
-    epochs: int
-    patience: int
-    batch_size: int
-    seeds: int
-    max_length: int
-    dropout_rate: float
-    warmup_fraction: float
-    weight_decay: float
-    temperature: float
-    hard_negatives: int
+    epochs: int = field(metadata=at_least(1))
+    patience: int = field(metadata=at_least(1))
+    batch_size: int = field(metadata=at_least(1))
+    seeds: int = field(metadata=at_least(1))
+    max_length: int = field(metadata=at_least(4))
+    dropout_rate: float = field(metadata=RATE)
+    warmup_fraction: float = field(metadata=PROBABILITY)
+    weight_decay: float = field(metadata=at_least(0))
+    temperature: float = field(metadata=POSITIVE)
+    hard_negatives: int = field(metadata=at_least(0))
     matryoshka_dims: str
 
     def sizes(self, hidden_size: int) -> list[int]:
-        """How many dimensions of a vector are trained to do alone, all of them last. Raises UserError."""
+        """The numbers of leading dimensions that Matryoshka training uses, `hidden_size` last. Raises UserError."""
         try:
-            sizes = [int(part) for part in self.matryoshka_dims.split(",") if part.strip()]
+            sizes = [int(item) for item in split(self.matryoshka_dims, ",") if item]
             if not all(0 < size < hidden_size for size in sizes):
                 raise ValueError
         except ValueError:
             raise UserError(
-                f"finetune.matryoshka_dims is '{self.matryoshka_dims}'; it takes numbers below model.hidden_size, "
-                f"{hidden_size}"
+                f"finetune.matryoshka_dims is '{self.matryoshka_dims}'; expected numbers below model.hidden_size, "
+                f"{hidden_size}, such as 32,64"
             ) from None
         return [*sizes, hidden_size]
 
     def rates(self) -> list[float]:
         """The learning rates to try. Raises UserError."""
         try:
-            rates = [float(part) for part in self.learning_rates.split(",")]
+            rates = [float(item) for item in split(self.learning_rates, ",")]
             if not all(0 < rate < 1 for rate in rates):
                 raise ValueError
         except ValueError:
             raise UserError(
-                f"finetune.learning_rates is '{self.learning_rates}'; it takes numbers such as 2e-5,5e-5"
+                f"finetune.learning_rates is '{self.learning_rates}'; expected numbers such as 2e-5,5e-5"
             ) from None
         return rates
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class MeshConfig:
     data: int
-    fsdp: int
-    tensor: int
+    fsdp: int = field(metadata=at_least(1))
+    tensor: int = field(metadata=at_least(1))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class LogConfig:
     tensorboard: bool
     wandb_project: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
-    """A whole run. Built by `build`, so every instance has passed `validate.check`."""
+    """The config of a run. `load.build` checks each one that it builds."""
 
-    seed: int
+    seed: int = field(metadata=at_least(0))
     init_from: str
     reinit_head: bool
     data: DataConfig
@@ -288,126 +280,21 @@ class Config:
 
     @property
     def generator(self) -> ModelConfig:
-        """The shape of the generator of `rtd`. Its heads are as wide as the encoder's, there are only fewer; its
-        embeddings are as wide too, whether shared or not, and are projected to its width."""
+        """The shape of the generator of `rtd`: fewer heads of the encoder's head width, and embeddings of the encoder's
+        width that are projected to its own."""
         m, o = self.model, self.objective
         heads = round(m.num_heads * o.generator_size)
-        width, embeddings = heads * (m.hidden_size // m.num_heads), m.embedding_size or m.hidden_size
-        return dataclasses.replace(
+        hidden_size = heads * (m.hidden_size // m.num_heads)
+        embedding_size = m.embedding_size or m.hidden_size
+        return replace(
             m,
             num_layers=max(1, round(m.num_layers * o.generator_depth)),
             num_heads=heads,
-            hidden_size=width,
+            hidden_size=hidden_size,
             intermediate_size=round(m.intermediate_size * heads / m.num_heads),
-            embedding_size=embeddings if embeddings != width else 0,
+            embedding_size=embedding_size if embedding_size != hidden_size else 0,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, ready for JSON."""
-        return dataclasses.asdict(self)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def build(config_dict: ConfigDict) -> Config:
-    """Turns a resolved ConfigDict into a checked `Config`.
-
-    Raises:
-      UserError: a field is missing, unknown, or holds a value that cannot work.
-    """
-    values = config_dict.to_dict()
-    sections = {}
-    for field in dataclasses.fields(Config):
-        if field.name not in values:
-            raise UserError(f"config has no '{field.name}'; start from configs/base.py")
-        value = values.pop(field.name)
-        if dataclasses.is_dataclass(field.type):
-            names = {f.name for f in dataclasses.fields(field.type)}
-            for wrong, verb in ((names - value.keys(), "lacks"), (value.keys() - names, "has an unknown field")):
-                if wrong:
-                    raise UserError(f"config section '{field.name}' {verb} '{min(wrong)}'; see configs/base.py")
-            value = typing.cast(Any, field.type)(**value)
-        sections[field.name] = value
-    if values:
-        raise UserError(f"config has an unknown section '{min(values)}'; see configs/base.py")
-    config = Config(**sections)
-
-    from flax_mlm.config import phases, validate  # which are made of configs
-
-    validate.check(config)
-    phases.parse_phases(config)
-    return config
-
-
-def value_of(config: Config, path: str) -> Any:
-    """A field's value, by its dotted name."""
-    return functools.reduce(getattr, path.split("."), config)
-
-
-def field_types() -> dict[str, tuple[type, bool]]:
-    """Type of every field by its dotted name, and whether it may be None."""
-    result: dict[str, tuple[type, bool]] = {}
-    for section in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(section.type):
-            for field in dataclasses.fields(section.type):
-                options = typing.get_args(field.type) or (field.type,)
-                result[f"{section.name}.{field.name}"] = (options[0], type(None) in options)
-        else:
-            result[section.name] = (section.type, False)  # type: ignore[assignment]
-    return result
-
-
-def field_type(path: str) -> tuple[type, bool]:
-    """As `field_types`, of one field. Raises UserError, with the nearest name, where there is no such field."""
-    fields = field_types()
-    if path not in fields:
-        near = difflib.get_close_matches(path, fields, n=1, cutoff=0.5)
-        near = near or [f for f in fields if f.endswith("." + path.rsplit(".", 1)[-1])]
-        hint = f"did you mean '{near[0]}'?" if near else "--print_config lists them all"
-        raise UserError(f"config has no field '{path}'; {hint}")
-    return fields[path]
-
-
-def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """The ConfigDict of a config that was stored as JSON (the inverse of `Config.to_dict`). One that was stored before
-    a field existed has that field's default."""
-    stored = dict(values)
-    for name, default in runpy.run_path(str(BASE))["get_config"]().to_dict().items():
-        value = stored.get(name, default)
-        stored[name] = default | value if isinstance(default, dict) else value
-    config = ConfigDict(stored)
-    for path, (kind, optional) in field_types().items():
-        section, _, name = path.rpartition(".")
-        if optional and section in config and config[section].get(name) is None:
-            config[section][name] = placeholder(kind)
-    return config
-
-
-def parse(kind: type, path: str, text: str) -> Any:
-    """A field's value from what the user wrote; also `1_000_000` and `1e6` for a whole number.
-
-    Raises:
-      UserError: it is none of this type.
-    """
-    try:
-        if kind is bool:
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-        if kind is float:
-            return float(text)
-        if kind is int:
-            try:
-                return int(text)
-            except ValueError:
-                if not float(text).is_integer():
-                    raise
-                return int(float(text))
-    except (ValueError, KeyError, OverflowError):
-        wanted = {bool: "true or false", float: "a number", int: "a whole number"}[kind]
-        raise UserError(f"--config.{path} is '{text}'; it takes {wanted}") from None
-    return text
+        return asdict(self)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_mlm.config import phases
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build, from_dict
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
 
@@ -149,7 +149,7 @@ def rehearse(config: Config, vocab_size: int, target: Target, compiles: bool = T
 
 
 def _child(asked: dict[str, Any]) -> dict[str, Any]:
-    phase = phases.parse_phases(config_lib.build(config_lib.from_dict(asked["config"])))[0]
+    phase = phases.parse_phases(build(from_dict(asked["config"])))[0]
     config, target, vocab_size = phase.config, Target(**asked["target"]), asked["vocab_size"]
 
     import jax

@@ -40,7 +40,7 @@ class Budget:
         try:
             with gcs.errors(workdir):
                 found = json.loads(self._file.read_text()) if self._file.exists() else {"share": 0.0}
-                self._before = float(found["share"]) * seconds  # which depend on the number of chips
+                self._before = float(found["share"]) * seconds
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"--workdir: '{self._file}', the time used, cannot be read ({type(e).__name__}: {e}); without the file "

@@ -101,7 +101,7 @@ class Run:
     @property
     def next_phase(self) -> int:
         """The number of the one that the next step is of."""
-        return phases.number(self._parts, self.step, self.progress)
+        return phases.index_at(self._parts, self.step, self.progress)
 
     def trained(self) -> LoadedModel:
         """The model as it is now, with the config of the last step."""

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from flax_mlm.config.schema import Config, flatten, from_dict
+from flax_mlm.config.load import flatten, from_dict
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files, gcs
 

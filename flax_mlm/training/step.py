@@ -81,7 +81,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
     Raises:
       UserError: `model.attention` is a kernel that these devices do not have.
     """
-    phase = phase or phases.whole(config)
+    phase = phase or phases.single_phase(config)
     if config.train.reproducible:
         # Unrolled, XLA simplifies the layers otherwise on one device than on several, and rounds so.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True))

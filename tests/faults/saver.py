@@ -14,7 +14,7 @@ import numpy as np
 from configs import base
 from flax_mlm.checkpoint import fingerprint
 from flax_mlm.checkpoint import manager as checkpoint
-from flax_mlm.config import schema as config
+from flax_mlm.config.load import build
 
 
 class State(NamedTuple):
@@ -38,7 +38,7 @@ def main(workdir: Path, last: int, max_to_keep: int) -> None:
         "corpus": "none",
         "text": {},
     }
-    checkpoints = checkpoint.Checkpoints(workdir, config.build(c), meta, jax.jit(fingerprint.fingerprint_tree))
+    checkpoints = checkpoint.Checkpoints(workdir, build(c), meta, jax.jit(fingerprint.fingerprint_tree))
     expected = state_at(0)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected)
     restored = checkpoints.restore_latest(abstract, lambda line: print(line, flush=True))

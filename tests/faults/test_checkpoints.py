@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import base
 from flax_mlm.checkpoint import fingerprint
 from flax_mlm.checkpoint import manager as checkpoint
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import Failure, UserError
@@ -60,7 +60,7 @@ def abstract(state: State) -> State:
 def opened(workdir: Path, meta: dict = META, **changes) -> checkpoint.Checkpoints:
     c = base.get_config()
     c.train.update({"checkpoint_every": 10, **changes})
-    return checkpoint.Checkpoints(workdir, config_lib.build(c), meta, of)
+    return checkpoint.Checkpoints(workdir, build(c), meta, of)
 
 
 def restored(workdir: Path, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> tuple[int | None, list[str]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flax_mlm.checkpoint import manager as checkpoint
-from flax_mlm.config import schema as config_lib
+from flax_mlm.config.load import build, from_dict
 from flax_mlm.errors import UserError
 from flax_mlm.training import run_config
 
@@ -357,11 +357,11 @@ def test_a_workdir_that_cannot_be(toy, tmp_path, outcome, where):
     ],
 )
 def test_a_workdir_of_another_run(trained_run, outcome, name, value):
-    c = config_lib.from_dict(json.loads((trained_run / "config.json").read_text()))
-    run_config.take(trained_run, config_lib.build(c))
+    c = from_dict(json.loads((trained_run / "config.json").read_text()))
+    run_config.take(trained_run, build(c))
     c.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=f"holds a run with {name} = .*, and this one has {value}"):
-        run_config.take(trained_run, config_lib.build(c))
+        run_config.take(trained_run, build(c))
     outcome("detected")
 
 
