@@ -201,16 +201,16 @@ def vocabulary(ids: Ids) -> Any:
     """Lookup tables for masking; each token is a word of its own."""
     import jax.numpy as jnp
 
-    from flax_mlm.objectives import masking
+    from flax_mlm.objectives.vocabulary import Vocabulary
 
     is_special = np.isin(np.arange(ids.vocab_size), ids.special)
     ordinary = jnp.asarray(np.flatnonzero(~is_special), jnp.int32)
     starts_word = jnp.ones(ids.vocab_size, bool)
-    return masking.Vocabulary(jnp.asarray(is_special), starts_word, ordinary, ids.pad_id, ids.cls_id, ids.mask_id)
+    return Vocabulary(jnp.asarray(is_special), starts_word, ordinary, ids.pad_id, ids.cls_id, ids.mask_id)
 
 
 def labels(t: Any) -> np.ndarray:
-    """The hidden tokens (B, L) of `objective.Targets`, as transformers takes them: -100 where none is."""
+    """The hidden tokens (B, L) of `Targets`, as transformers takes them: -100 where none is."""
     labels_BL = np.full_like(t.inputs_BL, -100)
     row, slot = np.nonzero(t.weights_BK)
     labels_BL[row, t.predict_BK[row, slot]] = t.labels_BK[row, slot]
@@ -226,21 +226,22 @@ def write(folder: Path) -> None:
     from flax_mlm.hf import architecture as architecture_lib
     from flax_mlm.hf import folder as folder_lib
     from flax_mlm.model.heads import vocab_rows
-    from flax_mlm.objectives import language_modelling as objective
     from flax_mlm.objectives import masking
-    from flax_mlm.training.step import make_steps, run_key
+    from flax_mlm.objectives.keys import run_key
+    from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
+    from flax_mlm.training.step import make_steps
 
     config, ids = read(folder)
     tokens_NBL = np.load(folder / "tokens.npy").astype(np.int32)
     row_ids_NB2 = np.zeros((*tokens_NBL.shape[:2], 2), np.uint32)
     row_ids_NB2[..., 1] = np.arange(row_ids_NB2[..., 1].size).reshape(row_ids_NB2.shape[:2])
-    slots = objective.max_predictions_per_row(config.objective, config.data.seq_len, config.objective.mask_rate)
+    slots = max_predictions_per_row(config.objective, config.data.seq_len, config.objective.mask_rate)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         steps, vocab = make_steps(config, ids.vocab_size, mesh), vocabulary(ids)
         o, key = config.objective, run_key(config, "mask")
         rates = masking.rates(o, o.mask_rate)
-        targets = jax.jit(lambda rows: objective.targets(o, rows, key, vocab, rates, slots))
+        targets = jax.jit(lambda rows: make_targets(o, rows, key, vocab, rates, slots))
         inputs, hidden = np.empty_like(tokens_NBL), np.empty_like(tokens_NBL)
         for n, (tokens, row_ids) in enumerate(zip(tokens_NBL, row_ids_NB2, strict=True)):
             t = jax.device_get(targets(shard_rows({"tokens": tokens, "row_ids": row_ids}, mesh)))

@@ -77,10 +77,11 @@ def write_case(config: Config, folder: Path) -> None:
     from flax_mlm.distributed.batches import shard_rows
     from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.hf import tokenizer_json
-    from flax_mlm.objectives import language_modelling as objective
     from flax_mlm.objectives import masking
+    from flax_mlm.objectives.keys import run_key
+    from flax_mlm.objectives.targets import make_targets
+    from flax_mlm.objectives.vocabulary import Vocabulary
     from flax_mlm.prepare import prepare_cached
-    from flax_mlm.training.step import run_key
 
     config = phases.parse_phases(config)[-1].config  # ours is evaluated with the objective that it ends with
     corpus = prepare_cached(config, turns.say)
@@ -93,14 +94,14 @@ def write_case(config: Config, folder: Path) -> None:
 
     numbers = np.concatenate(Mixture({"": corpus}).held_out(config.eval.max_rows))
     held_out = held_out.reshape(-1, length)[: len(numbers)]
-    key, vocab = run_key(config, "eval"), masking.vocabulary(tokenizer)
+    key, vocab = run_key(config, "eval"), Vocabulary.from_tokenizer(tokenizer)
     slots, rates = (
         masking.max_predictions_per_row(length, config.eval.mask_rate),
         masking.rates(o, config.eval.mask_rate),
     )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        hide = jax.jit(lambda rows: objective.targets(o, rows, key, vocab, rates, slots))
+        hide = jax.jit(lambda rows: make_targets(o, rows, key, vocab, rates, slots))
         for name, tokens in ("blocks", held_out), ("rows", corpus.split("validation").read(numbers)):
             row_ids = np.stack([numbers >> 32, numbers & 0xFFFFFFFF], axis=1).astype(np.uint32)[: len(tokens)]
             t = jax.device_get(hide(shard_rows({"tokens": tokens, "row_ids": row_ids}, mesh)))

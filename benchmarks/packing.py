@@ -31,7 +31,7 @@ def main(config: Config) -> None:
 
     from flax_mlm.distributed.batches import abstract_batch, shard_batch
     from flax_mlm.distributed.mesh import make_mesh
-    from flax_mlm.objectives import masking
+    from flax_mlm.objectives.vocabulary import Vocabulary
     from flax_mlm.prepare import open_corpus
     from flax_mlm.training.step import make_steps
 
@@ -45,7 +45,7 @@ def main(config: Config) -> None:
 
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        steps, vocab = make_steps(config, corpus.vocab_size, mesh), masking.vocabulary(tokenizer)
+        steps, vocab = make_steps(config, corpus.vocab_size, mesh), Vocabulary.from_tokenizer(tokenizer)
         state: Any = steps.init()
         program = steps.train.lower(steps.abstract, abstract_batch(size, corpus.seq_len, mesh), vocab).compile()
 

@@ -29,14 +29,14 @@ def main(config: Config) -> None:
     from flax_mlm.checkpoint import manager as checkpoint
     from flax_mlm.distributed.batches import shard_batch
     from flax_mlm.distributed.mesh import make_mesh
-    from flax_mlm.objectives import masking
+    from flax_mlm.objectives.vocabulary import Vocabulary
     from flax_mlm.training.step import make_steps
 
     vocab_size, length, size = config.tokenizer.vocab_size, config.data.seq_len, config.train.global_batch_size
     mesh = make_mesh(config.mesh)
     is_special = np.arange(vocab_size) < 5
     words = jax.numpy.arange(5, vocab_size, dtype=jax.numpy.int32)
-    vocab = masking.Vocabulary(jax.numpy.asarray(is_special), jax.numpy.asarray(~is_special), words, 0, 2, 4)
+    vocab = Vocabulary(jax.numpy.asarray(is_special), jax.numpy.asarray(~is_special), words, 0, 2, 4)
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, vocab_size, (size, length)).astype(np.int32)
     tokens[:, 0], tokens[:, -1] = 2, 3

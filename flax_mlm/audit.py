@@ -60,10 +60,12 @@ def audit(
     import jax.numpy as jnp
 
     from flax_mlm.objectives import masking
-    from flax_mlm.training.step import rates_at, run_key
+    from flax_mlm.objectives.keys import run_key
+    from flax_mlm.objectives.masking import rates_at
+    from flax_mlm.objectives.vocabulary import Vocabulary
 
     objective, key = phase.config.objective, run_key(phase.config, "mask")
-    vocab = masking.vocabulary(tokenizer)
+    vocab = Vocabulary.from_tokenizer(tokenizer)
     seen: Counter[str] = Counter()
     for step, batch in enumerate(batches):
         tokens = batch["tokens"]

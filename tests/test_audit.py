@@ -13,6 +13,8 @@ from flax_mlm import audit
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
 from flax_mlm.objectives import masking
+from flax_mlm.objectives.keys import run_key
+from flax_mlm.objectives.vocabulary import Vocabulary
 
 L = 32
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"▁w{i}" for i in range(40)), *(f"c{i}" for i in range(20))]
@@ -71,11 +73,9 @@ def test_marks_read_without_colour():
 
 def test_rows_are_those_of_training():
     config = make_config()
-    from flax_mlm.training.step import run_key
-
     batch = next(iter(batches()))
     slots = masking.max_predictions_per_row(L, 0.15)
-    vocab, ids = masking.vocabulary(FakeTokenizer()), jnp.asarray(batch["row_ids"])
+    vocab, ids = Vocabulary.from_tokenizer(FakeTokenizer()), jnp.asarray(batch["row_ids"])
     rates, key = masking.rates(config.objective, 0.15), run_key(config, "mask")
     expected = masking.mask_tokens(jnp.asarray(batch["tokens"]), ids, key, vocab, config.objective, rates, slots)
     first = expected.positions_BK[0][expected.weights_BK[0] > 0]

@@ -29,9 +29,10 @@ from flax_mlm.errors import UserError
 from flax_mlm.evaluation import rtd
 from flax_mlm.inference.load import restore
 from flax_mlm.model import electra, flops
-from flax_mlm.objectives import language_modelling as objective
 from flax_mlm.objectives import masking
-from flax_mlm.objectives import replaced_token_detection as detection
+from flax_mlm.objectives.keys import row_keys, run_key
+from flax_mlm.objectives.replaced_token_detection import corrupt, replaced_token_detection, sample_tokens
+from flax_mlm.objectives.targets import Targets, make_targets, max_predictions_per_row
 from flax_mlm.training import metrics, step
 
 SHARINGS = ("none", "shared", "gradient_disentangled")
@@ -54,8 +55,8 @@ def test_pieces_are_drawn_as_often_as_the_generator_says():
     with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
         logits_BKV = jnp.broadcast_to(scores_V, (4, draws // 4, size))
         keys_B = jax.random.split(jax.random.key(0), 4)
-        drawn = np.asarray(detection.draw(logits_BKV, keys_B, 5))
-        one = detection.draw(logits_BKV[2:3], keys_B[2:3], 5)
+        drawn = np.asarray(sample_tokens(logits_BKV, keys_B, 5))
+        one = sample_tokens(logits_BKV[2:3], keys_B[2:3], 5)
     counts = np.bincount(drawn.ravel(), minlength=size)
     expected = draws * np.append(np.asarray(jax.nn.softmax(scores_V[:5])), [0, 0])
     assert counts[5:].sum() == 0
@@ -67,7 +68,7 @@ def test_pieces_are_drawn_as_often_as_the_generator_says():
 
 def test_only_other_tokens_count_as_replaced():
     """Row 0: one slot filled with the original, one with another token, one not in use (its position is 0)."""
-    t = objective.Targets(
+    t = Targets(
         inputs_BL=jnp.array([[2, 4, 11, 4, 3], [2, 12, 4, 3, 0]]),
         segment_ids_BL=jnp.ones((2, 5), jnp.int32),
         positions_BL=jnp.zeros((2, 5), jnp.int32),
@@ -75,7 +76,7 @@ def test_only_other_tokens_count_as_replaced():
         labels_BK=jnp.array([[10, 12, 0], [13, 0, 0]]),
         weights_BK=jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]),
     )
-    corrupted, replaced = detection.corrupt(t, jnp.array([[10, 20, 99], [21, 99, 99]]))
+    corrupted, replaced = corrupt(t, jnp.array([[10, 20, 99], [21, 99, 99]]))
     assert corrupted.tolist() == [[2, 10, 11, 20, 3], [2, 12, 21, 3, 0]]
     assert replaced.tolist() == [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0]]
 
@@ -95,13 +96,11 @@ def built(name: str):
             lambda x: x + noise.normal(0, 0.02, x.shape).astype(np.float32), jax.device_get(steps.init().params)
         )
         slots, rates = (
-            objective.max_predictions_per_row(config.objective, 32, 0.15),
+            max_predictions_per_row(config.objective, 32, 0.15),
             masking.rates(config.objective, 0.15),
         )
         targets = jax.jit(
-            lambda rows: objective.targets(
-                config.objective, rows, step.run_key(config, "mask"), vocabulary(), rates, slots
-            )
+            lambda rows: make_targets(config.objective, rows, run_key(config, "mask"), vocabulary(), rates, slots)
         )(shard_batch(host_batch(0), mesh))
     return config, mesh, steps, params, targets
 
@@ -114,7 +113,7 @@ def gradient_of(name: str):
 
     def loss(params, weight):
         objective_config = dataclasses.replace(config.objective, discriminator_weight=weight)
-        made = detection.replaced_tokens(*networks, V, objective_config)
+        made = replaced_token_detection(*networks, V, objective_config)
         return made.total(made.predict(params, t, None), made.counts(t))[0]
 
     return jax.jit(jax.value_and_grad(loss))
@@ -136,7 +135,7 @@ def test_the_loss_is_the_one_of_the_paper():
         @jax.jit
         def run(params):
             logits_BKV = generator.apply(params, t.inputs_BL, *context, predict_BK=t.predict_BK)
-            corrupted_BL, _ = detection.corrupt(t, detection.draw(logits_BKV, t.sample_keys_B, V))
+            corrupted_BL, _ = corrupt(t, sample_tokens(logits_BKV, t.sample_keys_B, V))
             found = steps.loss.predict(params, t, None)
             x_BL = discriminator.head(params, discriminator.encode(params, corrupted_BL, *context))
             return found, steps.loss.total(found, steps.loss.counts(t)), logits_BKV, corrupted_BL, x_BL
@@ -206,9 +205,9 @@ def test_what_is_drawn_changes_with_the_row_and_not_with_the_masks():
     with jax.set_mesh(mesh):
         rows = shard_batch(host_batch(0), mesh)
         o, key = config.objective, jax.random.key(0)
-        keys = jax.jit(lambda rate: objective.targets(o, rows, key, vocabulary(), masking.rates(o, rate), 8))
+        keys = jax.jit(lambda rate: make_targets(o, rows, key, vocabulary(), masking.rates(o, rate), 8))
         first, second = (keys(rate).sample_keys_B for rate in (0.15, 0.3))
-        masks = jax.vmap(masking.row_key, (None, 0))(jax.random.key(0), host_batch(0)["row_ids"])
+        masks = row_keys(jax.random.key(0), host_batch(0)["row_ids"])
     data = [np.asarray(jax.random.key_data(keys)) for keys in (first, second, masks)]
     np.testing.assert_array_equal(data[0], data[1])
     assert len({tuple(row) for keys in data[1:] for row in keys}) == 2 * len(masks)

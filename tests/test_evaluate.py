@@ -19,7 +19,7 @@ from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import mlm
 from flax_mlm.inference import load as trained
-from flax_mlm.objectives import masking
+from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.training.step import make_steps
 
 EXACT = ("rows", "predicted_tokens", "unigram_entropy", "majority_accuracy")
@@ -253,6 +253,6 @@ def test_an_untrained_model_is_no_better_than_the_vocabulary(toy, corpus):
     with jax.set_mesh(mesh):
         steps = make_steps(config, corpus.vocab_size, mesh)
         params = steps.init().params
-        untrained = trained.LoadedModel(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
+        untrained = trained.LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
         found = mlm.run(untrained, corpus)
     assert found["loss"] == pytest.approx(math.log(corpus.vocab_size), abs=0.2)

@@ -32,9 +32,11 @@ from flax_mlm.hf import weights as start
 from flax_mlm.inference import likelihood, parity
 from flax_mlm.inference.load import LoadedModel, untied
 from flax_mlm.model import electra, heads
-from flax_mlm.objectives import language_modelling as objective
 from flax_mlm.objectives import masking
-from flax_mlm.training.step import make_steps, run_key
+from flax_mlm.objectives.keys import run_key
+from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
+from flax_mlm.objectives.vocabulary import Vocabulary
+from flax_mlm.training.step import make_steps
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
@@ -55,7 +57,7 @@ def model_of(path: Path, **changes) -> LoadedModel:
     with jax.set_mesh(mesh):
         steps = make_steps(config, tokenizer.vocab_size, mesh)
         params = start.state(config, steps, tokenizer, print).params
-        return LoadedModel(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
+        return LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
 
 
 def real_path(name: str) -> Path:
@@ -181,7 +183,7 @@ def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_
         steps = make_steps(config, vocabulary.vocab_size, mesh)
         noise = np.random.default_rng(0)
         params = jax.tree.map(lambda x: x + noise.normal(0, 0.05, x.shape).astype(np.float32), steps.init().params)
-        model = untied(LoadedModel(config, mesh, steps, params, vocabulary, masking.vocabulary(vocabulary)))
+        model = untied(LoadedModel(config, mesh, steps, params, vocabulary, Vocabulary.from_tokenizer(vocabulary)))
     net, kept = electra.discriminator(config.model, vocabulary.vocab_size), jax.device_get(model.params)
     del kept["generator"]
     architecture = folder.matching(config.model, "rtd", "", "[CLS]")
@@ -322,7 +324,7 @@ def test_continued_training_has_the_losses_of_torch():
     )
     o = config.optimizer
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    vocab = masking.vocabulary(tokenizer)
+    vocab = Vocabulary.from_tokenizer(tokenizer)
     ids = [x[:62] for x in tokenizer.encode(sentences(600)) if len(x) > 8][: 20 * 8]
     tokens = np.full((20, 8, 64), tokenizer.pad_id, np.int32)
     for i, x in enumerate(ids):
@@ -338,12 +340,12 @@ def test_continued_training_has_the_losses_of_torch():
     with jax.set_mesh(mesh):
         steps = make_steps(config, tokenizer.vocab_size, mesh)
         state = start.state(config, steps, tokenizer, print)
-        slots = objective.max_predictions_per_row(config.objective, 64, config.objective.mask_rate)
+        slots = max_predictions_per_row(config.objective, 64, config.objective.mask_rate)
         for step in range(20):
             row_ids = np.stack([np.zeros(8), np.arange(8) + 8 * step], axis=1).astype(np.uint32)
             batch = shard_batch({"tokens": tokens[step], "row_ids": row_ids}, mesh)
             rates = masking.rates(config.objective, 0.15)
-            targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
+            targets = make_targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
             state, metrics = steps.train(state, batch, vocab)
 
             inputs, places, labels, used = (

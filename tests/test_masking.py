@@ -18,8 +18,9 @@ from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import BATCH, make_mesh
-from flax_mlm.objectives import language_modelling as objective_lib
-from flax_mlm.objectives import masking
+from flax_mlm.objectives import masking, segments
+from flax_mlm.objectives.targets import Targets, make_targets
+from flax_mlm.objectives.vocabulary import Vocabulary
 
 STRATEGIES = ("token", "whole_word", "span")
 BASE = build(base.get_config()).objective
@@ -59,7 +60,8 @@ def mask(tokens, tok, o, rate=0.15, ids=None, key=KEY, slots=None):
     """Masks rows, as NumPy arrays."""
     ids = row_ids(np.arange(len(tokens))) if ids is None else ids
     slots = masking.max_predictions_per_row(tokens.shape[1], 1.0) if slots is None else slots
-    result = compiled(o, slots)(jnp.asarray(tokens), jnp.asarray(ids), key, masking.vocabulary(tok), jnp.float32(rate))
+    vocab = Vocabulary.from_tokenizer(tok)
+    result = compiled(o, slots)(jnp.asarray(tokens), jnp.asarray(ids), key, vocab, jnp.float32(rate))
     return masking.Masked(*map(np.asarray, result))
 
 
@@ -236,14 +238,14 @@ def test_masks_change_with_stream_position_and_key_only(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_masks_on_an_explicit_mesh_equal_those_of_one_device(strategy):
     tokens, ids = random_rows(16, 64, WORDY, V), row_ids(np.arange(16))
-    vocab, o, slots = masking.vocabulary(WORDY), objective(strategy), masking.max_predictions_per_row(64, 0.15)
+    vocab, o, slots = Vocabulary.from_tokenizer(WORDY), objective(strategy), masking.max_predictions_per_row(64, 0.15)
 
-    def everything(devices: int) -> objective_lib.Targets:
+    def everything(devices: int) -> Targets:
         """As the train step does it, the rows split over the mesh."""
         mesh = make_mesh(MeshConfig(data=-1, fsdp=min(devices, 2), tensor=1), jax.devices()[:devices])
         with jax.set_mesh(mesh):
             rows = shard_batch({"tokens": tokens, "row_ids": ids}, mesh)
-            of = jax.jit(lambda rows: objective_lib.targets(o, rows, KEY, vocab, masking.rates(o, 0.15), slots))
+            of = jax.jit(lambda rows: make_targets(o, rows, KEY, vocab, masking.rates(o, 0.15), slots))
             return of(rows)
 
     one, many = everything(1), everything(8)
@@ -257,11 +259,12 @@ def test_segments_count_from_one_and_positions_restart():
     tokens = jnp.asarray(
         [[cls, 9, 0, sep, cls, 8, sep, cls, sep, pad, pad], [cls] + [9] * 9 + [sep], [pad] * 11], jnp.int32
     )
-    segments = masking.segment_ids(tokens, masking.vocabulary(tokenizer()))
-    np.testing.assert_array_equal(segments, [[1, 1, 1, 1, 2, 2, 2, 3, 3, 0, 0], [1] * 11, [0] * 11])
-    places = masking.positions(segments)
-    np.testing.assert_array_equal(places, [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1], range(11), range(11)])
-    assert segments.dtype == places.dtype == jnp.int32
+    segment_ids = segments.segment_ids(tokens, Vocabulary.from_tokenizer(tokenizer()))
+    np.testing.assert_array_equal(segment_ids, [[1, 1, 1, 1, 2, 2, 2, 3, 3, 0, 0], [1] * 11, [0] * 11])
+    positions = segments.positions(segment_ids)
+    np.testing.assert_array_equal(positions, [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1], range(11), range(11)])
+    assert segment_ids.dtype == jnp.int32
+    assert positions.dtype == jnp.int32
 
 
 @given(seq_len=st.integers(4, 8192), rate=st.integers(1, 1000))

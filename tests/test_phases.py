@@ -23,6 +23,7 @@ from flax_mlm.data.stream import DataCursor, Stream
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
+from flax_mlm.objectives.masking import rates_at
 from flax_mlm.optim import optimizer
 from flax_mlm.training import step
 
@@ -244,7 +245,7 @@ def test_replacements_move_too():
         )
         part = phases.parse_phases(config)[0]
         for share in (0.0, 0.5, 1.0):
-            shown.append(step.rates_at(part, share).mask_replace_prob)
+            shown.append(rates_at(part, share).mask_replace_prob)
     assert shown == [1.0, 0.5, 0.0, 0.8, 0.8, 0.8]
 
 

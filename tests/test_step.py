@@ -14,8 +14,10 @@ from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config, MeshConfig
 from flax_mlm.distributed.batches import abstract_batch, shard_batch
 from flax_mlm.distributed.mesh import make_mesh
-from flax_mlm.objectives import language_modelling as objective
 from flax_mlm.objectives import masking
+from flax_mlm.objectives.keys import run_key
+from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
+from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.optim import optimizer, spikes
 from flax_mlm.training import step
 
@@ -42,10 +44,10 @@ def make_config(mesh: tuple[int, int, int], overrides: tuple = ()) -> Config:
     return build(c)
 
 
-def vocabulary(size: int = V) -> masking.Vocabulary:
+def vocabulary(size: int = V) -> Vocabulary:
     special = np.arange(size) < 5
     starts = np.arange(size) % 3 == 0
-    return masking.Vocabulary(jnp.asarray(special), jnp.asarray(starts), jnp.arange(5, size, dtype=jnp.int32), 0, 2, 4)
+    return Vocabulary(jnp.asarray(special), jnp.asarray(starts), jnp.arange(5, size, dtype=jnp.int32), 0, 2, 4)
 
 
 def host_batch(i: int) -> dict[str, np.ndarray]:
@@ -215,9 +217,9 @@ def z_loss_as_defined() -> dict[str, float]:
     """Half the mean of (log Z)², by JAX's logsumexp, beside the cross-entropy, and the norm of the gradient of both."""
     config, mesh, steps = built((1, 1, 1))
     with jax.set_mesh(mesh):
-        slots = objective.max_predictions_per_row(config.objective, L, 0.15)
-        batch, key = shard_batch(host_batch(0), mesh), step.run_key(config, "mask")
-        t = objective.targets(config.objective, batch, key, vocabulary(), masking.rates(config.objective, 0.15), slots)
+        slots = max_predictions_per_row(config.objective, L, 0.15)
+        batch, key = shard_batch(host_batch(0), mesh), run_key(config, "mask")
+        t = make_targets(config.objective, batch, key, vocabulary(), masking.rates(config.objective, 0.15), slots)
 
         def loss(params):
             scores = steps.model.apply(params, t.inputs_BL, t.segment_ids_BL, t.positions_BL, predict_BK=t.predict_BK)

@@ -19,9 +19,11 @@ from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.hf import architecture, bert, folder
 from flax_mlm.model import electra, heads
-from flax_mlm.objectives import language_modelling as objective
 from flax_mlm.objectives import masking
-from flax_mlm.objectives import replaced_token_detection as detection
+from flax_mlm.objectives.language_modelling import token_losses
+from flax_mlm.objectives.replaced_token_detection import corrupt, sample_tokens
+from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
+from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.training import step
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
@@ -162,7 +164,7 @@ def test_hidden_states_and_scores(family, with_types, layout, one_device):
     check(np.asarray(model.encode(params, *args, **kwargs))[real], hidden, "hidden states")
     check(np.asarray(model.apply(params, *args, predict_BK=predict, **kwargs))[real], scores, "scores")
     if not with_types:  # `score` finds segments and positions by itself, and knows one token type
-        vocab = masking.Vocabulary(*[jnp.zeros(V, jnp.int32)] * 3, pad_id=PAD, cls_id=CLS, mask_id=2)
+        vocab = Vocabulary(*[jnp.zeros(V, jnp.int32)] * 3, pad_id=PAD, cls_id=CLS, mask_id=2)
         got = step.make_steps(config, V, one_device).score(params, args[0], predict, vocab)
         check(np.asarray(got)[real], scores.log_softmax(-1), "log-probabilities")
 
@@ -183,8 +185,8 @@ def test_gradients(family, with_types, layout, one_device):
     slots = jnp.asarray(labels, jnp.int32), jnp.asarray(chosen, jnp.float32)
 
     def loss(params):
-        scored = objective.score(model.apply(params, *args, predict_BK=predict, **kwargs), *slots)
-        return scored.loss_BK.sum() / slots[1].sum()
+        losses = token_losses(model.apply(params, *args, predict_BK=predict, **kwargs), *slots)
+        return losses.loss_BK.sum() / slots[1].sum()
 
     got = jax.jit(jax.grad(loss))(params)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
@@ -223,12 +225,12 @@ def test_electra(embedding_sharing, one_device):
     params = jax.tree.map(lambda x: x + noise.normal(0, 0.1, x.shape).astype(np.float32), steps.init().params)
     special = np.arange(V) < 4  # [PAD], [CLS], [SEP], [MASK]
     ordinary = jnp.arange(4, V, dtype=jnp.int32)
-    vocab = masking.Vocabulary(jnp.asarray(special), jnp.asarray(~special), ordinary, PAD, CLS, 3)
+    vocab = Vocabulary(jnp.asarray(special), jnp.asarray(~special), ordinary, PAD, CLS, 3)
     tokens = noise.integers(4, V, (3, L)).astype(np.int32)
     tokens[:, 0], tokens[:, -1], tokens[1, 17:] = CLS, 2, PAD
     batch = shard_rows({"tokens": tokens, "row_ids": np.eye(3, 2, dtype=np.uint32)}, one_device)
-    rates, slots = masking.rates(c.objective, 0.3), objective.max_predictions_per_row(c.objective, L, 0.3)
-    t = objective.targets(c.objective, batch, jax.random.key(0), vocab, rates, slots)
+    rates, slots = masking.rates(c.objective, 0.3), max_predictions_per_row(c.objective, L, 0.3)
+    t = make_targets(c.objective, batch, jax.random.key(0), vocab, rates, slots)
 
     def loss(params):
         return steps.loss.total(steps.loss.predict(params, t, None), steps.loss.counts(t))[0]
@@ -236,7 +238,7 @@ def test_electra(embedding_sharing, one_device):
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
     generator = electra.networks(c, V)[0]
     scores = jax.jit(generator.apply)(params, t.inputs_BL, t.segment_ids_BL, t.positions_BL, predict_BK=t.predict_BK)
-    corrupted, _ = detection.corrupt(t, detection.draw(scores, t.sample_keys_B, V))
+    corrupted, _ = corrupt(t, sample_tokens(scores, t.sample_keys_B, V))
 
     # Theirs, from the same weights, each model with all of its own.
     nets, tables = [], (bert.ELECTRA_GENERATOR, bert.ELECTRA)

@@ -17,7 +17,7 @@ from flax_mlm.errors import UserError
 from flax_mlm.hf import folder as folder_lib
 from flax_mlm.hf import weights as start
 from flax_mlm.model import electra
-from flax_mlm.objectives import masking
+from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.training.step import Steps, make_steps
 
 _LENGTH = 32
@@ -31,7 +31,7 @@ class LoadedModel(NamedTuple):
     steps: Steps
     params: Any
     tokenizer: Tokenizer
-    vocab: masking.Vocabulary
+    vocab: Vocabulary
     meta: Mapping[str, Any] = MappingProxyType({})  # of the checkpoint it was restored from
 
     @property
@@ -67,7 +67,7 @@ def restore(path: str, config: Config) -> LoadedModel:
         with jax.set_mesh(mesh):
             steps = make_steps(config, tokenizer.vocab_size, mesh)
             params = start.state(config, steps, tokenizer, lambda line: print(line, file=sys.stderr)).params
-            return LoadedModel(config, mesh, steps, params, tokenizer, masking.vocabulary(tokenizer))
+            return LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
     candidates, wanted = checkpoint.find(path), None
     for folder in candidates:
         try:
@@ -81,7 +81,8 @@ def restore(path: str, config: Config) -> LoadedModel:
                 # A fine-tuned encoder began with the average, and keeps none.
                 item = "average" if config.optimizer.averages != "none" and "fine_tuned" not in meta else "params"
                 items = checkpoint.restore(folder, meta, {item: steps.abstract.params}, steps.fingerprint)
-                model = LoadedModel(config, mesh, steps, items[item], tokenizer, masking.vocabulary(tokenizer), meta)
+                vocab = Vocabulary.from_tokenizer(tokenizer)
+                model = LoadedModel(config, mesh, steps, items[item], tokenizer, vocab, meta)
                 return untied(model) if config.objective.name == "rtd" else model
         except checkpoint.Damaged as e:
             if folder == candidates[-1]:

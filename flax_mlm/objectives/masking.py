@@ -1,48 +1,43 @@
-"""Which tokens are hidden, and how: (tokens, row number, key) -> inputs, predicted positions, labels, weights.
+"""Masking: which tokens of a row the model predicts, and what it sees in their place.
 
-Pure functions of static shape, run inside jit. A row is masked from its tokens and its own key alone, so
-masks are the same however the batch is split over devices, hosts, microbatches and restarts.
+A row is masked in three steps:
 
-Shapes: B rows of a batch, L tokens of a row, K slots for predicted positions, V vocabulary.
+1. units: `token_units`, `word_units` or `span_units` groups the tokens that are selected together;
+2. selection: `select_units` takes units in random order until the row has its number of predictions;
+3. replacement: `replace` shows a selected token as [MASK], as a random token, or unchanged.
+
+All functions are pure, have static shapes and run inside jit. The masks of a row depend on its tokens and its own key
+alone, so they stay the same however the batch is split over devices, hosts, microbatches and restarts.
+
+Shapes: B rows of a batch, L tokens of a row, K prediction slots of a row, V vocabulary.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flax_mlm.config.phases import Phase
 from flax_mlm.config.schema import ObjectiveConfig
+from flax_mlm.objectives.keys import row_keys
+from flax_mlm.objectives.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from flax_mlm.data.tokenizer import Tokenizer
-
-_RATE_UNIT = 100_000  # rates count in hundred-thousandths, so that rounding is integer arithmetic
+_RATE_UNIT = 100_000  # mask rates count in hundred-thousandths, so that rounding is integer arithmetic
 _WORD_PASSES = 4
 
 
-class Vocabulary(NamedTuple):
-    """What masking has to know of a vocabulary; put on the device once."""
-
-    is_special: jax.Array  # (V,) bool: never predicted, never drawn as a random token
-    starts_word: jax.Array  # (V,) bool
-    ordinary_ids: jax.Array  # (R,) int32, the ids that are not special
-    pad_id: int
-    cls_id: int
-    mask_id: int
-
-
 class Rates(NamedTuple):
-    """Shares; numbers, or arrays that change from step to step."""
+    """Probabilities of masking: floats, or float32 scalars that change from step to step."""
 
-    mask: Any  # of the maskable tokens, to be predicted
-    mask_replace_prob: Any  # of those, shown as [MASK]
-    random_replace_prob: Any  # of those, shown as a random token
+    mask: Any  # fraction of the maskable tokens that is predicted
+    mask_replace_prob: Any  # fraction of the predicted tokens that is shown as [MASK]
+    random_replace_prob: Any  # fraction of the predicted tokens that is shown as a random token
 
 
 class Masked(NamedTuple):
-    """One masked batch. Slots in use come first, by ascending position; the others hold zeros."""
+    """A masked batch. Prediction slots in use come first, by ascending position; the others hold zeros."""
 
     inputs_BL: jax.Array  # int32
     positions_BK: jax.Array  # int32
@@ -50,45 +45,39 @@ class Masked(NamedTuple):
     weights_BK: jax.Array  # float32, 1 for a slot in use
 
 
+class Units(NamedTuple):
+    """The unit that each token belongs to; the tokens of a unit are selected together."""
+
+    start_L: jax.Array  # int32, index of the unit's first token
+    length_L: jax.Array  # int32, number of the unit's tokens
+
+
 def rates(objective: ObjectiveConfig, mask_rate: Any) -> Rates:
-    """Those of an objective that do not move, with another share to be predicted."""
+    """Rates of an objective, with another mask rate."""
     return Rates(mask_rate, objective.mask_replace_prob, objective.random_replace_prob)
 
 
-def vocabulary(tokenizer: "Tokenizer") -> Vocabulary:
-    """The lookup tables of a tokenizer, as device arrays."""
-    return Vocabulary(
-        is_special=jnp.asarray(tokenizer.is_special),
-        starts_word=jnp.asarray(tokenizer.starts_word),
-        ordinary_ids=jnp.asarray(np.flatnonzero(~tokenizer.is_special), jnp.int32),
-        pad_id=int(tokenizer.pad_id),
-        cls_id=int(tokenizer.cls_id),
-        mask_id=int(tokenizer.mask_id),
-    )
-
-
-def segment_ids(tokens_BL: jax.Array, vocab: Vocabulary) -> jax.Array:
-    """1, 2, 3 ... for the segments of a row, each opened by its [CLS]; 0 at [PAD]."""
-    segments_BL = jnp.cumsum((tokens_BL == vocab.cls_id).astype(jnp.int32), axis=1)
-    return jnp.where(tokens_BL == vocab.pad_id, 0, segments_BL)
-
-
-def positions(segment_ids_BL: jax.Array) -> jax.Array:
-    """The place of each token inside its segment, from 0."""
-    begins_BL = segment_ids_BL != jnp.roll(segment_ids_BL, 1, axis=1)
-    place_1L = jnp.arange(segment_ids_BL.shape[1], dtype=jnp.int32)[None]
-    return place_1L - lax.cummax(jnp.where(begins_BL, place_1L, 0), axis=1)
+def rates_at(phase: Phase, progress: Any) -> Rates:
+    """Rates at a fraction of a phase (0 to 1, a float or a float32 scalar)."""
+    names = ("mask_rate", "mask_replace_prob", "random_replace_prob")
+    return Rates(*(phase.value(f"objective.{name}", progress) for name in names))
 
 
 def max_predictions_per_row(seq_len: int, largest_rate: float) -> int:
-    """K: as many slots as the fullest row, `seq_len` less its [CLS] and [SEP], can need."""
-    units = int(np.round(np.float32(largest_rate) * np.float32(_RATE_UNIT)))
-    return max(1, (units * (seq_len - 2) + _RATE_UNIT // 2) // _RATE_UNIT)
+    """K: the predictions of the fullest row, which has `seq_len` tokens less a [CLS] and a [SEP]."""
+    rate_units = int(np.round(np.float32(largest_rate) * np.float32(_RATE_UNIT)))
+    return max(1, (rate_units * (seq_len - 2) + _RATE_UNIT // 2) // _RATE_UNIT)
 
 
-def row_key(key: jax.Array, row_id_2: jax.Array) -> jax.Array:
-    """The key of one row of the stream, from the uint32 halves of its number; all that is random in it follows."""
-    return jax.random.fold_in(jax.random.fold_in(key, row_id_2[0]), row_id_2[1])
+def num_predictions(maskable_L: jax.Array, mask_rate: Any) -> jax.Array:
+    """Number of predictions of a row, int32 (): `round(mask_rate * maskable tokens)`, at least 1 if any is maskable.
+
+    Halves round up. Integer arithmetic makes all devices agree; it does not overflow uint32 up to L = 42,949.
+    """
+    rate_units = jnp.round(jnp.asarray(mask_rate, jnp.float32) * _RATE_UNIT).astype(jnp.uint32)
+    maskable = maskable_L.sum(dtype=jnp.uint32)
+    rounded = (rate_units * maskable + _RATE_UNIT // 2) // _RATE_UNIT
+    return jnp.maximum(rounded, jnp.minimum(maskable, 1)).astype(jnp.int32)
 
 
 def mask_tokens(
@@ -98,91 +87,121 @@ def mask_tokens(
     vocab: Vocabulary,
     objective: ObjectiveConfig,
     rates: Rates,
-    max_predictions_per_row: int,
+    max_predictions: int,
 ) -> Masked:
-    """Hides part of each row, the original ids being what the model is to predict.
+    """Masks `num_predictions` tokens of each row, without replacement and never a special token.
 
-    Exactly `round(rates.mask * maskable tokens)` positions are taken per row, without replacement, never a
-    special token, and at least one where any token is maskable. Halves round up; the rate counts in
-    hundred-thousandths and the product is an integer (below 2**32 up to L = 42,949): all devices agree.
-    The selected tokens are then shown as [MASK], as a random ordinary token, or unchanged (BERT,
-    arXiv:1810.04805, section 3.1: 80%, 10%, 10%). `objective.masking` says how they are chosen
-    (no word or span goes across a special token):
-
-    * `token`: each alone.
-    * `whole_word`: all pieces of a word together, as in BERT's whole-word-masking models
-      (github.com/google-research/bert, create_pretraining_data.py): words in random order, those that no
-      longer fit being skipped. This takes `_WORD_PASSES` passes, the last over single-piece words; a row may
-      fall short when too few of those are left. A row none of whose words fits is masked token by token.
-    * `span`: runs of whole words (SpanBERT, arXiv:1907.10529, section 3.1). A row is cut into spans, each
-      ending after a word with probability `span_stop` and at the latest after `span_max_words`; the spans
-      are taken in random order, the last one cut to the exact count. As there, a span is replaced as one.
-      (Lengths are geometric and clipped, mean 4.5 words at 0.2 and 10; SpanBERT redraws those over 10: 3.8.)
+    `objective.masking` is the unit of selection: "token", "whole_word" or "span".
 
     Args:
       tokens_BL: int32 rows.
       row_ids_B2: uint32 [high, low] halves of each row's number in the training stream.
-      key: of the whole run; a row uses fold_in(fold_in(key, high), low).
+      key: key of the whole run; see `row_keys`.
       rates: may change from step to step.
-      max_predictions_per_row: K, as `max_predictions_per_row` gives it for the largest rate.
+      max_predictions: K, as `max_predictions_per_row` gives it for the largest rate.
     """
 
-    def mask_row(
-        tokens_L: jax.Array, row_id_2: jax.Array, key: jax.Array, vocab: Vocabulary, rate_units: jax.Array, shown: Rates
-    ) -> Masked:
-        score_L, stop_L, replace_L, random_L = jax.random.bits(row_key(key, row_id_2), (4, tokens_L.size), jnp.uint32)
-        place_L = jnp.arange(tokens_L.size, dtype=jnp.int32)
+    def mask_row(tokens_L: jax.Array, key: jax.Array) -> Masked:
+        order_L, stop_L, replace_L, random_L = jax.random.bits(key, (4, tokens_L.size), jnp.uint32)
         maskable_L = ~vocab.is_special[tokens_L]
-        maskable = maskable_L.sum(dtype=jnp.uint32)
-        wanted = ((rate_units * maskable + _RATE_UNIT // 2) // _RATE_UNIT).astype(jnp.int32)
-        wanted = jnp.minimum(jnp.maximum(wanted, jnp.minimum(maskable.astype(jnp.int32), 1)), max_predictions_per_row)
-
-        # Units are chosen whole: `start` and `length` of the one that each token belongs to.
-        start_L, length_L = place_L, jnp.ones_like(place_L)
-        if objective.masking != "token":
-            after_special_L = jnp.roll(~maskable_L, 1).at[0].set(True)
-            begins_L = vocab.starts_word[tokens_L] | after_special_L | ~maskable_L
-            if objective.masking == "span":
-                breaks_L = begins_L & (after_special_L | ~maskable_L | (_uniform(stop_L) < objective.span_stop))
-                word_L = jnp.cumsum(begins_L.astype(jnp.int32))
-                words_since_break_L = word_L - lax.cummax(jnp.where(breaks_L, word_L, 0))
-                begins_L &= words_since_break_L % objective.span_max_words == 0
-            start_L, length_L = _extents(begins_L, place_L)
-        if objective.masking == "whole_word":
-            fits = (maskable_L & (length_L <= wanted)).any()
-            start_L, length_L = jnp.where(fits, start_L, place_L), jnp.where(fits, length_L, 1)
-
-        # Tokens sorted by the random score of their unit, those of one unit side by side and in order. As one number,
-        # the score's upper bits and then the place, since XLA:CPU takes four times as long to sort pairs.
-        score_L = jnp.where(maskable_L, score_L[start_L] >> 1, jnp.uint32(0xFFFFFFFF))
-        place_bits = (tokens_L.size - 1).bit_length()
-        sorted_L = lax.sort((score_L >> place_bits << place_bits) | place_L.astype(jnp.uint32))
-        order_L = (sorted_L & ((1 << place_bits) - 1)).astype(jnp.int32)
-        if objective.masking == "whole_word":
-            taken_L = _whole_units(length_L[order_L], (place_L - start_L)[order_L], maskable_L[order_L], wanted)
-        else:  # the first, so that there are no more than K to be sorted
-            order_L, taken_L = order_L[:max_predictions_per_row], place_L[:max_predictions_per_row] < wanted
-        ascending_K = lax.sort(jnp.where(taken_L, order_L, tokens_L.size))[:max_predictions_per_row]
-
-        used_K = ascending_K < tokens_L.size
-        positions_K = jnp.where(used_K, ascending_K, 0)
-        labels_K = tokens_L[positions_K]
-        decide_K = start_L[positions_K] if objective.masking == "span" else positions_K
-        u_K = _uniform(replace_L[decide_K])
-        random_K = vocab.ordinary_ids[random_L[positions_K] % vocab.ordinary_ids.size]
-        shown_K = jnp.where(u_K < shown.mask_replace_prob + shown.random_replace_prob, random_K, labels_K)
-        shown_K = jnp.where(u_K < shown.mask_replace_prob, vocab.mask_id, shown_K)
+        count = jnp.minimum(num_predictions(maskable_L, rates.mask), max_predictions)
+        match objective.masking:
+            case "token":
+                units = token_units(tokens_L)
+            case "whole_word":
+                units = word_units(tokens_L, vocab, count)
+            case _:
+                units = span_units(tokens_L, vocab, stop_L, objective)
+        whole = objective.masking == "whole_word"
+        positions_K = select_units(units, order_L, maskable_L, count, max_predictions, whole=whole)
+        # As in SpanBERT, all tokens of a span are replaced alike; those of a word, as in BERT, each by itself.
+        decide_K = units.start_L[positions_K] if objective.masking == "span" else positions_K
+        inputs_L = replace(tokens_L, positions_K, replace_L[decide_K], random_L[positions_K], vocab, rates)
+        used_K = positions_K < tokens_L.size
         return Masked(
-            inputs_BL=tokens_L.at[ascending_K].set(shown_K, mode="drop"),
-            positions_BK=positions_K,
-            labels_BK=jnp.where(used_K, labels_K, 0),
+            inputs_BL=inputs_L,
+            positions_BK=jnp.where(used_K, positions_K, 0),
+            labels_BK=jnp.where(used_K, tokens_L[positions_K], 0),
             weights_BK=used_K.astype(jnp.float32),
         )
 
-    mask_rows = jax.vmap(mask_row, in_axes=(0, 0, None, None, None, None))
-    rate_units = jnp.round(jnp.asarray(rates.mask, jnp.float32) * _RATE_UNIT).astype(jnp.uint32)
     with jax.named_scope("mask_tokens"):
-        return mask_rows(tokens_BL, row_ids_B2, key, vocab, rate_units, rates)
+        return jax.vmap(mask_row)(tokens_BL, row_keys(key, row_ids_B2))
+
+
+def token_units(tokens_L: jax.Array) -> Units:
+    """Each token alone."""
+    return Units(jnp.arange(tokens_L.size, dtype=jnp.int32), jnp.ones_like(tokens_L))
+
+
+def word_units(tokens_L: jax.Array, vocab: Vocabulary, count: jax.Array) -> Units:
+    """Whole words, as in BERT's whole-word-masking models (github.com/google-research/bert).
+
+    A row none of whose words has at most `count` tokens is divided into single tokens.
+    """
+    words = _units(_word_starts(tokens_L, vocab)[0])
+    fits = (~vocab.is_special[tokens_L] & (words.length_L <= count)).any()
+    return jax.tree.map(lambda word_L, token_L: jnp.where(fits, word_L, token_L), words, token_units(tokens_L))
+
+
+def span_units(tokens_L: jax.Array, vocab: Vocabulary, stop_L: jax.Array, objective: ObjectiveConfig) -> Units:
+    """Runs of whole words (SpanBERT, arXiv:1907.10529, section 3.1).
+
+    A span ends after a word with probability `span_stop`, and at the latest after `span_max_words` words. Lengths are
+    geometric and clipped (mean 4.5 words at 0.2 and 10), where SpanBERT draws again what is above 10 (mean 3.8).
+
+    Args:
+      stop_L: random uint32.
+    """
+    word_starts_L, edges_L = _word_starts(tokens_L, vocab)
+    breaks_L = edges_L | (word_starts_L & (_uniform(stop_L) < objective.span_stop))
+    word_L = jnp.cumsum(word_starts_L.astype(jnp.int32))
+    words_since_break_L = word_L - lax.cummax(jnp.where(breaks_L, word_L, 0))
+    return _units(word_starts_L & (words_since_break_L % objective.span_max_words == 0))
+
+
+def select_units(
+    units: Units, order_L: jax.Array, maskable_L: jax.Array, count: jax.Array, max_predictions: int, *, whole: bool
+) -> jax.Array:
+    """Positions of the selected tokens, int32 (K,), ascending; L at prediction slots not in use.
+
+    Units are taken in random order. The last one is cut so that exactly `count` tokens are selected; with `whole`,
+    units that no longer fit are skipped instead, and a row may fall short (see `_whole_units`).
+
+    Args:
+      order_L: random uint32.
+    """
+    index_L = _shuffled(units.start_L, order_L, maskable_L)
+    if whole:
+        offset_L = index_L - units.start_L[index_L]
+        selected_L = _whole_units(units.length_L[index_L], offset_L, maskable_L[index_L], count)
+    else:  # the tokens that come first, so that only K have to be sorted
+        index_L = index_L[:max_predictions]
+        selected_L = jnp.arange(max_predictions, dtype=jnp.int32) < count
+    return lax.sort(jnp.where(selected_L, index_L, maskable_L.size))[:max_predictions]
+
+
+def replace(
+    tokens_L: jax.Array,
+    positions_K: jax.Array,
+    replace_K: jax.Array,
+    random_K: jax.Array,
+    vocab: Vocabulary,
+    rates: Rates,
+) -> jax.Array:
+    """Model inputs, int32 (L,): selected tokens shown as [MASK], as a uniformly random ordinary token, or unchanged
+    (BERT, arXiv:1810.04805, section 3.1: 80%, 10%, 10%).
+
+    Args:
+      positions_K: int32 positions of the selected tokens; L at prediction slots not in use.
+      replace_K: random uint32 that decides between the three.
+      random_K: random uint32 that chooses the random token.
+    """
+    u_K = _uniform(replace_K)
+    random_K = vocab.ordinary_ids[random_K % vocab.ordinary_ids.size]
+    shown_K = jnp.where(u_K < rates.mask_replace_prob + rates.random_replace_prob, random_K, tokens_L[positions_K])
+    shown_K = jnp.where(u_K < rates.mask_replace_prob, vocab.mask_id, shown_K)
+    return tokens_L.at[positions_K].set(shown_K, mode="drop")
 
 
 def _uniform(bits: jax.Array) -> jax.Array:
@@ -190,20 +209,51 @@ def _uniform(bits: jax.Array) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def _extents(begins_L: jax.Array, place_L: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Start and length of the unit around each token, units running from one begin to the next."""
-    start_L = lax.cummax(jnp.where(begins_L, place_L, 0))
-    next_L = lax.cummin(jnp.where(begins_L, place_L, place_L.size), reverse=True)
-    end_L = jnp.roll(next_L, -1).at[-1].set(place_L.size)
-    return start_L, end_L - start_L
+def _word_starts(tokens_L: jax.Array, vocab: Vocabulary) -> tuple[jax.Array, jax.Array]:
+    """First tokens of words, bool (L,), and among them special tokens and the tokens after those, where spans break."""
+    special_L = vocab.is_special[tokens_L]
+    edges_L = special_L | jnp.roll(special_L, 1).at[0].set(True)
+    return vocab.starts_word[tokens_L] | edges_L, edges_L
 
 
-def _whole_units(length_L: jax.Array, offset_L: jax.Array, maskable_L: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Which tokens, given unit after unit, to take so that no unit is cut and at most `wanted` are taken."""
-    taken_L = jnp.zeros_like(maskable_L)
-    for last in [False] * (_WORD_PASSES - 1) + [True]:
-        left = wanted - taken_L.sum(dtype=jnp.int32)
-        fits_L = maskable_L & ~taken_L & (length_L <= (jnp.minimum(left, 1) if last else left))
+def _units(starts_L: jax.Array) -> Units:
+    """Units that run from one start to the next."""
+    index_L = jnp.arange(starts_L.size, dtype=jnp.int32)
+    start_L = lax.cummax(jnp.where(starts_L, index_L, 0))
+    next_start_L = lax.cummin(jnp.where(starts_L, index_L, starts_L.size), reverse=True)
+    end_L = jnp.roll(next_start_L, -1).at[-1].set(starts_L.size)
+    return Units(start_L, end_L - start_L)
+
+
+def _shuffled(start_L: jax.Array, order_L: jax.Array, maskable_L: jax.Array) -> jax.Array:
+    """Token indices, int32 (L,): units in random order, the tokens of a unit in order, special tokens last.
+
+    A unit's random number and a token's index are the upper and the lower bits of one uint32, and these are sorted.
+    """
+    # perf(xla-cpu): sorting pairs of numbers takes four times as long.
+    index_bits = (start_L.size - 1).bit_length()
+    unit_order_L = jnp.where(maskable_L, order_L[start_L] >> 1, jnp.uint32(0xFFFFFFFF))
+    index_L = jnp.arange(start_L.size, dtype=jnp.uint32)
+    sorted_L = lax.sort((unit_order_L >> index_bits << index_bits) | index_L)
+    return (sorted_L & ((1 << index_bits) - 1)).astype(jnp.int32)
+
+
+def _whole_units(length_L: jax.Array, offset_L: jax.Array, maskable_L: jax.Array, count: jax.Array) -> jax.Array:
+    """Selects tokens, bool (L,), so that no unit is cut and at most `count` tokens are selected.
+
+    Each pass selects the units, of those no longer than what is left of `count`, up to the first that goes over it.
+    Exact skipping would take a pass per unit. Here the last of `_WORD_PASSES` passes is over units of one token, and a
+    row falls short when too few of those are left.
+
+    Args:
+      length_L: length of each token's unit; tokens are sorted by unit.
+      offset_L: index of each token inside its unit.
+    """
+    selected_L = jnp.zeros_like(maskable_L)
+    for is_last in [False] * (_WORD_PASSES - 1) + [True]:
+        left = count - selected_L.sum(dtype=jnp.int32)
+        longest = jnp.minimum(left, 1) if is_last else left
+        fits_L = maskable_L & ~selected_L & (length_L <= longest)
         through_unit_L = jnp.cumsum(fits_L.astype(jnp.int32)) + length_L - 1 - offset_L
-        taken_L |= fits_L & (through_unit_L <= left)
-    return taken_L
+        selected_L |= fits_L & (through_unit_L <= left)
+    return selected_L

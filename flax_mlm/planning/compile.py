@@ -252,14 +252,14 @@ def _abstract_vocabulary(size: int, mesh: Any) -> Any:
     import jax
     import numpy as np
 
-    from flax_mlm.objectives import masking
+    from flax_mlm.objectives.vocabulary import Vocabulary
 
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def shape(n: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((n,), dtype, sharding=whole)
 
-    return masking.Vocabulary(shape(size, np.bool_), shape(size, np.bool_), shape(size - 5, np.int32), 0, 2, 4)
+    return Vocabulary(shape(size, np.bool_), shape(size, np.bool_), shape(size - 5, np.int32), 0, 2, 4)
 
 
 def _on_one(tree: Any) -> int:
@@ -276,13 +276,14 @@ def _kept(phase: phases.Phase, steps: Any, mesh: Any, vocab: Any) -> int:
 
     from flax_mlm.distributed.batches import abstract_batch
     from flax_mlm.distributed.mesh import bind_to_mesh, num_batch_shards
-    from flax_mlm.objectives import language_modelling as objective
-    from flax_mlm.training.step import inputs, rates_at
+    from flax_mlm.objectives.masking import rates_at
+    from flax_mlm.objectives.targets import max_predictions_per_row
+    from flax_mlm.training.step import inputs
 
     config = phase.config
 
     def forward(params: Any, batch: Any, vocab: Any) -> Any:
-        slots = objective.max_predictions_per_row(config.objective, config.data.seq_len, phase.largest_mask_rate)
+        slots = max_predictions_per_row(config.objective, config.data.seq_len, phase.largest_mask_rate)
         targets, keys_B = inputs(config, batch, vocab, rates_at(phase, 0.0), slots)
         counts = steps.loss.counts(targets)
         _, backward = jax.vjp(lambda p: steps.loss.total(steps.loss.predict(p, targets, keys_B), counts)[0], params)

@@ -23,7 +23,7 @@ from flax_mlm.errors import Failure
 from flax_mlm.evaluation import cloze, mlm, rtd
 from flax_mlm.hf import weights as start
 from flax_mlm.inference.load import LoadedModel
-from flax_mlm.objectives import masking
+from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.storage import gcs
 from flax_mlm.storage.lease import Lease
 from flax_mlm.training import metrics
@@ -75,7 +75,7 @@ class Run:
         self._programs: dict[int, jax.stages.Compiled] = {}
         self._evaluated = set[int]()
         self._tokenizer = mixtures[0].tokenizer()
-        self._vocab = masking.vocabulary(self._tokenizer)
+        self._vocab = Vocabulary.from_tokenizer(self._tokenizer)
         self.steps_of = [make_steps(part.config, mixtures[0].vocab_size, mesh, part) for part in parts]
         about, fingerprint = mixture.about_of(mixtures), mixture.fingerprint_of(mixtures)
         meta = checkpoint.make_meta(parts[0].config, self._tokenizer, fingerprint, about)

@@ -20,9 +20,13 @@ from flax_mlm.errors import UserError
 from flax_mlm.model import electra, encoder, flops
 from flax_mlm.model.attention.dispatch import resolve_attention
 from flax_mlm.model.heads import Model, language_model, vocab_rows
-from flax_mlm.objectives import language_modelling as objective
-from flax_mlm.objectives import masking
-from flax_mlm.objectives import replaced_token_detection as detection
+from flax_mlm.objectives import masking, segments
+from flax_mlm.objectives.keys import row_keys, run_key
+from flax_mlm.objectives.language_modelling import Loss, language_modelling, log_probabilities
+from flax_mlm.objectives.masking import rates_at
+from flax_mlm.objectives.replaced_token_detection import replaced_token_detection
+from flax_mlm.objectives.targets import Targets, make_targets, max_predictions_per_row
+from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.optim import averaging, optimizer, spikes
 
 # tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,); of a run with a budget also progress float32 (B,), the
@@ -51,7 +55,7 @@ class TrainState(NamedTuple):
 class EvalOutput(NamedTuple):
     """What the model says of a batch's predicted tokens, whole on every device; K slots a row."""
 
-    scored: Any  # objective.TokenLosses; with rtd detection.Detected
+    scored: Any  # TokenLosses; with rtd DetectionLosses
     weights_BK: jax.Array  # float32, 1 for a slot in use
     labels_BK: jax.Array  # int32
     positions_BK: jax.Array  # int32, of the predicted token in its segment
@@ -64,12 +68,12 @@ class Steps(NamedTuple):
     flops: float  # model FLOPs of one training step
     init: Callable[..., TrainState]  # with new parameters, or with those given
     abstract: TrainState  # shapes, dtypes and shardings of the state
-    loss: objective.Loss  # not jitted
+    loss: Loss  # not jitted
     train: jax.stages.Wrapped  # (TrainState, Batch, Vocabulary) -> (TrainState, scalars by name); the state is donated
-    evaluate: Callable[[Any, Batch, masking.Vocabulary], tuple["EvalOutput", jax.Array]]  # and whether to stop
+    evaluate: Callable[[Any, Batch, Vocabulary], tuple["EvalOutput", jax.Array]]  # and whether to stop
     fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see fingerprint.fingerprint_tree
-    score: Callable[[Any, jax.Array, jax.Array, masking.Vocabulary], jax.Array]  # of every piece, see `_score`
-    score_labels: Callable[[Any, jax.Array, jax.Array, jax.Array, masking.Vocabulary], jax.Array]
+    score: Callable[[Any, jax.Array, jax.Array, Vocabulary], jax.Array]  # of every piece, see `_score`
+    score_labels: Callable[[Any, jax.Array, jax.Array, jax.Array, Vocabulary], jax.Array]
 
 
 def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None = None) -> Steps:
@@ -93,14 +97,14 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
     )
     config = dataclasses.replace(config, model=model_config)
     rows = vocab_rows(config.model, vocab_size)
-    slots = objective.max_predictions_per_row(config.objective, config.data.seq_len, phase.largest_mask_rate)
+    slots = max_predictions_per_row(config.objective, config.data.seq_len, phase.largest_mask_rate)
     if config.objective.name == "rtd":
         generator, model = electra.networks(config, vocab_size)
-        loss = detection.replaced_tokens(generator, model, vocab_size, config.objective)
+        loss = replaced_token_detection(generator, model, vocab_size, config.objective)
         per_row = flops.per_row_of_rtd(config, slots, rows)
     else:
         model = language_model(config.model, vocab_size)
-        loss = objective.language_modelling(model, config.objective, config.train.logits_chunks)
+        loss = language_modelling(model, config.objective, config.train.logits_chunks)
         per_row = flops.per_row(config.model, config.data.seq_len, slots, rows)
     tx = optimizer.make(config.optimizer, model.dims)
 
@@ -127,25 +131,14 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
     )
 
 
-def run_key(config: Config, purpose: str) -> jax.Array:
-    """The run's key for one purpose."""
-    return jax.random.fold_in(jax.random.key(config.seed), ("init", "mask", "dropout", "eval").index(purpose))
-
-
-def rates_at(phase: Phase, share: Any) -> masking.Rates:
-    """The rates after a share of a phase."""
-    names = ("mask_rate", "mask_replace_prob", "random_replace_prob")
-    return masking.Rates(*(phase.value(f"objective.{name}", share) for name in names))
-
-
 def inputs(
-    config: Config, batch: Batch, vocab: masking.Vocabulary, rates: masking.Rates, slots: int
-) -> tuple[objective.Targets, jax.Array | None]:
+    config: Config, batch: Batch, vocab: Vocabulary, rates: masking.Rates, slots: int
+) -> tuple[Targets, jax.Array | None]:
     """What a batch is in training: inputs and targets, and each row's key for dropout, if there is any."""
-    targets = objective.targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
+    targets = make_targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
     if config.model.dropout_rate == config.model.attention_dropout_rate == 0.0:
         return targets, None
-    return targets, jax.vmap(masking.row_key, (None, 0))(run_key(config, "dropout"), batch["row_ids"])
+    return targets, row_keys(run_key(config, "dropout"), batch["row_ids"])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
@@ -165,7 +158,7 @@ def at_phase(state: TrainState, trained: int, wanted: int) -> TrainState:
 
 
 def _train_step(
-    config: Config, phase: Phase, objective_loss: objective.Loss, dims: Any, slots: int, platform: str
+    config: Config, phase: Phase, objective_loss: Loss, dims: Any, slots: int, platform: str
 ) -> Callable[..., Any]:
     accumulate = config.train.gradient_accumulation_steps
     action, spike_threshold = config.optimizer.spike_action, config.optimizer.spike_threshold
@@ -250,7 +243,7 @@ def _train_step(
         )
         return state, {"learning_rate": lr, "grad_norm": grad_norm, "spike": spike}
 
-    def train_step(state: TrainState, batch: Batch, vocab: masking.Vocabulary) -> tuple[TrainState, dict[str, Any]]:
+    def train_step(state: TrainState, batch: Batch, vocab: Vocabulary) -> tuple[TrainState, dict[str, Any]]:
         begin = state.progress
         if phase.num_steps is None:
             end = jnp.maximum(begin, batch["progress"].max())
@@ -284,13 +277,13 @@ def _train_step(
     return train_step
 
 
-def _eval_step(config: Config, loss: objective.Loss) -> Callable[..., tuple[EvalOutput, jax.Array]]:
-    slots = objective.max_predictions_per_row(config.objective, config.data.seq_len, config.eval.mask_rate)
+def _eval_step(config: Config, loss: Loss) -> Callable[..., tuple[EvalOutput, jax.Array]]:
+    slots = max_predictions_per_row(config.objective, config.data.seq_len, config.eval.mask_rate)
     ahead = int(config.objective.name == "clm")  # a causal model stands before what it predicts
 
-    def eval_step(params: Any, batch: Batch, vocab: masking.Vocabulary) -> tuple[EvalOutput, jax.Array]:
+    def eval_step(params: Any, batch: Batch, vocab: Vocabulary) -> tuple[EvalOutput, jax.Array]:
         o, key = config.objective, run_key(config, "eval")
-        targets = objective.targets(o, batch, key, vocab, masking.rates(o, config.eval.mask_rate), slots)
+        targets = make_targets(o, batch, key, vocab, masking.rates(o, config.eval.mask_rate), slots)
         # Where it cannot be the same bit for bit, on more devices than there are groups, it is the same up to rounding.
         parts = num_batch_shards(jax.sharding.get_abstract_mesh())
         if config.train.reproducible and config.train.batch_groups % parts == 0:
@@ -308,7 +301,7 @@ def _eval_step(config: Config, loss: objective.Loss) -> Callable[..., tuple[Eval
 def _scores(config: Config, model: Model) -> Callable[..., jax.Array]:
     causal = config.objective.name == "clm"
 
-    def scores(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: masking.Vocabulary) -> jax.Array:
+    def scores(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: Vocabulary) -> jax.Array:
         """Scores (B, K, V) at chosen positions; nothing is masked that is not masked already.
 
         Raises:
@@ -320,7 +313,7 @@ def _scores(config: Config, model: Model) -> Callable[..., jax.Array]:
                 "belongs where; that takes mlm or clm"
             )
         segments_BL, positions_BL = per_row(
-            lambda tokens, vocab: (s := masking.segment_ids(tokens, vocab), masking.positions(s)), tokens_BL, vocab
+            lambda tokens, vocab: (s := segments.segment_ids(tokens, vocab), segments.positions(s)), tokens_BL, vocab
         )
         return model.apply(params, tokens_BL, segments_BL, positions_BL, predict_BK=predict_BK, causal=causal)
 
@@ -330,7 +323,7 @@ def _scores(config: Config, model: Model) -> Callable[..., jax.Array]:
 def _score(config: Config, model: Model) -> Callable[..., jax.Array]:
     scores = _scores(config, model)
 
-    def score(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: masking.Vocabulary) -> jax.Array:
+    def score(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: Vocabulary) -> jax.Array:
         """Log-probabilities (B, K, V) of every piece at chosen positions."""
         return replicate(jax.nn.log_softmax(scores(params, tokens_BL, predict_BK, vocab), axis=-1))
 
@@ -341,9 +334,9 @@ def _score_labels(config: Config, model: Model) -> Callable[..., jax.Array]:
     scores = _scores(config, model)
 
     def score_labels(
-        params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, labels_BK: jax.Array, vocab: masking.Vocabulary
+        params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, labels_BK: jax.Array, vocab: Vocabulary
     ) -> jax.Array:
         """Log-probabilities (B, K) of one piece each at chosen positions."""
-        return replicate(objective.log_probabilities(scores(params, tokens_BL, predict_BK, vocab), labels_BK))
+        return replicate(log_probabilities(scores(params, tokens_BL, predict_BK, vocab), labels_BK))
 
     return score_labels
