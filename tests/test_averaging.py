@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from configs import base
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import OptimizerConfig
-from flax_mlm.optim import averaging, optimizer
+from flax_mlm.optim import averaging, optimizer, schedules
 
 OPTIMIZER = build(base.get_config()).optimizer
 
@@ -23,7 +23,7 @@ def averages(config: OptimizerConfig, start: float, weights: np.ndarray) -> np.n
 
     def step(average, numbered):
         i, new = numbered
-        average = averaging.updated(config, len(weights), i, average, new)
+        average = averaging.update_average(config, len(weights), i, average, new)
         return average, average
 
     numbered = jnp.arange(len(weights)), jnp.asarray(weights, jnp.float32)
@@ -80,7 +80,7 @@ def test_schedule_free_is_that_of_optax(warmup):
     gradient = jax.grad(lambda p: jnp.square(x @ p["kernel"] + p["bias"] - y).mean())
 
     def schedule(step):
-        return o.learning_rate * optimizer.learning_rate(o, step / total, (step + 1) / total)
+        return o.learning_rate * schedules.learning_rate(o, step / total, (step + 1) / total)
 
     inner = optax.chain(
         optax.scale_by_rms(o.beta2, o.eps, eps_in_sqrt=False, bias_correction=True),
@@ -95,11 +95,11 @@ def test_schedule_free_is_that_of_optax(warmup):
         for i in range(total):
             updates, their_state = theirs.update(gradient(at), their_state, at)
             at = optax.apply_updates(at, updates)
-            here = averaging.gradient_at(o, params, average)
+            here = averaging.gradient_params(o, params, average)
             updates, state = tx.update(gradient(here), state, here)
             params = optax.apply_updates(params, optax.tree.scale(-schedule(i), updates))
-            average = averaging.updated(o, total, jnp.int32(i), average, params)
+            average = averaging.update_average(o, total, jnp.int32(i), average, params)
             evaluated = optax.contrib.schedule_free_eval_params(their_state, at)
-            for mine, other in ((averaging.gradient_at(o, params, average), at), (average, evaluated)):
+            for mine, other in ((averaging.gradient_params(o, params, average), at), (average, evaluated)):
                 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), mine, other)
     assert np.abs(average["kernel"] - params["kernel"]).max() > 1e-3

@@ -24,7 +24,7 @@ from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.objectives.masking import rates_at
-from flax_mlm.optim import optimizer
+from flax_mlm.optim import schedules
 from flax_mlm.training import step
 
 
@@ -260,7 +260,7 @@ def test_the_clock_of_a_batch_moves_a_run_with_a_budget():
             state, values = steps.train(state, rows, vocabulary())
             history.append((float(values["progress"]), float(values["learning_rate"])))
     assert [p for p, _ in history] == pytest.approx([0.1, 0.6, 0.6, 1.0])
-    expected = [0.01 * float(optimizer.learning_rate(config.optimizer, b, b + 0.1)) for b in (0.0, 0.1, 0.6, 0.6)]
+    expected = [0.01 * float(schedules.learning_rate(config.optimizer, b, b + 0.1)) for b in (0.0, 0.1, 0.6, 0.6)]
     assert [rate for _, rate in history] == pytest.approx(expected)
 
 

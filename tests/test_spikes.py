@@ -8,9 +8,9 @@ from flax_mlm.optim import spikes
 
 
 def after(values: np.ndarray, threshold: float = 4.0) -> spikes.Running:
-    running = spikes.start()
+    running = spikes.init()
     for value in values:
-        running = spikes.updated(running, jnp.asarray(value, jnp.float32), threshold)
+        running = spikes.update(running, jnp.asarray(value, jnp.float32), threshold)
     return running
 
 
@@ -41,14 +41,14 @@ def test_a_spike_in_either_is_seen_and_hardly_moves_the_statistics(which):
     value = np.array([3.0, 1.0])
     value[which] *= 4
     assert spikes.z_scores(running, jnp.asarray(value, jnp.float32))[which] > 10
-    moved = spikes.updated(running, jnp.asarray(value, jnp.float32), 4.0)
+    moved = spikes.update(running, jnp.asarray(value, jnp.float32), 4.0)
     assert abs(moved.mean_2 - running.mean_2)[which] < 0.13 * np.sqrt(running.variance_2[which])
 
 
 def test_what_is_not_finite_does_not_count():
     running = after(calm(50))
     for bad in ([np.nan, 1.0], [3.0, np.inf]):
-        same = spikes.updated(running, jnp.asarray(bad, jnp.float32), 4.0)
+        same = spikes.update(running, jnp.asarray(bad, jnp.float32), 4.0)
         assert all((a == b).all() for a, b in zip(running, same, strict=True))
 
 
@@ -57,6 +57,6 @@ def test_the_cut_norm_falls_with_the_height_of_the_spike():
     mean, deviation = float(running.mean_2[1]), float(np.sqrt(running.variance_2[1]))
     for z in (5.0, 20.0):
         norm = mean + z * deviation
-        cut = spikes.largest_norm(running, jnp.asarray([3.0, norm], jnp.float32), 4.0)
+        cut = spikes.clip_norm(running, jnp.asarray([3.0, norm], jnp.float32), 4.0)
         assert cut == pytest.approx(mean + 16.0 / z * deviation, rel=1e-3)
-    assert spikes.largest_norm(running, jnp.asarray([3.0, mean], jnp.float32), 4.0) == np.inf
+    assert spikes.clip_norm(running, jnp.asarray([3.0, mean], jnp.float32), 4.0) == np.inf

@@ -1,4 +1,4 @@
-"""Schedules, and one visible optax chain."""
+"""The optimizers, each a chain of optax transformations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from optax.contrib._muon import scale_by_shape  # not exported, though `optax.co
 from flax_mlm.config.schema import OptimizerConfig
 from flax_mlm.distributed.mesh import with_auto_axes
 
-# Every parameter by the last part of its name: whether it decays.
+# Whether a parameter decays, by the last component of its path.
 _DECAYS = {
     "kernel": True,
     "token": True,
@@ -26,62 +26,60 @@ _DECAYS = {
 }
 
 
-def learning_rate(config: OptimizerConfig, begin: Any, end: Any) -> jax.Array:
-    """Learning rate of a step that takes the run from a share `begin` of it to `end`, for a peak of 1: linear warm-up
-    from 0, then the schedule, to `final_lr_fraction` at the end of the run."""
-    warmup, final = config.warmup_fraction, config.final_lr_fraction
-    done = jnp.clip((begin - warmup) / max(1.0 - warmup, 1e-6), 0.0, 1.0)  # of what comes after the warm-up
-    left = {
-        "constant": lambda: jnp.ones_like(done),
-        "linear": lambda: 1.0 - done,
-        "cosine": lambda: 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
-        "wsd": lambda: jnp.minimum(1.0, (1.0 - jnp.minimum(begin, 1.0)) / max(config.decay_fraction, 1e-6)),
-    }[config.schedule]()
-    ramp = jnp.minimum(1.0, end / warmup) if warmup else 1.0  # the first step moves already, but with a budget
-    return ramp * (left if config.schedule == "constant" else final + (1.0 - final) * left)
-
-
 def decay_mask(params: Any) -> Any:
-    """True for each parameter that weight decay shrinks. Raises KeyError for one that `_DECAYS` does not name."""
+    """Tree of bools: True for the parameters that weight decay shrinks.
+
+    Raises:
+      KeyError: `_DECAYS` does not name a parameter.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: _DECAYS[path[-1].key], params)
 
 
-def make(config: OptimizerConfig, dims: Any, weight_decay: Any = None) -> optax.GradientTransformation:
-    """The optimizer without its learning rate, by whose negative the train step multiplies the result, and without
-    gradient clipping, which the train step does before.
+def make(config: OptimizerConfig, dims: Any) -> optax.GradientTransformationExtraArgs:
+    """Optimizer without gradient clipping and learning rate: the train step clips before it, and multiplies the updates
+    by the negative learning rate after it.
+
+    Its `update` takes the keyword `weight_decay`, a float or a float32 scalar; the default is that of the config.
 
     Args:
       dims: per parameter, the letters of its trailing dimensions (see `model.heads.Model`).
-      weight_decay: an array, of a decay that moves; None: that of the config.
     """
-    decay = config.weight_decay if weight_decay is None else weight_decay
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     direction = {
         "adamw": lambda: adam,  # arXiv:1711.05101
         "stable_adamw": lambda: _clipped_per_layer(adam, config),
-        # arXiv:2405.15682: in the place of momentum is the average, see averaging.py
+        # arXiv:2405.15682; averaging.py takes the place of momentum
         "schedule_free": lambda: optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True),
-        "lamb": lambda: adam,  # arXiv:1904.00962; its trust ratio comes after the decay
+        "lamb": lambda: adam,  # arXiv:1904.00962; the trust ratio follows the decay, below
         "muon": lambda: optax.partition({"muon": _muon(dims), "adam": adam}, muon_labels),
     }
     return optax.chain(
         direction[config.name](),
-        optax.add_decayed_weights(decay, decay_mask),
-        # As in the authors' code, for what decays alone: a bias begins at 0, and would stay near it.
+        _add_decayed_weights(config.weight_decay),
+        # As in the authors' code, only for parameters that decay: a bias begins at 0, and would stay near it.
         optax.masked(_trust_ratio_per_layer(), decay_mask) if config.name == "lamb" else optax.identity(),
     )
 
 
+def _add_decayed_weights(default: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.add_decayed_weights`, whose decay `update` takes as an argument, since it may change from step to step."""
+
+    def update(updates: Any, state: Any, params: Any, weight_decay: Any = default, **_: Any) -> tuple[Any, Any]:
+        return optax.add_decayed_weights(weight_decay, decay_mask).update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optax.add_decayed_weights(default, decay_mask).init, update)
+
+
 def muon_labels(params: Any) -> Any:
-    """Muon for the matrices inside the encoder and head; AdamW for embeddings, norms and biases."""
+    """Labels: "muon" for the matrices inside the encoder and head, "adam" for embeddings, norms and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if path[-1].key == "kernel" else "adam", params)
 
 
 def _muon(dims: Any) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) scaled to AdamW's update size (arXiv:2502.16982 §2.2: RMS 0.2).
+    """Muon (Jordan et al. 2024) scaled to AdamW's update size (arXiv:2502.16982, section 2.2: RMS 0.2).
 
-    A matrix maps D to everything after it, or everything before D to D; N layers, and the 2 or 3 parts of a fused
-    projection, are matrices of their own.
+    A kernel maps D to the dimensions after it, or the dimensions before D to D. Each of the N layers, and each of the
+    2 or 3 parts of a fused projection, is a matrix of its own.
     """
 
     def dimension_numbers(params: Any) -> Any:
@@ -107,9 +105,11 @@ def _muon(dims: Any) -> optax.GradientTransformation:
 
 
 def _clipped_per_layer(adam: optax.GradientTransformation, config: OptimizerConfig) -> optax.GradientTransformation:
-    """StableAdamW's update clipping (arXiv:2304.13013, after Adafactor): Adam's step of each parameter, of each
-    layer on its own, is divided by RMS(g / √v) where that is above 1, that is where the second moment v has not heard
-    yet how large gradients g have become. As in the authors' code weight decay, which comes after, is not divided."""
+    """StableAdamW's update clipping (arXiv:2304.13013, after Adafactor), for each parameter of each layer on its own.
+
+    Adam's step is divided by RMS(g / √v) where that is above 1: where the second moment v lags behind gradients g that
+    have grown. As in the authors' code, the weight decay, which follows, is not divided.
+    """
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = adam.update(grads, state, params)
@@ -125,7 +125,7 @@ def _clipped_per_layer(adam: optax.GradientTransformation, config: OptimizerConf
 
 
 def _trust_ratio_per_layer() -> optax.GradientTransformation:
-    """LAMB's trust ratio, for each layer on its own."""
+    """LAMB's trust ratio (arXiv:1904.00962), for each parameter of each layer on its own."""
     ratio = optax.scale_by_trust_ratio()
 
     def scale(update: jax.Array, param: jax.Array) -> jax.Array:
@@ -135,7 +135,7 @@ def _trust_ratio_per_layer() -> optax.GradientTransformation:
 
 
 def _per_layer(fn: Callable[..., jax.Array], *trees: Any) -> Any:
-    """`fn` of the leaves of some trees like the parameters, for each of the stacked layers on its own."""
+    """Maps `fn` over the leaves of trees like the parameters, and over each layer of stacked layers."""
 
     def one(path: Any, *leaves: jax.Array) -> jax.Array:
         stacked = any(getattr(k, "key", "") in ("layers", "attention_norms") for k in path)
@@ -150,5 +150,6 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """In two steps, which XLA would else make one, that takes XLA:CPU four times as long."""
+    """Sum of all elements, in two steps that the barrier keeps apart."""
+    # perf(xla-cpu): as one step it takes four times as long.
     return jax.lax.optimization_barrier(x.sum(0)).sum()

@@ -27,7 +27,7 @@ from flax_mlm.objectives.masking import rates_at
 from flax_mlm.objectives.replaced_token_detection import replaced_token_detection
 from flax_mlm.objectives.targets import Targets, make_targets, max_predictions_per_row
 from flax_mlm.objectives.vocabulary import Vocabulary
-from flax_mlm.optim import averaging, optimizer, spikes
+from flax_mlm.optim import averaging, optimizer, schedules, spikes
 
 # tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,); of a run with a budget also progress float32 (B,), the
 # largest of which is the share of it that the step ends at
@@ -113,7 +113,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
         params = jax.tree.map(lambda x, d: jax.reshard(x, param_spec(d, x.ndim)), params, model.dims)
         average = jax.tree.map(jnp.copy, params) if config.optimizer.averages != "none" else None
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, jnp.float32(0.0), params, tx.init(params), zero, zero, spikes.start(), average)
+        return TrainState(zero, jnp.float32(0.0), params, tx.init(params), zero, zero, spikes.init(), average)
 
     with jax.set_mesh(mesh):
         abstract = bind_to_mesh(jax.eval_shape(init), mesh)
@@ -123,7 +123,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
         init=jax.jit(init),
         abstract=abstract,
         loss=loss,
-        train=jax.jit(_train_step(config, phase, loss, model.dims, slots, platform), donate_argnums=0),
+        train=jax.jit(_train_step(config, phase, loss, tx, slots, platform), donate_argnums=0),
         evaluate=jax.jit(_eval_step(config, loss)),
         fingerprint=jax.jit(fingerprint.fingerprint_tree),
         score=jax.jit(_score(config, model)),
@@ -154,11 +154,11 @@ def at_phase(state: TrainState, trained: int, wanted: int) -> TrainState:
         return jnp.concatenate([copies[:wanted], x[wanted:]])
 
     params, average = (jax.tree_util.tree_map_with_path(extend, tree) for tree in (state.params, state.average))
-    return state._replace(params=params, average=average, running=spikes.start())
+    return state._replace(params=params, average=average, running=spikes.init())
 
 
 def _train_step(
-    config: Config, phase: Phase, objective_loss: Loss, dims: Any, slots: int, platform: str
+    config: Config, phase: Phase, objective_loss: Loss, tx: Any, slots: int, platform: str
 ) -> Callable[..., Any]:
     accumulate = config.train.gradient_accumulation_steps
     action, spike_threshold = config.optimizer.spike_action, config.optimizer.spike_threshold
@@ -206,11 +206,11 @@ def _train_step(
         spike = (spikes.z_scores(state.running, values_2) > spike_threshold).any()
         largest, counted_2 = jnp.float32(config.optimizer.max_grad_norm or jnp.inf), values_2
         if action == "clip":
-            cut = spikes.largest_norm(state.running, values_2, spike_threshold)
+            cut = spikes.clip_norm(state.running, values_2, spike_threshold)
             largest, counted_2 = jnp.minimum(largest, cut), counted_2.at[1].min(cut)
         scale = jnp.where(grad_norm > largest, largest / grad_norm, 1.0)
-        lr = phase.value("optimizer.learning_rate", share) * optimizer.learning_rate(config.optimizer, begin, end)
-        tx = optimizer.make(config.optimizer, dims, weight_decay=phase.value("optimizer.weight_decay", share))
+        lr = phase.value("optimizer.learning_rate", share) * schedules.learning_rate(config.optimizer, begin, end)
+        weight_decay = phase.value("optimizer.weight_decay", share)
         good = jnp.isfinite(values_2).all()
         if action == "skip":
             good &= ~spike
@@ -218,8 +218,8 @@ def _train_step(
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
             clipped = jax.tree.map(lambda g: g * scale, grads)
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-                at = averaging.gradient_at(config.optimizer, params, average)
-                updates, opt_state = tx.update(clipped, opt_state, at)
+                at = averaging.gradient_params(config.optimizer, params, average)
+                updates, opt_state = tx.update(clipped, opt_state, at, weight_decay=weight_decay)
             return jax.tree.map(lambda p, u: p - lr * u, params, updates), opt_state
 
         if platform == "cpu":  # a choice of the results would copy the moments: 4% of a step of 12 layers of 768
@@ -227,7 +227,7 @@ def _train_step(
         else:  # and here a choice beforehand would move more: 5% of a step of BERT-base on v5e, by its compiler
             new = jax.tree.map(lambda n, o: jnp.where(good, n, o), update(*old), old)
         new = barrier(new)
-        average = averaging.updated(config.optimizer, config.train.steps, state.step, average, new[0])
+        average = averaging.update_average(config.optimizer, config.train.steps, state.step, average, new[0])
         held = (state.params, state.opt_state), state.average
         (params, opt_state), average = reshard_like(barrier((new, average)), held)
         bad = 1 - good.astype(jnp.int32)
@@ -238,7 +238,7 @@ def _train_step(
             opt_state=opt_state,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
-            running=spikes.updated(state.running, counted_2, spike_threshold),
+            running=spikes.update(state.running, counted_2, spike_threshold),
             average=average,
         )
         return state, {"learning_rate": lr, "grad_norm": grad_norm, "spike": spike}
@@ -256,7 +256,7 @@ def _train_step(
         counts = objective_loss.counts(targets)  # over the whole global batch
         at = state.params
         if config.optimizer.averages == "schedule_free":
-            at = barrier(averaging.gradient_at(config.optimizer, *whole((state.params, state.average))))
+            at = barrier(averaging.gradient_params(config.optimizer, *whole((state.params, state.average))))
         means, grads = gradients(at, counts, (targets, dropout_keys_B))
         state, update = updated(state, grads, means["loss"], share, begin, end)
         metrics = {
