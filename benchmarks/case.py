@@ -39,7 +39,7 @@ class Ids(NamedTuple):
     @classmethod
     def of(cls, tokenizer: Any) -> "Ids":
         special = np.flatnonzero(tokenizer.is_special).tolist()
-        return cls(len(tokenizer.pieces), special, *(int(getattr(tokenizer, name)) for name in cls._fields[2:]))
+        return cls(len(tokenizer.tokens), special, *(int(getattr(tokenizer, name)) for name in cls._fields[2:]))
 
 
 class Matmul(NamedTuple):
@@ -164,7 +164,7 @@ class Case:
 
 def real_rows(case: Case, config: Config) -> tuple[Any, np.ndarray]:
     """A tokenizer of real text and rows for a case, of the source that the config names."""
-    from flax_mlm.prepare import prepare_cached
+    from flax_mlm.data.prepare import prepare_cached
 
     data = dataclasses.replace(config.data, seq_len=case.length)
     tokenizer = dataclasses.replace(config.tokenizer, vocab_size=case.vocab)

@@ -74,6 +74,7 @@ def write_case(config: Config, folder: Path) -> None:
     import jax
 
     from flax_mlm.data.mixture import Mixture
+    from flax_mlm.data.prepare import prepare_cached
     from flax_mlm.distributed.batches import shard_rows
     from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.hf import tokenizer_json
@@ -81,7 +82,6 @@ def write_case(config: Config, folder: Path) -> None:
     from flax_mlm.objectives.keys import run_key
     from flax_mlm.objectives.targets import make_targets
     from flax_mlm.objectives.vocabulary import Vocabulary
-    from flax_mlm.prepare import prepare_cached
 
     config = phases.parse_phases(config)[-1].config  # ours is evaluated with the objective that it ends with
     corpus = prepare_cached(config, turns.say)
@@ -120,7 +120,7 @@ def documents(config: Config) -> Iterator[tuple[bool, str]]:
 
     from flax_mlm.data import sources
 
-    parts = sources.documents(config.data.source).parts(Counter())
+    parts = sources.open_source(config.data.source).chunks(Counter())
     for number, texts in itertools.groupby(parts, lambda part: part[0]):
         yield (number + 1) % config.data.validation_every == 0, "".join(text for _, text in texts)
 

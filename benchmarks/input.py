@@ -47,10 +47,11 @@ def whole_command(config: Config, output: Path) -> float:
 
 def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
     """Seconds of what `prepare` does, one after another, by the same functions; and the bytes of text."""
-    from flax_mlm import prepare
-    from flax_mlm.data import corpus as corpus_lib
-    from flax_mlm.data import sources
-    from flax_mlm.data import tokenizer as tokenizer_lib
+    from flax_mlm.data import prepare, sources
+    from flax_mlm.data.corpus import row_dtype
+    from flax_mlm.data.tokenizer.load import load_tokenizer
+    from flax_mlm.data.tokenizer.train import train_tokenizer
+    from flax_mlm.data.writer import Writer
 
     times, seconds = [time.perf_counter()], {}
 
@@ -58,23 +59,23 @@ def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
         times.append(time.perf_counter())
         seconds[what] = times[-1] - times[-2]
 
-    parts = list(sources.documents(config.data.source).parts(collections.Counter()))
+    parts = list(sources.open_source(config.data.source).chunks(collections.Counter()))
     done("reading text")
-    sample = prepare._sample((text for _, text in parts), config.tokenizer.sample_bytes)
-    tokenizer_lib.train(sample, config.tokenizer).save(folder)
+    sample = prepare._sample((part.text for part in parts), config.tokenizer.sample_bytes)
+    train_tokenizer(sample, config.tokenizer).save(folder)
     done("training the tokenizer")
-    tokenizer = tokenizer_lib.load(folder)
+    tokenizer = load_tokenizer(folder)
     tokenizer.num_threads = 1
     chunks = list(prepare._chunks(iter(parts)))
-    encoded = [tokenizer.encode([text for _, text in chunk]) for chunk in chunks]
+    encoded = [tokenizer.encode([part.text for part in chunk]) for chunk in chunks]
     done("tokenising")
-    writer = corpus_lib.Writer(folder, "train", config.data.seq_len, tokenizer, config.data.packing)
+    writer = Writer(folder, "train", config.data.seq_len, tokenizer, config.data.packing)
     for chunk, ids in zip(chunks, encoded, strict=True):
-        table = [[d, len(i), len(t.split()), len(t.encode())] for (d, t), i in zip(chunk, ids, strict=True)]
-        writer.add(np.concatenate(ids).astype(corpus_lib.row_dtype(tokenizer.vocab_size)), np.array(table, np.int64))
+        table = [[d, len(i), len(t.split()), len(t.encode())] for (_, d, t), i in zip(chunk, ids, strict=True)]
+        writer.add(np.concatenate(ids).astype(row_dtype(tokenizer.vocab_size)), np.array(table, np.int64))
     writer.finish()
     done("packing and writing")
-    return seconds, sum(len(text.encode()) for _, text in parts)
+    return seconds, sum(len(part.text.encode()) for part in parts)
 
 
 def readers(corpus: Any) -> dict[str, Callable[[], float]]:

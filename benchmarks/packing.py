@@ -29,10 +29,10 @@ _JSON = flags.DEFINE_string("json", "", "file for all that was measured")
 def main(config: Config) -> None:
     import jax
 
+    from flax_mlm.data.open import open_corpus
     from flax_mlm.distributed.batches import abstract_batch, shard_batch
     from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.objectives.vocabulary import Vocabulary
-    from flax_mlm.prepare import open_corpus
     from flax_mlm.training.step import make_steps
 
     corpus = open_corpus(config, turns.say)

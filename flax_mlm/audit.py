@@ -23,7 +23,7 @@ from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 
 if TYPE_CHECKING:
-    from flax_mlm.data.tokenizer import Tokenizer
+    from flax_mlm.data.tokenizer.base import Tokenizer
     from flax_mlm.objectives import masking
 
 _ROWS = flags.DEFINE_integer("rows", 4, "rows to print", lower_bound=0)
@@ -32,7 +32,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 1_000_000, "tokens to measure", lower_b
 
 def main(config: Config) -> int:
     from flax_mlm.data import pipeline  # heavy imports wait until the flags have been parsed
-    from flax_mlm.prepare import open_corpus
+    from flax_mlm.data.open import open_corpus
 
     phase = phases.parse_phases(config)[0]
     config = phase.config
@@ -200,7 +200,7 @@ def _show(tokenizer: "Tokenizer", tokens_BL: np.ndarray, masked: "masking.Masked
 
 def _append(text: Text, tokenizer: "Tokenizer", token: int, shown: int, selected: bool) -> None:
     """One token that is special, selected or (where the masking is broken) both."""
-    original = tokenizer.pieces[token] if tokenizer.is_special[token] else _decode(tokenizer, [token])
+    original = tokenizer.tokens[token] if tokenizer.is_special[token] else _decode(tokenizer, [token])
     if not selected:
         text.append(f" {original}", style="dim")
         return

@@ -123,9 +123,9 @@ Answer = tuple[dict[str, Any], list[str]]  # result, and as lines
 
 
 def _mlm(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
+    from flax_mlm.data.open import open_corpus
     from flax_mlm.distributed.mesh import check_batch
     from flax_mlm.evaluation import mlm, rtd
-    from flax_mlm.prepare import open_corpus
     from flax_mlm.training.step import make_steps
 
     result: dict[str, Any]

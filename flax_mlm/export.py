@@ -80,7 +80,7 @@ def write(output: Path, config: Config, model: Any) -> None:
     from flax_mlm.model import electra, heads
 
     m, tokenizer = config.model, model.tokenizer
-    architecture = folder.matching(m, config.objective.name, _ARCHITECTURE.value, tokenizer.pieces[tokenizer.cls_id])
+    architecture = folder.matching(m, config.objective.name, _ARCHITECTURE.value, tokenizer.tokens[tokenizer.cls_id])
     net, params = model.steps.model, jax.device_get(model.params)
     if config.objective.name == "rtd":  # the generator is not kept
         net = electra.discriminator(m, tokenizer.vocab_size)

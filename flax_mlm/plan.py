@@ -117,9 +117,9 @@ def adopt_corpus(config: Config) -> tuple[Config, int]:
             corpus.vocab_size
         )
     if config.tokenizer.path:
-        from flax_mlm.data import tokenizer
+        from flax_mlm.data.tokenizer.load import load_tokenizer
 
-        return config, tokenizer.load(config.tokenizer.path, config.tokenizer.extra_tokens_file).vocab_size
+        return config, load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file).vocab_size
     return config, config.tokenizer.vocab_size
 
 

@@ -40,8 +40,8 @@ def train(config: Config, workdir: gcs.AnyPath) -> int:
     import jax  # heavy imports wait until flags and config are known to be right
 
     from flax_mlm.data import mixture
+    from flax_mlm.data.open import open_corpora
     from flax_mlm.distributed.mesh import check_batch, make_mesh
-    from flax_mlm.prepare import open_corpora
     from flax_mlm.storage import lease
     from flax_mlm.training import metrics
     from flax_mlm.training.loop import Run

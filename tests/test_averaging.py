@@ -31,7 +31,7 @@ def averages(config: OptimizerConfig, start: float, weights: np.ndarray) -> np.n
 
 
 def test_ema_is_that_of_tensorflow():
-    from flax_mlm.data.pipeline import tensorflow
+    from flax_mlm.data.tf import tensorflow
 
     tf = tensorflow()
     weights = np.random.default_rng(0).normal(size=200).cumsum()

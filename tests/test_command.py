@@ -133,7 +133,7 @@ def test_wrong_sources(refused, toy, tmp_path, source, said):
 def test_a_vocabulary_that_the_text_does_not_support(refused, toy, tmp_path):
     source = f"text:{toy.text}"
     flags = toy.flags(data__corpus="", data__source=source, tokenizer__vocab_size=9000)
-    assert re.search(r"tokenizer.vocab_size is 9000; it can be at most \d+", refused("prepare", *flags, "--output=x"))
+    assert re.search(r"tokenizer.vocab_size is 9000; expected at most \d+", refused("prepare", *flags, "--output=x"))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from flax_mlm.config.schema import TokenizerConfig
 from flax_mlm.data import corpus as corpus_lib
-from flax_mlm.data import tokenizer as tokenizer_lib
+from flax_mlm.data import writer as writer_lib
 from flax_mlm.data.corpus import Corpus
+from flax_mlm.data.tokenizer.train import train_tokenizer
 from flax_mlm.errors import UserError
 
 L = 8
@@ -21,7 +22,7 @@ L = 8
 @pytest.fixture(scope="module")
 def tok():
     config = TokenizerConfig("", "", "bpe", 280, "nmt_nfkc", 1.0, 1)
-    return tokenizer_lib.train(["the cat sat on the mat and the dog sat on the cat " * 20], config)
+    return train_tokenizer(["the cat sat on the mat and the dog sat on the cat " * 20], config)
 
 
 def write(folder: Path, tok, seed: int = 0) -> dict[str, list[int]]:
@@ -29,7 +30,7 @@ def write(folder: Path, tok, seed: int = 0) -> dict[str, list[int]]:
     rng, tokens, splits = np.random.default_rng(seed), {}, {}
     folder.mkdir()
     for split, windows in (("train", 3), ("validation", 1)):
-        writer, all_ids, document = (corpus_lib.Writer(folder, split, L, tok, "best_fit"), [], 0)
+        writer, all_ids, document = (writer_lib.Writer(folder, split, L, tok, "best_fit"), [], 0)
         for _ in range(windows):
             lengths = rng.integers(1, 40, 9)
             ids = rng.integers(5, 280, lengths.sum()).astype(corpus_lib.row_dtype(280))
@@ -50,13 +51,13 @@ def write(folder: Path, tok, seed: int = 0) -> dict[str, list[int]]:
         "dtype": "uint16",
         "splits": splits,
     }
-    corpus_lib.write_manifest(folder, manifest)
+    writer_lib.write_manifest(folder, manifest)
     return tokens
 
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(corpus_lib, "WINDOW", 1)
+    monkeypatch.setattr(writer_lib, "WINDOW", 1)
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def edit(folder: Path, **changes) -> None:
         (lambda f: (f / "corpus.json").write_text('{"format": 1'), "corpus.json is damaged"),
         (lambda f: (f / "corpus.json").write_text("[]"), "corpus.json is damaged"),
         (lambda f: edit(f, seq_len=None, splits={}), "corpus.json is damaged"),
-        (lambda f: edit(f, format=99), "is of corpus format 99; this program reads 2"),
+        (lambda f: edit(f, format=99), "has corpus format 99; this program reads 2"),
         (lambda f: (f / "train-00001.npy").unlink(), "train-00001.npy is missing"),
         (lambda f: (f / "train-00001.npy").write_bytes(b"x" * 150), "train-00001.npy has 150 bytes; corpus.json says"),
         (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model is missing"),

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 from configs import base
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import ModelConfig
-from flax_mlm.data import tokenizer as tokenizer_lib
+from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer.load import load_tokenizer
+from flax_mlm.data.tokenizer.train import train_tokenizer
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.hf import architecture as architecture_lib
@@ -46,11 +48,11 @@ def model_config(**fields) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def vocabulary(toy) -> tokenizer_lib.Tokenizer:
-    return tokenizer_lib.load(toy.corpus)
+def vocabulary(toy) -> Tokenizer:
+    return load_tokenizer(toy.corpus)
 
 
-def written(where: Path, kind: str, tokenizer: tokenizer_lib.Tokenizer, seed: int = 0) -> Path:
+def written(where: Path, kind: str, tokenizer: Tokenizer, seed: int = 0) -> Path:
     """A Hugging Face folder of random weights, as `export` would write it."""
     architecture, fields = SHAPES[kind]
     model = model_config(**fields)
@@ -75,7 +77,7 @@ def opened(path: Path, **changes):
     c.data.seq_len = 32
     folder.adopt(c, set())
     config = build(c)
-    tokenizer = tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extra_tokens_file)
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
     mesh = make_mesh(config.mesh)
     return config, make_steps(config, tokenizer.vocab_size, mesh), tokenizer, mesh
 
@@ -284,8 +286,8 @@ def test_a_new_vocabulary_begins_as_the_mean_of_its_pieces(vocabulary, tmp_path)
     path = written(tmp_path / "first", "bert", vocabulary)
     (tmp_path / "words").write_text("hippopotamus\n\nzebra\nzebra\n")
     _, steps, state, _ = started(path, extend=tmp_path / "words")
-    before = tokenizer_lib.load(path)
-    after = tokenizer_lib.load(path, tmp_path / "words")
+    before = load_tokenizer(path)
+    after = load_tokenizer(path, tmp_path / "words")
     assert after.vocab_size == before.vocab_size + 2 and after.starts_word[-2:].all()
     assert after.encode(["the zebra runs."])[0].tolist().count(before.vocab_size + 1) == 1
     old = load_file(path / "model.safetensors")
@@ -310,14 +312,14 @@ def test_words_added_to_a_tokenizer_are_single_pieces(kind, vocabulary, toy, tmp
     elif kind == "wordpiece":
         path = tmp_path / "vocab.txt"
         path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "##s", *"abehiprz", "##a"]))
-    before, after = tokenizer_lib.load(path), tokenizer_lib.load(path, tmp_path / "words")
-    assert after.pieces[: before.vocab_size] == before.pieces and after.vocab_size == before.vocab_size + 2
+    before, after = load_tokenizer(path), load_tokenizer(path, tmp_path / "words")
+    assert after.tokens[: before.vocab_size] == before.tokens and after.vocab_size == before.vocab_size + 2
     first, second = before.vocab_size, before.vocab_size + 1
     text = "the zebra the Hippopotamus the" if kind != "wordpiece" else "the zebra the hippopotamus the"
     assert [i for i in after.encode([text])[0] if i >= first] == [second, first]
     assert len(after.encode([text])[0]) == 5 and after.starts_word[[first, second]].all()
     assert "zebra" in after.decode(after.encode(["the zebra"])[0])
-    assert tokenizer_lib.load(path, tmp_path / "words").fingerprint == after.fingerprint
+    assert load_tokenizer(path, tmp_path / "words").fingerprint == after.fingerprint
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
@@ -327,11 +329,11 @@ def test_tokenizer_json_cuts_the_built_in_corpus_alike(model_type, normalization
 
     from flax_mlm.data import sources
 
-    parts = sources.documents("builtin").parts(Counter())
-    lines = [line for _, text in parts for line in text.split("\n") if line.strip()]
+    parts = sources.open_source("builtin").chunks(Counter())
+    lines = [line for _, _, text in parts for line in text.split("\n") if line.strip()]
     config = build(base.get_config()).tokenizer
     config = dataclasses.replace(config, model_type=model_type, normalization=normalization, vocab_size=4000)
-    tokenizer = tokenizer_lib.train(lines[::20], config)
+    tokenizer = train_tokenizer(lines[::20], config)
     converted = tokenizer_json.content(tokenizer, 0)
     odd = ["", " ", "  two  spaces ", "tab\tnew\nline", "ﬁne ½ Ａ e\u0301", "字 漢字", "🙂🙂", "a" * 300, "\u200b"]
     odd += ["a ▁ mark"] if normalization != "identity" else []

@@ -19,7 +19,8 @@ from configs import base, bert_base, modernbert_base
 from flax_mlm.config.load import build
 from flax_mlm.data import sources
 from flax_mlm.data import tables as labelled
-from flax_mlm.data import tokenizer as tokenizer_lib
+from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer.train import train_tokenizer
 from flax_mlm.distributed.batches import shard_batch, shard_rows
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import retrieval
@@ -69,8 +70,8 @@ def real_path(name: str) -> Path:
 
 def sentences(count: int) -> list[str]:
     """Real ones, from one word to some hundred."""
-    parts = sources.documents("builtin").parts(Counter())
-    found = [s for _, text in parts for line in text.split("\n") for s in line.split(". ") if s.strip()]
+    parts = sources.open_source("builtin").chunks(Counter())
+    found = [s for _, _, text in parts for line in text.split("\n") for s in line.split(". ") if s.strip()]
     return found[:: len(found) // count][:count]
 
 
@@ -78,9 +79,9 @@ def sentences(count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def vocabulary() -> tokenizer_lib.Tokenizer:
+def vocabulary() -> Tokenizer:
     config = build(base.get_config()).tokenizer
-    return tokenizer_lib.train(sentences(4000), dataclasses.replace(config, vocab_size=4000))
+    return train_tokenizer(sentences(4000), dataclasses.replace(config, vocab_size=4000))
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path, capsys):
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
-    from flax_mlm.data.pipeline import tensorflow  # reads event files, which tensorboardX wrote
+    from flax_mlm.data.tf import tensorflow  # reads event files, which tensorboardX wrote
 
     writers = metrics.Writers(tmp_path, with_log(tensorboard=True), 0)
     writers.write(7, "validation", {"loss": 2.5})

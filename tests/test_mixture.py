@@ -15,9 +15,9 @@ from configs import base
 from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import DataConfig
-from flax_mlm.data import tokenizer as tokenizer_lib
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
+from flax_mlm.data.tokenizer.train import train_tokenizer
 from flax_mlm.errors import UserError
 
 
@@ -74,7 +74,7 @@ def test_a_folder_may_be_called_anything(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def tok():
     config = dataclasses.replace(build(base.get_config()).tokenizer, vocab_size=280)
-    return tokenizer_lib.train(["the cat sat on the mat and the dog sat on the cat " * 20], config)
+    return train_tokenizer(["the cat sat on the mat and the dog sat on the cat " * 20], config)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_several_folders_are_one_corpus_after_another(folders):
     assert mixture.stream().num_rows == (wiki.split("train").num_rows, books.split("train").num_rows)
     about = mixture.about
     assert about["rows"] == sum(mixture.stream().num_rows) and about["name"] == "random"
-    assert {name: text["share"] for name, text in about["corpora"].items()} == {"wiki": 0.7, "books": 0.3}
+    assert {name: text["fraction"] for name, text in about["corpora"].items()} == {"wiki": 0.7, "books": 0.3}
     means = [corpus.counts["train"]["tokens"] / corpus.counts["train"]["rows"] for corpus in (wiki, books)]
     assert mixture.tokens_per_row == pytest.approx(0.7 * means[0] + 0.3 * means[1])
 
@@ -167,7 +167,7 @@ def test_held_out_rows_are_spread_by_weight(folders):
 def test_folders_that_do_not_go_together(folders, tok, monkeypatch, second, said):
     (folders / "link").symlink_to(folders / "wiki")
     config = dataclasses.replace(build(base.get_config()).tokenizer, vocab_size=280)
-    other = tokenizer_lib.train(["a very different text of birds that sing in the morning " * 20], config)
+    other = train_tokenizer(["a very different text of birds that sing in the morning " * 20], config)
     test_corpus.write(folders / "other_tokenizer", other)
     monkeypatch.setattr(test_corpus, "L", 16)
     test_corpus.write(folders / "longer", tok)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flax_mlm.data import packing, sources
 
 PAD, CLS, SEP, FIRST = 0, 1, 2, 3
-MARKS = packing.Marks(CLS, SEP, PAD)
+MARKS = packing.SpecialIds(CLS, SEP, PAD)
 MODES = ["best_fit", "sequential"]
 
 
@@ -61,15 +61,16 @@ def test_best_fit_leaves_no_two_rows_that_fit_in_one(lengths):
 
 def test_best_fit_takes_the_tightest_row():
     # Segments of 7 and 5 open rows of 10, which leaves room for 3 and for 5; the one of 3 goes to the first.
-    pieces, row = packing.best_fit(np.array([5, 0, 3, 1]), 10)
-    assert pieces.tolist() == [5, 3, 1] and row.tolist() == [0, 1, 0]
+    chunks, row = packing.best_fit(np.array([5, 0, 3, 1]), 10)
+    assert chunks.tolist() == [5, 3, 1]
+    assert row.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seq_len", [128, 512])
 def test_little_padding_on_prose(mode, seq_len):
     documents: Counter[int] = Counter()
-    for document, text in sources.documents("builtin").parts(Counter()):
+    for _, document, text in sources.open_source("builtin").chunks(Counter()):
         documents[document] += len(text.split())
     lengths = np.array(list(documents.values()))
     rows = packing.pack(np.full(lengths.sum(), FIRST, np.uint16), lengths, seq_len, MARKS, mode)

@@ -19,7 +19,8 @@ from configs import base
 from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
-from flax_mlm.data.stream import DataCursor, Stream
+from flax_mlm.data.mixture import DataCursor
+from flax_mlm.data.stream import Stream
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
@@ -310,7 +311,7 @@ def test_every_corpus_goes_on_where_it_was(turns):
     place, before = DataCursor(), None
     for rows, names in turns:
         now = FakeMixture({name: 1 + i for i, name in enumerate(names)})
-        place = place if before is None else place.turned(before)
+        place = place if before is None else place.leaving(before)
         place = DataCursor(**json.loads(json.dumps(place.to_dict())))  # as if it had been killed here
         stream = place.stream(now)
         corpus, position = stream.locate(np.arange(place.row, place.row + rows))

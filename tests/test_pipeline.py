@@ -83,7 +83,7 @@ def test_hosts_share_the_same_batches(hosts, corpora):
     whole = stream(Rows(37), 3, 9, stream=corpora)
     rows = Rows(37)
     slots = np.random.default_rng(0).permutation(8).reshape(hosts, -1)  # as devices lie in a mesh
-    parts = [stream(rows, 3, 9, slots=own, stream=corpora) for own in slots]
+    parts = [stream(rows, 3, 9, local_rows=own, stream=corpora) for own in slots]
     for step, batch in enumerate(whole):
         for key in batch:
             np.testing.assert_array_equal(batch[key][slots.ravel()], np.concatenate([p[step][key] for p in parts]))
@@ -196,7 +196,7 @@ def test_wrong_batches():
 def test_evaluation_sees_each_row_once(hosts, wanted):
     wanted = np.array(wanted)
     slots = np.arange(8).reshape(hosts, -1)
-    parts = [list(pipeline.eval_batches(Rows(21), wanted, batch_size=8, slots=own)) for own in slots]
+    parts = [list(pipeline.eval_batches(Rows(21), wanted, batch_size=8, local_rows=own)) for own in slots]
     assert len({len(p) for p in parts}) == 1  # every host takes part in every step
     batch = {k: np.concatenate([p[s][k] for s in range(len(parts[0])) for p in parts]) for k in ("tokens", "row_ids")}
     count = len(wanted)

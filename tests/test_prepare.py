@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import base
-from flax_mlm import prepare as prepare_lib
 from flax_mlm.config.load import build
-from flax_mlm.data import corpus as corpus_lib
+from flax_mlm.data import prepare as prepare_lib
+from flax_mlm.data import sources, writer
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.errors import UserError
 
@@ -49,14 +49,14 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     monkeypatch.setattr(prepare_lib, "CHUNK", 50_000)
-    monkeypatch.setattr(corpus_lib, "WINDOW", 100_000)
+    monkeypatch.setattr(writer, "WINDOW", 100_000)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(text, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as m:
         m.setattr(prepare_lib, "CHUNK", 50_000)
-        m.setattr(corpus_lib, "WINDOW", 100_000)
+        m.setattr(writer, "WINDOW", 100_000)
         output = tmp_path_factory.mktemp("undisturbed") / "corpus"
         prepare_lib.prepare(make_config(data_source=f"text:{text}"), output, lambda line: None)
         return output
@@ -92,7 +92,7 @@ def test_the_tokenizer_has_not_seen_validation_documents(tmp_path):
     (tmp_path / "a").write_text("\n\n".join(documents))
     config = make_config(data_source=f"text:{tmp_path / 'a'}", tokenizer_vocab_size=285)
     tok = prepare_lib.prepare(config, tmp_path / "out", lambda line: None).tokenizer()
-    assert not {p for p in tok.pieces[261:] if set(p) & set("qz")}
+    assert not {p for p in tok.tokens[261:] if set(p) & set("qz")}
 
 
 def test_two_workers_write_the_same_bytes(text, undisturbed, tmp_path):
@@ -106,7 +106,7 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_prepare as t
 if __name__ == "__main__":
-    t.prepare_lib.CHUNK, t.corpus_lib.WINDOW = 50_000, 100_000
+    t.prepare_lib.CHUNK, t.writer.WINDOW = 50_000, 100_000
     t.prepare_lib.prepare(t.make_config(data_source={source!r}, data_num_workers=2), sys.argv[1])
 """
 
@@ -198,7 +198,7 @@ def test_cached_and_with_a_given_tokenizer(text, undisturbed, tmp_path):
         ("a\n\nb\n\nc", "data.validation_every is 20, but .* has 3 documents, .* set it to 3 or less"),
         ("a\nb", "is one document"),
         (" \n", "holds no text"),
-        ("\n\n".join(["few words"] * 30), r"tokenizer.vocab_size is 500; it can be at most \d+"),
+        ("\n\n".join(["few words"] * 30), r"tokenizer.vocab_size is 500; expected at most \d+"),
         ("\n\n".join(["few words"] * 19 + ["\u200b"]), "its validation documents hold no text"),
     ],
 )
@@ -237,7 +237,7 @@ def test_output_must_be_local():
 
 
 def test_chunks_keep_every_part_in_order():
-    parts = [(i // 3, "x" * (i * 7919 % 40_000)) for i in range(50)]
+    parts = [sources.TextChunk(0, i // 3, "x" * (i * 7919 % 40_000)) for i in range(50)]
     chunks = list(prepare_lib._chunks(iter(parts)))
     assert [p for c in chunks for p in c] == parts and len(chunks) > 3
     assert Counter(len(c) > 0 for c in chunks) == {True: len(chunks)}

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from flax_mlm.data import sources
 from flax_mlm.data import tables as labelled
-from flax_mlm.data.pipeline import tensorflow
+from flax_mlm.data.text import cut
+from flax_mlm.data.tf import tensorflow
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import minimal_pairs
 
@@ -27,8 +28,8 @@ def read(source: str) -> tuple[list[str], Counter[str]]:
     """Whole documents, and the counts."""
     counts: Counter[str] = Counter()
     texts: dict[int, str] = {}
-    for document, text in sources.documents(source).parts(counts):
-        assert len(text) <= sources.PART
+    for _, document, text in sources.open_source(source).chunks(counts):
+        assert len(text) <= sources.CHUNK_CHARS
         texts[document] = texts.get(document, "") + text
     assert list(texts) == list(range(len(texts)))
     return list(texts.values()), counts
@@ -44,7 +45,7 @@ def test_text_documents_are_blocks_between_blank_lines(tmp_path, suffix):
     texts, counts = read(f"text:{tmp_path}/*.txt{suffix}")
     assert texts == ["a b\nc", "d", "ä"]
     assert (counts["files"], counts["empty_files"], counts["undecodable_bytes"]) == (3, 1, 0)
-    assert counts["read"] == sources.documents(f"text:{tmp_path}/*.txt{suffix}").size
+    assert counts["read"] == sources.open_source(f"text:{tmp_path}/*.txt{suffix}").size
 
 
 def test_zst_of_several_frames_is_read_to_its_end(tmp_path):
@@ -77,15 +78,15 @@ def test_one_long_line_is_one_document_in_bounded_parts(tmp_path, unit):
     (tmp_path / "a").write_text(text, encoding="utf8")
     texts, counts = read(f"text:{tmp_path}/a")
     assert texts == [text] and not counts["undecodable_bytes"]
-    parts = [t for _, t in sources.documents(f"text:{tmp_path}/a").parts(Counter())]
-    assert max(map(len, parts)) <= sources.PART
+    parts = [chunk.text for chunk in sources.open_source(f"text:{tmp_path}/a").chunks(Counter())]
+    assert max(map(len, parts)) <= sources.CHUNK_CHARS
     if unit == "word ":
         assert len(parts) > 10 and all(p.startswith((" ", "word")) and p.endswith(("word", "word ")) for p in parts)
 
 
 @given(st.text(alphabet="ab \nß", max_size=200), st.integers(1, 20))
 def test_cut_loses_nothing_and_keeps_to_its_limit(text, limit):
-    parts = list(sources.cut(text, limit))
+    parts = list(cut(text, limit))
     assert "".join(parts) == text and all(0 < len(p) <= limit for p in parts)
     for part, after in itertools.pairwise(parts):
         assert after[0] in " \n" or not set(" \n") & set(part[1:])
@@ -119,8 +120,8 @@ def test_jsonl(tmp_path):
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("wiki", "it can be builtin, text:GLOB"),
-        ("text:", "it can be builtin, text:GLOB"),
+        ("wiki", "expected builtin, text:GLOB"),
+        ("text:", "expected builtin, text:GLOB"),
         ("text:/nowhere/*.txt", "no file matches '/nowhere/"),
         ("tfds:[a]", "write tfds:NAME"),
         ("tfds:not_there/config:1.0.0:test", "'not_there/config:1.0.0' is not prepared in .*TFDS_DATA_DIR"),
@@ -134,7 +135,7 @@ def test_wrong_sources(source, message, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host))
     with pytest.raises(UserError, match=message):
-        sources.documents(source)
+        sources.open_source(source)
     assert not asked, "what is not prepared is not looked for on the network"
 
 
@@ -148,14 +149,14 @@ def test_paths_are_relative_to_here_and_sorted(tmp_path, monkeypatch):
 
 def test_version_changes_with_a_file(tmp_path):
     (tmp_path / "a").write_text("one")
-    before = sources.documents(f"text:{tmp_path}/*").version
-    assert sources.documents(f"text:{tmp_path}/*").version == before
+    before = sources.open_source(f"text:{tmp_path}/*").version
+    assert sources.open_source(f"text:{tmp_path}/*").version == before
     (tmp_path / "a").write_text("two!")
-    assert sources.documents(f"text:{tmp_path}/*").version != before
+    assert sources.open_source(f"text:{tmp_path}/*").version != before
 
 
 def test_builtin_is_every_speech_whole():
-    source = sources.documents("builtin")
+    source = sources.open_source("builtin")
     texts, counts = read("builtin")
     assert "public-domain" in source.licence and "sotu" in source.name
     assert len(texts) == counts["files"] >= 249 and texts[0].startswith("Fellow-Citizens of the Senate")
@@ -165,10 +166,8 @@ def test_builtin_is_every_speech_whole():
 
 def test_builtin_without_its_package(monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    source = sources.documents("builtin")
-    assert "not installed" in source.name and source.licence == "PSF-2.0"
-    texts, _ = read("builtin")
-    assert len(texts) > 100 and sum(len(t.split()) for t in texts) > 100_000
+    with pytest.raises(UserError, match=r"data.source is 'builtin'; its text is in the package sotu, which is missing"):
+        sources.open_source("builtin")
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +206,7 @@ def test_tfds_builder_of_our_own(tfds, tmp_path, monkeypatch):
     assert read("tfds:verses")[0] == texts
     assert len(read("tfds:verses:1.0.0:held")[0]) == 3 and len(read("tfds:verses:train[:5]")[0]) == 5
     with pytest.raises(UserError, match="its splits are"):
-        sources.documents("tfds:verses:test")
+        sources.open_source("tfds:verses:test")
     found = labelled.read("tfds:verses", text="verse", label="number")
     named = dict(zip(found.labels, found.texts, strict=True))
     assert named == {"0": "bad \ufffd"} | {str(n): f"verse {n}" for n in range(1, 40)}

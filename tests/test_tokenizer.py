@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from flax_mlm.config.schema import TokenizerConfig
-from flax_mlm.data import tokenizer as tokenizer_lib
-from flax_mlm.data.tokenizer import Tokenizer
+from flax_mlm.data.tokenizer import sentencepiece as sentencepiece_lib
+from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer.load import load_tokenizer
+from flax_mlm.data.tokenizer.train import train_tokenizer
 from flax_mlm.errors import UserError
 
 VOCABULARIES = Path(__file__).parent.parent.parent / "shared" / "data" / "tokenizers"
@@ -73,10 +75,10 @@ def kind(request):
 @pytest.fixture(scope="module")
 def tok(kind, tmp_path_factory) -> Tokenizer:
     if kind in ("bpe", "unigram"):
-        return tokenizer_lib.train(TEXT, configured(model_type=kind, vocab_size=SIZES[kind]))
+        return train_tokenizer(TEXT, configured(model_type=kind, vocab_size=SIZES[kind]))
     path = tmp_path_factory.mktemp(kind) / "tokenizer.json"
     hugging_face(kind).save(str(path))
-    return tokenizer_lib.load(path)
+    return load_tokenizer(path)
 
 
 def test_round_trip_and_no_special_ids(tok, kind):
@@ -100,7 +102,7 @@ def test_text_that_spells_special_tokens_is_text(tok):
 
 def test_tables(tok):
     v = tok.vocab_size
-    assert tok.is_special.shape == tok.starts_word.shape == (v,) and len(tok.pieces) == v
+    assert tok.is_special.shape == tok.starts_word.shape == (v,) and len(tok.tokens) == v
     five = [tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id]
     assert len(set(five)) == 5 and tok.is_special[five].all() and tok.is_special.sum() == 5
     assert tok.starts_word[tok.is_special].all()
@@ -115,8 +117,8 @@ def test_starts_word_finds_the_words(tok, kind):
 def test_save_and_load(tok, tmp_path):
     tok.save(tmp_path)
     for path in (tmp_path, tmp_path / tok.filename, str(tmp_path)):
-        again = tokenizer_lib.load(path)
-        assert again.fingerprint == tok.fingerprint and again.pieces == tok.pieces
+        again = load_tokenizer(path)
+        assert again.fingerprint == tok.fingerprint and again.tokens == tok.tokens
         np.testing.assert_array_equal(again.encode(TEXT[:1])[0], tok.encode(TEXT[:1])[0])
 
 
@@ -144,14 +146,14 @@ def test_mask_in_text_looks_as_in_training(tok):
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_training_does_not_depend_on_the_machine(model_type):
     config = configured(model_type=model_type, vocab_size=SIZES[model_type])
-    assert tokenizer_lib.train(TEXT, config).fingerprint == tokenizer_lib.train(iter(TEXT), config).fingerprint
+    assert train_tokenizer(TEXT, config).fingerprint == train_tokenizer(iter(TEXT), config).fingerprint
 
 
 def test_trained_specials_come_first_and_bytes_cover_everything(tmp_path):
-    tok = tokenizer_lib.train(TEXT, configured(vocab_size=380))
+    tok = train_tokenizer(TEXT, configured(vocab_size=380))
     assert tok.vocab_size == 380
     assert [tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id] == [0, 1, 2, 3, 4]
-    assert tuple(tok.pieces[:5]) == SPECIAL
+    assert tuple(tok.tokens[:5]) == SPECIAL
     tok.save(tmp_path)  # other readers of the file must not find them in text either
     plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert plain.is_unknown(1) and all(plain.is_control(i) for i in (0, 2, 3, 4))
@@ -161,20 +163,20 @@ def test_trained_specials_come_first_and_bytes_cover_everything(tmp_path):
 
 def test_long_and_odd_lines_are_not_lost_in_training():
     """SentencePiece drops lines over its limit, and lines with U+2585; here the text is nothing else."""
-    tok = tokenizer_lib.train([" ".join(TEXT).replace("\n", " ") * 5 + " \u2585"], configured(vocab_size=380))
-    assert tok.vocab_size == 380 and "▁the" in tok.pieces
+    tok = train_tokenizer([" ".join(TEXT).replace("\n", " ") * 5 + " \u2585"], configured(vocab_size=380))
+    assert tok.vocab_size == 380 and "▁the" in tok.tokens
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_impossible_vocabulary_sizes_say_what_is_possible(model_type):
-    with pytest.raises(UserError, match=r"tokenizer.vocab_size is 50000; it can be at most (\d+)") as error:
-        tokenizer_lib.train(TEXT, configured(model_type=model_type, vocab_size=50_000))
+    with pytest.raises(UserError, match=r"tokenizer.vocab_size is 50000; expected at most (\d+)") as error:
+        train_tokenizer(TEXT, configured(model_type=model_type, vocab_size=50_000))
     largest = int(str(error.value).split("at most ")[1].split()[0])
-    assert tokenizer_lib.train(TEXT, configured(model_type=model_type, vocab_size=largest)).vocab_size == largest
-    with pytest.raises(UserError, match=r"tokenizer.vocab_size is 99; it can be at least \d+"):
-        tokenizer_lib.train(TEXT, configured(model_type=model_type, vocab_size=99))
-    with pytest.raises(UserError, match="is there any text"):
-        tokenizer_lib.train([], configured(model_type=model_type))
+    assert train_tokenizer(TEXT, configured(model_type=model_type, vocab_size=largest)).vocab_size == largest
+    with pytest.raises(UserError, match=r"tokenizer.vocab_size is 99; expected at least \d+"):
+        train_tokenizer(TEXT, configured(model_type=model_type, vocab_size=99))
+    with pytest.raises(UserError, match="the training text is empty"):
+        train_tokenizer([], configured(model_type=model_type))
 
 
 @given(st.text(st.sampled_from("abc \n\t,é"), max_size=40), st.integers(1, 50))
@@ -182,8 +184,8 @@ def test_long_text_is_encoded_as_if_at_once(text, limit):
     tok = SMALL
     whole = tok._sp.encode(text)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(tokenizer_lib, "_ENCODE_LINE", limit)
-        tok._known.clear()  # as it was with another limit
+        m.setattr(sentencepiece_lib, "MAX_CHARS", limit)
+        tok._cache.clear()  # as it was with another limit
         # Inside a word longer than the limit there is no place to cut; that takes 4096 characters in earnest.
         if all(len(w) < limit for w in re.split("[ \\n]", text)):
             assert tok.encode([text])[0].tolist() == whole
@@ -191,11 +193,11 @@ def test_long_text_is_encoded_as_if_at_once(text, limit):
         np.testing.assert_array_equal(parts[0], parts[2])
 
 
-SMALL = tokenizer_lib.train(TEXT, configured(vocab_size=380))
+SMALL = train_tokenizer(TEXT, configured(vocab_size=380))
 
 
 def test_words_that_are_known_no_more_are_encoded_again(tok, monkeypatch):
-    monkeypatch.setattr(tokenizer_lib, "_KNOWN_WORDS", 5)
+    monkeypatch.setattr(sentencepiece_lib, "_CACHE_WORDS", 5)
     first = [tok.encode([text])[0].tolist() for text in TEXT]
     assert first == [ids.tolist() for ids in tok.encode(TEXT)]
 
@@ -212,8 +214,8 @@ def test_text_whose_words_depend_on_each_other_is_encoded_whole(tmp_path, settin
         pad_id=0, pad_piece="[PAD]", unk_id=1, bos_id=2, bos_piece="[CLS]", eos_id=3, eos_piece="[SEP]",
         control_symbols=["[MASK]"], minloglevel=2, **settings,
     )  # fmt: skip
-    tok = tokenizer_lib.load(tmp_path / "m.model")
-    assert tok._separable == (not settings)
+    tok = load_tokenizer(tmp_path / "m.model")
+    assert tok._words_are_independent == (not settings)
     for text in (" two  spaces\nand a line ", *TEXT[:3]):
         assert tok.encode([text])[0].tolist() == tok._sp.encode(text)
 
@@ -232,10 +234,10 @@ def test_bad_files(tmp_path):
         (write("a.model", b"junk"), "not a SentencePiece model"),
         (write("empty.model", b""), "not a SentencePiece model"),
         (write("a.json", b"{}"), "not a Hugging Face tokenizer.json"),
-        (write("b.json", json.dumps(spec).encode()), r"has no \[MASK\] or <mask> piece"),
+        (write("b.json", json.dumps(spec).encode()), r"has no \[MASK\] or <mask> token"),
     ]:
         with pytest.raises(UserError, match=message):
-            tokenizer_lib.load(path)
+            load_tokenizer(path)
 
 
 def shared(name: str) -> Path:
@@ -251,7 +253,7 @@ def test_bert_vocabulary(tmp_path):
     t.decoder = decoders.WordPiece()
     t.add_special_tokens(list(SPECIAL))
     t.save(str(tmp_path / "tokenizer.json"))
-    tok = tokenizer_lib.load(tmp_path)
+    tok = load_tokenizer(tmp_path)
     assert (tok.vocab_size, tok.pad_id, tok.unk_id, tok.cls_id, tok.sep_id, tok.mask_id) == (
         30522,
         0,
@@ -271,25 +273,25 @@ def test_gpt2_vocabulary(tmp_path):
     t.pre_tokenizer, t.decoder = (pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel())
     t.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     t.save(str(tmp_path / "tokenizer.json"))
-    tok = tokenizer_lib.load(tmp_path)
+    tok = load_tokenizer(tmp_path)
     assert tok.vocab_size == 50262 and tok.mask_id == 50261
     assert tok.encode(["Hello world<mask>"])[0].tolist()[:2] == [15496, 995]
-    assert [tok.pieces[i] for i in tok.encode_with_mask("The [MASK] sat.")] == ["The", "<mask>", "Ġsat", "."]
+    assert [tok.tokens[i] for i in tok.encode_with_mask("The [MASK] sat.")] == ["The", "<mask>", "Ġsat", "."]
     for text, word, piece in (
         ("The [MASK] sat.", "cat", "Ġcat"),
         ("[MASK] sat.", "cat", "cat"),
         ("The (cat[MASK] sat.", "s", "s"),
     ):
-        assert [tok.pieces[i] for i in tok.encode_answer(word, text)] == [piece]
-    assert [tok.pieces[i] for ids in tok.encode_words(["New", "York"]) for i in ids] == ["ĠNew", "ĠYork"]
+        assert [tok.tokens[i] for i in tok.encode_answer(word, text)] == [piece]
+    assert [tok.tokens[i] for ids in tok.encode_words(["New", "York"]) for i in ids] == ["ĠNew", "ĠYork"]
     text = "tabs\tand  two spaces\n\nßé🙂 "
     assert tok.decode(tok.encode([text])[0]) == text
 
 
 def test_albert_model():
-    tok = tokenizer_lib.load(shared("albert_30k-clean.model"))
+    tok = load_tokenizer(shared("albert_30k-clean.model"))
     assert tok.mask_id == 4 and tok.mask_id not in tok.encode(["the [MASK] cat"])[0]
-    assert [tok.pieces[i] for i in tok.encode_with_mask("the [MASK].")] == ["▁the", "[MASK]", "."]
+    assert [tok.tokens[i] for i in tok.encode_with_mask("the [MASK].")] == ["▁the", "[MASK]", "."]
 
 
 def test_user_defined_mask_of_a_given_model_is_not_found_in_text(tmp_path):
@@ -304,5 +306,5 @@ def test_user_defined_mask_of_a_given_model_is_not_found_in_text(tmp_path):
         user_defined_symbols=["<mask>"],
         minloglevel=2,
     )
-    plain, tok = sentencepiece.SentencePieceProcessor(model_file=prefix + ".model"), tokenizer_lib.load(tmp_path)
+    plain, tok = sentencepiece.SentencePieceProcessor(model_file=prefix + ".model"), load_tokenizer(tmp_path)
     assert tok.mask_id in plain.encode("the <mask> cat") and tok.mask_id not in tok.encode(["the <mask> cat"])[0]

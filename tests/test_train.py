@@ -130,7 +130,7 @@ def test_phases_follow_each_other_in_one_run(toy, tmp_path, pytestconfig):
 
 def test_clozes_go_into_the_logs(toy, tmp_path):
     """Of the built-in ones those that fit into the rows; numbers in metrics.jsonl, words in TensorBoard."""
-    from flax_mlm.data.pipeline import tensorflow  # reads event files, which tensorboardX wrote
+    from flax_mlm.data.tf import tensorflow  # reads event files, which tensorboardX wrote
 
     flags = toy.flags(train__steps=4, train__cloze_every=2, log__tensorboard=True)
     out = finish(toy, tmp_path / "run", *flags)

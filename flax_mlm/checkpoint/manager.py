@@ -171,13 +171,13 @@ def config_of(meta: dict[str, Any]) -> ConfigDict:
 
 def read_tokenizer(meta: dict[str, Any]) -> Any:
     """The tokenizer stored in a checkpoint's `meta` (`data.tokenizer.Tokenizer`)."""
-    from flax_mlm.data import tokenizer
+    from flax_mlm.data.tokenizer.load import load_tokenizer
 
     stored = meta["tokenizer"]
     with tempfile.TemporaryDirectory() as folder:
         file = epath.Path(folder) / stored["filename"]
         file.write_bytes(base64.b64decode(stored["base64"]))
-        return tokenizer.load(file)
+        return load_tokenizer(file)
 
 
 def make_meta(config: Config, tokenizer: Any, corpus: str, text: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def banner(parts: list[phases.Phase], mixtures: list[Any], mesh: Any, steps: Any
 def _corpus(corpus: Any, rows: int) -> None:
     """One corpus or several, of which so many rows are going to be read; 0: that is not known."""
     for (name, part), times in zip(corpus.corpora.items(), corpus.stream().epochs(rows), strict=True):
-        counts, share = part.counts["train"], corpus.shares[name]
+        counts, share = part.counts["train"], corpus.fractions[name]
         read = f", {share:.1%} of the rows" * (share < 1) + f" ({times:.2f} epochs)" * bool(rows)
         print(f"corpus      {part.path} ({part.source})")
         print(

@@ -1,13 +1,14 @@
-"""The corpora that a run is trained and evaluated on, one or several, and how much of each."""
+"""Corpora that a run is trained and evaluated on, with their weights, and the cursor that remembers what was read."""
 
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -15,18 +16,18 @@ from etils import epath
 from flax_mlm.config.schema import DataConfig
 from flax_mlm.data.corpus import SPLITS, Corpus, Rows
 from flax_mlm.data.stream import Stream, counts, whole_numbers
-from flax_mlm.data.tokenizer import Tokenizer
+from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.storage import gcs
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Corpora of the same tokenizer and row length. Of one alone everything is as that corpus has it.
+    """Corpora with the same tokenizer and row length. A mixture of one has the properties of that corpus.
 
     Attributes:
-      corpora: By name: the folder's, with as many of those above it as tell two apart.
-      weights: Of each corpus, in proportion to the training rows that are taken from it.
+      corpora: name -> corpus; the name is that of the folder, with as many parent folders as make it unique.
+      weights: whole numbers in proportion to the training rows taken from each corpus.
     """
 
     corpora: dict[str, Corpus]
@@ -37,16 +38,17 @@ class Mixture:
         """Opens the folders that `data.corpus` names.
 
         Raises:
-          UserError: as `Corpus.open`; two are the same folder, or differ in tokenizer or row length.
+          UserError: as `Corpus.open`; or two are the same folder, or differ in tokenizer or row length.
         """
         folders = data.folders()
-        opened = [Corpus.open(folder) for folder in folders]
-        first, where = opened[0], [_resolved(corpus.path) for corpus in opened]
-        for i, corpus in enumerate(opened):
-            if where[i] in where[:i]:
+        corpora = [Corpus.open(folder) for folder in folders]
+        paths = [_resolved(corpus.path) for corpus in corpora]
+        first = corpora[0]
+        for i, corpus in enumerate(corpora):
+            if paths[i] in paths[:i]:
                 raise UserError(
-                    f"data.corpus: {opened[where.index(where[i])].path} and {corpus.path} are the same folder; name it "
-                    "once, with the sum of the weights"
+                    f"data.corpus: {corpora[paths.index(paths[i])].path} and {corpus.path} are the same folder; name "
+                    "it once, with the sum of the weights"
                 )
             if corpus.manifest["tokenizer"]["sha256"] != first.manifest["tokenizer"]["sha256"]:
                 raise UserError(
@@ -58,18 +60,19 @@ class Mixture:
                     f"data.corpus: {first.path} has rows of {first.seq_len} tokens, and {corpus.path} of "
                     f"{corpus.seq_len}; prepare one of them again with the data.seq_len of the other"
                 )
-        shares = [
+        weights = [
             Fraction(weight) if weight else Fraction(corpus.counts["train"]["rows"])
-            for weight, corpus in zip(folders.values(), opened, strict=True)
+            for weight, corpus in zip(folders.values(), corpora, strict=True)
         ]
-        return cls(dict(zip(_names(where), opened, strict=True)), whole_numbers(shares) if len(shares) > 1 else (1,))
+        named = dict(zip(_unique_names(paths), corpora, strict=True))
+        return cls(named, whole_numbers(weights) if len(weights) > 1 else (1,))
 
     def __str__(self) -> str:
-        """As `data.corpus` takes it."""
+        """Formats the mixture as a value of `data.corpus`."""
         if len(self.corpora) == 1:
             return str(self._first.path)
-        parts = zip(self.corpora.values(), self.weights, strict=True)
-        return ",".join(f"{corpus.path}:{weight}" for corpus, weight in parts)
+        weighted = zip(self.corpora.values(), self.weights, strict=True)
+        return ",".join(f"{corpus.path}:{weight}" for corpus, weight in weighted)
 
     @property
     def _first(self) -> Corpus:
@@ -77,81 +80,126 @@ class Mixture:
 
     @property
     def seq_len(self) -> int:
-        """L."""
+        """L, tokens per row."""
         return self._first.seq_len
 
     @property
     def vocab_size(self) -> int:
-        """V of the tokenizer."""
+        """V, size of the tokenizer's vocabulary."""
         return self._first.vocab_size
 
     @property
-    def shares(self) -> dict[str, float]:
-        """The part of the training rows that is taken from each corpus."""
+    def fractions(self) -> dict[str, float]:
+        """Fraction of the training rows that is taken from each corpus, by name."""
         return {name: w / sum(self.weights) for name, w in zip(self.corpora, self.weights, strict=True)}
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """As `Corpus.counts`, of all corpora together."""
+        """Sums of `Corpus.counts` over the corpora."""
         return {split: _sums([corpus.counts[split] for corpus in self.corpora.values()]) for split in SPLITS}
 
     @property
     def tokens_per_row(self) -> float:
-        """Of the training rows that are taken, without special ones."""
+        """Mean number of tokens in a training row, special tokens left out."""
         train = [corpus.counts["train"] for corpus in self.corpora.values()]
-        return sum(w * c["tokens"] / c["rows"] for w, c in zip(self.shares.values(), train, strict=True))
+        return sum(f * c["tokens"] / c["rows"] for f, c in zip(self.fractions.values(), train, strict=True))
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides what is read: the same rows in the same proportion have the same one."""
+        """Hash of everything that decides which rows are read: equal for the same rows in the same proportion."""
         each = [corpus.fingerprint for corpus in self.corpora.values()]
         return each[0] if len(each) == 1 else hashlib.sha256(json.dumps([each, self.weights]).encode()).hexdigest()
 
     @property
     def about(self) -> dict[str, Any]:
-        """What text it is, and how much of it is there to train on; of several corpora also of each, with its share."""
+        """Description and size of the training text, as `Corpus.about`; of several corpora also of each, with its
+        fraction of the rows."""
         each = {name: corpus.about for name, corpus in self.corpora.items()}
         if len(each) == 1:
             return self._first.about
         texts = _texts(list(each.values()))
         numbers = _sums([{key: n for key, n in a.items() if key not in texts} for a in each.values()])
-        return {**texts, **numbers, "corpora": {name: {**a, "share": self.shares[name]} for name, a in each.items()}}
+        corpora = {name: {**about, "fraction": self.fractions[name]} for name, about in each.items()}
+        return {**texts, **numbers, "corpora": corpora}
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of all. Raises UserError, as that of a corpus."""
+        """Opens the tokenizer of all corpora. Raises UserError, as that of a corpus."""
         return self._first.tokenizer()
 
     def split(self, name: str) -> Rows:
-        """The rows of "train" or "validation" of all corpora, one corpus after another."""
+        """Returns the rows of "train" or "validation", one corpus after another."""
         return Rows.joined([corpus.split(name) for corpus in self.corpora.values()])
 
     def stream(self) -> Stream:
-        """In which order the corpora give their training rows."""
+        """Returns the order in which the corpora give their training rows."""
         return Stream(tuple(corpus.counts["train"]["rows"] for corpus in self.corpora.values()), self.weights)
 
     def held_out(self, max_rows: int) -> list[np.ndarray]:
-        """Numbers, in the split "validation", of the rows to evaluate on, of each corpus: all, or when `max_rows` is
-        positive only so many, each corpus having its share (or all its rows, if they are fewer), spread evenly."""
+        """Chooses the rows of the split "validation" to evaluate on.
+
+        Args:
+          max_rows: 0 takes all rows; a positive number so many, in proportion to the weights and evenly spread, or all
+            rows of a corpus that has fewer.
+
+        Returns:
+          int64 row numbers of each corpus.
+        """
         rows = [corpus.counts["validation"]["rows"] for corpus in self.corpora.values()]
         wanted = counts(self.weights, max_rows) if max_rows else rows
         starts = itertools.accumulate(rows, initial=0)
         return [start + _spread(n, min(m, n)) for start, n, m in zip(starts, rows, wanted, strict=False)]
 
 
-def about_of(corpora: Sequence[Mixture]) -> dict[str, Any]:
-    """`Mixture.about` of what the phases of a run are trained on: the numbers of the first, and what text all are."""
-    each = [corpus.about for corpus in corpora]
+class DataCursor(NamedTuple):
+    """Position of a run in its text: all that has to be saved to continue, whatever was read before.
+
+    Attributes:
+      row: number of rows that the run has read.
+      first: row of the run from which its present corpora and weights hold.
+      taken: fingerprint of a corpus -> number of its rows read before row `first`.
+    """
+
+    row: int = 0
+    first: int = 0
+    taken: Mapping[str, int] = MappingProxyType({})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields, ready for JSON."""
+        return {**self._asdict(), "taken": dict(self.taken)}
+
+    def stream(self, mixture: Mixture) -> Stream:
+        """Returns the stream that is read from here.
+
+        The order of a corpus's rows is numbered by when the run first read the corpus, so that it does not change with
+        the corpora beside it.
+        """
+        names = [corpus.fingerprint for corpus in mixture.corpora.values()]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys([*self.taken, *names]))}
+        starts = tuple(self.taken.get(name, 0) for name in names)
+        orders = tuple(numbers[name] for name in names)
+        return dataclasses.replace(mixture.stream(), first=self.first, starts=starts, orders=orders)
+
+    def leaving(self, mixture: Mixture) -> "DataCursor":
+        """Returns the cursor for other corpora or weights than those of `mixture`, which was read up to here."""
+        positions = self.stream(mixture).positions(self.row)
+        names = (corpus.fingerprint for corpus in mixture.corpora.values())
+        return DataCursor(self.row, self.row, {**self.taken, **dict(zip(names, positions, strict=True))})
+
+
+def about_of(mixtures: Sequence[Mixture]) -> dict[str, Any]:
+    """Joins `Mixture.about` over the phases of a run: the numbers of the first, the text of all."""
+    each = [mixture.about for mixture in mixtures]
     return each[0] | _texts(each)
 
 
-def fingerprint_of(corpora: Sequence[Mixture]) -> str:
-    """`Mixture.fingerprint` of what the phases of a run are trained on."""
-    each = [corpus.fingerprint for corpus in corpora]
+def fingerprint_of(mixtures: Sequence[Mixture]) -> str:
+    """Joins `Mixture.fingerprint` over the phases of a run."""
+    each = [mixture.fingerprint for mixture in mixtures]
     return each[0] if len(set(each)) == 1 else hashlib.sha256(json.dumps(each).encode()).hexdigest()
 
 
 def _texts(about: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Name and licence of several texts, each said once."""
+    """Joins name and licence of several texts, each once."""
     return {key: "; ".join(dict.fromkeys(a[key] for a in about)) for key in ("name", "licence")}
 
 
@@ -167,8 +215,8 @@ def _resolved(path: epath.Path) -> str:
     return os.fspath(path).rstrip("/") if gcs.is_one(path) else os.path.realpath(path)
 
 
-def _names(paths: Sequence[str]) -> list[str]:
-    """The last parts of paths that differ, as many as it takes to tell them apart."""
+def _unique_names(paths: Sequence[str]) -> list[str]:
+    """Shortens paths to the fewest last components that tell them apart."""
     for length in itertools.count(1):
         names = ["/".join(path.split("/")[-length:]) for path in paths]
         if len(set(names)) == len(names):

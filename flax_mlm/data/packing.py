@@ -1,94 +1,99 @@
-"""Documents into rows of L tokens: `[CLS] piece [SEP]` segments one after another, then `[PAD]`.
+"""Packing documents into rows of L tokens: `[CLS] chunk [SEP]` segments one after another, then `[PAD]`.
 
-Pure functions of their arguments. Every token is written once, and the tokens of a piece stay together.
+Pure functions of their arguments. Every token is written once, and the tokens of a chunk stay together.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
-class Marks:
-    """Ids of the tokens around pieces."""
+class SpecialIds(NamedTuple):
+    """Ids of the special tokens around chunks."""
 
     cls: int
     sep: int
     pad: int
 
 
-def pack(tokens: np.ndarray, lengths: np.ndarray, seq_len: int, marks: Marks, packing: str) -> np.ndarray:
+def pack(tokens: np.ndarray, lengths: np.ndarray, seq_len: int, ids: SpecialIds, packing: str) -> np.ndarray:
     """Packs documents into rows.
 
     Args:
       tokens: (T,) ids of all documents, one after another.
       lengths: (D,) tokens of each document, in total T.
       seq_len: L.
-      marks: The special ids.
-      packing: "best_fit" puts each piece where it leaves least room; "sequential" keeps the order.
+      ids: the special ids.
+      packing: "best_fit" puts each chunk where it leaves least room; "sequential" keeps the order.
 
     Returns:
-      (R, L), of the dtype of `tokens`.
+      (R, L), with the dtype of `tokens`.
     """
-    pieces, row = {"best_fit": best_fit, "sequential": sequential}[packing](lengths, seq_len)
-    order = np.argsort(row, kind="stable")  # pieces of a row stay in the order of the text
-    start = np.concatenate([[0], np.cumsum(pieces)[:-1]])[order]  # of each piece in tokens
-    size, row = pieces[order], row[order]
-    # Where each segment begins in its row: what the segments before it take, less those of earlier rows.
+    chunks, row = {"best_fit": best_fit, "sequential": sequential}[packing](lengths, seq_len)
+    order = np.argsort(row, kind="stable")  # chunks of a row stay in the order of the text
+    start = np.concatenate([[0], np.cumsum(chunks)[:-1]])[order]  # of each chunk in tokens
+    size, row = chunks[order], row[order]
+    # Column of each segment: the length of all segments before it, less those of earlier rows.
     end = np.cumsum(size + 2)
     begin = end - (size + 2)
     column = begin - begin[np.searchsorted(row, row)]
 
-    rows = np.full((row[-1] + 1 if row.size else 0, seq_len), marks.pad, tokens.dtype)
-    flat, at = rows.reshape(-1), row * seq_len + column
-    flat[at] = marks.cls
-    flat[at + size + 1] = marks.sep
+    rows = np.full((row[-1] + 1 if row.size else 0, seq_len), ids.pad, tokens.dtype)
+    flat = rows.reshape(-1)
+    at = row * seq_len + column
+    flat[at] = ids.cls
+    flat[at + size + 1] = ids.sep
     within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
     flat[np.repeat(at + 1, size) + within] = tokens[np.repeat(start, size) + within]
     return rows
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit-decreasing: (P,) lengths of the pieces, in the order of the text, and (P,) the row of each.
+    """Packs by best-fit-decreasing.
 
-    Documents are cut every L-2 tokens; what remains of each goes where it leaves least room.
+    Documents are cut every L-2 tokens; the rest of each goes where it leaves least room.
+
+    Returns:
+      int64 (C,) lengths of the chunks, in the order of the text; int64 (C,) row of each chunk.
     """
     limit = seq_len - 2
     lengths = np.asarray(lengths, np.int64)
     lengths = lengths[lengths > 0]
     counts = -(-lengths // limit)
-    pieces = np.full(counts.sum(), limit, np.int64)
-    pieces[np.cumsum(counts) - 1] = lengths - (counts - 1) * limit
+    chunks = np.full(counts.sum(), limit, np.int64)
+    chunks[np.cumsum(counts) - 1] = lengths - (counts - 1) * limit
 
-    row = np.arange(len(pieces))  # a row of its own, unless it fits elsewhere
-    room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows by the places they have left
-    some = 0  # bit r is set where room[r] is not empty
-    short = np.flatnonzero(pieces < limit)
-    short = short[np.argsort(-pieces[short], kind="stable")]
-    for piece, need in zip(short.tolist(), (pieces[short] + 2).tolist(), strict=True):
-        fits = some >> need
+    row = np.arange(len(chunks))  # a row of its own, unless it fits elsewhere
+    rows_by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rows by the number of free columns
+    nonempty = 0  # bit r is set where rows_by_room[r] has a row
+    short = np.flatnonzero(chunks < limit)
+    short = short[np.argsort(-chunks[short], kind="stable")]
+    for chunk, need in zip(short.tolist(), (chunks[short] + 2).tolist(), strict=True):
+        fits = nonempty >> need
         if fits:
             free = need + (fits & -fits).bit_length() - 1
-            target = room[free].pop()
-            some ^= (not room[free]) << free
+            target = rows_by_room[free].pop()
+            nonempty ^= (not rows_by_room[free]) << free
         else:
-            free, target = seq_len, piece
-        row[piece] = target
-        room[free - need].append(target)
-        some |= 1 << (free - need)
-    return pieces, np.unique(row, return_inverse=True)[1].reshape(-1)
+            free = seq_len
+            target = chunk
+        row[chunk] = target
+        rows_by_room[free - need].append(target)
+        nonempty |= 1 << (free - need)
+    return chunks, np.unique(row, return_inverse=True)[1].reshape(-1)
 
 
 def sequential(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fills row after row in the order of the text: the same two arrays as `best_fit`."""
-    pieces, rows = [], []
+    """Packs row after row in the order of the text; returns what `best_fit` does."""
+    chunks, rows = [], []
     row, free = 0, seq_len
     for length in np.asarray(lengths).tolist():
         while length:
             if free < 3:  # [CLS], one token, [SEP]
                 row, free = row + 1, seq_len
-            piece = min(length, free - 2)
-            pieces.append(piece)
+            chunk = min(length, free - 2)
+            chunks.append(chunk)
             rows.append(row)
-            length, free = length - piece, free - piece - 2
-    return np.array(pieces, np.int64), np.array(rows, np.int64)
+            length -= chunk
+            free -= chunk + 2
+    return np.array(chunks, np.int64), np.array(rows, np.int64)

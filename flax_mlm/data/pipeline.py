@@ -1,33 +1,20 @@
 """Batches as a function of (corpora, seed, step): there is no state to save, and resuming is arithmetic.
 
-The rows of training are an endless stream; a slot of a step is its row first_row + step * B + slot. A `Stream` says
-which corpus that one is from, and its position p among the rows of that corpus alone, where it is row
-permutation(seed, epoch)[i], with epoch = p // N and i = p % N. A host reads only the slots that it feeds.
+Training rows form an endless stream; row i of the batch of a step is row first_row + step * B + i of the stream. A
+`Stream` maps it to a corpus and a position p in the stream of that corpus alone, where it is row
+permutation(seed, epoch)[p % N] with epoch = p // N. A host reads only the rows that it feeds.
 """
 
 import atexit
-import functools
-import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
 
 from flax_mlm.data.corpus import Rows
 from flax_mlm.data.stream import Stream
+from flax_mlm.data.tf import tensorflow
 from flax_mlm.errors import UserError
-
-
-@functools.cache
-def tensorflow() -> Any:
-    """TensorFlow, quiet, and kept off accelerators, which are JAX's."""
-    # Without the second, the first does not silence a line about the rounding of operations that we do not use.
-    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}
-    import tensorflow as tf
-
-    for kind in ("GPU", "TPU"):
-        tf.config.set_visible_devices([], kind)
-    return tf
 
 
 def train_batches(
@@ -38,34 +25,32 @@ def train_batches(
     start_step: int = 0,
     stop_step: int = 1 << 32,
     first_row: int = 0,
-    slots: np.ndarray | None = None,
+    local_rows: np.ndarray | None = None,
     stream: Stream | None = None,
 ) -> Generator[dict[str, np.ndarray]]:
-    """This host's share of the batches of steps start_step, ..., stop_step - 1.
+    """Makes this host's rows of the batches of steps start_step, ..., stop_step - 1.
 
     Args:
-      rows: Those of all corpora, one corpus after another.
-      seed: The order of the rows follows from it.
-      global_batch_size: B, rows over all hosts.
-      start_step, stop_step: Which batches.
-      first_row: Of the stream, where batch 0 begins.
-      slots: int64 (n,), numbers below B of the rows of each batch that this host feeds (`batches.local_rows`); None:
-        all.
-      stream: How the corpora take turns; None: there is one.
+      rows: training rows of all corpora, one corpus after another.
+      seed: decides the order of the rows.
+      global_batch_size: B, rows of a batch over all hosts.
+      start_step, stop_step: range of batches.
+      first_row: row of the stream where batch 0 begins.
+      local_rows: int64 (n,), numbers below B of the rows that this host feeds (`batches.local_rows`); None: all.
+      stream: interleaving of the corpora; None: there is one.
 
     Returns:
-      A generator of dicts: tokens int32 (n, L), and row_ids uint32 (n, 2), the high and the low word of each row's
-      number in the stream: no two rows have the same, of whatever corpus they are.
+      A generator of dicts: tokens int32 (n, L), and row_ids uint32 (n, 2), high and low word of each row's number in
+      the stream, which is unique over all corpora.
 
     Raises:
-      UserError: there are no rows. The generator raises what `rows.read` raises, as it is.
+      UserError: there are no rows. The generator raises what `rows.read` raises.
     """
-    own = np.arange(global_batch_size) if slots is None else slots
-    order = stream or Stream((rows.num_rows,))
-    if not min(order.num_rows):
+    own = np.arange(global_batch_size) if local_rows is None else local_rows
+    stream = stream or Stream((rows.num_rows,))
+    if not min(stream.num_rows):
         raise UserError("the corpus has no training rows; prepare one from more text")
     tf = tensorflow()
-
     failures: list[Exception] = []
 
     def read(index: np.ndarray) -> np.ndarray:
@@ -75,43 +60,53 @@ def train_batches(
             failures.append(e)
             raise
 
-    num_rows = tf.constant(order.num_rows, tf.int64)
-    orders = tf.constant(order.orders or range(len(order.num_rows)), tf.int64)
+    row_indices = _row_indices(tf, stream, seed)
 
     def batch(step: Any) -> dict[str, Any]:
         row = first_row + step * global_batch_size + tf.constant(own, tf.int64)
-        corpus, position = tf.numpy_function(order.locate, [row], (tf.int64, tf.int64), stateful=False)
-        index = _permuted(tf, tf.gather(orders, corpus), position, tf.gather(num_rows, corpus), seed)
-        index += tf.gather(tf.cumsum(num_rows, exclusive=True), corpus)
-        tokens = tf.numpy_function(read, [index], tf.int32, stateful=False)
-        high, low = (tf.bitwise.right_shift(row, tf.constant(32, tf.int64)), row % (1 << 32))
-        row_ids = tf.cast(tf.stack([high, low], axis=1), tf.uint32)
+        tokens = tf.numpy_function(read, [row_indices(row)], tf.int32, stateful=False)
+        words = [tf.bitwise.right_shift(row, tf.constant(32, tf.int64)), row % (1 << 32)]
+        row_ids = tf.cast(tf.stack(words, axis=1), tf.uint32)
         return {"tokens": tf.ensure_shape(tokens, (len(own), rows.seq_len)), "row_ids": row_ids}
 
-    dataset = tf.data.Dataset.range(start_step, stop_step)
     options = tf.data.Options()
-    options.autotune.enabled = False  # all numbers are given, and its thread may take a minute to end
+    options.autotune.enabled = False  # every parameter is given, and its thread may take a minute to end
+    dataset = tf.data.Dataset.range(start_step, stop_step)
     dataset = dataset.map(batch, num_parallel_calls=2, deterministic=True).prefetch(4).with_options(options)
-
-    def batches() -> Generator[dict[str, np.ndarray]]:
-        try:
-            yield from dataset.as_numpy_iterator()
-        except tf.errors.OpError:  # a page of TensorFlow about what `read` has raised
-            if failures:
-                raise failures[0] from None
-            raise
-
-    generator = batches()
-    # TensorFlow's threads call `read`: still doing so when the interpreter goes down, they and it wait for each other.
+    generator = _numpy_batches(tf, dataset, failures)
+    # TensorFlow's threads call `read`; were they running at the interpreter's exit, both would wait for each other.
     atexit.register(generator.close)
     return generator
 
 
+def _numpy_batches(tf: Any, dataset: Any, failures: list[Exception]) -> Generator[dict[str, np.ndarray]]:
+    """Iterates over a dataset; raises the first of `failures` in place of TensorFlow's report about it."""
+    try:
+        yield from dataset.as_numpy_iterator()
+    except tf.errors.OpError:
+        if failures:
+            raise failures[0] from None
+        raise
+
+
+def _row_indices(tf: Any, stream: Stream, seed: int) -> Callable[[Any], Any]:
+    """Makes the function from rows of the stream, int64 (n,), to row numbers in all corpora one after another."""
+    num_rows = tf.constant(stream.num_rows, tf.int64)
+    orders = tf.constant(stream.orders or range(len(stream.num_rows)), tf.int64)
+
+    def row_indices(row: Any) -> Any:
+        corpus, position = tf.numpy_function(stream.locate, [row], (tf.int64, tf.int64), stateful=False)
+        index = _permuted(tf, tf.gather(orders, corpus), position, tf.gather(num_rows, corpus), seed)
+        return index + tf.gather(tf.cumsum(num_rows, exclusive=True), corpus)
+
+    return row_indices
+
+
 def _permuted(tf: Any, order: Any, position: Any, num_rows: Any, seed: int) -> Any:
-    """int64 (n,): positions in the streams of corpora with these orders and so many rows -> row numbers in each."""
-    epoch = position // num_rows + tf.bitwise.left_shift(order, tf.constant(40, tf.int64))  # of this corpus alone
-    # The op is a cipher that uses its key as it is: with small numbers for a key, a thousand epochs had only 256
-    # orders among them, and four rounds left rows near their place. So: a key of random words, and more rounds.
+    """Maps positions in the streams of single corpora, int64 (n,), to row numbers in each corpus."""
+    epoch = position // num_rows + tf.bitwise.left_shift(order, tf.constant(40, tf.int64))  # unique over the corpora
+    # RandomIndexShuffle is a cipher that uses its key as it is: with small numbers for a key, a thousand epochs had
+    # only 256 orders among them, and 4 rounds left rows near their position. Hence random words as key, and 16 rounds.
     epochs, which = tf.unique(epoch, out_idx=tf.int64)
     keys = tf.map_fn(
         lambda e: tf.random.stateless_uniform(
@@ -126,25 +121,25 @@ def _permuted(tf: Any, order: Any, position: Any, num_rows: Any, seed: int) -> A
 
 
 def eval_batches(
-    rows: Rows, numbers: np.ndarray, *, batch_size: int, slots: np.ndarray | None = None
+    rows: Rows, numbers: np.ndarray, *, batch_size: int, local_rows: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's share of one pass over some rows of a split, in order; needs no TensorFlow.
+    """Makes this host's rows of one pass over some rows of a split, in order; needs no TensorFlow.
 
     Args:
-      rows: The split.
-      numbers: int64 (n,), those to be seen.
-      batch_size: Rows over all hosts.
-      slots: As for training.
+      rows: the split.
+      numbers: int64 (n,) row numbers to be seen.
+      batch_size: rows of a batch over all hosts.
+      local_rows: as for training.
 
     Yields:
-      As for training, with row_ids of the row's number in the split. Rows of only padding fill the last batch.
+      Dicts as for training; row_ids hold the row's number in the split. Rows of padding fill the last batch.
     """
-    own = np.arange(batch_size) if slots is None else slots
+    own = np.arange(batch_size) if local_rows is None else local_rows
     for start in range(0, len(numbers), batch_size):
-        real = start + own < len(numbers)
+        is_real = start + own < len(numbers)
         index = np.zeros(len(own), np.int64)
-        index[real] = numbers[start + own[real]]
+        index[is_real] = numbers[start + own[is_real]]
         tokens = np.full((len(own), rows.seq_len), rows.pad_id, np.int32)
-        tokens[real] = rows.read(index[real])
+        tokens[is_real] = rows.read(index[is_real])
         row_ids = np.stack([index >> 32, index & 0xFFFFFFFF], axis=1).astype(np.uint32)
         yield {"tokens": tokens, "row_ids": row_ids}

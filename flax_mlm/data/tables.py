@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax_mlm.data import sources
+from flax_mlm.data.tfds import prepared_tfds
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files
 
@@ -119,7 +119,7 @@ def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _tfds(source: str) -> list[tuple[str, dict[str, Any]]]:
-    builder, split = sources.prepared_tfds(f"'{source}' cannot be read", source.removeprefix("tfds:"))
+    builder, split = prepared_tfds(f"'{source}' cannot be read", source.removeprefix("tfds:"))
     records = []
     for i, example in enumerate(builder.as_dataset(split=split).as_numpy_iterator()):
         plain = {k: v.decode(errors="replace") if isinstance(v, bytes) else v for k, v in example.items()}

@@ -81,7 +81,7 @@ def answers(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool]) -> 
         corpus.split("validation"),
         np.concatenate(corpus.held_out(config.eval.max_rows)),
         batch_size=config.eval.batch_size,
-        slots=local_rows(trained.mesh, config.eval.batch_size),
+        local_rows=local_rows(trained.mesh, config.eval.batch_size),
     ):
         global_batch = shard_batch(batch, trained.mesh, stop=poll())
         found, stop = jax.device_get(trained.steps.evaluate(trained.params, global_batch, trained.vocab))

@@ -169,9 +169,9 @@ def adopt(config: ConfigDict, given: set[str], as_it_is: bool = False) -> None:
         config.finetune.pooling = mode
     rows = folder.config["vocab_size"]
     if config.tokenizer.extra_tokens_file:
-        from flax_mlm.data import tokenizer as tokenizer_lib
+        from flax_mlm.data.tokenizer.load import load_tokenizer
 
-        rows = max(rows, tokenizer_lib.load(config.tokenizer.path, config.tokenizer.extra_tokens_file).vocab_size)
+        rows = max(rows, load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file).vocab_size)
     # The embedding keeps all its rows, also those that no piece of the tokenizer has.
     config.model.vocab_multiple_of *= -(-rows // config.model.vocab_multiple_of)
 

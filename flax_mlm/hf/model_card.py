@@ -66,7 +66,7 @@ def text(
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    c, about, mask = config, meta.get("text"), tokenizer.pieces[tokenizer.mask_id]
+    c, about, mask = config, meta.get("text"), tokenizer.tokens[tokenizer.mask_id]
     m, o, causal, tuned = c.model, c.objective, c.objective.name == "clm", meta.get("fine_tuned")
     task, what = {
         "mlm": ("fill-mask", "masked"),
@@ -181,11 +181,11 @@ def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
     if about:
         average = config.optimizer.averages
         averaged = f"; the weights are their {average} average" if average != "none" else ""
-        corpora = about.get("corpora", {"": {**about, "share": 1.0}}).values()
+        corpora = about.get("corpora", {"": {**about, "fraction": 1.0}}).values()
         seen = meta.get("totals", {}).get("tokens_seen", 0)
         tokens = f", {seen:,.0f} tokens with the special ones" if seen else ""
         for text in corpora:
-            share = f", {text['share']:.1%} of the rows" if len(corpora) > 1 else ""
+            share = f", {text['fraction']:.1%} of the rows" if len(corpora) > 1 else ""
             lines.append(
                 f"- Text{share}: {text['name']}; {text['documents']:,} documents, {text['words']:,} words, "
                 f"{text['tokens']:,} tokens. Its licence: {text['licence']}."

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from flax_mlm.data.tokenizer import Tokenizer
+from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.errors import UserError
 
 TIE = "two ways to cut it have the same score"
@@ -35,7 +35,7 @@ def content(tokenizer: Tokenizer, pair_type: int) -> bytes:
         raise UserError(f"the tokenizer, a SentencePiece {kind} model, cannot be written as tokenizer.json")
     spaces = any("▁" in p.piece[1:] and p.type == p.NORMAL for p in proto.pieces)  # within a piece
     prefix = "first" if proto.normalizer_spec.add_dummy_prefix else "never"
-    specials = [tokenizer.pieces[i] for i in (tokenizer.cls_id, tokenizer.sep_id)]
+    specials = [tokenizer.tokens[i] for i in (tokenizer.cls_id, tokenizer.sep_id)]
     spec = {
         "version": "1.0",
         "truncation": None,
@@ -99,7 +99,7 @@ def _template(tokenizer: Tokenizer, specials: list[str], pair_type: int) -> dict
 def _bpe(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """SentencePiece keeps scores of pieces, not merges: a piece comes from any two that spell it, best score first."""
     scores = {p.piece: p.score for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED)}
-    vocab = {piece: i for i, piece in enumerate(tokenizer.pieces)}
+    vocab = {piece: i for i, piece in enumerate(tokenizer.tokens)}
     merges = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
@@ -110,7 +110,7 @@ def _bpe(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
-        "unk_token": tokenizer.pieces[tokenizer.unk_id],
+        "unk_token": tokenizer.tokens[tokenizer.unk_id],
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,
@@ -154,13 +154,13 @@ def why(tokenizer: Tokenizer, ours: list[int], theirs: list[int]) -> str:
         if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM and abs(scores[0] - scores[1]) < 1e-3:
             return TIE
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return " | ".join(" ".join(tokenizer.pieces[i] for i in ids[at : at + 4]) for ids in (ours, theirs))
+    return " | ".join(" ".join(tokenizer.tokens[i] for i in ids[at : at + 4]) for ids in (ours, theirs))
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     """Role -> piece, as in special_tokens_map.json."""
     ids = {role: getattr(tokenizer, f"{role}_id") for role in ("pad", "unk", "cls", "sep", "mask")}
-    tokens: dict[str, Any] = {f"{role}_token": tokenizer.pieces[i] for role, i in ids.items()}
+    tokens: dict[str, Any] = {f"{role}_token": tokenizer.tokens[i] for role, i in ids.items()}
     if tokenizer.filename == "tokenizer.model":  # as in its tokenizer.json
         flags = {"lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
         tokens["mask_token"] = {"content": tokens["mask_token"], **flags}

@@ -7,14 +7,15 @@ import jax
 import numpy as np
 
 from flax_mlm.config.schema import Config
-from flax_mlm.data import tokenizer as tokenizer_lib
+from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer.load import load_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.hf import architecture as architecture_lib
 from flax_mlm.hf import folder as folder_lib
 from flax_mlm.training.step import Steps, TrainState
 
 
-def state(config: Config, steps: Steps, tokenizer: tokenizer_lib.Tokenizer, log: Callable[[str], None]) -> TrainState:
+def state(config: Config, steps: Steps, tokenizer: Tokenizer, log: Callable[[str], None]) -> TrainState:
     """A new state with the weights of the folder `config.init_from`.
 
     Args:
@@ -84,10 +85,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _spelled(config: Config, tokenizer: tokenizer_lib.Tokenizer) -> dict[int, np.ndarray]:
+def _spelled(config: Config, tokenizer: Tokenizer) -> dict[int, np.ndarray]:
     """For every piece that the tokenizer to start from lacks, the pieces that it has instead."""
-    before = tokenizer_lib.load(config.tokenizer.path)
-    if tokenizer.pieces[: before.vocab_size] != before.pieces:
+    before = load_tokenizer(config.tokenizer.path)
+    if tokenizer.tokens[: before.vocab_size] != before.tokens:
         raise UserError(f"the corpus was made with another tokenizer than {config.tokenizer.path}, to start from")
     new = range(before.vocab_size, tokenizer.vocab_size)
     return {i: before.encode([tokenizer.decode([i])])[0] for i in new}

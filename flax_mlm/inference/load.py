@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config.schema import Config
-from flax_mlm.data.tokenizer import Tokenizer, load
+from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer.load import load_tokenizer
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.hf import folder as folder_lib
@@ -63,7 +64,7 @@ def restore(path: str, config: Config) -> LoadedModel:
     """
     mesh = make_mesh(config.mesh)
     if folder_lib.is_one(path):
-        tokenizer = load(config.tokenizer.path, config.tokenizer.extra_tokens_file)
+        tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
         with jax.set_mesh(mesh):
             steps = make_steps(config, tokenizer.vocab_size, mesh)
             params = start.state(config, steps, tokenizer, lambda line: print(line, file=sys.stderr)).params

@@ -59,7 +59,7 @@ class MaskFiller:
 
     def word(self, piece: int) -> str:
         """A piece as a person reads it; one that continues a word begins with '…'."""
-        text = self._trained.tokenizer.decode([piece]).strip() or repr(self._trained.tokenizer.pieces[piece])
+        text = self._trained.tokenizer.decode([piece]).strip() or repr(self._trained.tokenizer.tokens[piece])
         return text if self._trained.tokenizer.starts_word[piece] else f"…{text}"
 
     def top(self, text: str, k: int) -> list[list[tuple[str, float]]]:

@@ -72,7 +72,7 @@ def run(folder: Path, model: LoadedModel) -> Difference:
 
     texts = real_texts()
     limit = min(model.config.model.max_positions, 512)
-    mask = tokenizer.pieces[tokenizer.mask_id]
+    mask = tokenizer.tokens[tokenizer.mask_id]
     pairs = [(text, tokenizer.encode([text])[0].tolist()) for text in texts]
     pairs += [(text.replace("[MASK]", mask), tokenizer.encode_with_mask(text)) for text in CLOZES]
     other, rows = [], []
@@ -109,8 +109,8 @@ def compare(net: Any, model: LoadedModel, rows: list[list[int]]) -> tuple[float,
 
 def real_texts() -> list[str]:
     """Lines of the built-in corpus, a word to a page long."""
-    parts = sources.documents("builtin").parts(Counter())
-    lines = [line for _, text in parts for line in text.split("\n") if line.strip()]
+    parts = sources.open_source("builtin").chunks(Counter())
+    lines = [line for _, _, text in parts for line in text.split("\n") if line.strip()]
     return lines[:: len(lines) // _TEXTS][:_TEXTS]
 
 

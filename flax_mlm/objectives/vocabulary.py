@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
-    from flax_mlm.data.tokenizer import Tokenizer
+    from flax_mlm.data.tokenizer.base import Tokenizer
 
 
 class Vocabulary(NamedTuple):

@@ -13,8 +13,8 @@ from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config import phases
 from flax_mlm.config.schema import Config
 from flax_mlm.data import mixture
+from flax_mlm.data.mixture import DataCursor
 from flax_mlm.data.pipeline import train_batches
-from flax_mlm.data.stream import DataCursor
 from flax_mlm.distributed import chips
 from flax_mlm.distributed.batches import abstract_batch, local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stop, Stopped
@@ -145,7 +145,7 @@ class Run:
             seed=self._config.seed,
             global_batch_size=size,
             first_row=self.place.row,
-            slots=local_rows(self._mesh, size),
+            local_rows=local_rows(self._mesh, size),
             stream=self.place.stream(corpus),
         )
 
@@ -153,7 +153,7 @@ class Run:
         """Turns to the next phase."""
         before, after = self._mixtures[self.phase], self._mixtures[phase]
         if after is not before:
-            self.place = self.place.turned(before)
+            self.place = self.place.leaving(before)
         had = max(corpus.seq_len for corpus in self._mixtures[:phase])
         trained = self._config.model.max_positions if self._config.init_from else had  # a folder has them all
         self.state = at_phase(self.state, trained, after.seq_len)

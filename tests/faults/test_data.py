@@ -18,7 +18,7 @@ from etils import epath
 
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.data import corpus as corpus_lib
-from flax_mlm.data import pipeline
+from flax_mlm.data import pipeline, writer
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.distributed.mesh import check_batch, make_mesh
 from flax_mlm.errors import UserError
@@ -133,7 +133,7 @@ def test_a_row_that_is_damaged_later_is_named_when_it_is_read(copy, outcome):
     (copy / "train-00000.npy").write_bytes(content)
     bad = rows.num_rows - 3
     rows.read(np.array([0, bad - 1, bad + 1]))
-    with pytest.raises(UserError, match=rf"train-00000.npy is damaged: row {bad} is not what was written"):
+    with pytest.raises(UserError, match=rf"train-00000.npy is damaged: row {bad} differs from its checksum"):
         rows.read(np.array([0, bad]))
     outcome("detected", damages=1)
 
@@ -144,7 +144,7 @@ def test_a_read_that_fails_in_the_pipeline_is_named(copy, outcome):
     batches = pipeline.train_batches(rows, seed=0, global_batch_size=8, start_step=0, stop_step=10_000)
     next(batches)
     (copy / "train-00000.npy").write_bytes(b"")
-    with pytest.raises(UserError, match=r"train-00000.npy is damaged: row \d+ is not what was written"):
+    with pytest.raises(UserError, match=r"train-00000.npy is damaged: row \d+ differs from its checksum"):
         for _ in range(100):
             next(batches)
     outcome("detected", damages=1)
@@ -182,7 +182,7 @@ def test_any_number_of_hosts_gets_the_same_batches(toy, outcome, start):
         return list(
             pipeline.train_batches(
                 rows, seed=5, global_batch_size=16, start_step=start, stop_step=start + steps,
-                slots=np.arange(16).reshape(hosts, -1)[host],
+                local_rows=np.arange(16).reshape(hosts, -1)[host],
             )
         )  # fmt: skip
 
@@ -215,7 +215,7 @@ def test_ids_outside_of_the_vocabulary(copy, outcome):
     tokens[5, 7] = vocab_size
     forge(copy, manifest, shard, tokens)
     rows = Corpus.open(copy).split("train")
-    with pytest.raises(UserError, match=rf"row 5 holds token {vocab_size}, but the vocabulary has {vocab_size}"):
+    with pytest.raises(UserError, match=rf"contains token id {vocab_size} >= vocabulary size {vocab_size} in row 5"):
         rows.read(np.arange(10))
     outcome("detected")
 
@@ -270,7 +270,7 @@ def forge(folder: Path, manifest: dict, shard: dict, tokens: np.ndarray) -> None
     for entry in (shard, shard["crc32"]):
         content = (folder / entry["file"]).read_bytes()
         entry["size"], entry["sha256"] = len(content), hashlib.sha256(content).hexdigest()
-    corpus_lib.write_manifest(folder, {key: value for key, value in manifest.items() if key != "sha256"})
+    writer.write_manifest(folder, {key: value for key, value in manifest.items() if key != "sha256"})
 
 
 CANARY = "cos\nsystem\n(S'touch canary'\ntR."
@@ -296,7 +296,7 @@ def test_names_that_lead_elsewhere(copy, original, outcome, monkeypatch, name):
     monkeypatch.chdir(copy)
     manifest = json.loads((copy / "corpus.json").read_text())
     manifest["splits"]["train"]["shards"][0]["file"] = name
-    corpus_lib.write_manifest(copy, {key: value for key, value in manifest.items() if key != "sha256"})
+    writer.write_manifest(copy, {key: value for key, value in manifest.items() if key != "sha256"})
     with pytest.raises(UserError, match=r"corpus.json is damaged \(ValueError: file is .*plain name"):
         Corpus.open(copy)
     assert not (copy / "canary").exists()
