@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags
 
 from flax_mlm.cli import app as command
+from flax_mlm.cli import cluster
 from flax_mlm.config.load import flatten
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import processes
@@ -76,7 +77,7 @@ _OPTIONS = {  # of each task
     "retrieval": (*_FINE_TUNING, _TEXT, _PAIR, _LABEL, _SAVE),
 }
 
-flags.adopt_module_key_flags(processes)
+flags.adopt_module_key_flags(cluster)
 
 
 def main(config: Config) -> None:
@@ -100,7 +101,7 @@ def main(config: Config) -> None:
     }[_TASK.value]
     output = Path(_JSON.value).expanduser()
     identity = {"--checkpoint": _CHECKPOINT.value, "--task": _TASK.value, **flatten(config.to_dict())}
-    with processes.join(identity, config.train.stall_timeout) as group:
+    with processes.join(cluster.from_flags(), identity, config.train.stall_timeout) as group:
         if _JSON.value and group.index == 0:
             files.check_writable("--json", output)
         with group.untimed("opening the checkpoint"):

@@ -16,11 +16,13 @@ from absl import flags
 from rich.progress import Progress
 
 from flax_mlm.cli import app as command
+from flax_mlm.cli import cluster as cluster_flags
 from flax_mlm.cli import console
 from flax_mlm.config import phases
 from flax_mlm.config.load import flatten
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import preemption, processes
+from flax_mlm.distributed.processes import ClusterConfig
 from flax_mlm.errors import PREEMPTED, UserError
 from flax_mlm.storage import files, gcs
 from flax_mlm.training import run_config
@@ -30,13 +32,16 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", "", "folder of the run, or gs://BUCKET/FOLDER: checkpoints, metrics.jsonl, config.json"
 )
 
-flags.adopt_module_key_flags(processes)
+flags.adopt_module_key_flags(cluster_flags)
 
 
-def train(config: Config, workdir: gcs.AnyPath) -> int:
+def train(config: Config, workdir: gcs.AnyPath, cluster: ClusterConfig | None = None) -> int:
     """Trains, saves, evaluates. Returns the exit code."""
-    stop = preemption.Stop()
+    with preemption.Stop() as stop:
+        return _train(config, workdir, cluster or ClusterConfig(), stop)
 
+
+def _train(config: Config, workdir: gcs.AnyPath, cluster: ClusterConfig, stop: preemption.Stop) -> int:
     import jax  # heavy imports wait until flags and config are known to be right
 
     from flax_mlm.data import mixture
@@ -47,7 +52,7 @@ def train(config: Config, workdir: gcs.AnyPath) -> int:
     from flax_mlm.training.loop import Run
 
     identity = {"jax": jax.__version__, **flatten(config.to_dict())}
-    with processes.join(identity, config.train.stall_timeout) as group, contextlib.ExitStack() as at_exit:
+    with processes.join(cluster, identity, config.train.stall_timeout) as group, contextlib.ExitStack() as at_exit:
         stop.leave = lambda reason: group.leave(PREEMPTED, reason)
         # The devices of all processes, checked before any work is done.
         parts, has_budget = phases.parse_phases(config), config.train.has_budget
@@ -160,7 +165,8 @@ def main(config: Config) -> int:
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name a folder for the run, such as --workdir=runs/first")
     bucket = gcs.parse("--workdir", _WORKDIR.value)
-    return train(config, bucket or Path(_WORKDIR.value).expanduser().absolute())
+    folder = bucket or Path(_WORKDIR.value).expanduser().absolute()
+    return train(config, folder, cluster_flags.from_flags())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_mlm.distributed.processes import gpus_of_task
+from flax_mlm.distributed.slurm import gpus_of_task
 from flax_mlm.errors import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -19,6 +19,7 @@ def program() -> None:
     """Joins the others, and sums over all devices, step by step; before step 3 it does what --then says."""
     from absl import flags
 
+    from flax_mlm.cli import cluster
     from flax_mlm.distributed import environment, processes
     from flax_mlm.errors import Failure, UserError
 
@@ -50,7 +51,8 @@ def program() -> None:
                 print("x" * 1000, file=sys.stderr if color.value == "black" else sys.stdout, flush=True)
 
     def run() -> None:
-        with processes.join({"color": color.value, "config.train.steps": str(steps.value)}, stall.value) as group:
+        identity = {"color": color.value, "config.train.steps": steps.value}
+        with processes.join(cluster.from_flags(), identity, stall.value) as group:
             import jax
             import jax.numpy as jnp
 

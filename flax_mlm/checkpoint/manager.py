@@ -300,13 +300,26 @@ class Checkpoints:
       so_far: what was saved with the step that was restored last; empty where there is none.
     """
 
-    def __init__(self, workdir: gcs.AnyPath, config: Config, meta: dict[str, Any], fingerprint: Fingerprint):
-        """`meta` is stored with every checkpoint; see `make_meta`. Sweeps what a killed run left."""
+    def __init__(
+        self,
+        workdir: gcs.AnyPath,
+        config: Config,
+        meta: dict[str, Any],
+        fingerprint: Fingerprint,
+        lost_within: float = 0.0,
+    ):
+        """Sweeps what a killed run left.
+
+        Args:
+          meta: stored with every checkpoint; see `make_meta`.
+          lost_within: seconds within which the loss of a process has ended the others (`ProcessGroup.lost_within`).
+        """
         import jax
         import orbax.checkpoint as ocp
         from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
         self._train, self._meta, self._fingerprint = config.train, meta, fingerprint
+        self._lost_within = lost_within
         self._workdir, self._folder = workdir, workdir / "checkpoints"
         self._is_main, self._is_alone = jax.process_index() == 0, jax.process_count() == 1
         _bound_retries()
@@ -479,9 +492,7 @@ class Checkpoints:
     def _put_aside(self, step: int, damage: Damaged, log: Log) -> None:
         """Moves a damaged step to quarantine. With several processes raises Failure: the others may have read it."""
         if not self._is_alone:
-            from flax_mlm.distributed.processes import lost_within
-
-            time.sleep(lost_within())  # losing a peer fails the reading here, too, and then the run ends first
+            time.sleep(self._lost_within)  # losing a peer fails the reading here, too, and then the run ends first
         where = self._shelf.quarantine(str(step))
         log(f"checkpoint {step} skipped, and moved to {where}: {damage}")
         if not self._is_alone:

@@ -1,4 +1,4 @@
-"""SIGTERM (a preemption) and SIGINT (Ctrl-C): save what is worth saving, then leave."""
+"""Signals that stop a run: SIGTERM (a preemption) and SIGINT (Ctrl-C)."""
 
 import os
 import signal
@@ -6,57 +6,83 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from flax_mlm.errors import PREEMPTED
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Stopped(Exception):
-    """Raised in the middle of an evaluation when the run is to end."""
+    """Raised during an evaluation when a signal has asked the run to stop."""
 
 
 def leave(reason: str) -> NoReturn:
-    """Ends the process as one to be started again."""
+    """Ends the process with the exit code that asks for a restart; callable from any thread."""
     print(reason, file=sys.stderr, flush=True)
     os._exit(PREEMPTED)
 
 
 class Stop:
-    """The wish to end this process. Before `hold` and after `release` a first signal leaves at once; in between it is
-    only noted, in `requested`. A second one always leaves at once."""
+    """Handles SIGTERM and SIGINT inside a `with` block, and restores the previous handlers after it.
+
+    Between `hold` and `release` the first signal only sets `requested`, so that the caller can save and return.
+    Outside that interval it ends the process at once. A second signal always ends the process at once. Python allows
+    signal handlers only in the main thread: in any other thread the block changes nothing, and the program that owns
+    the main thread may set `requested`.
+
+    Attributes:
+      requested: true after the first signal.
+      leave: ends the process with a reason; called from another thread, and may be replaced.
+    """
 
     def __init__(self) -> None:
-        """Python runs signal handlers between two bytecodes of the main thread, which may sit in a compilation for
-        minutes: so a thread of our own waits for signals, by the pipe that the C handler writes to.
-        """
-        self.requested, self._held = False, False
-        self.leave: Callable[[str], None] = leave  # may be replaced; is called from another thread
-        read, write = socket.socketpair()
-        write.setblocking(False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # a handler in Python is what makes C write to the pipe
-        signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(read, write), name="signals", daemon=True).start()
+        self.requested = False
+        self.leave: Callable[[str], None] = leave
+        self._has_unsaved_work = False
 
-    def _watch(self, read: socket.socket, _: socket.socket) -> None:
-        while True:
-            number = read.recv(1)[0]
-            if number not in (signal.SIGTERM, signal.SIGINT):
-                continue
-            name = signal.Signals(number).name
-            if self.requested:
-                os._exit(128 + number)
-            self.requested = True
-            if not self._held:
-                self.leave(f"{name}: there is nothing to save")
-            print(f"{name}: saving, then leaving; a second one leaves at once", file=sys.stderr, flush=True)
+    def __enter__(self) -> Self:
+        self._handles = threading.current_thread() is threading.main_thread()
+        if self._handles:
+            # Python runs handlers between bytecodes of the main thread, which may compile for minutes. The C handler
+            # writes the signal's number to this socket at once, and a thread reads it.
+            read, self._write = socket.socketpair()
+            self._write.setblocking(False)
+            self._previous = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+            self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+            self._thread = threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handles:
+            signal.set_wakeup_fd(self._previous_fd)
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+            self._write.close()  # ends the thread
+            self._thread.join()
+
+    def _watch(self, read: socket.socket) -> None:
+        with read:
+            while number := read.recv(1):
+                if number[0] in _SIGNALS:
+                    self._handle(number[0])
+
+    def _handle(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self.requested:
+            os._exit(128 + number)
+        self.requested = True
+        if not self._has_unsaved_work:
+            self.leave(f"{name}: there is nothing to save")
+        print(f"{name}: saving, then leaving; a second one leaves at once", file=sys.stderr, flush=True)
 
     def hold(self) -> None:
-        """From now on there is work that would be lost."""
-        self._held = True
+        """Starts the interval in which a signal must not end the process before a save."""
+        self._has_unsaved_work = True
 
     def release(self) -> None:
-        """The work is saved."""
-        self._held = False
+        """Ends the interval that `hold` started: all work is saved."""
+        self._has_unsaved_work = False
         if self.requested:
             self.leave("stopped by a signal; the last step is saved")

@@ -12,33 +12,21 @@ too, on a free port), and closes connections that say anything else.
 
 import atexit
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import os
 import queue
-import re
 import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from absl import flags
-
+from flax_mlm.distributed import slurm
 from flax_mlm.errors import PREEMPTED, Failure, UserError
-
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where it waits for the others")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "how many processes run together", lower_bound=0)
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "which of them this is, from 0", lower_bound=-1)
-_SERVICE_PORT = flags.DEFINE_integer(
-    "service_port", 0, "port of process 0 for JAX's own service, where a firewall lets through only some; 0: any"
-)
-_TIMEOUT = flags.DEFINE_integer("initialization_timeout", 600, "seconds to wait until all have come", lower_bound=1)
-_HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat", 15, "seconds of silence after which a process counts as lost", lower_bound=1, upper_bound=300
-)
 
 _MAX_LINE = 64 * 1024
 _LINGER = 4.0  # seconds: for the others to hear why we leave, and for a stranger to say who it is
@@ -48,16 +36,37 @@ _Progress = tuple[str, int, float | None]  # doing what, after which step, since
 _Inbox = queue.SimpleQueue[tuple["_Link", dict[str, Any]]]
 
 
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """How the processes of one run find and watch each other; the defaults detect the cluster, or run one process.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0; empty: from JAX_COORDINATOR_ADDRESS, or detected.
+      num_processes: number of processes; 0: from JAX_NUM_PROCESSES, or detected.
+      process_id: index of this process, from 0; -1: from JAX_PROCESS_ID, or detected.
+      initialization_timeout: seconds to wait until all processes have connected.
+      heartbeat: seconds without a heartbeat after which a process counts as lost.
+      service_port: port of process 0 for JAX's own service; 0: any free one.
+    """
+
+    coordinator: str = ""
+    num_processes: int = 0
+    process_id: int = -1
+    initialization_timeout: int = 600
+    heartbeat: int = 15
+    service_port: int = 0
+
+
 class Lost(Failure):
     """Another process is lost, or never came."""
 
 
 @contextlib.contextmanager
-def join(identity: dict[str, str], stall_timeout: float) -> Iterator["ProcessGroup"]:
+def join(cluster: ClusterConfig, identity: dict[str, Any], stall_timeout: float) -> Iterator["ProcessGroup"]:
     """Meets the other processes, and starts `jax.distributed` where there are any; call before anything asks JAX for
     devices.
 
-    Where they are comes from --coordinator, --num_processes and --process_id, else from JAX_COORDINATOR_ADDRESS,
+    Where they are comes from `cluster`, else from JAX_COORDINATOR_ADDRESS,
     JAX_NUM_PROCESSES and JAX_PROCESS_ID, else from what JAX detects (TPU slice, Slurm, Open MPI, Kubernetes: we
     wait on the port meant for JAX's service, which gets another); else there is one process.
 
@@ -65,6 +74,7 @@ def join(identity: dict[str, str], stall_timeout: float) -> Iterator["ProcessGro
     ends all the others at once: with exit code 75 if it is SystemExit(75), else with 1.
 
     Args:
+      cluster: addresses and timeouts.
       identity: what must be the same on all processes, name -> value.
       stall_timeout: seconds without progress on any process after which all are ended; 0.0 for never.
 
@@ -73,14 +83,14 @@ def join(identity: dict[str, str], stall_timeout: float) -> Iterator["ProcessGro
       Lost: not all came within --initialization_timeout.
     """
     faulthandler.enable()  # JAX's service ends a process by SIGABRT: should it come first, show the stacks
-    identity = {name: str(value) for name, value in identity.items()} | {"--heartbeat": str(_HEARTBEAT.value)}
-    address, count, index = _place()
+    identity = {name: str(value) for name, value in identity.items()} | {"--heartbeat": str(cluster.heartbeat)}
+    address, count, index = _resolve_cluster(cluster)
     if count == 1:
-        group = ProcessGroup(0, [socket.gethostname()], secrets.token_hex(8), "", [], queue.SimpleQueue())
+        group = ProcessGroup(cluster, 0, [socket.gethostname()], secrets.token_hex(8), "", [], queue.SimpleQueue())
     elif index == 0:
-        group = _gather(address, count, identity)
+        group = _gather(cluster, address, count, identity)
     else:
-        group = _attend(address, count, index, identity)
+        group = _attend(cluster, address, count, index, identity)
     threading.Thread(target=group._watch, args=(stall_timeout,), name="processes", daemon=True).start()
     try:
         if count > 1:  # alone it would be of no use, and JAX's service abort a computer that wakes up from sleep
@@ -94,11 +104,6 @@ def join(identity: dict[str, str], stall_timeout: float) -> Iterator["ProcessGro
             group._abandon(e)
         raise
     group._finish()
-
-
-def lost_within() -> float:
-    """Seconds within which the loss of a process has ended the others."""
-    return _HEARTBEAT.value + _LINGER
 
 
 class _Link:
@@ -144,10 +149,21 @@ class ProcessGroup:
       index, count: which process this is, and of how many.
       run_id: random, chosen by process 0.
       hosts: the host names of all, by index.
+      lost_within: seconds within which the loss of a process has ended the others.
     """
 
-    def __init__(self, index: int, hosts: list[str], run_id: str, service: str, links: list[_Link], inbox: _Inbox):
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        index: int,
+        hosts: list[str],
+        run_id: str,
+        service: str,
+        links: list[_Link],
+        inbox: _Inbox,
+    ):
         """`service` is the address of JAX's own coordination service; "" where there is no other process."""
+        self.cluster, self.lost_within = cluster, cluster.heartbeat + _LINGER
         self.index, self.count, self.run_id, self.hosts = index, len(hosts), run_id, hosts
         self.service, self._links, self._inbox = service, links, inbox
         self._name, self._done = f"process {index} ({hosts[index]})", False
@@ -248,7 +264,7 @@ class ProcessGroup:
 
     def _watch(self, stall_timeout: float) -> None:
         """The thread that listens to the others, and tells them how far we are."""
-        heartbeat, due = _HEARTBEAT.value, time.monotonic()
+        heartbeat, due = self.cluster.heartbeat, time.monotonic()
         last = awake = float("-inf")
         while True:
             with contextlib.suppress(queue.Empty):
@@ -307,21 +323,21 @@ class ProcessGroup:
         _exit(PREEMPTED if code == PREEMPTED else 1, reason, self._at_leave, stacks=kind == "lost")
 
 
-def _place() -> tuple[str, int, int]:
+def _resolve_cluster(cluster: ClusterConfig) -> tuple[str, int, int]:
     """Address of process 0 ("" if there is no other), number of processes, and which one this is.
 
     Raises:
       UserError: they are incomplete, or make no sense.
     """
-    address: str | None = _COORDINATOR.value or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
-    count = _NUM_PROCESSES.value or _number("JAX_NUM_PROCESSES")
-    index = _PROCESS_ID.value if _PROCESS_ID.value >= 0 else _number("JAX_PROCESS_ID")
+    address: str | None = cluster.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
+    count = cluster.num_processes or _number("JAX_NUM_PROCESSES")
+    index = cluster.process_id if cluster.process_id >= 0 else _number("JAX_PROCESS_ID")
     if count != 1 and (address is None or count is None or index is None):
         from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize would ask
 
         try:
             address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
-                address, count, index, [], None, _TIMEOUT.value
+                address, count, index, [], None, cluster.initialization_timeout
             )
         except Exception as e:
             raise UserError(
@@ -347,7 +363,7 @@ def _number(variable: str) -> int | None:
     return int(text) if text else None
 
 
-def _gather(address: str, count: int, identity: dict[str, str]) -> ProcessGroup:
+def _gather(cluster: ClusterConfig, address: str, count: int, identity: dict[str, str]) -> ProcessGroup:
     """Process 0: waits until the others have come, and checks that they fit.
 
     Raises:
@@ -360,14 +376,14 @@ def _gather(address: str, count: int, identity: dict[str, str]) -> ProcessGroup:
         listener = socket.create_server(where, family=family)
     except OSError as e:
         raise UserError(f"--coordinator={address}: process 0 cannot listen there: {e.strerror}") from e
-    service = _service_address(str(where[0]))
+    service = _service_address(str(where[0]), cluster.service_port)
     inbox: _Inbox = queue.SimpleQueue()
     threading.Thread(target=_accept, args=(listener, inbox), daemon=True).start()
     hosts, expected, mistake = [socket.gethostname()] * count, count, ""
     come: list[_Link] = []
     here = ", which only this machine can reach" if str(where[0]).startswith(("127.", "::1")) else ""
     print(f"host 1 of {count} joined: {hosts[0]} ({os.getpid()}); it waits at {where[0]}:{port}{here}", flush=True)
-    end = time.monotonic() + _TIMEOUT.value
+    end = time.monotonic() + cluster.initialization_timeout
     while len(come) < expected - 1:
         try:
             link, message = inbox.get(timeout=max(0.0, end - time.monotonic()))
@@ -388,11 +404,11 @@ def _gather(address: str, count: int, identity: dict[str, str]) -> ProcessGroup:
     missing = [str(i) for i in range(1, count) if i not in [link.id for link in come]]
     if mistake or missing:
         names = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-        reason = mistake or f"process {names} of {count} did not come within {_TIMEOUT.value} s"
+        reason = mistake or f"process {names} of {count} did not come within {cluster.initialization_timeout} s"
         for link in come:
             link.send("refused" if mistake else "lost", reason=reason)
         raise UserError(reason) if mistake else Lost(reason)
-    group = ProcessGroup(0, hosts, secrets.token_hex(8), service, come, inbox)
+    group = ProcessGroup(cluster, 0, hosts, secrets.token_hex(8), service, come, inbox)
     for link in come:
         link.send("start", run_id=group.run_id, hosts=hosts, service=group.service)
     return group
@@ -435,7 +451,7 @@ def _out_of_range(index: int, count: int, whose: str = "") -> str:
     return f"--process_id is {index}{whose}; with --num_processes={count} it takes 0 to {count - 1}"
 
 
-def _attend(address: str, count: int, index: int, identity: dict[str, str]) -> ProcessGroup:
+def _attend(cluster: ClusterConfig, address: str, count: int, index: int, identity: dict[str, str]) -> ProcessGroup:
     """Another process: calls process 0 until it answers.
 
     Raises:
@@ -444,7 +460,10 @@ def _attend(address: str, count: int, index: int, identity: dict[str, str]) -> P
     """
     host, _, port = address.rpartition(":")
     hello = {"id": index, "count": count, "host": socket.gethostname(), "pid": os.getpid(), "identity": identity}
-    timeout, possible = _TIMEOUT.value, index < count  # if not, process 0 shall hear of it if it is there already
+    timeout, possible = (
+        cluster.initialization_timeout,
+        index < count,
+    )  # if not, process 0 shall hear of it if it is there already
     end = time.monotonic() + (timeout if possible else min(timeout, _LINGER))
     while time.monotonic() < end:
         time.sleep(0.1)
@@ -463,7 +482,8 @@ def _attend(address: str, count: int, index: int, identity: dict[str, str]) -> P
             _, message = inbox.get(timeout=timeout + _LINGER)
             if message["kind"] == "start":
                 link.name = f"process 0 ({message['hosts'][0]})"
-                return ProcessGroup(index, message["hosts"], message["run_id"], message["service"], [link], inbox)
+                hosts, run_id, service = message["hosts"], message["run_id"], message["service"]
+                return ProcessGroup(cluster, index, hosts, run_id, service, [link], inbox)
             if message["kind"] in ("refused", "lost"):
                 raise (UserError if message["kind"] == "refused" else Lost)(message["reason"])
         link.close()
@@ -487,45 +507,21 @@ def _start_jax(group: ProcessGroup) -> None:
         coordinator_address=group.service,
         num_processes=group.count,
         process_id=group.index,
-        local_device_ids=gpus_of_task(os.environ) if is_slurm else None,
-        cluster_detection_method="deactivate" if is_slurm else None,  # see gpus_of_task
+        local_device_ids=slurm.gpus_of_task(os.environ) if is_slurm else None,
+        cluster_detection_method="deactivate" if is_slurm else None,  # see slurm.py
         coordinator_bind_address=group.service,
-        initialization_timeout=_TIMEOUT.value,
-        heartbeat_timeout_seconds=2 * _HEARTBEAT.value,  # it aborts without naming anyone: ours comes first
-        shutdown_timeout_seconds=2 * _HEARTBEAT.value,  # all have finished by then
+        initialization_timeout=group.cluster.initialization_timeout,
+        heartbeat_timeout_seconds=2 * group.cluster.heartbeat,  # it aborts without naming anyone: ours comes first
+        shutdown_timeout_seconds=2 * group.cluster.heartbeat,  # all have finished by then
     )
 
 
-def gpus_of_task(env: Mapping[str, str]) -> list[int] | None:
-    """Which of the GPUs that a Slurm task sees are its own, as numbers among those; None: all of them.
-
-    JAX would give every task the one of its number, and so leave a single task on a node with the first.
-
-    Raises:
-      UserError: the tasks of a node cannot share its GPUs evenly.
-    """
-    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))  # 8(x2),4
-    on_nodes = [int(tasks) for tasks, nodes in counts for _ in range(int(nodes or 1))]
-    tasks = on_nodes[int(env.get("SLURM_NODEID", "0"))] if on_nodes else 1
-    seen = len([gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu])
-    on_node = int(env.get("SLURM_GPUS_ON_NODE") or seen)
-    if tasks == 1 or on_node == 0 or 0 < seen < on_node:  # in the last case Slurm has shared them out (--gpus-per-task)
-        return None
-    if on_node % tasks:
-        raise UserError(
-            f"--ntasks-per-node is {tasks}, with {on_node} GPUs on a node; it must be 1, or divide that number"
-        )
-    share, place = on_node // tasks, int(env.get("SLURM_LOCALID", "0"))
-    return list(range(place * share, (place + 1) * share))
-
-
-def _service_address(ip: str) -> str:
+def _service_address(ip: str, port: int) -> str:
     """`ip` with the port for JAX's service, which nobody uses yet.
 
     Raises:
       UserError: somebody does.
     """
-    port = _SERVICE_PORT.value
     try:
         with socket.create_server((ip, port), family=socket.AF_INET6 if ":" in ip else socket.AF_INET) as server:
             port = server.getsockname()[1]

@@ -79,7 +79,8 @@ class Run:
         self.steps_of = [make_steps(part.config, mixtures[0].vocab_size, mesh, part) for part in parts]
         about, fingerprint = mixture.about_of(mixtures), mixture.fingerprint_of(mixtures)
         meta = checkpoint.make_meta(parts[0].config, self._tokenizer, fingerprint, about)
-        self._checkpoints = checkpoint.Checkpoints(workdir, config, meta, self.steps_of[0].fingerprint)
+        fingerprint_state = self.steps_of[0].fingerprint
+        self._checkpoints = checkpoint.Checkpoints(workdir, config, meta, fingerprint_state, group.lost_within)
         with group.untimed("restoring"):
             restored = self._checkpoints.restore_latest(self.steps_of[0].abstract, log)
             self._take(restored or self._new_state())
