@@ -26,7 +26,9 @@ def main(config: Config) -> None:
     import jax
     import numpy as np
 
-    from flax_mlm.checkpoint import manager as checkpoint
+    from flax_mlm.checkpoint.format import FORMAT
+    from flax_mlm.checkpoint.manager import Checkpoints
+    from flax_mlm.checkpoint.store import saved_steps
     from flax_mlm.distributed.batches import shard_batch
     from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.objectives.vocabulary import Vocabulary
@@ -61,8 +63,8 @@ def main(config: Config) -> None:
 
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         plain = Loop(config)
-        meta = {"format": 3, "config": config.to_dict(), "corpus": "", "text": {}, "tokenizer": {}}
-        checkpoints = checkpoint.Checkpoints(Path(folder), config, meta, plain.steps.fingerprint)
+        meta = {"format": FORMAT, "config": config.to_dict(), "corpus": "", "text": {}, "tokenizer": {}}
+        checkpoints = Checkpoints(Path(folder), config, meta, plain.steps.fingerprint)
         checkpoints.save(0, plain.state)  # compiles
         exact = Loop(dataclasses.replace(config, train=dataclasses.replace(config.train, reproducible=True)))
 
@@ -83,7 +85,7 @@ def main(config: Config) -> None:
             for name, measure in kinds.items():
                 seconds[name].append(measure())
         checkpoints.close()
-        saved = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file()) / len(checkpoint.steps_in(folder))
+        saved = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file()) / len(saved_steps(folder))
     step, saving, exact_step = (statistics.median(seconds[name]) / _STEPS.value for name in kinds)
     cost, every = (saving - step) * _STEPS.value, config.train.checkpoint_every
     share = f"{cost / step / every:.2%} every {every:,} steps, {cost / step / 1000:.2%} every 1,000"

@@ -121,11 +121,11 @@ def find(path: str) -> Checkpoint:
     Raises:
       UserError: there is none that is sound.
     """
-    from flax_mlm.checkpoint import manager as checkpoint
+    from flax_mlm.checkpoint.format import newest_meta
     from flax_mlm.hf import folder
 
     if not folder.is_one(path):
-        newest, meta = checkpoint.newest(path)
+        newest, meta = newest_meta(path)
         return Checkpoint(os.fspath(newest), meta["sha256"])
     found, root = hashlib.sha256(), Path(path).expanduser()
     for file in sorted([*root.glob("*"), *root.glob("*/config.json")]):

@@ -214,8 +214,8 @@ def _tagging(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
 
 
 def _retrieval(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
-    from flax_mlm.checkpoint import manager as checkpoint
     from flax_mlm.evaluation import retrieval
+    from flax_mlm.finetuning.save import save_encoder
     from flax_mlm.storage import files
 
     _check_fine_tuning(model, group)
@@ -233,7 +233,7 @@ def _retrieval(model: Any, group: Any, poll: Callable[[], bool]) -> Answer:
     test = retrieval.read_benchmark(_TEST.value, "test") if is_folder else _labelled(_TEST.value)
     result, params = retrieval.run(model, train, dev, test, print, poll)
     if _SAVE.value:
-        checkpoint.save_encoder(save, model, params["encoder"], result["examples"]["train"])
+        save_encoder(save, model, params["encoder"], result["examples"]["train"])
     return result, retrieval.table(result)
 
 

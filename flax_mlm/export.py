@@ -130,13 +130,14 @@ def write(output: Path, config: Config, model: Any) -> None:
 
 def _result(step: int) -> dict[str, float] | None:
     """What the run said of itself at its end, if that is the step at hand."""
-    from flax_mlm.checkpoint import manager as checkpoint
+    from flax_mlm.checkpoint.format import find_checkpoints
+    from flax_mlm.checkpoint.store import saved_steps
 
-    for folder in checkpoint.find(_CHECKPOINT.value):
+    for folder in find_checkpoints(_CHECKPOINT.value):
         file = folder.parent.parent / "result.json"
         with gcs.errors(folder):
             # A run that goes on removes the file, and what comes last is what it is of.
-            if checkpoint.steps_in(file.parent)[-1:] == [step] and file.exists():
+            if saved_steps(file.parent)[-1:] == [step] and file.exists():
                 return json.loads(file.read_text())
     return None
 

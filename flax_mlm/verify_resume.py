@@ -214,9 +214,9 @@ def hashes(workdir: Path, step: int) -> Found:
     """Of the metrics of every step, and of the arrays by the fingerprints in the checkpoint."""
     from etils import epath
 
-    from flax_mlm.checkpoint import manager as checkpoint
+    from flax_mlm.checkpoint.format import read_meta
 
-    arrays = checkpoint.read_meta(epath.Path(workdir) / "checkpoints" / str(step))["arrays"]
+    arrays = read_meta(epath.Path(workdir) / "checkpoints" / str(step))["arrays"]
     lines, steps = metrics.lines(workdir), metrics.lines(workdir, "train")
     return Found(
         digest([[line[name] for name in _BATCHES] for line in steps]),

@@ -17,8 +17,8 @@ from faults.runs import Watched, assert_same_run, finish, metrics_of
 from faults.test_checkpoints import opened, restored, state_at
 
 from configs import base
-from flax_mlm.checkpoint import manager as checkpoint
-from flax_mlm.checkpoint import store as shelf
+from flax_mlm.checkpoint import store
+from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import gcs as gcs_lib
@@ -82,7 +82,7 @@ def damage(gcs: FakeGcs, prefix: str) -> None:
 def test_a_run_in_a_bucket_is_that_in_a_folder(toy, straight, gcs, tmp_path):
     out = finish(toy, "gs://bucket/runs/first", *toy.flags(**SHORT, log__tensorboard=True))
     assert_same_run(local(gcs, "runs/first", tmp_path), straight, STEPS)
-    assert checkpoint.steps_in("gs://bucket/runs/first") == [20, 30], "the last two are kept"
+    assert saved_steps("gs://bucket/runs/first") == [20, 30], "the last two are kept"
     names = {name.split("/")[2] for name in gcs.names("bucket", "runs/first/")}
     assert names == {"checkpoints", "config.json", "metrics.jsonl", "result.json", "tensorboard"}
     assert "written to gs://bucket/runs/first:" in out
@@ -110,7 +110,7 @@ def test_sigterm_saves(toy, straight, gcs, tmp_path):
     run.process.terminate()
     (code,), out = run.finish()
     assert code == 75, run.err
-    (step,) = {s for s in checkpoint.steps_in(workdir) if s % 10} or {20}
+    (step,) = {s for s in saved_steps(workdir) if s % 10} or {20}
     assert f"step {step} is saved" in out
     assert "runs/preempted/lease.json" not in gcs.buckets["bucket"]
     assert f"restored step {step}" in finish(toy, workdir, *toy.flags(**SHORT))
@@ -147,7 +147,7 @@ def test_two_processes(toy, straight, gcs, tmp_path):
     folder = local(gcs, "runs/two", tmp_path)
     fingerprints = [[line["batch_fingerprint"] for line in metrics_of(run)] for run in (folder, straight)]
     assert fingerprints[0] == fingerprints[1] and len(fingerprints[0]) == STEPS
-    assert checkpoint.steps_in("gs://bucket/runs/two") == [20, 30]
+    assert saved_steps("gs://bucket/runs/two") == [20, 30]
 
 
 def test_other_commands(toy, straight, gcs, tmp_path):
@@ -240,13 +240,13 @@ def saved(gcs, request):
     for step in (10, 20, 30):
         assert checkpoints.save(step, state_at(step))
     checkpoints.close()
-    assert checkpoint.steps_in(workdir) == [10, 20, 30]
+    assert saved_steps(workdir) == [10, 20, 30]
     return workdir
 
 
 def test_an_outage_is_no_damage(gcs, saved, monkeypatch):
     """A checkpoint that cannot be read for the moment is neither skipped nor put away, and nothing begins anew."""
-    monkeypatch.setattr(checkpoint, "_RETRIES", {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"})
+    monkeypatch.setattr(store, "_RETRIES", {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"})
     for part in ("/params/d/", "/rest/d/"):
         gcs.fault = lambda method, bucket, name, part=part: 503 if part in name and method == "GET" else None
         with pytest.raises(Failure, match="cannot be reached"):
@@ -256,7 +256,7 @@ def test_an_outage_is_no_damage(gcs, saved, monkeypatch):
         with pytest.raises(UserError, match="do not allow"), gcs_lib.errors(saved):
             restored(saved)
     gcs.fault = None
-    assert restored(saved)[0] == 30 and checkpoint.steps_in(saved) == [10, 20, 30]
+    assert restored(saved)[0] == 30 and saved_steps(saved) == [10, 20, 30]
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -265,14 +265,14 @@ def test_a_step_is_never_half_there(gcs, saved, damaged):
     prefix = f"{str(saved).removeprefix('gs://bucket/')}/checkpoints/"
     whole = len(gcs.names("bucket", f"{prefix}30/"))
     before = {name: gcs.buckets["bucket"][name].content for name in gcs.names("bucket", prefix)}
-    place = shelf.open_store(saved / "checkpoints", "commit_success.txt")
+    checkpoint_store = store.open_store(saved / "checkpoints")
     for ends_after in range(2 * whole + 4):
         for name, content in before.items():
             gcs.put("bucket", name, content)
         done = itertools.count()
         gcs.fault = lambda m, *_, n=ends_after, done=done: 403 if m != "GET" and next(done) >= n else None
         with contextlib.suppress(OSError):
-            place.quarantine("30") if damaged else place.discard("30")
+            checkpoint_store.quarantine("30") if damaged else checkpoint_store.delete("30")
         gcs.fault = None
         for folder in {name.rpartition("/")[0] for name in gcs.names("bucket", prefix) if MARKED.search(name)}:
             assert len(gcs.names("bucket", folder + "/")) == whole, folder
@@ -288,7 +288,7 @@ MARKED = re.compile(r"/30/commit_success[.]txt$")
 
 
 def test_a_save_that_fails_is_tried_again(gcs, saved, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_RETRIES", {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"})
+    monkeypatch.setattr(store, "_RETRIES", {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"})
     checkpoints = opened(saved, max_to_keep=2)
     gcs.fault = lambda method, bucket, name: 503 if "/40/params/ocdbt" in name and method == "POST" else None
     assert not (checkpoints.save(40, state_at(40)) and checkpoints.wait())
@@ -302,7 +302,7 @@ def test_a_save_that_fails_is_tried_again(gcs, saved, capsys, monkeypatch):
     assert "WARNING: step 45 could not be saved (Unreachable: it does not answer)" in capsys.readouterr().out
     assert checkpoints.save(50, state_at(50)) and checkpoints.wait()
     checkpoints.close()
-    assert checkpoint.steps_in(saved) == [30, 50] and restored(saved)[0] == 50
+    assert saved_steps(saved) == [30, 50] and restored(saved)[0] == 50
     assert {path.name for path in (saved / "checkpoints").iterdir()} == {"30", "50"}
 
 

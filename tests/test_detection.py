@@ -18,7 +18,6 @@ from test_step import answers as answers_of
 from test_step import train as train_steps
 
 from configs import electra_small
-from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
@@ -27,6 +26,7 @@ from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import rtd
+from flax_mlm.inference.config import read_config
 from flax_mlm.inference.load import restore
 from flax_mlm.model import electra, flops
 from flax_mlm.objectives import masking
@@ -396,7 +396,7 @@ def test_what_needs_words_is_refused(toy, rtd_run):
 
 
 def test_the_encoder_is_whole_after_restoring(toy, rtd_run):
-    config = build(checkpoint.read_config(str(rtd_run)))
+    config = build(read_config(str(rtd_run)))
     assert config.objective.embedding_sharing == "gradient_disentangled"
     model = restore(str(rtd_run), dataclasses.replace(config, mesh=MeshConfig(1, 8, 1)))
     merged = np.asarray(model.params["encoder"]["embeddings"]["token"])
@@ -447,7 +447,7 @@ def test_export(toy, rtd_run, tmp_path):
     tensors = load_file(tmp_path / "exported" / "model.safetensors")
     assert tensors["discriminator_predictions.dense_prediction.weight"].shape == (1, 32)
     assert not any("generator" in name for name in tensors)
-    config = build(checkpoint.read_config(str(rtd_run)))
+    config = build(read_config(str(rtd_run)))
     merged = restore(str(rtd_run), dataclasses.replace(config, mesh=MeshConfig(8, 1, 1))).params
     table = tensors["electra.embeddings.word_embeddings.weight"]
     np.testing.assert_array_equal(table, merged["encoder"]["embeddings"]["token"])

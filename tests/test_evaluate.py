@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from configs import base
-from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
@@ -19,6 +18,7 @@ from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import mlm
 from flax_mlm.inference import load as trained
+from flax_mlm.inference.config import read_config
 from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.training.step import make_steps
 
@@ -33,7 +33,7 @@ def corpus(toy) -> Mixture:
 @pytest.fixture(scope="module")
 def model(trained_run) -> trained.LoadedModel:
     """On 8 devices, 4 × 2."""
-    c = checkpoint.read_config(str(trained_run))
+    c = read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2
     return trained.restore(str(trained_run), build(c))
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from seqeval.metrics import f1_score
 from seqeval.scheme import IOB2, IOBES
 
-from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.data import conll
 from flax_mlm.data import tables as labelled
@@ -24,6 +23,7 @@ from flax_mlm.errors import UserError
 from flax_mlm.evaluation import classification, report, tagging
 from flax_mlm.finetuning import loop as finetune
 from flax_mlm.inference import load as trained
+from flax_mlm.inference.config import read_config
 
 SOON = {"epochs": 4, "seeds": 2, "learning_rates": "3e-3,1e-2", "batch_size": 16, "dropout_rate": 0.0, "max_length": 24}
 
@@ -31,7 +31,7 @@ SOON = {"epochs": 4, "seeds": 2, "learning_rates": "3e-3,1e-2", "batch_size": 16
 @pytest.fixture(scope="module")
 def model(trained_run) -> trained.LoadedModel:
     """On 8 devices, 4 × 2."""
-    c = checkpoint.read_config(str(trained_run))
+    c = read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2
     c.finetune.update(SOON)
     return trained.restore(str(trained_run), build(c))

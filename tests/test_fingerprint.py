@@ -13,7 +13,7 @@ from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh
 
 DTYPES = ("float32", "bfloat16", "int32", "uint8", "bool")
-of = jax.jit(fingerprint.fingerprint_tree)
+fingerprints = jax.jit(fingerprint.fingerprint_tree)
 
 
 def some(dtype: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -23,12 +23,12 @@ def some(dtype: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_on_every_mesh(dtype):
     x = some(dtype, (16, 8, 3))
-    expected = np.asarray(of({"x": x})["x"])
+    expected = np.asarray(fingerprints({"x": x})["x"])
     for shape, spec in (((8, 1, 1), ("data",)), ((2, 4, 1), ("fsdp", "data")), ((1, 2, 4), ("fsdp", "tensor"))):
         mesh = make_mesh(MeshConfig(*shape))
         with jax.set_mesh(mesh):
             split = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-            np.testing.assert_array_equal(of({"x": split})["x"], expected)
+            np.testing.assert_array_equal(fingerprints({"x": split})["x"], expected)
 
 
 @settings(max_examples=300, deadline=None)
@@ -39,7 +39,7 @@ def test_one_or_two_flipped_bits_are_seen(first, second):
     for bit in {first % (x.nbytes * 8), second % (x.nbytes * 8)}:
         flipped[bit // 8] ^= 1 << bit % 8
     flipped = flipped.view(np.float32).reshape(x.shape)
-    assert (np.asarray(of({"x": x})["x"])[:2] != np.asarray(of({"x": flipped})["x"])[:2]).any()
+    assert (np.asarray(fingerprints({"x": x})["x"])[:2] != np.asarray(fingerprints({"x": flipped})["x"])[:2]).any()
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_one_or_two_flipped_bits_are_seen(first, second):
 )
 def test_moved_and_changed_values_are_seen(change):
     x = some("float32", (32, 32))
-    assert (np.asarray(of({"x": x})["x"])[:2] != np.asarray(of({"x": change(x)})["x"])[:2]).any()
+    assert (np.asarray(fingerprints({"x": x})["x"])[:2] != np.asarray(fingerprints({"x": change(x)})["x"])[:2]).any()
 
 
 def test_exchanged_neighbours_are_seen():
@@ -56,19 +56,19 @@ def test_exchanged_neighbours_are_seen():
     for i in range(63):
         y = x.copy()
         y[[i, i + 1]] = y[[i + 1, i]]
-        found.add(tuple(np.asarray(of({"x": y})["x"])[:2].tolist()))
-    assert len(found) == 63 and tuple(np.asarray(of({"x": x})["x"])[:2].tolist()) not in found
+        found.add(tuple(np.asarray(fingerprints({"x": y})["x"])[:2].tolist()))
+    assert len(found) == 63 and tuple(np.asarray(fingerprints({"x": x})["x"])[:2].tolist()) not in found
 
 
 def test_what_is_not_finite_is_counted():
     x = some("float32", (8, 8))
     x[0, 0], x[3, 4], x[7, 7] = np.nan, np.inf, -np.inf
-    assert int(of({"x": x})["x"][2]) == 3 and int(of({"n": np.arange(4)})["n"][2]) == 0
+    assert int(fingerprints({"x": x})["x"][2]) == 3 and int(fingerprints({"n": np.arange(4)})["n"][2]) == 0
 
 
 def test_the_table_names_leaves_and_says_what_they_are():
     tree = {"params": {"a": np.ones((2, 3), np.float32)}, "step": np.int32(7)}
-    table = fingerprint.table(tree, jax.device_get(of(tree)))
+    table = fingerprint.table(tree, jax.device_get(fingerprints(tree)))
     assert table.keys() == {"params/a", "step"}
     assert table["params/a"][:2] == ["float32", [2, 3]] and table["step"][:2] == ["int32", []]
     assert all(len(entry[2]) == 16 for entry in table.values())

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config.load import build
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import num_batch_shards
@@ -16,6 +15,7 @@ from flax_mlm.errors import UserError
 from flax_mlm.evaluation import cloze, minimal_pairs
 from flax_mlm.inference import likelihood
 from flax_mlm.inference import load as trained
+from flax_mlm.inference.config import read_config
 from flax_mlm.inference.mask_filler import MaskFiller
 
 TEXTS = ["The dog barks in the garden today.", "Fish.", "The cat sleeps near the river. The cow eats all day."] * 3
@@ -24,14 +24,14 @@ TEXTS = ["The dog barks in the garden today.", "Fish.", "The cat sleeps near the
 @pytest.fixture(scope="module")
 def model(trained_run) -> trained.LoadedModel:
     """On 8 devices, 4 × 2."""
-    c = checkpoint.read_config(str(trained_run))
+    c = read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2
     return trained.restore(str(trained_run), build(c))
 
 
 @pytest.fixture(scope="module")
 def causal(causal_run) -> trained.LoadedModel:
-    return trained.restore(str(causal_run), build(checkpoint.read_config(str(causal_run))))
+    return trained.restore(str(causal_run), build(read_config(str(causal_run))))
 
 
 def log_probability(model: trained.LoadedModel, tokens: list[int], place: int, label: int) -> float:

@@ -12,7 +12,7 @@ import test_corpus
 from faults.runs import assert_same_run, finish, metrics_of
 
 from configs import base
-from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import DataConfig
 from flax_mlm.data.corpus import Corpus
@@ -228,7 +228,7 @@ def test_a_run_says_what_it_takes_from_each(toy, both, straight):
 @pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.full)])
 def test_it_goes_on_as_if_it_had_not_been_stopped(toy, both, straight, tmp_path, step):
     workdir = shutil.copytree(straight, tmp_path / "copy")
-    for later in checkpoint.steps_in(workdir):
+    for later in saved_steps(workdir):
         if later > step:
             shutil.rmtree(workdir / "checkpoints" / str(later))
     out = finish(toy, workdir, *toy.flags(**SHORT, data__corpus=both))

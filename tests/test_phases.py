@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_step import V, host_batch, make_config, vocabulary
 
 from configs import base
-from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
 from flax_mlm.data.mixture import DataCursor
@@ -24,6 +24,7 @@ from flax_mlm.data.stream import Stream
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
+from flax_mlm.inference.config import read_config
 from flax_mlm.objectives.masking import rates_at
 from flax_mlm.optim import schedules
 from flax_mlm.training import step
@@ -346,13 +347,13 @@ def test_lengths_and_batches_change_within_one_run(toy, tmp_path):
     evaluated = {line["step"]: line["rows"] for line in metrics_of(straight, "validation")}
     assert evaluated[20] > 1.5 * evaluated[30], "rows twice as long are half as many"
     for at, length, size in ((10, 16, 16), (20, 16, 32), (30, 32, 8)):
-        config = checkpoint.read_config(f"{straight}@{at}")
+        config = read_config(f"{straight}@{at}")
         assert (config.data.seq_len, config.train.global_batch_size, config.train.phases) == (length, size, "")
     done = toy.run("evaluate", f"--checkpoint={straight}", "--mask_rates=")
     assert done.returncode == 0 and "held-out masked-token loss" in done.stdout, done.stderr
     for at in (10, 25):
         workdir = shutil.copytree(straight, tmp_path / str(at))
-        for later in checkpoint.steps_in(workdir):
+        for later in saved_steps(workdir):
             if later > at:
                 shutil.rmtree(workdir / "checkpoints" / str(later))
         assert f"restored step {at}" in finish(toy, workdir, *flags)

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
-from flax_mlm.checkpoint import manager as checkpoint
 from flax_mlm.config.load import build
 from flax_mlm.data import tables as labelled
 from flax_mlm.distributed.batches import shard_rows
@@ -24,6 +23,7 @@ from flax_mlm.evaluation import retrieval
 from flax_mlm.finetuning import contrastive
 from flax_mlm.finetuning import loop as finetune
 from flax_mlm.inference import load as trained
+from flax_mlm.inference.config import read_config
 from flax_mlm.training.step import make_steps
 
 SOON = {"epochs": 2, "seeds": 1, "learning_rates": "3e-3", "batch_size": 16, "max_length": 24, "pooling": "mean"}
@@ -36,7 +36,7 @@ def model(trained_run) -> trained.LoadedModel:
 
 
 def restored(run, data: int, fsdp: int) -> trained.LoadedModel:
-    c = checkpoint.read_config(str(run))
+    c = read_config(str(run))
     c.mesh.data, c.mesh.fsdp = data, fsdp
     c.finetune.update(SOON)
     return trained.restore(str(run), build(c))
@@ -289,7 +289,7 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
     assert done.returncode == 0 and "6 vectors of 32" in done.stdout, done
     vectors_ND = np.load(tmp_path / "v.npy")
     np.testing.assert_allclose(np.linalg.norm(vectors_ND, axis=1), 1.0, atol=1e-5)
-    kept = trained.restore(str(tmp_path / "kept"), build(checkpoint.read_config(str(tmp_path / "kept"))))
+    kept = trained.restore(str(tmp_path / "kept"), build(read_config(str(tmp_path / "kept"))))
     kept = with_finetune(kept, batch_size=16)
     expected = contrastive.vectors_of(kept, finetune.make_vectors(kept), kept.params, list(documents.values()), quiet)
     np.testing.assert_allclose(vectors_ND, expected, atol=1e-5)

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from faults.runs import arrays, assert_same_run, finish, metrics_of
 
-from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.checkpoint.format import newest_meta, stored_config
+from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build, from_dict
+from flax_mlm.finetuning.save import save_encoder
 from flax_mlm.inference import load as trained
+from flax_mlm.inference.config import read_config
 
 STEPS = 60
 SHORT = {"train__steps": STEPS, "train__checkpoint_every": 10, "train__eval_every": 20, "model__vocab_multiple_of": 2}
@@ -22,7 +25,7 @@ def test_a_run_leaves_what_it_says_and_has_learned(toy, trained_run):
     log = (toy.folder / "trained.log").read_text()
     assert "Traceback" not in log and "step 300/300  loss" in log
     assert {p.name for p in trained_run.iterdir()} == {"checkpoints", "config.json", "metrics.jsonl", "result.json"}
-    assert checkpoint.steps_in(trained_run) == [200, 300]
+    assert saved_steps(trained_run) == [200, 300]
     result = json.loads((trained_run / "result.json").read_text())
     assert result["loss"] < 0.5 * result["unigram_entropy"]
     assert result["accuracy"] > 3 * result["majority_accuracy"]
@@ -104,13 +107,13 @@ def test_phases_follow_each_other_in_one_run(toy, tmp_path, pytestconfig):
         assert (line["predicted_tokens"] > 300) == (line["step"] <= 30), line
     evaluated = {line["step"]: line["predicted_tokens"] for line in metrics_of(straight, "validation")}
     assert evaluated[20] > 4 * evaluated[40], "the objective of the phase is what is evaluated"
-    names = {step: checkpoint.read_config(f"{straight}@{step}").objective.name for step in (20, 30, 40, 60)}
+    names = {step: read_config(f"{straight}@{step}").objective.name for step in (20, 30, 40, 60)}
     assert names == {20: "clm", 30: "clm", 40: "mlm", 60: "mlm"}
     done = toy.run("evaluate", f"--checkpoint={straight}@30")
     assert done.returncode == 0 and "held-out next-token loss" in done.stdout, done.stderr
-    meta = checkpoint.newest(f"{straight}@30")[1]
+    meta = newest_meta(f"{straight}@30")[1]
     del meta["config"]["train"]["cloze_every"]  # as one that was saved before there was such a field
-    assert checkpoint.config_of(meta).objective.name == "clm"
+    assert stored_config(meta).objective.name == "clm"
     damaged = shutil.copytree(straight, tmp_path / "damaged")
     for step in (40, 50, 60):
         shutil.rmtree(damaged / "checkpoints" / str(step) / "params" / "d", ignore_errors=True)
@@ -120,7 +123,7 @@ def test_phases_follow_each_other_in_one_run(toy, tmp_path, pytestconfig):
     # Killed before, at or after the change, it ends the same.
     for step in (20, 30, 40) if pytestconfig.getoption("--full") else (20,):
         workdir = shutil.copytree(straight, tmp_path / str(step))
-        for later in checkpoint.steps_in(workdir):
+        for later in saved_steps(workdir):
             if later > step:
                 shutil.rmtree(workdir / "checkpoints" / str(later))
         out = finish(toy, workdir, *toy.flags(**PHASES, train__keep_period=10))
@@ -169,10 +172,10 @@ def test_the_average_of_the_weights_is_what_a_run_is_judged_by(toy, straight, tm
     assert loss("--config.optimizer.averaging=none") == pytest.approx(last, abs=1e-4)
 
     # An encoder fine-tuned from the average has one set of weights.
-    config = build(checkpoint.read_config(str(workdir)))
+    config = build(read_config(str(workdir)))
     model = trained.restore(str(workdir), config)
     with jax.set_mesh(model.mesh):
-        checkpoint.save_encoder(tmp_path / "tuned", model, model.params["encoder"], 1)
+        save_encoder(tmp_path / "tuned", model, model.params["encoder"], 1)
     tuned = trained.restore(str(tmp_path / "tuned"), config)
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((model.params, tuned.params)))
 

@@ -1,8 +1,8 @@
-"""Where the checkpoints of a run lie, a folder or one in a bucket, and how they go: deleted or put aside, and at no
-moment half there, whenever the process is killed.
+"""Checkpoint storage, a local folder or one in a bucket: list, delete and quarantine steps.
 
-Folders are renamed first. A bucket cannot rename: there a step loses its commit marker first, and without that it
-does not count.
+A killed process never leaves half a step that counts as a whole one. A local step is renamed into `.trash` before it is
+deleted, and into `.quarantine` where it is damaged. A bucket has no renaming: there a step loses its commit marker
+first, and a step without a marker does not count.
 """
 
 import contextlib
@@ -16,48 +16,52 @@ from etils import epath
 
 from flax_mlm.storage import gcs
 
+MARKER = "commit_success.txt"  # orbax's AtomicityMode.COMMIT_FILE; written last
+_QUARANTINE = ".quarantine"
+_RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}  # 30 s; tensorstore's default is 15 minutes
 
-class Folder:
-    """The folder of a run's checkpoints."""
+
+class LocalStore:
+    """The checkpoints in a local folder."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def make(self) -> None:
-        """Makes it, if it is not there."""
+    def create(self) -> None:
+        """Creates the folder unless it exists."""
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def empty(self) -> None:
-        """Ends what a killed process was deleting."""
+    def empty_trash(self) -> None:
+        """Finishes the deletions of a killed process."""
         shutil.rmtree(self.path / ".trash", ignore_errors=True)
 
     def names(self) -> list[str]:
-        """What is in it. Raises OSError where it is not there."""
+        """Lists the entries of the folder, sorted. Raises OSError where there is no folder."""
         return sorted(path.name for path in self.path.iterdir())
 
     def has_quarantine(self) -> bool:
-        """Whether anything was ever put aside."""
-        return (self.path / ".quarantine").exists()
+        """Returns whether a checkpoint was ever moved to quarantine."""
+        return (self.path / _QUARANTINE).exists()
 
-    def settle(self, name: str) -> None:
-        """Returns when a step is on the disk, and not only in its cache."""
+    def sync(self, name: str) -> None:
+        """Waits until the files of a step are on the disk and not only in the page cache."""
         for folder, _, files in os.walk(self.path / name):
             for path in (*(os.path.join(folder, f) for f in files), folder):
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
 
-    def discard(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         """Deletes a step."""
         trash = self.path / ".trash"
         trash.mkdir(exist_ok=True)
-        gone = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=trash))
-        (self.path / name).rename(gone / name)
-        shutil.rmtree(gone, ignore_errors=True)
+        target = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=trash))
+        (self.path / name).rename(target / name)
+        shutil.rmtree(target, ignore_errors=True)
 
     def quarantine(self, name: str) -> Path:
-        """Puts a step aside. Returns where it is now."""
-        folder = self.path / ".quarantine"
+        """Moves a step to quarantine. Returns its new folder."""
+        folder = self.path / _QUARANTINE
         folder.mkdir(exist_ok=True)
         target = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder)) / name
         try:
@@ -67,53 +71,74 @@ class Folder:
         return target.parent
 
 
-class Bucket:
-    """The same for a folder in a bucket."""
+class GcsStore:
+    """The checkpoints in a folder of a bucket; the methods of `LocalStore`."""
 
-    def __init__(self, path: epath.Path, marker: str):
-        """`marker` is the name of the object without which a step does not count."""
-        self.path, self._marker, self._client = path, marker, gcs.client()
+    def __init__(self, path: epath.Path):
+        self.path, self._client = path, gcs.client()
 
-    def make(self) -> None:
-        """Nothing to make: it is there as soon as something is in it."""
+    def create(self) -> None:
+        """Does nothing: a folder exists once it has an object."""
 
-    def empty(self) -> None:
-        """Nothing to do: what was being deleted has no marker, and is found by the next sweep."""
+    def empty_trash(self) -> None:
+        """Does nothing: a step that was being deleted has no marker, so the next sweep deletes it."""
 
     def names(self) -> list[str]:
-        """What is in it; it is always there, if only empty."""
+        """Lists the entries of the folder, sorted; empty where there is none."""
         with contextlib.suppress(FileNotFoundError):
             return sorted(path.name for path in self.path.iterdir())
         return []
 
     def has_quarantine(self) -> bool:
-        """Whether anything was ever put aside."""
-        return (self.path / ".quarantine").exists()
+        """Returns whether a checkpoint was ever moved to quarantine."""
+        return (self.path / _QUARANTINE).exists()
 
-    def settle(self, name: str) -> None:
-        """Nothing to wait for: what Cloud Storage has acknowledged stays."""
+    def sync(self, name: str) -> None:
+        """Does nothing: Cloud Storage keeps what it has acknowledged."""
 
-    def discard(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         """Deletes a step, its marker first."""
-        for path in (self.path / name / self._marker, self.path / name):
+        for path in (self.path / name / MARKER, self.path / name):
             with contextlib.suppress(FileNotFoundError):
                 self._client.rm(os.fspath(path), recursive=True)
 
     def quarantine(self, name: str) -> epath.Path:
-        """Puts a step aside: copies it, the marker last, and then deletes it, the marker first."""
-        held = gcs.read(self.path / name / self._marker)
-        # Processes that find the same damage at the same time put it in the same place.
-        target = self.path / ".quarantine" / f"{name}-{held[1] if held else secrets.token_hex(4)}"
+        """Moves a step to quarantine: copies it, the marker last, then deletes it, the marker first."""
+        marker = gcs.read(self.path / name / MARKER)
+        # The generation names the target, so that processes that see the same damage at once agree on it.
+        target = self.path / _QUARANTINE / f"{name}-{marker[1] if marker else secrets.token_hex(4)}"
         source = os.fspath(self.path / name)
-        found = sorted(self._client.find(source), key=lambda file: file.endswith(f"/{name}/{self._marker}"))
-        for file in found:
-            rest = file.removeprefix(source.removeprefix("gs://"))
-            with contextlib.suppress(FileNotFoundError):  # one of those has copied and deleted it
-                self._client.cp_file(file, os.fspath(target / name) + rest)
-        self.discard(name)
+        for file in sorted(self._client.find(source), key=lambda file: file.endswith(f"/{name}/{MARKER}")):
+            relative = file.removeprefix(source.removeprefix("gs://"))
+            with contextlib.suppress(FileNotFoundError):  # another process has moved it
+                self._client.cp_file(file, os.fspath(target / name) + relative)
+        self.delete(name)
         return target
 
 
-def open_store(path: gcs.AnyPath, marker: str) -> Folder | Bucket:
-    """What tends the checkpoints at a path."""
-    return Bucket(epath.Path(path), marker) if gcs.is_one(path) else Folder(Path(path))
+def open_store(path: gcs.AnyPath) -> LocalStore | GcsStore:
+    """Opens the store of the checkpoints at a path."""
+    return GcsStore(epath.Path(path)) if gcs.is_one(path) else LocalStore(Path(path))
+
+
+def saved_steps(workdir: epath.PathLike) -> list[int]:
+    """Lists the steps of a run's committed checkpoints, ascending. Links and half-written folders do not count."""
+    folder = epath.Path(workdir) / "checkpoints"
+    if not (gcs.is_one(folder) or folder.is_dir()):
+        return []
+    steps = [path for name in open_store(folder).names() if is_step(path := folder / name)]
+    committed = gcs.together(lambda path: (path / MARKER).exists(), steps, folder)
+    return sorted(int(path.name) for path, is_committed in zip(steps, committed, strict=True) if is_committed)
+
+
+def is_step(path: epath.Path) -> bool:
+    """Returns whether a path is named as a step is, and is no link."""
+    name = path.name
+    return name.isascii() and name.isdigit() and str(int(name)) == name and not os.path.islink(os.fspath(path))
+
+
+def bound_retries() -> None:
+    """Limits how long tensorstore retries a bucket that does not answer; orbax has no option for it."""
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT["gcs_request_retries"] = _RETRIES

@@ -119,7 +119,7 @@ def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]
             config = _from_file(str(BASE))
             config.init_from = found
             return config, rest
-        from flax_mlm.checkpoint.manager import read_config  # orbax is heavy, and not needed elsewhere in this file
+        from flax_mlm.inference.config import read_config
 
         return read_config(found), rest
     return _from_file(str(DEFAULT_CONFIG) if found is None else found), rest

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.checkpoint.format import Damaged, find_checkpoints, read_meta, stored_tokenizer
+from flax_mlm.checkpoint.format import restore as restore_items
 from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.data.tokenizer.load import load_tokenizer
@@ -52,7 +53,7 @@ class LoadedModel(NamedTuple):
 
 
 def restore(path: str, config: Config) -> LoadedModel:
-    """The model of the newest sound checkpoint that `path` may mean (see `checkpoint.find`), or of a Hugging Face
+    """The model of the newest sound checkpoint that `path` may mean (see `find_checkpoints`), or of a Hugging Face
     folder, from that alone. Nothing is written.
 
     Args:
@@ -69,23 +70,24 @@ def restore(path: str, config: Config) -> LoadedModel:
             steps = make_steps(config, tokenizer.vocab_size, mesh)
             params = start.state(config, steps, tokenizer, lambda line: print(line, file=sys.stderr)).params
             return LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
-    candidates, wanted = checkpoint.find(path), None
+    candidates, wanted = find_checkpoints(path), None
     for folder in candidates:
         try:
-            meta = checkpoint.read_meta(folder)
+            meta = read_meta(folder)
             phase = meta.get("phase", 0)
             if phase != (wanted := phase if wanted is None else wanted):
                 raise UserError(f"checkpoint '{folder}' is of another phase of the run; name its step to use it")
-            tokenizer = checkpoint.read_tokenizer(meta)
+            tokenizer = stored_tokenizer(meta)
             with jax.set_mesh(mesh):
                 steps = make_steps(config, tokenizer.vocab_size, mesh)
                 # A fine-tuned encoder began with the average, and keeps none.
                 item = "average" if config.optimizer.averages != "none" and "fine_tuned" not in meta else "params"
-                items = checkpoint.restore(folder, meta, {item: steps.abstract.params}, steps.fingerprint)
-                vocab = Vocabulary.from_tokenizer(tokenizer)
-                model = LoadedModel(config, mesh, steps, items[item], tokenizer, vocab, meta)
+                items = restore_items(folder, meta, {item: steps.abstract.params}, steps.fingerprint)
+                model = LoadedModel(
+                    config, mesh, steps, items[item], tokenizer, Vocabulary.from_tokenizer(tokenizer), meta
+                )
                 return untied(model) if config.objective.name == "rtd" else model
-        except checkpoint.Damaged as e:
+        except Damaged as e:
             if folder == candidates[-1]:
                 raise
             print(f"{e}; using the one before", file=sys.stderr)

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 import jax
 from jax.sharding import Mesh
 
-from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.checkpoint.format import make_meta
+from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.config import phases
 from flax_mlm.config.schema import Config
 from flax_mlm.data import mixture
@@ -78,14 +79,13 @@ class Run:
         self._vocab = Vocabulary.from_tokenizer(self._tokenizer)
         self.steps_of = [make_steps(part.config, mixtures[0].vocab_size, mesh, part) for part in parts]
         about, fingerprint = mixture.about_of(mixtures), mixture.fingerprint_of(mixtures)
-        meta = checkpoint.make_meta(parts[0].config, self._tokenizer, fingerprint, about)
-        fingerprint_state = self.steps_of[0].fingerprint
-        self._checkpoints = checkpoint.Checkpoints(workdir, config, meta, fingerprint_state, group.lost_within)
+        meta = make_meta(parts[0].config, self._tokenizer, fingerprint, about)
+        self._checkpoints = Checkpoints(workdir, config, meta, self.steps_of[0].fingerprint, group.lost_within)
         with group.untimed("restoring"):
             restored = self._checkpoints.restore_latest(self.steps_of[0].abstract, log)
             self._take(restored or self._new_state())
-        so_far = self._checkpoints.so_far
-        self.phase, self.place = so_far.get("phase", 0), DataCursor(**so_far.get("place", {}))
+        restored_meta = self._checkpoints.restored_meta
+        self.phase, self.place = restored_meta.get("phase", 0), DataCursor(**restored_meta.get("cursor", {}))
 
     def _new_state(self) -> TrainState:
         if self._config.init_from:
@@ -132,7 +132,7 @@ class Run:
     def begin(self, writers: metrics.Writers | None) -> None:
         """Starts the clocks. `writers` are those of the first process."""
         self._writers = writers
-        totals = self._checkpoints.so_far.get("totals", {})
+        totals = self._checkpoints.restored_meta.get("totals", {})
         self._speed = metrics.Throughput(self.progress, chips.peak_flops(self._mesh.devices.flat[:]), totals)
         if self._clock:
             self._clock.progress = self.progress
@@ -269,14 +269,14 @@ class Run:
             self._writers.flush()
 
         def is_done() -> bool:
-            started = self._checkpoints.save(self.step, self.state, before, so_far)
+            started = self._checkpoints.save(self.step, self.state, before, run_meta)
             return started and (not (waits or is_last) or self._checkpoints.wait())
 
         now = self._parts[self.phase].config
         told = dataclasses.replace(now.train, phases=self._config.train.phases)
-        so_far = {
+        run_meta = {
             "config": dataclasses.replace(now, train=told).to_dict(),
-            **{"totals": self._speed.totals(), "phase": self.phase, "place": self.place.to_dict()},
+            **{"totals": self._speed.totals(), "phase": self.phase, "cursor": self.place.to_dict()},
         }
         with self._pause("saving" if waits else "handing over what to save"), self._roster.untimed("saving"):
             while not is_done() and is_last:

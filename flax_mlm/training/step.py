@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flax_mlm.checkpoint import fingerprint
+from flax_mlm.checkpoint.fingerprint import fingerprint_scalar, fingerprint_tree
 from flax_mlm.config import phases
 from flax_mlm.config.phases import Phase
 from flax_mlm.config.schema import Config
@@ -71,7 +71,7 @@ class Steps(NamedTuple):
     loss: Loss  # not jitted
     train: jax.stages.Wrapped  # (TrainState, Batch, Vocabulary) -> (TrainState, scalars by name); the state is donated
     evaluate: Callable[[Any, Batch, Vocabulary], tuple["EvalOutput", jax.Array]]  # and whether to stop
-    fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see fingerprint.fingerprint_tree
+    fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see fingerprint_tree
     score: Callable[[Any, jax.Array, jax.Array, Vocabulary], jax.Array]  # of every piece, see `_score`
     score_labels: Callable[[Any, jax.Array, jax.Array, jax.Array, Vocabulary], jax.Array]
 
@@ -125,7 +125,7 @@ def make_steps(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | None 
         loss=loss,
         train=jax.jit(_train_step(config, phase, loss, tx, slots, platform), donate_argnums=0),
         evaluate=jax.jit(_eval_step(config, loss)),
-        fingerprint=jax.jit(fingerprint.fingerprint_tree),
+        fingerprint=jax.jit(fingerprint_tree),
         score=jax.jit(_score(config, model)),
         score_labels=jax.jit(_score_labels(config, model)),
     )
@@ -269,7 +269,7 @@ def _train_step(
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
             # The same on any number of devices and hosts, and after any restart.
-            "batch_fingerprint": fingerprint.one((targets.inputs_BL, targets.predict_BK, targets.labels_BK)),
+            "batch_fingerprint": fingerprint_scalar((targets.inputs_BL, targets.predict_BK, targets.labels_BK)),
             "stop": batch["stop"].any(),
         }
         return state, metrics

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from configs import base
-from flax_mlm.checkpoint import fingerprint
-from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.checkpoint.fingerprint import fingerprint_tree
+from flax_mlm.checkpoint.format import FORMAT
+from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.config.load import build
 
 
@@ -32,13 +33,13 @@ def main(workdir: Path, last: int, max_to_keep: int) -> None:
     c = base.get_config()
     c.train.max_to_keep, c.train.checkpoint_every, c.train.keep_period = max_to_keep, 1, 10
     meta = {
-        "format": 3,
+        "format": FORMAT,
         "config": {},
         "tokenizer": {"filename": "tokenizer.model", "base64": ""},
         "corpus": "none",
         "text": {},
     }
-    checkpoints = checkpoint.Checkpoints(workdir, build(c), meta, jax.jit(fingerprint.fingerprint_tree))
+    checkpoints = Checkpoints(workdir, build(c), meta, jax.jit(fingerprint_tree))
     expected = state_at(0)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected)
     restored = checkpoints.restore_latest(abstract, lambda line: print(line, flush=True))

@@ -18,8 +18,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base
-from flax_mlm.checkpoint import fingerprint
-from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.checkpoint.fingerprint import fingerprint_tree
+from flax_mlm.checkpoint.format import FORMAT, Damaged, find_checkpoints, newest_meta, read_meta, restore
+from flax_mlm.checkpoint.manager import Checkpoints
+from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh
@@ -33,13 +35,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 ROOT = Path(__file__).parent.parent.parent
 META = {
-    "format": 3,
+    "format": FORMAT,
     "config": {},
     "tokenizer": {"filename": "tokenizer.model", "base64": ""},
     "corpus": "a" * 64,
     "text": {},
 }
-of = jax.jit(fingerprint.fingerprint_tree)
+fingerprint = jax.jit(fingerprint_tree)
 
 
 def state_at(step: int, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> State:
@@ -57,10 +59,10 @@ def abstract(state: State) -> State:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def opened(workdir: Path, meta: dict = META, **changes) -> checkpoint.Checkpoints:
+def opened(workdir: Path, meta: dict = META, **changes) -> Checkpoints:
     c = base.get_config()
     c.train.update({"checkpoint_every": 10, **changes})
-    return checkpoint.Checkpoints(workdir, build(c), meta, of)
+    return Checkpoints(workdir, build(c), meta, fingerprint)
 
 
 def restored(workdir: Path, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> tuple[int | None, list[str]]:
@@ -89,7 +91,7 @@ def saved(tmp_path_factory) -> Path:
     for step in (10, 20, 30):
         assert checkpoints.save(step, state_at(step))
     checkpoints.close()
-    assert checkpoint.steps_in(workdir) == [10, 20, 30]
+    assert saved_steps(workdir) == [10, 20, 30]
     return workdir
 
 
@@ -213,10 +215,10 @@ def test_what_only_looks_like_a_checkpoint(workdir, outcome, kind):
         shutil.copytree(folder / "20", folder / "0999")
     else:
         shutil.copytree(folder / "20", folder / "٩٩٩")
-    assert checkpoint.steps_in(workdir) == [10, 20, 30]
+    assert saved_steps(workdir) == [10, 20, 30]
     assert restored(workdir)[0] == 30
     assert not os.path.lexists(folder / "999"), "it would be in the way of saving that step"
-    assert checkpoint.steps_in(workdir) == [10, 20, 30]
+    assert saved_steps(workdir) == [10, 20, 30]
     assert kind != "junk" or ((folder / "notes.txt").read_text() == "keep me" and (folder / "latest").is_dir())
     outcome("recovered")
 
@@ -257,9 +259,9 @@ def test_what_a_machine_cannot_read_is_not_taken_for_damaged(workdir, outcome, m
 
     with monkeypatch.context() as m:
         m.setattr(ocp.Checkpointer, "restore", fails)
-        with pytest.raises(Failure, match="cannot be read here, and is left as it is"):
+        with pytest.raises(Failure, match="cannot be read on this machine; it is kept"):
             restored(workdir)
-    assert checkpoint.steps_in(workdir) == [10, 20, 30] and restored(workdir)[0] == 30
+    assert saved_steps(workdir) == [10, 20, 30] and restored(workdir)[0] == 30
     outcome("detected")
 
 
@@ -277,8 +279,8 @@ def test_leftovers_are_swept(workdir, outcome):
 @pytest.mark.fault(31)
 def test_a_copied_checkpoint_is_enough(workdir, tmp_path, outcome):
     copy = shutil.copytree(workdir / "checkpoints" / "20", tmp_path / "elsewhere" / "best model $(touch x)")
-    (found,) = checkpoint.find(str(copy))
-    items = checkpoint.restore(found, checkpoint.read_meta(found), {"params": abstract(state_at(0)).params}, of)
+    (found,) = find_checkpoints(str(copy))
+    items = restore(found, read_meta(found), {"params": abstract(state_at(0)).params}, fingerprint)
     np.testing.assert_array_equal(items["params"]["w"], state_at(20).params["w"])
     assert not (tmp_path / "x").exists()
     outcome("recovered")
@@ -335,7 +337,7 @@ def test_other_arrays_are_refused_before_they_are_read(workdir, outcome, state, 
     with pytest.raises(UserError, match=said):
         checkpoints.restore_latest(state, print)
     checkpoints.close()
-    assert checkpoint.steps_in(workdir) == [10, 20, 30], "nothing is wrong with them"
+    assert saved_steps(workdir) == [10, 20, 30], "nothing is wrong with them"
     outcome("detected")
 
 
@@ -345,7 +347,7 @@ def test_another_corpus_is_refused(workdir, outcome):
     with pytest.raises(UserError, match="was trained on corpus aaaaaaaaaaaa, and this is bbbbbbbbbbbb"):
         checkpoints.restore_latest(abstract(state_at(0)), print)
     checkpoints.close()
-    assert checkpoint.steps_in(workdir) == [10, 20, 30]
+    assert saved_steps(workdir) == [10, 20, 30]
     outcome("detected")
 
 
@@ -372,7 +374,7 @@ def test_a_disk_that_is_full_once(workdir, outcome, capsys):
     assert checkpoints.save(50, state_at(50)) and checkpoints.wait() and checkpoints.failed_in_a_row == 0
     checkpoints.close()
     assert "WARNING: step 40 could not be saved" in (out := capsys.readouterr().out) and "step 30 is the last" in out
-    assert checkpoint.steps_in(workdir) == [20, 30, 50] and not (workdir / "checkpoints" / "40").exists()
+    assert saved_steps(workdir) == [20, 30, 50] and not (workdir / "checkpoints" / "40").exists()
     assert restored(workdir)[0] == 50
     outcome("recovered")
 
@@ -425,8 +427,8 @@ def test_a_folder_that_vanishes_while_saving(workdir, outcome, capsys):
     checkpoints = opened(workdir)
     checkpoints.save(40, large_state_at(40))
     (workdir / "checkpoints").rename(workdir / "gone")
-    assert not checkpoints.wait() or checkpoint.steps_in(workdir) == [40], "what is said to be saved is there"
-    assert "WARNING" in capsys.readouterr().out or checkpoint.steps_in(workdir) == [40]
+    assert not checkpoints.wait() or saved_steps(workdir) == [40], "what is said to be saved is there"
+    assert "WARNING" in capsys.readouterr().out or saved_steps(workdir) == [40]
     outcome("detected")
 
 
@@ -484,9 +486,9 @@ def test_hostile_metadata_is_refused(workdir, tmp_path, outcome, attack):
             meta["tokenizer"] = {"filename": name, "base64": "AAAA"}
         meta["sha256"] = files.digest(meta)  # the attacker can do this too
         file.write_text(json.dumps(meta))
-    folder = checkpoint.find(f"{workdir}@30")[0]
-    with pytest.raises(checkpoint.Damaged, match=r"its meta is damaged \("):
-        checkpoint.read_meta(folder)
+    folder = find_checkpoints(f"{workdir}@30")[0]
+    with pytest.raises(Damaged, match=r"its meta is damaged \("):
+        read_meta(folder)
     assert verdict(workdir) == "detected" and not canary.exists()
     outcome("detected")
 
@@ -506,19 +508,19 @@ def test_pickles_in_the_place_of_arrays_are_not_loaded(workdir, tmp_path, outcom
 def test_names_are_only_names(saved, tmp_path, monkeypatch, outcome, name):
     monkeypatch.chdir(tmp_path)
     workdir = shutil.copytree(saved, tmp_path / name)
-    assert restored(workdir)[0] == 30 and checkpoint.find(f"{workdir}@20")[0].name == "20"
+    assert restored(workdir)[0] == 30 and find_checkpoints(f"{workdir}@20")[0].name == "20"
     assert [p.name for p in tmp_path.iterdir()] == [name]
     outcome("harmless")
 
 
 def test_an_asked_step_is_never_replaced_by_another(workdir):
     os.truncate(workdir / "checkpoints" / "30" / "meta" / "metadata", 100)
-    with pytest.raises(checkpoint.Damaged, match="its meta is damaged"):
-        checkpoint.newest(f"{workdir}@30")
-    assert checkpoint.newest(str(workdir))[0].name == "20"
+    with pytest.raises(Damaged, match="its meta is damaged"):
+        newest_meta(f"{workdir}@30")
+    assert newest_meta(str(workdir))[0].name == "20"
     with pytest.raises(UserError, match="has no step 25; it has 10, 20, 30"):
-        checkpoint.find(f"{workdir}@25")
-    assert checkpoint.steps_in(workdir) == [10, 20, 30], "asking changes nothing"
+        find_checkpoints(f"{workdir}@25")
+    assert saved_steps(workdir) == [10, 20, 30], "asking changes nothing"
 
 
 def test_retention_in_two_tiers(tmp_path):
@@ -527,8 +529,8 @@ def test_retention_in_two_tiers(tmp_path):
     for step in (10, 20, 23, 30, 40, 50, 57, 60, 70, 77):  # 23, 57 and 77 were saved for a preemption
         checkpoints.save(step, state_at(step))
         checkpoints.wait()
-        checkpoints._tidy.submit(lambda: None).result()
-        seen.append(checkpoint.steps_in(tmp_path))
+        checkpoints._retention.submit(lambda: None).result()
+        seen.append(saved_steps(tmp_path))
     checkpoints.close()
     assert seen == [
         [10], [10, 20], [10, 20, 23], [20, 30], [30, 40], [30, 40, 50], [30, 40, 50, 57], [30, 50, 60], [30, 60, 70],
@@ -541,13 +543,13 @@ def test_tidying_up_does_not_fall_behind(tmp_path, monkeypatch):
     """Where it is slower than the saving, what is superseded is passed over, and a run does not wait at its end."""
     checkpoints = opened(tmp_path, max_to_keep=2)
     settled, goes_on = [], threading.Event()
-    monkeypatch.setattr(checkpoints._shelf, "settle", lambda name: (settled.append(name), goes_on.wait(60)))
+    monkeypatch.setattr(checkpoints._store, "sync", lambda name: (settled.append(name), goes_on.wait(60)))
     for step in (10, 20, 30, 40, 50):
         checkpoints.save(step, state_at(step))
         checkpoints.wait()
     goes_on.set()
     checkpoints.close()
-    assert len(settled) == 2 and settled[-1] == "50" and checkpoint.steps_in(tmp_path) == [40, 50]
+    assert len(settled) == 2 and settled[-1] == "50" and saved_steps(tmp_path) == [40, 50]
 
 
 class Saver:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_mlm.checkpoint import manager as checkpoint
+from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.errors import UserError
 from flax_mlm.training import run_config
@@ -78,7 +78,7 @@ def test_sigterm_saves_the_step_and_leaves_with_75(toy, undisturbed, tmp_path, o
     run.process.send_signal(number)
     codes, out = run.finish()
     assert codes == [75], run.err
-    (step,) = checkpoint.steps_in(workdir)[-1:]
+    (step,) = saved_steps(workdir)[-1:]
     assert f"stopped by a signal; step {step} is saved" in out and step >= 53
     assert run.err == [f"{number.name}: saving, then leaving; a second one leaves at once\n"]
     assert not (workdir / "lease.json").exists()
@@ -118,7 +118,7 @@ def test_sigterm_before_the_first_step(toy, tmp_path, outcome, monkeypatch, mome
     codes, out = run.finish()
     assert codes == [75], run.err
     assert run.err[0].splitlines()[-1] == "stopped: SIGTERM: there is nothing to save" and "step 1/" not in out
-    assert checkpoint.steps_in(workdir) == [] and not (workdir / "lease.json").exists()
+    assert saved_steps(workdir) == [] and not (workdir / "lease.json").exists()
     outcome("recovered")
 
 
@@ -133,7 +133,7 @@ def test_a_second_sigterm_leaves_at_once(toy, undisturbed, tmp_path, outcome):
         run.process.send_signal(number)
     codes, _ = run.finish()
     assert codes[0] in (128 + signal.SIGINT, 128 + signal.SIGTERM), run.err
-    assert checkpoint.steps_in(workdir)[-1] in (40, 50)
+    assert saved_steps(workdir)[-1] in (40, 50)
     finish(toy, workdir, *flags)
     assert_same_run(workdir, undisturbed, STEPS)
     outcome("recovered")
@@ -177,7 +177,7 @@ def test_sigterm_to_one_of_two(toy, together, tmp_path, outcome, which):
     run.processes[which].send_signal(signal.SIGTERM)
     codes, out = run.finish()
     assert codes == [75, 75], run.err
-    (step,) = checkpoint.steps_in(workdir)[-1:]
+    (step,) = saved_steps(workdir)[-1:]
     assert f"stopped by a signal; step {step} is saved" in out and step >= 23
     finish(toy, workdir, *flags, processes=2, devices=2)
     assert_same_run(workdir, together, 60)
@@ -270,7 +270,7 @@ def test_an_input_that_stalls(toy, own_corpus, tmp_path, outcome):
     codes, _ = run.finish()
     last = run.err[0].splitlines()[-1]
     assert codes == [1] and last.startswith("stopped: ") and "waiting for a batch" in last and "Thread" in run.err[0]
-    assert checkpoint.steps_in(tmp_path / "run")[-1] >= 20
+    assert saved_steps(tmp_path / "run")[-1] >= 20
     outcome("detected")
 
 
@@ -390,7 +390,7 @@ def test_non_finite_losses_stop_the_run_with_a_finite_checkpoint(toy, tmp_path, 
     assert codes == [1], run.err
     assert run.err[0].startswith("stopped: ") and "steps in a row had a non-finite loss" in run.err[0]
     assert "lower optimizer.learning_rate" in run.err[0] and run.err[0].count("\n") == 1
-    (step,) = checkpoint.steps_in(tmp_path / "run")
+    (step,) = saved_steps(tmp_path / "run")
     assert f"step {step} is saved" in run.err[0]
     assert all(np.isfinite(value).all() for value in arrays(tmp_path / "run", step).values())
     assert metrics_of(tmp_path / "run")[-1]["skipped"] >= 3

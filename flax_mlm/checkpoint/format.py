@@ -1,0 +1,224 @@
+"""The checkpoint format: what a checkpoint consists of, and how it is found, checked and read.
+
+A checkpoint is a folder `WORKDIR/checkpoints/STEP`: `params` (the weights), `average` (their average, where the run
+keeps one), `rest` (optimizer state and counters), `meta` (JSON: the resolved config, the tokenizer, the corpus, and
+dtype, shape and fingerprint of every array) and, written last, the commit marker. It is enough by itself to evaluate,
+and can be restored on any number of devices. A step counts once its marker exists, and is used if every array that is
+read has its fingerprint.
+"""
+
+import base64
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from flax_mlm.checkpoint.store import MARKER, bound_retries, saved_steps
+from flax_mlm.config.load import from_dict
+from flax_mlm.config.schema import Config
+from flax_mlm.errors import Failure, UserError
+from flax_mlm.storage import files, gcs
+
+FORMAT = 3
+_META_LIMIT = 1 << 26  # bytes; a tokenizer of 250,000 tokens takes 20 MiB
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+# Errors of the machine that reads, not of the checkpoint.
+_NOT_DAMAGE = re.compile(r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|Permission denied|Too many open files|allocate memory")
+_TYPES = {"step": int, "corpus": str, "text": dict, "config": dict, "tokenizer": dict, "arrays": dict}
+
+Fingerprint = Callable[[Any], dict[str, Any]]  # jitted `fingerprint.fingerprint_tree`
+
+
+class Damaged(UserError):
+    """A checkpoint that differs from what was saved. The message is one line, and names the checkpoint and the part."""
+
+
+def find_checkpoints(path: str) -> list[epath.Path]:
+    """Lists the checkpoints that `path` may mean, newest first.
+
+    Args:
+      path: the workdir of a run, WORKDIR@STEP, or the folder of one checkpoint.
+
+    Raises:
+      UserError: there is none.
+    """
+    name, _, step = path.rpartition("@")
+    if not (name and step.isdigit()):
+        name, step = path, ""
+    folder = gcs.parse("--checkpoint", name) or epath.Path(name).expanduser().resolve()  # orbax takes no relative path
+    gcs.check("--checkpoint", folder)
+    with gcs.errors(folder):
+        if (folder / MARKER).exists():
+            return [folder]
+        if folder.name == "checkpoints":
+            folder = folder.parent
+        steps = saved_steps(folder)
+    if not steps:
+        raise UserError(f"--checkpoint: no checkpoint in '{folder}'; give the workdir of a run that has saved one")
+    if step and int(step) not in steps:
+        raise UserError(f"--checkpoint: '{folder}' has no step {step}; it has {', '.join(map(str, steps))}")
+    return [folder / "checkpoints" / str(step) for step in ([int(step)] if step else reversed(steps))]
+
+
+def make_meta(config: Config, tokenizer: Any, corpus: str, text: dict[str, Any]) -> dict[str, Any]:
+    """Makes the `meta` that all checkpoints of a run share.
+
+    Args:
+      corpus: fingerprint of the corpus; empty where there is none.
+      text: `Corpus.about`; empty where there is none.
+    """
+    return {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "tokenizer": {"filename": tokenizer.filename, "base64": base64.b64encode(tokenizer.content).decode()},
+        "corpus": corpus,
+        "text": text,
+    }
+
+
+def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
+    """Reads the `meta` of a checkpoint folder.
+
+    Raises:
+      Damaged: it cannot be read, or differs from what was saved.
+      Failure: it cannot be read on this machine now.
+      UserError: another version saved it.
+    """
+    file = checkpoint / "meta" / "metadata"
+    try:
+        with gcs.errors(checkpoint):
+            if not 0 < (size := file.stat().length) <= _META_LIMIT:
+                raise ValueError(f"it has {size} bytes")
+            meta = json.loads(file.read_text())
+        if isinstance(meta["format"], int) and meta["format"] != FORMAT:
+            raise UserError(f"checkpoint '{checkpoint}' has format {meta['format']}; this version reads {FORMAT}")
+        if meta["sha256"] != files.digest(meta):
+            raise ValueError("its checksum is not that of its content")
+        _check_meta(meta)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        _check_machine(checkpoint, e)
+        raise Damaged(f"checkpoint '{checkpoint}': its meta is damaged ({type(e).__name__}: {e})") from e
+    return meta
+
+
+def _check_meta(meta: dict[str, Any]) -> None:
+    """Raises ValueError where an entry has a wrong type or value: a checkpoint may come from anyone."""
+    counts = {"phase": meta.get("phase", 0)}
+    for name, entry in meta.get("cursor", {}).items():
+        counts |= entry if isinstance(entry, dict) else {name: entry}
+    wrong = [name for name, kind in _TYPES.items() if type(meta[name]) is not kind]
+    wrong += [name for name, number in meta.get("totals", {}).items() if type(number) not in (int, float)]
+    wrong += [name for name, count in counts.items() if type(count) is not int or count < 0]
+    wrong += [name for name, entry in meta["arrays"].items() if [type(x) for x in entry] != [str, list, str]]
+    if wrong:
+        raise ValueError(f"{wrong[0]} has a wrong type or value")
+    if meta["tokenizer"]["filename"] not in _TOKENIZER_FILES:
+        raise ValueError(f"its tokenizer's file is not one of {', '.join(_TOKENIZER_FILES)}")
+    base64.b64decode(meta["tokenizer"]["base64"], validate=True)
+
+
+def _check_machine(checkpoint: epath.Path, e: Exception) -> None:
+    """Raises Failure where an error comes from this machine and not from the checkpoint."""
+    message = " ".join(str(e).split()) or type(e).__name__
+    if isinstance(e, MemoryError) or _NOT_DAMAGE.search(message):
+        raise Failure(f"checkpoint '{checkpoint}' cannot be read on this machine; it is kept: {message}") from e
+
+
+def newest_meta(path: str) -> tuple[epath.Path, dict[str, Any]]:
+    """Returns the newest checkpoint that `path` may mean and whose `meta` is sound, and that `meta`.
+
+    Raises:
+      UserError: there is none.
+    """
+    damage = None
+    for checkpoint in find_checkpoints(path):
+        try:
+            return checkpoint, read_meta(checkpoint)
+        except Damaged as e:
+            damage = damage or e
+    assert damage
+    raise damage
+
+
+def stored_config(meta: dict[str, Any]) -> ConfigDict:
+    """Returns the config of a checkpoint's last step, that of its phase."""
+    config = from_dict(meta["config"])
+    config.train.phases = ""
+    return config
+
+
+def stored_tokenizer(meta: dict[str, Any]) -> Any:
+    """Returns the tokenizer of a checkpoint (`data.tokenizer.Tokenizer`)."""
+    from flax_mlm.data.tokenizer.load import load_tokenizer
+
+    stored = meta["tokenizer"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = epath.Path(folder) / stored["filename"]
+        file.write_bytes(base64.b64decode(stored["base64"]))
+        return load_tokenizer(file)
+
+
+def split_state(state: Any) -> dict[str, Any]:
+    """Splits a TrainState into the items that are saved apart: `params`, `rest` and, where there is one, `average`."""
+    rest = state._asdict()
+    average = rest.pop("average", None)
+    items = {"params": state.params, "rest": {**rest, "params": None}}
+    return items if average is None else {**items, "average": average}
+
+
+def restore(
+    checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, Any], fingerprint: Fingerprint
+) -> dict[str, Any]:
+    """Restores some items of a checkpoint, and compares every array with its fingerprint.
+
+    Args:
+      checkpoint: its folder.
+      meta: from `read_meta`.
+      abstract: by item ("params", "average", "rest"), a tree of shapes, dtypes and shardings.
+      fingerprint: jitted `fingerprint.fingerprint_tree`.
+
+    Raises:
+      UserError: the checkpoint has other arrays than `abstract`; raised before any is read.
+      Damaged: it cannot be read, or an array differs from what was saved.
+      Failure: it cannot be read on this machine now.
+    """
+    import jax
+
+    from flax_mlm.checkpoint.fingerprint import leaves, table
+
+    stored = {name: entry for name, entry in meta["arrays"].items() if name.split("/")[0] in abstract}
+    expected = {name: [str(x.dtype), list(x.shape)] for name, x in leaves(abstract).items()}
+    for name in sorted(stored.keys() | expected.keys()):
+        ours, theirs = expected.get(name), stored[name][:2] if name in stored else None
+        if ours != theirs:
+            raise UserError(f"checkpoint '{checkpoint}' has {name} {_shape(theirs)}; this config has {_shape(ours)}")
+    items = _read_items(checkpoint, abstract)
+    for name, entry in table(items, jax.device_get(fingerprint(items))).items():
+        if entry != stored[name]:
+            raise Damaged(f"checkpoint '{checkpoint}': {name} differs from what was saved (a damaged or changed file)")
+    return items
+
+
+def _shape(entry: list[Any] | None) -> str:
+    return f"as {entry[0]} {tuple(entry[1])}" if entry else "not at all"
+
+
+def _read_items(checkpoint: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    bound_retries()
+    args = {item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(checkpoint, args=ocp.args.Composite(**args))
+    except Exception as e:  # a damaged folder makes orbax raise anything
+        if gcs.is_one(checkpoint) and (explained := gcs.explain(checkpoint, e)):
+            raise explained from e  # the bucket failed, not the checkpoint
+        _check_machine(checkpoint, e)
+        message = str(e).splitlines()[0] if str(e) else repr(e)
+        raise Damaged(f"checkpoint '{checkpoint}' cannot be read ({message})") from e
+    return {item: restored[item] for item in abstract}
