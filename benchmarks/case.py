@@ -223,8 +223,8 @@ def write(folder: Path) -> None:
 
     from flax_mlm.distributed.batches import shard_rows
     from flax_mlm.distributed.mesh import make_mesh
-    from flax_mlm.hf import architecture as architecture_lib
     from flax_mlm.hf import folder as folder_lib
+    from flax_mlm.hf.weights import param_mappings, params_to_tensors
     from flax_mlm.model.heads import vocab_rows
     from flax_mlm.objectives import masking
     from flax_mlm.objectives.keys import run_key
@@ -249,14 +249,12 @@ def write(folder: Path) -> None:
         params = jax.device_get(steps.init().params)
     np.savez(folder / "batches.npz", tokens=tokens_NBL, row_ids=row_ids_NB2, inputs=inputs, labels=hidden)
 
-    theirs = folder_lib.matching(config.model, "mlm", "", "[CLS]")
-    where = list(architecture_lib.places(theirs, steps.model, config.model.num_layers))
+    theirs = folder_lib.matching_architecture(config.model, "mlm", "", "[CLS]")
+    where = list(param_mappings(theirs, params, steps.model.dims, config.model.num_layers))
     settings = folder_lib.config_json(theirs, config.model, vocab_rows(config.model, ids.vocab_size), ids)
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text(json.dumps(settings))
-    folder_lib.write_tensors(
-        folder / "hf" / folder_lib.WEIGHTS, architecture_lib.to_theirs(where, params, ids.pad_id + 1)
-    )
+    folder_lib.write_tensors(folder / "hf" / folder_lib.WEIGHTS, params_to_tensors(where, params, ids.pad_id + 1))
 
 
 def compare_losses(workers: list[turns.Worker], reference: turns.Worker, limits: tuple[float, float]) -> dict[str, str]:

@@ -122,9 +122,9 @@ def find(path: str) -> Checkpoint:
       UserError: there is none that is sound.
     """
     from flax_mlm.checkpoint.format import newest_meta
-    from flax_mlm.hf import folder
+    from flax_mlm.hf.folder import is_hf_folder
 
-    if not folder.is_one(path):
+    if not is_hf_folder(path):
         newest, meta = newest_meta(path)
         return Checkpoint(os.fspath(newest), meta["sha256"])
     found, root = hashlib.sha256(), Path(path).expanduser()

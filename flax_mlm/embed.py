@@ -48,13 +48,13 @@ def main(config: Config) -> None:
     from flax_mlm.distributed.mesh import check_batch
     from flax_mlm.finetuning import contrastive
     from flax_mlm.finetuning import loop as finetune
-    from flax_mlm.inference import load as trained
+    from flax_mlm.inference.load import load_model
 
     records = labelled.records(_INPUT.value)
     for where, record in records:
         if not isinstance(record.get(_TEXT.value), str):
             raise UserError(f"{where} has no {_TEXT.value} (it has {', '.join(map(str, record))})")
-    model = trained.restore(_CHECKPOINT.value, config)
+    model = load_model(_CHECKPOINT.value, config)
     check_batch("finetune.batch_size", config.finetune.batch_size, model.mesh)
     texts = finetune.tokenised(model, [record[_TEXT.value] for _, record in records])
     with Progress(disable=not sys.stdout.isatty()) as progress:

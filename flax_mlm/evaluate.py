@@ -83,7 +83,7 @@ flags.adopt_module_key_flags(cluster)
 def main(config: Config) -> None:
     import jax
 
-    from flax_mlm.inference import load as trained
+    from flax_mlm.inference.load import load_model
     from flax_mlm.storage import files
 
     for option in sorted({option.name for some in _OPTIONS.values() for option in some}):
@@ -105,7 +105,7 @@ def main(config: Config) -> None:
         if _JSON.value and group.index == 0:
             files.check_writable("--json", output)
         with group.untimed("opening the checkpoint"):
-            model = trained.restore(_CHECKPOINT.value, config)
+            model = load_model(_CHECKPOINT.value, config)
 
         def poll() -> bool:
             group.progress("evaluating")

@@ -19,12 +19,12 @@ _TARGETS = flags.DEFINE_list("targets", [], "rank only these words (comma-separa
 
 
 def main(config: Config) -> None:
-    from flax_mlm.inference import load as trained
+    from flax_mlm.inference.load import load_model
     from flax_mlm.inference.mask_filler import MaskFiller
 
     if config.objective.name != "mlm":
         raise UserError(f"this checkpoint was trained with objective {config.objective.name}; filling masks needs mlm")
-    filler = MaskFiller(trained.restore(_CHECKPOINT.value, config))
+    filler = MaskFiller(load_model(_CHECKPOINT.value, config))
     text = _TEXT.value
     answers = [filler.targets(text, _TARGETS.value)] if _TARGETS.value else filler.top(text, _TOP_K.value)
     for number, ranked in enumerate(answers, 1):

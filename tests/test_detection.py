@@ -27,7 +27,7 @@ from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import rtd
 from flax_mlm.inference.config import read_config
-from flax_mlm.inference.load import restore
+from flax_mlm.inference.load import load_model
 from flax_mlm.model import electra, flops
 from flax_mlm.objectives import masking
 from flax_mlm.objectives.keys import row_keys, run_key
@@ -398,7 +398,7 @@ def test_what_needs_words_is_refused(toy, rtd_run):
 def test_the_encoder_is_whole_after_restoring(toy, rtd_run):
     config = build(read_config(str(rtd_run)))
     assert config.objective.embedding_sharing == "gradient_disentangled"
-    model = restore(str(rtd_run), dataclasses.replace(config, mesh=MeshConfig(1, 8, 1)))
+    model = load_model(str(rtd_run), dataclasses.replace(config, mesh=MeshConfig(1, 8, 1)))
     merged = np.asarray(model.params["encoder"]["embeddings"]["token"])
     base = np.asarray(model.params["generator"]["encoder"]["embeddings"]["token"])
     assert 0 < np.abs(merged - base).mean() < np.abs(base).mean()
@@ -448,7 +448,7 @@ def test_export(toy, rtd_run, tmp_path):
     assert tensors["discriminator_predictions.dense_prediction.weight"].shape == (1, 32)
     assert not any("generator" in name for name in tensors)
     config = build(read_config(str(rtd_run)))
-    merged = restore(str(rtd_run), dataclasses.replace(config, mesh=MeshConfig(8, 1, 1))).params
+    merged = load_model(str(rtd_run), dataclasses.replace(config, mesh=MeshConfig(8, 1, 1))).params
     table = tensors["electra.embeddings.word_embeddings.weight"]
     np.testing.assert_array_equal(table, merged["encoder"]["embeddings"]["token"])
     card = (tmp_path / "exported" / "README.md").read_text()

@@ -17,8 +17,8 @@ from flax_mlm.data.mixture import Mixture
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import mlm
-from flax_mlm.inference import load as trained
 from flax_mlm.inference.config import read_config
+from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.training.step import make_steps
 
@@ -31,11 +31,11 @@ def corpus(toy) -> Mixture:
 
 
 @pytest.fixture(scope="module")
-def model(trained_run) -> trained.LoadedModel:
+def model(trained_run) -> LoadedModel:
     """On 8 devices, 4 × 2."""
     c = read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2
-    return trained.restore(str(trained_run), build(c))
+    return load_model(str(trained_run), build(c))
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def result(model, corpus) -> dict[str, float]:
         return mlm.run(model, corpus)
 
 
-def with_eval(model: trained.LoadedModel, **changes) -> trained.LoadedModel:
+def with_eval(model: LoadedModel, **changes) -> LoadedModel:
     c = from_dict(model.config.to_dict())
     c.eval.update(changes)
     return model._replace(config=build(c))
 
 
-def held_out_tokens(corpus: Mixture, model: trained.LoadedModel) -> np.ndarray:
+def held_out_tokens(corpus: Mixture, model: LoadedModel) -> np.ndarray:
     rows = corpus.split("validation")
     return rows.read(np.arange(rows.num_rows))
 
@@ -114,7 +114,7 @@ def test_the_baselines_are_those_of_the_text(model, corpus, result):
     assert result["majority_accuracy"] == pytest.approx(max(counts.values()) / len(tokens), rel=1e-9)
 
 
-def sums_of_each_row(model: trained.LoadedModel, corpus: Mixture) -> np.ndarray:
+def sums_of_each_row(model: LoadedModel, corpus: Mixture) -> np.ndarray:
     """(loss, correct, predicted) of every held-out row, asked 8 rows at a time, apart from `eval_batches`."""
     tokens_RL, found = held_out_tokens(corpus, model), []
     for start in range(0, len(tokens_RL), 8):
@@ -253,6 +253,6 @@ def test_an_untrained_model_is_no_better_than_the_vocabulary(toy, corpus):
     with jax.set_mesh(mesh):
         steps = make_steps(config, corpus.vocab_size, mesh)
         params = steps.init().params
-        untrained = trained.LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
+        untrained = LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
         found = mlm.run(untrained, corpus)
     assert found["loss"] == pytest.approx(math.log(corpus.vocab_size), abs=0.2)

@@ -9,8 +9,8 @@ import pytest
 
 from flax_mlm.config.load import build
 from flax_mlm.errors import UserError
-from flax_mlm.inference import load as trained
 from flax_mlm.inference.config import read_config
+from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.inference.mask_filler import MaskFiller
 
 ONE = "The [MASK] barks in the garden at night."
@@ -18,8 +18,8 @@ TWO = "The [MASK] [MASK] in the garden at night."
 
 
 @pytest.fixture(scope="module")
-def model(trained_run) -> trained.LoadedModel:
-    return trained.restore(str(trained_run), build(read_config(str(trained_run))))
+def model(trained_run) -> LoadedModel:
+    return load_model(str(trained_run), build(read_config(str(trained_run))))
 
 
 @pytest.fixture(scope="module")

@@ -22,19 +22,19 @@ from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import classification, report, tagging
 from flax_mlm.finetuning import loop as finetune
-from flax_mlm.inference import load as trained
 from flax_mlm.inference.config import read_config
+from flax_mlm.inference.load import LoadedModel, load_model
 
 SOON = {"epochs": 4, "seeds": 2, "learning_rates": "3e-3,1e-2", "batch_size": 16, "dropout_rate": 0.0, "max_length": 24}
 
 
 @pytest.fixture(scope="module")
-def model(trained_run) -> trained.LoadedModel:
+def model(trained_run) -> LoadedModel:
     """On 8 devices, 4 × 2."""
     c = read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2
     c.finetune.update(SOON)
-    return trained.restore(str(trained_run), build(c))
+    return load_model(str(trained_run), build(c))
 
 
 def sentences(toy, count: int, seed: int) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,10 +19,11 @@ from flax_mlm.data.tokenizer.load import load_tokenizer
 from flax_mlm.data.tokenizer.train import train_tokenizer
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
-from flax_mlm.hf import architecture as architecture_lib
-from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
-from flax_mlm.hf import weights as start
-from flax_mlm.hf.folder import ARCHITECTURES
+from flax_mlm.hf import bert, folder, modernbert, sentence_transformers, tokenizer_json
+from flax_mlm.hf.folder import ARCHITECTURES, matching_architecture
+from flax_mlm.hf.weights import ParamMapping, param_mappings, params_to_tensors
+from flax_mlm.inference.config import apply_folder
+from flax_mlm.inference.load import start_params
 from flax_mlm.model import heads
 from flax_mlm.training import metrics
 from flax_mlm.training.step import make_steps
@@ -59,9 +61,9 @@ def written(where: Path, kind: str, tokenizer: Tokenizer, seed: int = 0) -> Path
     net = heads.language_model(model, tokenizer.vocab_size)
     params = jax.device_get(net.init(jax.random.key(seed)))
     params = jax.tree.map(lambda x: x + np.random.default_rng(0).normal(0, 0.01, x.shape).astype(np.float32), params)
-    places = list(architecture_lib.places(architecture, net, model.num_layers))
     where.mkdir()
-    folder.write_tensors(where / "model.safetensors", architecture_lib.to_theirs(places, params, tokenizer.pad_id + 1))
+    mappings = list(param_mappings(architecture, params, net.dims, model.num_layers))
+    folder.write_tensors(where / "model.safetensors", params_to_tensors(mappings, params, tokenizer.pad_id + 1))
     settings = folder.config_json(architecture, model, tokenizer.vocab_size, tokenizer)
     (where / "config.json").write_text(json.dumps(settings))
     (where / "tokenizer.json").write_bytes(tokenizer_json.content(tokenizer, 1))
@@ -75,7 +77,7 @@ def opened(path: Path, **changes):
     c.reinit_head = changes.pop("reinit_head", False)
     c.optimizer.averaging = changes.pop("averaging", "none")
     c.data.seq_len = 32
-    folder.adopt(c, set())
+    apply_folder(c)
     config = build(c)
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
     mesh = make_mesh(config.mesh)
@@ -86,22 +88,34 @@ def started(path: Path, **changes):
     config, steps, tokenizer, mesh = opened(path, **changes)
     log: list[str] = []
     with jax.set_mesh(mesh):
-        return config, steps, start.state(config, steps, tokenizer, log.append), log
+        fresh = steps.init().params
+        state = steps.init(start_params(config, fresh, steps.model.dims, tokenizer, log.append))
+    return config, steps, state, log
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_every_parameter_has_exactly_one_place(kind):
+def test_every_parameter_has_exactly_one_mapping(kind):
     architecture, fields = SHAPES[kind]
     model = model_config(**fields)
     net = heads.language_model(model, 100)
-    places = list(architecture_lib.places(architecture, net, model.num_layers))
-    leaves = jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0)))
-    names = [name for place in places for layer in place.names for name in layer]
-    assert len(places) == len(leaves) == len({place.path for place in places})
+    shapes = jax.eval_shape(net.init, jax.random.key(0))
+    mappings: list[ParamMapping] = list(param_mappings(architecture, shapes, net.dims, model.num_layers))
+    names = [name for mapping in mappings for layer in mapping.names for name in layer]
+    assert len(mappings) == len(jax.tree.leaves(shapes)) == len({mapping.path for mapping in mappings})
     assert len(names) == len(set(names))
-    used = {row.ours for row in architecture.rows if any("/".join(p.path).startswith(row.ours) for p in places)}
-    assert used == {row.ours for row in architecture.rows}, "every row of the table is used"
-    assert not set(architecture.same) & set(names) and set(architecture.same.values()) <= set(names)
+    params = {"/".join(mapping.path) for mapping in mappings}
+    for rule in architecture.weights:
+        assert any(path.startswith(rule.param) for path in params), "every row of the table is used"
+    assert not set(architecture.tied) & set(names)
+    assert set(architecture.tied.values()) <= set(names)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_to_and_from_config_json_are_inverse(kind):
+    architecture, fields = SHAPES[kind]
+    model = model_config(**fields)
+    config = architecture.to_hf_config(model, SimpleNamespace(pad_id=3, cls_id=1, sep_id=2))
+    assert all(getattr(model, name) == value for name, value in architecture.from_hf_config(config).items())
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -111,8 +125,8 @@ def test_export_import_export_gives_the_same_bytes(kind, vocabulary, tmp_path):
     architecture, fields = SHAPES[kind]
     for name, value in {**SMALL, **fields}.items():
         assert getattr(config.model, name) == value, name
-    places = list(architecture_lib.places(architecture, steps.model, config.model.num_layers))
-    tensors = architecture_lib.to_theirs(places, jax.device_get(state.params), vocabulary.pad_id + 1)
+    mappings = list(param_mappings(architecture, state.params, steps.model.dims, config.model.num_layers))
+    tensors = params_to_tensors(mappings, jax.device_get(state.params), vocabulary.pad_id + 1)
     folder.write_tensors(tmp_path / "second.safetensors", tensors)
     assert (tmp_path / "second.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
 
@@ -132,7 +146,7 @@ def test_weights_in_several_files_under_old_names(kind, vocabulary, tmp_path):
     whole = started(first)[2]
     tensors = load_file(first / "model.safetensors")
     architecture = SHAPES[kind][0]
-    for name, twin in architecture.same.items():
+    for name, twin in architecture.tied.items():
         tensors[name] = tensors[twin]
     if kind == "bert":
         tensors = {
@@ -223,25 +237,29 @@ def breakages():
     yield "truncated config", content("config.json", lambda b: b[:30]), "config.json cannot be read as JSON"
     yield "a list for config", content("config.json", lambda b: b"[]"), "config.json holds no JSON object"
     yield "nested config", content("config.json", lambda b: b"[" * 100_000), "config.json cannot be read as JSON"
-    yield "another model", config(model_type="llama"), "holds a model of type llama; it can be albert, bert"
-    yield "another activation", config(hidden_act="gelu_new"), "hidden_act = 'gelu_new'; it can be 'gelu'"
-    yield "other positions", config(position_embedding_type="relative_key"), "it can be 'absolute'"
-    yield "untied", config(tie_word_embeddings=False), "tie_word_embeddings = False; it can be True"
-    yield "no such padding", config(pad_token_id="0"), "pad_token_id = '0'; it can be the number of a piece"
-    yield "no layers", config(num_hidden_layers=0), "num_hidden_layers = 0; it can be a positive number"
-    yield "a text for a number", config(hidden_size="32"), "hidden_size = '32'; it can be a positive number"
-    yield "a size left out", config(hidden_size="absent"), "hidden_size = None; it can be a positive number"
+    yield "another model", config(model_type="llama"), "holds a model of type llama; expected one of albert, bert"
+    yield "another activation", config(hidden_act="gelu_new"), "hidden_act = 'gelu_new'; expected 'gelu'"
+    yield "other positions", config(position_embedding_type="relative_key"), "expected 'absolute'"
+    yield "untied", config(tie_word_embeddings=False), "tie_word_embeddings = False; expected True"
+    yield "no such padding", config(pad_token_id="0"), "pad_token_id = '0'; expected a token id"
+    yield "no layers", config(num_hidden_layers=0), "num_hidden_layers = 0; expected a positive number"
+    yield "a text for a number", config(hidden_size="32"), "hidden_size = '32'; expected a positive number"
+    yield "a size left out", config(hidden_size="absent"), "hidden_size = None; expected a positive number"
     yield "heads that do not divide", config(num_attention_heads=3), "must be divisible by model.num_heads, 3"
     yield "more layers than weights", config(num_hidden_layers=4), "lacks bert.encoder.layer.3.attention"
     yield (
         "fewer layers",
         config(num_hidden_layers=2),
-        "has bert.encoder.layer.2.attention.* and 12 more, without a place",
+        "has bert.encoder.layer.2.attention.* and 12 more, which our model does not use",
     )
     yield "another width", config(intermediate_size=64), "intermediate.dense.bias has shape \\(48,\\); the config"
     yield "a lacking weight", weights(lambda t: t.pop(word)), f"lacks {word}$"
-    yield "an extra weight", weights(lambda t: t.update(extra=t[word])), "has extra, without a place here"
-    yield "an untied decoder", weights(lambda t: t.update({"cls.predictions.decoder.weight": t[word] + 1})), "are tied"
+    yield "an extra weight", weights(lambda t: t.update(extra=t[word])), "has extra, which our model does not use"
+    yield (
+        "an untied decoder",
+        weights(lambda t: t.update({"cls.predictions.decoder.weight": t[word] + 1})),
+        "our model ties",
+    )
     yield "another vocabulary", config(vocab_size=999), "word_embeddings.weight"
 
 
@@ -277,7 +295,8 @@ def test_configs_of_transformers_4_and_5(vocabulary, tmp_path):
     for change in ({"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, {"norm_bias": True}):
         (path / "config.json").write_text(json.dumps(settings | change))
         with pytest.raises(
-            UserError, match=r"global_attn_every_n_layers = \"irregular|norm_bias = True; it can be only"
+            UserError,
+            match=r"layer_types = .*; expected full_attention|norm_bias = True; expected a bool, the same",
         ):
             folder.open_folder(str(path))
 
@@ -508,28 +527,25 @@ def test_mistakes_about_the_folder_to_start_from(toy, vocabulary, tmp_path):
         assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_what_a_sentence_encoder_does_besides_is_said(tmp_path, capsys):
-    from flax_mlm.hf import sentence_transformers
-
+def test_unsupported_modules_of_a_sentence_encoder_are_reported(tmp_path):
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     kinds = ["Transformer", "Pooling", "Normalize"]
     for more in ([], ["Dense"]):
         modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds + more]
         (tmp_path / "modules.json").write_text(json.dumps(modules))
-        assert sentence_transformers.pooling(tmp_path) == "mean"
-        assert ("its Dense cannot be had" in capsys.readouterr().err) == bool(more)
+        assert sentence_transformers.read_pooling(tmp_path) == ("mean", more)
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
-    assert sentence_transformers.pooling(tmp_path) is None and "kind of pooling" in capsys.readouterr().err
+    assert sentence_transformers.read_pooling(tmp_path) == (None, ["Dense", "Pooling"])
 
 
 def test_architectures_are_told_apart():
     names = [(a.name, a.objective) for a in ARCHITECTURES]
     assert len(set(names)) == len(names)
     model = model_config(**BERT)
-    assert folder.matching(model, "mlm", "", "[CLS]") is bert.BERT
-    assert folder.matching(model, "mlm", "", "<s>") is bert.ROBERTA
-    assert folder.matching(model, "clm", "", "[CLS]") is bert.BERT_CAUSAL
-    assert folder.matching(model_config(**MODERN), "clm", "", "[CLS]") is modernbert.DECODER
+    assert matching_architecture(model, "mlm", "", "[CLS]") is bert.BERT
+    assert matching_architecture(model, "mlm", "", "<s>") is bert.ROBERTA
+    assert matching_architecture(model, "clm", "", "[CLS]") is bert.BERT_CAUSAL
+    assert matching_architecture(model_config(**MODERN), "clm", "", "[CLS]") is modernbert.DECODER
     with pytest.raises(UserError, match="albert has no class in transformers for objective clm"):
-        folder.matching(model, "clm", "albert", "[CLS]")
+        matching_architecture(model, "clm", "albert", "[CLS]")

@@ -26,12 +26,11 @@ from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import retrieval
 from flax_mlm.finetuning import contrastive
 from flax_mlm.finetuning import loop as finetune
-from flax_mlm.hf import architecture as architecture_lib
 from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
 from flax_mlm.hf import sentence_transformers as sentence_transformers_files
-from flax_mlm.hf import weights as start
+from flax_mlm.hf.weights import param_mappings, params_to_tensors
 from flax_mlm.inference import likelihood, parity
-from flax_mlm.inference.load import LoadedModel, untied
+from flax_mlm.inference.load import LoadedModel, start_params, untied
 from flax_mlm.model import electra, heads
 from flax_mlm.objectives import masking
 from flax_mlm.objectives.keys import run_key
@@ -57,7 +56,7 @@ def model_of(path: Path, **changes) -> LoadedModel:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         steps = make_steps(config, tokenizer.vocab_size, mesh)
-        params = start.state(config, steps, tokenizer, print).params
+        params = start_params(config, steps.init().params, steps.model.dims, tokenizer, print)
         return LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
 
 
@@ -105,8 +104,8 @@ def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, t
     net = heads.language_model(model, vocabulary.vocab_size)
     params = net.init(jax.random.key(0))
     encode, score = jax.jit(net.encode), jax.jit(net.apply)
-    places = list(architecture_lib.places(architecture, net, model.num_layers))
-    tensors = architecture_lib.to_theirs(places, jax.device_get(params), vocabulary.pad_id + 1)
+    mappings = list(param_mappings(architecture, params, net.dims, model.num_layers))
+    tensors = params_to_tensors(mappings, jax.device_get(params), vocabulary.pad_id + 1)
     folder.write_tensors(tmp_path / "model.safetensors", tensors)
     settings = folder.config_json(architecture, model, vocabulary.vocab_size, vocabulary)
     (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -165,10 +164,10 @@ def test_check_of_every_architecture(kind, vocabulary, tmp_path):
     model = model._replace(config=dataclasses.replace(
         model.config, objective=dataclasses.replace(model.config.objective, name=architecture.objective)
     ))  # fmt: skip
-    found = parity.run(path, model)
-    assert found.is_same(LIMIT), found.lines()
+    found = parity.compare_folder(path, model)
+    assert found.is_within(LIMIT), found.lines()
     tampered = model._replace(params=jax.tree.map(lambda x: x * 1.01, model.params))
-    assert not parity.run(path, tampered).is_same(LIMIT)
+    assert not parity.compare_folder(path, tampered).is_within(LIMIT)
 
 
 @pytest.mark.parametrize("embedding_size", [0, 16])
@@ -187,9 +186,9 @@ def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_
         model = untied(LoadedModel(config, mesh, steps, params, vocabulary, Vocabulary.from_tokenizer(vocabulary)))
     net, kept = electra.discriminator(config.model, vocabulary.vocab_size), jax.device_get(model.params)
     del kept["generator"]
-    architecture = folder.matching(config.model, "rtd", "", "[CLS]")
-    places = list(architecture_lib.places(architecture, net, config.model.num_layers))
-    folder.write_tensors(tmp_path / "model.safetensors", architecture_lib.to_theirs(places, kept, 0))
+    architecture = folder.matching_architecture(config.model, "rtd", "", "[CLS]")
+    mappings = list(param_mappings(architecture, kept, net.dims, config.model.num_layers))
+    folder.write_tensors(tmp_path / "model.safetensors", params_to_tensors(mappings, kept, 0))
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json.content(vocabulary, 1))
     for name, content in (
         ("config.json", folder.config_json(architecture, config.model, vocabulary.vocab_size, vocabulary)),
@@ -197,10 +196,10 @@ def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_
         ("special_tokens_map.json", tokenizer_json.special_tokens(vocabulary)),
     ):
         (tmp_path / name).write_text(json.dumps(content))
-    found = parity.run(tmp_path, model)
-    assert found.is_same(LIMIT), found.lines()
+    found = parity.compare_folder(tmp_path, model)
+    assert found.is_within(LIMIT), found.lines()
     tampered = model._replace(params=jax.tree.map(lambda x: x * 1.01, model.params))
-    assert not parity.run(tmp_path, tampered).is_same(LIMIT)
+    assert not parity.compare_folder(tmp_path, tampered).is_within(LIMIT)
 
     # Its encoder, with a new head, is a model to go on from.
     again = model_of(tmp_path, reinit_head=True)
@@ -217,7 +216,7 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     ids = [vocabulary.cls_id, *vocabulary.encode_with_mask(text), vocabulary.sep_id]
     answers = transformers.pipeline("fill-mask", model=str(path), tokenizer=str(path))(text, top_k=3)
     tokens = np.array([ids], np.int32)
-    hidden, scores = parity.outputs(model)(tokens, tokens >= 0)
+    hidden, scores = parity.make_forward(model)(tokens, tokens >= 0)
     at = ids.index(vocabulary.mask_id)
     assert [a["token"] for a in answers] == np.argsort(-scores[0, at])[:3].tolist()
     probabilities = np.asarray(jax.nn.softmax(scores[0, at]))
@@ -226,7 +225,7 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     pooled = sentence_transformers.SentenceTransformer(str(path), device="cpu").encode(["The dog of the people."])
     ids = [vocabulary.cls_id, *vocabulary.encode(["The dog of the people."])[0], vocabulary.sep_id]
-    hidden, _ = parity.outputs(model)(np.array([ids], np.int32), np.ones((1, len(ids)), bool))
+    hidden, _ = parity.make_forward(model)(np.array([ids], np.int32), np.ones((1, len(ids)), bool))
     np.testing.assert_allclose(pooled[0], hidden[0].mean(0), atol=LIMIT)
 
     pytest.importorskip("onnxscript")
@@ -265,7 +264,7 @@ def test_real_weights_against_torch(name):
     net = kind.from_pretrained(path, attn_implementation="eager").eval()
     tokenizer = model.tokenizer
     rows = [[tokenizer.cls_id, *ids[:200], tokenizer.sep_id] for ids in tokenizer.encode(sentences(64))]
-    differences = parity.compare(net, model, rows)
+    differences = parity.compare_outputs(net, model, rows)
     print(f"{name}: hidden {differences[0]:.1e}, logits {differences[1]:.1e}")
     assert max(differences) <= LIMIT
 
@@ -279,7 +278,7 @@ def test_a_packaged_sentence_encoder_gives_the_same_embeddings():
     model = model_of(path, reinit_head=True)
     reference = SentenceTransformer(str(path), device="cpu")
     texts = sentences(64)
-    expected, t, run = reference.encode(texts), model.tokenizer, parity.outputs(model)
+    expected, t, run = reference.encode(texts), model.tokenizer, parity.make_forward(model)
     rows = [[t.cls_id, *ids[: reference.max_seq_length - 2], t.sep_id] for ids in t.encode(texts)]
     for begin in range(0, 64, 16):
         part = rows[begin : begin + 16]
@@ -340,7 +339,8 @@ def test_continued_training_has_the_losses_of_torch():
     differences = []
     with jax.set_mesh(mesh):
         steps = make_steps(config, tokenizer.vocab_size, mesh)
-        state = start.state(config, steps, tokenizer, print)
+        fresh = steps.init().params
+        state = steps.init(start_params(config, fresh, steps.model.dims, tokenizer, print))
         slots = max_predictions_per_row(config.objective, 64, config.objective.mask_rate)
         for step in range(20):
             row_ids = np.stack([np.zeros(8), np.arange(8) + 8 * step], axis=1).astype(np.uint32)

@@ -14,27 +14,27 @@ from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import cloze, minimal_pairs
 from flax_mlm.inference import likelihood
-from flax_mlm.inference import load as trained
 from flax_mlm.inference.config import read_config
+from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.inference.mask_filler import MaskFiller
 
 TEXTS = ["The dog barks in the garden today.", "Fish.", "The cat sleeps near the river. The cow eats all day."] * 3
 
 
 @pytest.fixture(scope="module")
-def model(trained_run) -> trained.LoadedModel:
+def model(trained_run) -> LoadedModel:
     """On 8 devices, 4 × 2."""
     c = read_config(str(trained_run))
     c.mesh.data, c.mesh.fsdp = 4, 2
-    return trained.restore(str(trained_run), build(c))
+    return load_model(str(trained_run), build(c))
 
 
 @pytest.fixture(scope="module")
-def causal(causal_run) -> trained.LoadedModel:
-    return trained.restore(str(causal_run), build(read_config(str(causal_run))))
+def causal(causal_run) -> LoadedModel:
+    return load_model(str(causal_run), build(read_config(str(causal_run))))
 
 
-def log_probability(model: trained.LoadedModel, tokens: list[int], place: int, label: int) -> float:
+def log_probability(model: LoadedModel, tokens: list[int], place: int, label: int) -> float:
     """Of one piece at one place of one row, asked alone."""
     rows = np.full((num_batch_shards(model.mesh), 32), model.tokenizer.pad_id, np.int32)
     rows[0, : len(tokens)] = tokens

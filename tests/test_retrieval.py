@@ -22,27 +22,27 @@ from flax_mlm.errors import UserError
 from flax_mlm.evaluation import retrieval
 from flax_mlm.finetuning import contrastive
 from flax_mlm.finetuning import loop as finetune
-from flax_mlm.inference import load as trained
 from flax_mlm.inference.config import read_config
+from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.training.step import make_steps
 
 SOON = {"epochs": 2, "seeds": 1, "learning_rates": "3e-3", "batch_size": 16, "max_length": 24, "pooling": "mean"}
 
 
 @pytest.fixture(scope="module")
-def model(trained_run) -> trained.LoadedModel:
+def model(trained_run) -> LoadedModel:
     """On 8 devices, 4 × 2."""
     return restored(trained_run, data=4, fsdp=2)
 
 
-def restored(run, data: int, fsdp: int) -> trained.LoadedModel:
+def restored(run, data: int, fsdp: int) -> LoadedModel:
     c = read_config(str(run))
     c.mesh.data, c.mesh.fsdp = data, fsdp
     c.finetune.update(SOON)
-    return trained.restore(str(run), build(c))
+    return load_model(str(run), build(c))
 
 
-def with_finetune(model: trained.LoadedModel, **changes) -> trained.LoadedModel:
+def with_finetune(model: LoadedModel, **changes) -> LoadedModel:
     finetuned = dataclasses.replace(model.config.finetune, **changes)
     return model._replace(config=dataclasses.replace(model.config, finetune=finetuned))
 
@@ -289,7 +289,7 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
     assert done.returncode == 0 and "6 vectors of 32" in done.stdout, done
     vectors_ND = np.load(tmp_path / "v.npy")
     np.testing.assert_allclose(np.linalg.norm(vectors_ND, axis=1), 1.0, atol=1e-5)
-    kept = trained.restore(str(tmp_path / "kept"), build(read_config(str(tmp_path / "kept"))))
+    kept = load_model(str(tmp_path / "kept"), build(read_config(str(tmp_path / "kept"))))
     kept = with_finetune(kept, batch_size=16)
     expected = contrastive.vectors_of(kept, finetune.make_vectors(kept), kept.params, list(documents.values()), quiet)
     np.testing.assert_allclose(vectors_ND, expected, atol=1e-5)

@@ -14,8 +14,8 @@ from flax_mlm.checkpoint.format import newest_meta, stored_config
 from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.finetuning.save import save_encoder
-from flax_mlm.inference import load as trained
 from flax_mlm.inference.config import read_config
+from flax_mlm.inference.load import load_model
 
 STEPS = 60
 SHORT = {"train__steps": STEPS, "train__checkpoint_every": 10, "train__eval_every": 20, "model__vocab_multiple_of": 2}
@@ -173,10 +173,10 @@ def test_the_average_of_the_weights_is_what_a_run_is_judged_by(toy, straight, tm
 
     # An encoder fine-tuned from the average has one set of weights.
     config = build(read_config(str(workdir)))
-    model = trained.restore(str(workdir), config)
+    model = load_model(str(workdir), config)
     with jax.set_mesh(model.mesh):
         save_encoder(tmp_path / "tuned", model, model.params["encoder"], 1)
-    tuned = trained.restore(str(tmp_path / "tuned"), config)
+    tuned = load_model(str(tmp_path / "tuned"), config)
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((model.params, tuned.params)))
 
     killed = shutil.copytree(workdir, tmp_path / "killed")

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import bert_base, bert_large, modernbert_base, modernbert_large
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig, ModelConfig
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import make_mesh
-from flax_mlm.hf import architecture, bert, folder
+from flax_mlm.hf import bert, folder
+from flax_mlm.hf.weights import param_mappings, params_to_tensors, tensors_to_params
 from flax_mlm.model import electra, heads
 from flax_mlm.objectives import masking
 from flax_mlm.objectives.language_modelling import token_losses
@@ -249,10 +251,10 @@ def test_electra(embedding_sharing, one_device):
         tokenizer = types.SimpleNamespace(pad_id=PAD, cls_id=CLS, sep_id=2)
         settings = transformers.ElectraConfig(**folder.config_json(table, model, V, tokenizer))
         net = getattr(transformers, table.class_name)._from_config(settings, attn_implementation="eager").eval()
-        places = list(architecture.places(table, module, model.num_layers))
-        theirs = {k: torch.tensor(v) for k, v in architecture.to_theirs(places, tree, 0).items()}
+        places = list(param_mappings(table, tree, module.dims, model.num_layers))
+        theirs = {k: torch.tensor(v) for k, v in params_to_tensors(places, tree, 0).items()}
         missing, unexpected = net.load_state_dict(theirs, strict=False)
-        assert not unexpected and set(missing) <= set(table.same), missing
+        assert not unexpected and set(missing) <= set(table.tied), missing
         net.tie_weights()
         nets.append((net, places))
     attended, used = torch.tensor(tokens != PAD).long(), np.asarray(t.weights_BK) > 0
@@ -273,11 +275,11 @@ def test_electra(embedding_sharing, one_device):
     for net, places in nets:
         named = dict(net.named_parameters())
         wanted = {name for place in places for names in place.names for name in names}
-        expected.append(architecture.to_ours(places, {name: named[name].grad.numpy() for name in wanted}, 0))
+        expected.append(tensors_to_params(places, {name: named[name].grad.numpy() for name in wanted}, 0))
     for table in (("encoder", "embeddings", name) for name in ("token", "position")):
         if embedding_sharing == "shared":
             expected[1][table] = expected[1][table] + expected[0].pop(table)
-    got = dict(architecture._flatten(jax.device_get(gradients)))
+    got = dict(flatten_dict(jax.device_get(gradients)))
     assert len(got) == len(expected[0]) + len(expected[1])
     for path, gradient in got.items():
         of = expected[0].get(path[1:]) if path[0] == "generator" else expected[1][path]

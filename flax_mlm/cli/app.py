@@ -16,11 +16,12 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from flax_mlm.config.knobs import knob, parse
-from flax_mlm.config.load import BASE, build
+from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import environment
 from flax_mlm.errors import Failure, UserError
-from flax_mlm.hf import folder
+from flax_mlm.hf.folder import is_hf_folder
+from flax_mlm.inference.config import apply_folder, read_config
 
 DEFAULT_CONFIG = Path(__file__).parent.parent.parent / "configs" / "quickstart.py"
 
@@ -91,8 +92,8 @@ def _parse(argv: list[str], values: flags.FlagValues, from_checkpoint: bool = Fa
         raise UserError(f"unexpected argument '{leftover[0]}'; options look like --name=value (see --help)")
     for path in to_none:
         config_dict.update_from_flattened_dict({path: None})
-    if config_dict.get("init_from") and (not from_checkpoint or folder.is_one(values.checkpoint)):
-        folder.adopt(config_dict, {match[2] for match in map(_OVERRIDE.fullmatch, argv) if match}, from_checkpoint)
+    if config_dict.get("init_from") and (not from_checkpoint or is_hf_folder(values.checkpoint)):
+        apply_folder(config_dict, {match[2] for match in map(_OVERRIDE.fullmatch, argv) if match}, from_checkpoint)
     return build(config_dict)
 
 
@@ -115,12 +116,6 @@ def _load(argv: list[str], from_checkpoint: bool) -> tuple[ConfigDict, list[str]
         if not found:
             raise UserError("--checkpoint is missing; give the workdir of a run, or one of its checkpoints")
         rest.insert(1, f"--checkpoint={found}")
-        if folder.is_one(found):
-            config = _from_file(str(BASE))
-            config.init_from = found
-            return config, rest
-        from flax_mlm.inference.config import read_config
-
         return read_config(found), rest
     return _from_file(str(DEFAULT_CONFIG) if found is None else found), rest
 

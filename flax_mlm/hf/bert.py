@@ -2,31 +2,34 @@
 (arXiv:2003.10555), as transformers has them."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import Any
 
-from flax_mlm.hf.architecture import Architecture, Array, Linear, Norm, Offset, Row
+from flax_mlm.config.schema import ModelConfig
+from flax_mlm.hf.architecture import (
+    Architecture,
+    HfConfig,
+    Layout,
+    SpecialIds,
+    WeightRule,
+    expect,
+    linear,
+    number,
+    position_offset,
+    weight,
+)
 
-BERT = Architecture(
-    name="bert",
-    model_type="bert",
-    class_name="BertForMaskedLM",
-    objective="mlm",
-    base="bert.",
-    fields={
-        "num_layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
-        "num_heads": "num_attention_heads",
-        "intermediate_size": "intermediate_size",
-        "max_positions": "max_position_embeddings",
-        "norm_eps": "layer_norm_eps",
-        "type_vocab_size": "type_vocab_size",
-    },
-    training={
-        "dropout_rate": "hidden_dropout_prob",
-        "attention_dropout_rate": "attention_probs_dropout_prob",
-        "initializer_range": "initializer_range",
-    },
-    ours={
+
+def _from_bert(config: HfConfig) -> dict[str, Any]:
+    expect(config, hidden_act="gelu", position_embedding_type="absolute", tie_word_embeddings=True)
+    return {
+        "num_layers": number(config, "num_hidden_layers"),
+        "hidden_size": number(config, "hidden_size"),
+        "num_heads": number(config, "num_attention_heads"),
+        "intermediate_size": number(config, "intermediate_size"),
+        "max_positions": number(config, "max_position_embeddings"),
+        "norm_eps": number(config, "layer_norm_eps", float, 1e-12),
+        "type_vocab_size": number(config, "type_vocab_size", int, 2),
         "position_embedding": "learned",
         "norm_position": "post",
         "use_bias": True,
@@ -34,49 +37,90 @@ BERT = Architecture(
         "embedding_size": 0,
         "share_layers": False,
         "global_attn_every_n_layers": 1,
-    },
-    theirs={
-        "hidden_act": ("gelu",),
-        "position_embedding_type": ("absolute",),
-        "tie_word_embeddings": (True,),
-        "is_decoder": (False, True),
-    },
-    rows=(
-        Row("encoder/embeddings/token", "bert.embeddings.word_embeddings.weight", Array),
-        Row("encoder/embeddings/position", "bert.embeddings.position_embeddings.weight", Array),
-        Row("encoder/embeddings/token_type", "bert.embeddings.token_type_embeddings.weight", Array),
-        Row("encoder/embeddings/norm", "bert.embeddings.LayerNorm", Norm),
-        Row("encoder/layers/qkv", "bert.encoder.layer.{}.attention.self.query|key|value", Linear),
-        Row("encoder/layers/attention_out", "bert.encoder.layer.{}.attention.output.dense", Linear),
-        Row("encoder/layers/attention_norm", "bert.encoder.layer.{}.attention.output.LayerNorm", Norm),
-        Row("encoder/layers/mlp_in", "bert.encoder.layer.{}.intermediate.dense", Linear),
-        Row("encoder/layers/mlp_out", "bert.encoder.layer.{}.output.dense", Linear),
-        Row("encoder/layers/mlp_norm", "bert.encoder.layer.{}.output.LayerNorm", Norm),
-        Row("head/dense", "cls.predictions.transform.dense", Linear),
-        Row("head/norm", "cls.predictions.transform.LayerNorm", Norm),
-        Row("head/decoder_bias", "cls.predictions.bias", Array),
+    }
+
+
+def _to_bert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.intermediate_size,
+        "max_position_embeddings": model.max_positions,
+        "layer_norm_eps": model.norm_eps,
+        "type_vocab_size": model.type_vocab_size,
+        "hidden_dropout_prob": model.dropout_rate,
+        "attention_probs_dropout_prob": model.attention_dropout_rate,
+        "initializer_range": model.initializer_range,
+        "hidden_act": "gelu",
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": True,
+        "is_decoder": False,
+        "pad_token_id": ids.pad_id,
+        "bos_token_id": ids.cls_id,
+        "eos_token_id": ids.sep_id,
+    }
+
+
+def _to_causal_bert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
+    return {**_to_bert(model, ids), "is_decoder": True}
+
+
+BERT = Architecture(
+    name="bert",
+    model_type="bert",
+    class_name="BertForMaskedLM",
+    objective="mlm",
+    prefix="bert.",
+    from_hf_config=_from_bert,
+    to_hf_config=_to_bert,
+    weights=(
+        weight("encoder/embeddings/token", "bert.embeddings.word_embeddings.weight"),
+        weight("encoder/embeddings/position", "bert.embeddings.position_embeddings.weight"),
+        weight("encoder/embeddings/token_type", "bert.embeddings.token_type_embeddings.weight"),
+        weight("encoder/embeddings/norm", "bert.embeddings.LayerNorm"),
+        linear(
+            "encoder/layers/qkv",
+            "bert.encoder.layer.{}.attention.self.query",
+            "bert.encoder.layer.{}.attention.self.key",
+            "bert.encoder.layer.{}.attention.self.value",
+        ),
+        linear("encoder/layers/attention_out", "bert.encoder.layer.{}.attention.output.dense"),
+        weight("encoder/layers/attention_norm", "bert.encoder.layer.{}.attention.output.LayerNorm"),
+        linear("encoder/layers/mlp_in", "bert.encoder.layer.{}.intermediate.dense"),
+        linear("encoder/layers/mlp_out", "bert.encoder.layer.{}.output.dense"),
+        weight("encoder/layers/mlp_norm", "bert.encoder.layer.{}.output.LayerNorm"),
+        linear("head/dense", "cls.predictions.transform.dense"),
+        weight("head/norm", "cls.predictions.transform.LayerNorm"),
+        weight("head/decoder_bias", "cls.predictions.bias"),
     ),
-    same={
+    tied={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
     unused=("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids"),
-    more={},
-    normalise=lambda config: config,
-    defaults={"layer_norm_eps": 1e-12, "type_vocab_size": 2},
 )
 
-BERT_CAUSAL = dataclasses.replace(
-    BERT,
-    class_name="BertLMHeadModel",
-    objective="clm",
-    theirs={**BERT.theirs, "is_decoder": (True, False)},
-)
+BERT_CAUSAL = dataclasses.replace(BERT, class_name="BertLMHeadModel", objective="clm", to_hf_config=_to_causal_bert)
 
 
-def _renamed(base: str, rows: Iterable[Row]) -> Iterator[Row]:
-    """Rows of a BERT, for a model whose names begin otherwise."""
-    return (row._replace(theirs=row.theirs.replace("bert.", base)) for row in rows)
+def _with_prefix(prefix: str, rules: Iterable[WeightRule]) -> tuple[WeightRule, ...]:
+    """Rewrites the weight table of a BERT for a model whose names begin with another prefix."""
+    return tuple(r._replace(names=tuple(name.replace("bert.", prefix) for name in r.names)) for r in rules)
+
+
+def _from_roberta(config: HfConfig) -> dict[str, Any]:
+    fields = _from_bert(config)
+    return {**fields, "max_positions": fields["max_positions"] - position_offset(config)}
+
+
+def _to_roberta(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
+    keys = _to_bert(model, ids)
+    return {**keys, "max_position_embeddings": model.max_positions + position_offset(keys)}
+
+
+def _to_causal_roberta(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
+    return {**_to_roberta(model, ids), "is_decoder": True}
 
 
 ROBERTA = dataclasses.replace(
@@ -84,17 +128,19 @@ ROBERTA = dataclasses.replace(
     name="roberta",
     model_type="roberta",
     class_name="RobertaForMaskedLM",
-    base="roberta.",
-    rows=(
-        *_renamed("roberta.", BERT.rows[:1]),
+    prefix="roberta.",
+    from_hf_config=_from_roberta,
+    to_hf_config=_to_roberta,
+    weights=(
+        *_with_prefix("roberta.", BERT.weights[:1]),
         # Position p has row p + pad_token_id + 1.
-        Row("encoder/embeddings/position", "roberta.embeddings.position_embeddings.weight", Offset),
-        *_renamed("roberta.", BERT.rows[2:10]),
-        Row("head/dense", "lm_head.dense", Linear),
-        Row("head/norm", "lm_head.layer_norm", Norm),
-        Row("head/decoder_bias", "lm_head.bias", Array),
+        weight("encoder/embeddings/position", "roberta.embeddings.position_embeddings.weight", layout=Layout.OFFSET),
+        *_with_prefix("roberta.", BERT.weights[2:10]),
+        linear("head/dense", "lm_head.dense"),
+        weight("head/norm", "lm_head.layer_norm"),
+        weight("head/decoder_bias", "lm_head.bias"),
     ),
-    same={
+    tied={
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
         "lm_head.decoder.bias": "lm_head.bias",
     },
@@ -102,12 +148,20 @@ ROBERTA = dataclasses.replace(
 )
 
 ROBERTA_CAUSAL = dataclasses.replace(
-    ROBERTA, class_name="RobertaForCausalLM", objective="clm", theirs=BERT_CAUSAL.theirs
+    ROBERTA, class_name="RobertaForCausalLM", objective="clm", to_hf_config=_to_causal_roberta
 )
 
-# Embeddings may be narrower than the layers.
-_FACTORED_FIELDS = {**BERT.fields, "embedding_size": "embedding_size"}
-_FACTORED_OURS = {name: value for name, value in BERT.ours.items() if name != "embedding_size"}
+
+def _from_albert(config: HfConfig) -> dict[str, Any]:
+    expect(config, num_hidden_groups=1, inner_group_num=1)
+    return {**_from_bert(config), "embedding_size": number(config, "embedding_size"), "share_layers": True}
+
+
+def _to_albert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
+    keys = {**_to_bert(model, ids), "embedding_size": model.embedding_size}
+    del keys["is_decoder"]
+    return {**keys, "num_hidden_groups": 1, "inner_group_num": 1}
+
 
 _ALBERT_LAYER = "albert.encoder.albert_layer_groups.0.albert_layers.0"
 
@@ -116,69 +170,73 @@ ALBERT = dataclasses.replace(
     name="albert",
     model_type="albert",
     class_name="AlbertForMaskedLM",
-    base="albert.",
-    fields=_FACTORED_FIELDS,
-    ours={**_FACTORED_OURS, "share_layers": True},
-    theirs={
-        "hidden_act": ("gelu",),
-        "position_embedding_type": ("absolute",),
-        "tie_word_embeddings": (True,),
-        "num_hidden_groups": (1,),
-        "inner_group_num": (1,),
-    },
-    rows=(
-        Row("encoder/embeddings/token", "albert.embeddings.word_embeddings.weight", Array),
-        Row("encoder/embeddings/position", "albert.embeddings.position_embeddings.weight", Array),
-        Row("encoder/embeddings/token_type", "albert.embeddings.token_type_embeddings.weight", Array),
-        Row("encoder/embeddings/norm", "albert.embeddings.LayerNorm", Norm),
-        Row("encoder/projection", "albert.encoder.embedding_hidden_mapping_in", Linear),
-        Row("encoder/layers/qkv", f"{_ALBERT_LAYER}.attention.query|key|value", Linear),
-        Row("encoder/layers/attention_out", f"{_ALBERT_LAYER}.attention.dense", Linear),
-        Row("encoder/layers/attention_norm", f"{_ALBERT_LAYER}.attention.LayerNorm", Norm),
-        Row("encoder/layers/mlp_in", f"{_ALBERT_LAYER}.ffn", Linear),
-        Row("encoder/layers/mlp_out", f"{_ALBERT_LAYER}.ffn_output", Linear),
-        Row("encoder/layers/mlp_norm", f"{_ALBERT_LAYER}.full_layer_layer_norm", Norm),
-        Row("head/dense", "predictions.dense", Linear),
-        Row("head/norm", "predictions.LayerNorm", Norm),
-        Row("head/decoder_bias", "predictions.bias", Array),
+    prefix="albert.",
+    from_hf_config=_from_albert,
+    to_hf_config=_to_albert,
+    weights=(
+        *_with_prefix("albert.", BERT.weights[:4]),
+        linear("encoder/projection", "albert.encoder.embedding_hidden_mapping_in"),
+        linear(
+            "encoder/layers/qkv",
+            f"{_ALBERT_LAYER}.attention.query",
+            f"{_ALBERT_LAYER}.attention.key",
+            f"{_ALBERT_LAYER}.attention.value",
+        ),
+        linear("encoder/layers/attention_out", f"{_ALBERT_LAYER}.attention.dense"),
+        weight("encoder/layers/attention_norm", f"{_ALBERT_LAYER}.attention.LayerNorm"),
+        linear("encoder/layers/mlp_in", f"{_ALBERT_LAYER}.ffn"),
+        linear("encoder/layers/mlp_out", f"{_ALBERT_LAYER}.ffn_output"),
+        weight("encoder/layers/mlp_norm", f"{_ALBERT_LAYER}.full_layer_layer_norm"),
+        linear("head/dense", "predictions.dense"),
+        weight("head/norm", "predictions.LayerNorm"),
+        weight("head/decoder_bias", "predictions.bias"),
     ),
-    same={
+    tied={
         "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
         "predictions.decoder.bias": "predictions.bias",
     },
     unused=("albert.pooler", "sop_classifier.", "albert.embeddings.position_ids"),
 )
 
-# An ELECTRA whose embeddings are as wide as its layers has no projection; ours has embedding_size 0 then.
+
+def _from_electra(config: HfConfig) -> dict[str, Any]:
+    fields = _from_bert(config)
+    width = number(config, "embedding_size", int, 128)
+    return {**fields, "embedding_size": 0 if width == fields["hidden_size"] else width}
+
+
+def _to_electra(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
+    return {**_to_bert(model, ids), "embedding_size": model.embedding_size or model.hidden_size}
+
+
 ELECTRA_GENERATOR = dataclasses.replace(
     BERT,
     name="electra",
     model_type="electra",
     class_name="ElectraForMaskedLM",
-    base="electra.",
-    fields=_FACTORED_FIELDS,
-    ours=_FACTORED_OURS,
-    rows=(
-        *_renamed("electra.", BERT.rows[:10]),
-        Row("encoder/projection", "electra.embeddings_project", Linear),
-        Row("head/dense", "generator_predictions.dense", Linear),
-        Row("head/norm", "generator_predictions.LayerNorm", Norm),
-        Row("head/decoder_bias", "generator_lm_head.bias", Array),
+    prefix="electra.",
+    from_hf_config=_from_electra,
+    to_hf_config=_to_electra,
+    weights=(
+        *_with_prefix("electra.", BERT.weights[:10]),
+        linear("encoder/projection", "electra.embeddings_project"),  # absent where embeddings are as wide as layers
+        linear("head/dense", "generator_predictions.dense"),
+        weight("head/norm", "generator_predictions.LayerNorm"),
+        weight("head/decoder_bias", "generator_lm_head.bias"),
     ),
-    same={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+    tied={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
     unused=("electra.embeddings.position_ids",),
-    defaults={**BERT.defaults, "embedding_size": 128},
 )
 
 ELECTRA = dataclasses.replace(
     ELECTRA_GENERATOR,
     class_name="ElectraForPreTraining",
     objective="rtd",
-    rows=(
-        *ELECTRA_GENERATOR.rows[:11],
-        Row("head/dense", "discriminator_predictions.dense", Linear),
-        Row("head/detector", "discriminator_predictions.dense_prediction.weight", Array),
-        Row("head/detector_bias", "discriminator_predictions.dense_prediction.bias", Array),
+    weights=(
+        *ELECTRA_GENERATOR.weights[:11],
+        linear("head/dense", "discriminator_predictions.dense"),
+        weight("head/detector", "discriminator_predictions.dense_prediction.weight"),
+        weight("head/detector_bias", "discriminator_predictions.dense_prediction.bias"),
     ),
-    same={},
+    tied={},
 )

@@ -1,5 +1,6 @@
-"""The README.md of an exported model: what it is, how it was trained, how good it is, how to use it."""
+"""The model card (README.md) of an exported model: use, training, evaluation, limits."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -45,162 +46,205 @@ print(model.encode(["one text", "another"]).shape)
 ```"""
 
 
-def text(
-    name: str,
-    architecture: Architecture,
-    config: Config,
-    num_params: int,
-    tokenizer: Any,
-    meta: Mapping[str, Any],
-    result: Mapping[str, float] | None,
-    licence: str,
-    language: str,
-) -> str:
-    """The card, Markdown with Hugging Face's metadata at its head.
+_TASKS = {"mlm": "fill-mask", "clm": "text-generation", "rtd": "feature-extraction"}
+_PREDICTS = {"mlm": "masked", "clm": "next", "rtd": "replaced"}
+_SHARING = {
+    "none": "its own embeddings",
+    "shared": "the same embeddings",
+    "gradient_disentangled": "embeddings that the encoder's build on (gradient-disentangled sharing)",
+}
 
-    Args:
-      name: of the model.
-      meta: of the checkpoint; empty: there is none, but a Hugging Face folder.
-      result: of `tasks.mlm` on held-out text; None where none was kept.
+
+@dataclasses.dataclass(frozen=True)
+class ModelCard:
+    """A card, Markdown with Hugging Face's metadata at its head.
+
+    Attributes:
+      meta: of the checkpoint; empty where the model comes from a Hugging Face folder.
+      result: of the evaluation of mlm on held-out text; None where there is none.
       licence, language: as Hugging Face spells them; empty: not stated.
     """
-    from huggingface_hub import EvalResult, ModelCardData
 
-    c, about, mask = config, meta.get("text"), tokenizer.tokens[tokenizer.mask_id]
-    m, o, causal, tuned = c.model, c.objective, c.objective.name == "clm", meta.get("fine_tuned")
-    task, what = {
-        "mlm": ("fill-mask", "masked"),
-        "clm": ("text-generation", "next"),
-        "rtd": ("feature-extraction", "replaced"),
-    }[o.name]
-    task = "sentence-similarity" if tuned else task
-    evaluated = []
-    if about and result:
-        common = {"task_type": task, "dataset_type": "text", "dataset_name": about["name"], "dataset_split": "held out"}
-        evaluated = [
-            EvalResult(metric_type=key, metric_value=round(result[key], 4), **common)
-            for key in ("loss", "accuracy", "bits_per_byte")
-            if key in result
-        ]
-    head = ModelCardData(
-        language=language or None,
-        license=licence or None,
-        library_name="sentence-transformers" if tuned else "transformers",
-        pipeline_tag=task,
-        tags=["flax_mlm", o.name],
-        model_name=name,
-        eval_results=evaluated or None,
-    )
-    use = _VECTORS if tuned else _USE[o.name].replace("MASK", mask).replace("VECTORS", _VECTORS)
-    training = _training(config, mask, meta)
-    scores = "Not evaluated."
-    if result:
-        scores = f"""On held-out documents of the same text, {result["predicted_tokens"]:,.0f} predicted tokens:
+    name: str
+    architecture: Architecture
+    config: Config
+    num_params: int
+    tokenizer: Any
+    meta: Mapping[str, Any]
+    result: Mapping[str, float] | None
+    licence: str
+    language: str
 
-| measure | value |
-|---|--:|
-| {what}-token loss (nats) | {result["loss"]:.4f} ± {result["loss_stderr"]:.4f} |
-| {what}-token accuracy | {result["accuracy"]:.4f} ± {result["accuracy_stderr"]:.4f} |
-"""
-        if o.name == "rtd":
-            scores += f"""| replaced tokens found | {result["recall_replaced"]:.4f} |
-| originals left alone | {result["recall_original"]:.4f} |
-| share of tokens replaced | {result["replaced"]:.4f} |
-| masked-token loss of the generator (nats) | {result["generator_loss"]:.4f} |"""
-        else:
-            scores += f"""| perplexity | {result["perplexity"]:.2f} |
-| bits per byte | {result["bits_per_byte"]:.3f} |"""
-    elif about and not tuned:
-        scores = "Not evaluated: this is a checkpoint of a run that had not ended."
-    # The others may name paths of somebody's machine.
-    sections = ("model", *(("objective", "optimizer", "train") if about else ()), *(("finetune",) if tuned else ()))
-    whole = json.dumps({name: section for name, section in c.to_dict().items() if name in sections}, indent=1)
-    kind = "A causal language model" if causal else "An encoder of texts" if tuned else "An encoder"
-    return f"""---
-{head.to_yaml()}
+    def text(self) -> str:
+        """Returns the whole card."""
+        is_causal = self.config.objective.name == "clm"
+        kind = "A causal language model" if is_causal else "An encoder of texts" if self._fine_tuned else "An encoder"
+        return f"""---
+{self._metadata()}
 ---
 
-# {name}
+# {self.name}
 
-{kind} of {num_params:,} parameters (`{architecture.class_name}`),
-{"pretrained" if about else "written"} with flax_mlm.
+{kind} of {self.num_params:,} parameters (`{self.architecture.class_name}`),
+{"pretrained" if self._corpus else "written"} with flax_mlm.
 
 ## Use
 
-{use}
+{self._use()}
 
 ## Training
 
-{training}
-- Licence of the model: {licence or "not stated"}.
-- Model: {m.num_layers} layers, width {m.hidden_size}, {m.num_heads} heads, MLP {m.intermediate_size}\
-{" (GeGLU)" * m.glu}, {m.position_embedding} positions up to {m.max_positions}, {m.norm_position}-norm; vocabulary \
-{tokenizer.vocab_size:,}.
+{self._training()}
+{self._model()}
 
 <details><summary>All settings</summary>
 
 ```json
-{whole}
+{self._settings()}
 ```
 
 </details>
 
 ## Evaluation
 
-{scores}
+{self._evaluation()}
 
 ## Limits
 
 It knows what its text says, with that text's errors and prejudices. \
-{"What it writes may be false." if causal else "It understands rather than writes."}
+{"What it writes may be false." if is_causal else "It understands rather than writes."}
 """
 
+    @property
+    def _corpus(self) -> dict[str, Any] | None:
+        return self.meta.get("text")
 
-def _training(config: Config, mask: str, meta: Mapping[str, Any]) -> str:
-    """What the weights come from, as a list."""
-    o, t, about, tuned = config.objective, config.train, meta.get("text"), meta.get("fine_tuned")
-    masks = (
-        f"{o.mask_rate:.0%} of the tokens, chosen by {o.masking.replace('_', ' ')}, of those "
-        f"{o.mask_replace_prob:.0%} shown as `{mask}`, {o.random_replace_prob:.0%} as a random token"
-    )
-    sharing = {
-        "none": "its own embeddings",
-        "shared": "the same embeddings",
-        "gradient_disentangled": "embeddings that the encoder's build on (gradient-disentangled sharing)",
-    }[o.embedding_sharing]
-    predicts = {
-        "mlm": f"masked-language modelling (mlm): {masks}",
-        "clm": "causal language modelling (clm)",
-        "rtd": f"replaced-token detection (rtd, arXiv:2003.10555): {masks}; filled by a generator of "
-        f"{config.generator.num_layers} layers of {config.generator.hidden_size} with {sharing}; the encoder's loss "
-        f"counts {o.discriminator_weight:g} times",
-    }[o.name]
-    lines = []
-    if config.init_from:
-        lines.append(f"- Started from: {config.init_from.rstrip('/').rpartition('/')[2]}.")
-    if about:
-        average = config.optimizer.averages
-        averaged = f"; the weights are their {average} average" if average != "none" else ""
-        corpora = about.get("corpora", {"": {**about, "fraction": 1.0}}).values()
-        seen = meta.get("totals", {}).get("tokens_seen", 0)
-        tokens = f", {seen:,.0f} tokens with the special ones" if seen else ""
-        for text in corpora:
-            share = f", {text['fraction']:.1%} of the rows" if len(corpora) > 1 else ""
+    @property
+    def _fine_tuned(self) -> dict[str, Any] | None:
+        return self.meta.get("fine_tuned")
+
+    @property
+    def _mask(self) -> str:
+        return self.tokenizer.tokens[self.tokenizer.mask_id]
+
+    def _metadata(self) -> str:
+        from huggingface_hub import EvalResult, ModelCardData
+
+        objective, results = self.config.objective.name, None
+        task = "sentence-similarity" if self._fine_tuned else _TASKS[objective]
+        if self._corpus and self.result:
+            dataset = {"dataset_type": "text", "dataset_name": self._corpus["name"], "dataset_split": "held out"}
+            results = [
+                EvalResult(task_type=task, metric_type=key, metric_value=round(self.result[key], 4), **dataset)
+                for key in ("loss", "accuracy", "bits_per_byte")
+                if key in self.result
+            ]
+        return ModelCardData(
+            language=self.language or None,
+            license=self.licence or None,
+            library_name="sentence-transformers" if self._fine_tuned else "transformers",
+            pipeline_tag=task,
+            tags=["flax_mlm", objective],
+            model_name=self.name,
+            eval_results=results,
+        ).to_yaml()
+
+    def _use(self) -> str:
+        if self._fine_tuned:
+            return _VECTORS
+        return _USE[self.config.objective.name].replace("MASK", self._mask).replace("VECTORS", _VECTORS)
+
+    def _training(self) -> str:
+        """Lists where the weights come from."""
+        config, meta, lines = self.config, self.meta, []
+        if config.init_from:
+            lines.append(f"- Started from: {config.init_from.rstrip('/').rpartition('/')[2]}.")
+        if self._corpus:
+            lines += self._corpora(self._corpus)
+            average = config.optimizer.averages
+            averaged = f"; the weights are their {average} average" if average != "none" else ""
+            seen = meta.get("totals", {}).get("tokens_seen", 0)
+            tokens = f", {seen:,.0f} tokens with the special ones" if seen else ""
+            lines += [
+                f"- Objective: {self._objective()}.",
+                f"- Run: {meta['step']:,} steps of {config.train.global_batch_size} rows of {config.data.seq_len}"
+                f"{tokens}; {config.optimizer.name}, peak learning rate {config.optimizer.learning_rate:g}, "
+                f"{config.optimizer.schedule}{averaged}; computed in {config.model.dtype}; seed {config.seed}.",
+            ]
+        if phases := meta.get("config", {}).get("train", {}).get("phases"):
+            lines.append(f"- In phases: `{phases}`. The above is of the last one that it has seen.")
+        if self._fine_tuned:
             lines.append(
-                f"- Text{share}: {text['name']}; {text['documents']:,} documents, {text['words']:,} words, "
+                f"- Fine-tuned for search: contrastive (InfoNCE), {self._fine_tuned['examples']:,} pairs, vectors by "
+                f"{config.finetune.pooling} pooling."
+            )
+        return "\n".join(lines)
+
+    def _corpora(self, about: Mapping[str, Any]) -> list[str]:
+        corpora = about.get("corpora", {"": about}).values()
+        lines = []
+        for text in corpora:
+            fraction = f", {text['fraction']:.1%} of the rows" if len(corpora) > 1 else ""
+            lines.append(
+                f"- Text{fraction}: {text['name']}; {text['documents']:,} documents, {text['words']:,} words, "
                 f"{text['tokens']:,} tokens. Its licence: {text['licence']}."
             )
-        lines += [
-            f"- Objective: {predicts}.",
-            f"- Run: {meta['step']:,} steps of {t.global_batch_size} rows of {config.data.seq_len}"
-            f"{tokens}; {config.optimizer.name}, peak learning rate {config.optimizer.learning_rate:g}, "
-            f"{config.optimizer.schedule}{averaged}; computed in {config.model.dtype}; seed {config.seed}.",
-        ]
-    if changes := meta.get("config", {}).get("train", {}).get("phases"):
-        lines.append(f"- In phases: `{changes}`. The above is of the last one that it has seen.")
-    if tuned:
-        lines.append(
-            f"- Fine-tuned for search: contrastive (InfoNCE), {tuned['examples']:,} pairs, vectors by "
-            f"{config.finetune.pooling} pooling."
+        return lines
+
+    def _objective(self) -> str:
+        o, generator = self.config.objective, self.config.generator
+        masks = (
+            f"{o.mask_rate:.0%} of the tokens, chosen by {o.masking.replace('_', ' ')}, of those "
+            f"{o.mask_replace_prob:.0%} shown as `{self._mask}`, {o.random_replace_prob:.0%} as a random token"
         )
-    return "\n".join(lines)
+        if o.name == "mlm":
+            return f"masked-language modelling (mlm): {masks}"
+        if o.name == "clm":
+            return "causal language modelling (clm)"
+        return (
+            f"replaced-token detection (rtd, arXiv:2003.10555): {masks}; filled by a generator of "
+            f"{generator.num_layers} layers of {generator.hidden_size} with {_SHARING[o.embedding_sharing]}; the "
+            f"encoder's loss counts {o.discriminator_weight:g} times"
+        )
+
+    def _model(self) -> str:
+        m = self.config.model
+        return (
+            f"- Licence of the model: {self.licence or 'not stated'}.\n"
+            f"- Model: {m.num_layers} layers, width {m.hidden_size}, {m.num_heads} heads, MLP {m.intermediate_size}"
+            f"{' (GeGLU)' * m.glu}, {m.position_embedding} positions up to {m.max_positions}, {m.norm_position}-norm; "
+            f"vocabulary {self.tokenizer.vocab_size:,}."
+        )
+
+    def _settings(self) -> str:
+        """Returns the config without the sections that may name paths of somebody's machine."""
+        sections = ["model", *(("objective", "optimizer", "train") if self._corpus else ())]
+        sections += ["finetune"] if self._fine_tuned else []
+        config = self.config.to_dict()
+        return json.dumps({name: section for name, section in config.items() if name in sections}, indent=1)
+
+    def _evaluation(self) -> str:
+        result, objective = self.result, self.config.objective.name
+        if not result:
+            has_ended = not self._corpus or self._fine_tuned
+            return "Not evaluated." if has_ended else "Not evaluated: this is a checkpoint of a run that had not ended."
+        predicts = _PREDICTS[objective]
+        rows = [
+            (f"{predicts}-token loss (nats)", f"{result['loss']:.4f} ± {result['loss_stderr']:.4f}"),
+            (f"{predicts}-token accuracy", f"{result['accuracy']:.4f} ± {result['accuracy_stderr']:.4f}"),
+        ]
+        if objective == "rtd":
+            rows += [
+                ("recall of replaced tokens", f"{result['recall_replaced']:.4f}"),
+                ("recall of original tokens", f"{result['recall_original']:.4f}"),
+                ("fraction of tokens replaced", f"{result['replaced']:.4f}"),
+                ("masked-token loss of the generator (nats)", f"{result['generator_loss']:.4f}"),
+            ]
+        else:
+            rows += [
+                ("perplexity", f"{result['perplexity']:.2f}"),
+                ("bits per byte", f"{result['bits_per_byte']:.3f}"),
+            ]
+        table = "\n".join(f"| {measure} | {value} |" for measure, value in rows)
+        count = f"{result['predicted_tokens']:,.0f} predicted tokens"
+        return f"On held-out documents of the same text, {count}:\n\n| measure | value |\n|---|--:|\n{table}"

@@ -3,23 +3,88 @@
 import dataclasses
 from typing import Any
 
-from flax_mlm.hf.architecture import Architecture, Array, Linear, Norm, Row
+from flax_mlm.config.schema import ModelConfig
+from flax_mlm.hf.architecture import Architecture, HfConfig, SpecialIds, expect, linear, number, weight
+
+_BIASES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
 
 
-def _older(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json of transformers 5 with the keys of 4, which both read."""
-    if types := config.get("layer_types"):
-        every = next((i for i, kind in enumerate(types) if i and kind == "full_attention"), len(types))
-        pattern = ["full_attention" if i % every == 0 else "sliding_attention" for i in range(len(types))]
-        config = {**config, "global_attn_every_n_layers": every if types == pattern else f"irregular: {types}"}
-    ropes = config.get("rope_parameters") or {}
-    for kind, ours in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
-        if rope := ropes.get(kind):
-            plain = rope.get("rope_type", "default") == "default"
-            config = {**config, ours: rope["rope_theta"] if plain else f"of type {rope['rope_type']}"}
-    if config.get("local_rope_theta") is None and "global_rope_theta" in config:
-        config = {**config, "local_rope_theta": config["global_rope_theta"]}
-    return config
+def _from_modernbert(config: HfConfig) -> dict[str, Any]:
+    expect(config, hidden_activation="gelu", classifier_activation="gelu", decoder_bias=True, tie_word_embeddings=True)
+    use_bias = config.get("attention_bias", False)
+    for key in _BIASES:
+        if type(value := config.get(key, False)) is not bool or value != use_bias:
+            raise ValueError(f"{key} = {value!r}; expected a bool, the same for {', '.join(_BIASES)}")
+    theta = _rope_theta(config, "full_attention", "global_rope_theta", 160_000.0)
+    return {
+        "num_layers": number(config, "num_hidden_layers"),
+        "hidden_size": number(config, "hidden_size"),
+        "num_heads": number(config, "num_attention_heads"),
+        "intermediate_size": number(config, "intermediate_size"),
+        "max_positions": number(config, "max_position_embeddings"),
+        "norm_eps": number(config, "norm_eps", float, 1e-5),
+        "use_bias": use_bias,
+        "global_attn_every_n_layers": _global_period(config),
+        "sliding_window": number(config, "local_attention", int, 128),
+        "rope_theta_global": theta,
+        "rope_theta_local": _rope_theta(config, "sliding_attention", "local_rope_theta", 10_000.0, theta),
+        "position_embedding": "rope",
+        "norm_position": "pre",
+        "glu": True,
+        "type_vocab_size": 0,
+        "embedding_size": 0,
+        "share_layers": False,
+    }
+
+
+def _global_period(config: HfConfig) -> int:
+    """Returns n where every n-th layer attends to all tokens: a number up to transformers 4, a list of layers in 5."""
+    if not (layers := config.get("layer_types")):
+        return number(config, "global_attn_every_n_layers", int, 3)
+    period = next((i for i, layer in enumerate(layers) if i and layer == "full_attention"), len(layers))
+    expected = ["sliding_attention" if i % period else "full_attention" for i in range(len(layers))]
+    if layers != expected:
+        raise ValueError(f"layer_types = {layers!r}; expected full_attention at every n-th layer, from the first")
+    return period
+
+
+def _rope_theta(config: HfConfig, layer_type: str, key: str, default: float, if_null: float | None = None) -> float:
+    """Returns the base of a kind of layer's rotary embedding: under a key up to transformers 4, in a table in 5."""
+    if rope := (config.get("rope_parameters") or {}).get(layer_type):
+        expect(rope, rope_type="default")
+        return number(rope, "rope_theta", float)
+    if config.get(key, default) is None and if_null is not None:
+        return if_null
+    return number(config, key, float, default)
+
+
+def _to_modernbert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.intermediate_size,
+        "max_position_embeddings": model.max_positions,
+        "norm_eps": model.norm_eps,
+        **dict.fromkeys(_BIASES, model.use_bias),
+        "global_attn_every_n_layers": model.global_attn_every_n_layers,
+        "local_attention": model.sliding_window,
+        "global_rope_theta": model.rope_theta_global,
+        "local_rope_theta": model.rope_theta_local,
+        "mlp_dropout": model.dropout_rate,
+        "embedding_dropout": model.dropout_rate,
+        "attention_dropout": model.attention_dropout_rate,
+        "initializer_range": model.initializer_range,
+        "hidden_activation": "gelu",
+        "classifier_activation": "gelu",
+        "decoder_bias": True,
+        "tie_word_embeddings": True,
+        "pad_token_id": ids.pad_id,
+        "bos_token_id": ids.cls_id,
+        "eos_token_id": ids.sep_id,
+        "cls_token_id": ids.cls_id,
+        "sep_token_id": ids.sep_id,
+    }
 
 
 MODERNBERT = Architecture(
@@ -27,74 +92,47 @@ MODERNBERT = Architecture(
     model_type="modernbert",
     class_name="ModernBertForMaskedLM",
     objective="mlm",
-    base="model.",
-    fields={
-        "num_layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
-        "num_heads": "num_attention_heads",
-        "intermediate_size": "intermediate_size",
-        "max_positions": "max_position_embeddings",
-        "norm_eps": "norm_eps",
-        "use_bias": "attention_bias|mlp_bias|norm_bias|classifier_bias",
-        "global_attn_every_n_layers": "global_attn_every_n_layers",
-        "sliding_window": "local_attention",
-        "rope_theta_global": "global_rope_theta",
-        "rope_theta_local": "local_rope_theta",
-    },
-    training={
-        "dropout_rate": "mlp_dropout|embedding_dropout",
-        "attention_dropout_rate": "attention_dropout",
-        "initializer_range": "initializer_range",
-    },
-    ours={
-        "position_embedding": "rope",
-        "norm_position": "pre",
-        "glu": True,
-        "type_vocab_size": 0,
-        "embedding_size": 0,
-        "share_layers": False,
-    },
-    theirs={
-        "hidden_activation": ("gelu",),
-        "classifier_activation": ("gelu",),
-        "decoder_bias": (True,),
-        "tie_word_embeddings": (True,),
-    },
-    rows=(
-        Row("encoder/embeddings/token", "model.embeddings.tok_embeddings.weight", Array),
-        Row("encoder/embeddings/norm", "model.embeddings.norm", Norm),
-        Row("encoder/attention_norms", "model.layers.{}.attn_norm", Norm),
-        Row("encoder/layers/qkv", "model.layers.{}.attn.Wqkv", Linear),
-        Row("encoder/layers/attention_out", "model.layers.{}.attn.Wo", Linear),
-        Row("encoder/layers/mlp_norm", "model.layers.{}.mlp_norm", Norm),
-        Row("encoder/layers/mlp_in", "model.layers.{}.mlp.Wi", Linear),
-        Row("encoder/layers/mlp_out", "model.layers.{}.mlp.Wo", Linear),
-        Row("encoder/final_norm", "model.final_norm", Norm),
-        Row("head/dense", "head.dense", Linear),
-        Row("head/norm", "head.norm", Norm),
-        Row("head/decoder_bias", "decoder.bias", Array),
+    prefix="model.",
+    from_hf_config=_from_modernbert,
+    to_hf_config=_to_modernbert,
+    weights=(
+        weight("encoder/embeddings/token", "model.embeddings.tok_embeddings.weight"),
+        weight("encoder/embeddings/norm", "model.embeddings.norm"),
+        weight("encoder/attention_norms", "model.layers.{}.attn_norm"),
+        linear("encoder/layers/qkv", "model.layers.{}.attn.Wqkv"),
+        linear("encoder/layers/attention_out", "model.layers.{}.attn.Wo"),
+        weight("encoder/layers/mlp_norm", "model.layers.{}.mlp_norm"),
+        linear("encoder/layers/mlp_in", "model.layers.{}.mlp.Wi"),
+        linear("encoder/layers/mlp_out", "model.layers.{}.mlp.Wo"),
+        weight("encoder/final_norm", "model.final_norm"),
+        linear("head/dense", "head.dense"),
+        weight("head/norm", "head.norm"),
+        weight("head/decoder_bias", "decoder.bias"),
     ),
-    same={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
+    tied={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
     unused=(),
-    more={},
-    normalise=_older,
-    defaults={
-        "norm_eps": 1e-5,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "norm_bias": False,
-        "classifier_bias": False,
-        "global_attn_every_n_layers": 3,
-        "local_attention": 128,
-        "global_rope_theta": 160_000.0,
-        "local_rope_theta": 10_000.0,
-    },
 )
 
-_DECODER_NAMES = {
-    "encoder/layers/qkv": "model.layers.{}.attn.q_proj|k_proj|v_proj",
-    "head/dense": "lm_head.dense",
-    "head/norm": "lm_head.norm",
+
+# The decoder's window leaves out the farthest token on each side.
+def _from_decoder(config: HfConfig) -> dict[str, Any]:
+    fields = _from_modernbert(config)
+    return {**fields, "sliding_window": fields["sliding_window"] - 2}
+
+
+def _to_decoder(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
+    return {**_to_modernbert(model, ids), "local_attention": model.sliding_window + 2}
+
+
+_DECODER_RULES = {
+    "encoder/layers/qkv": linear(
+        "encoder/layers/qkv",
+        "model.layers.{}.attn.q_proj",
+        "model.layers.{}.attn.k_proj",
+        "model.layers.{}.attn.v_proj",
+    ),
+    "head/dense": linear("head/dense", "lm_head.dense"),
+    "head/norm": weight("head/norm", "lm_head.norm"),
 }
 
 DECODER = dataclasses.replace(
@@ -103,6 +141,7 @@ DECODER = dataclasses.replace(
     model_type="modernbert-decoder",
     class_name="ModernBertDecoderForCausalLM",
     objective="clm",
-    more={"local_attention": 2},  # the decoder's window leaves out the farthest token on each side
-    rows=tuple(row._replace(theirs=_DECODER_NAMES.get(row.ours, row.theirs)) for row in MODERNBERT.rows),
+    from_hf_config=_from_decoder,
+    to_hf_config=_to_decoder,
+    weights=tuple(_DECODER_RULES.get(rule.param, rule) for rule in MODERNBERT.weights),
 )

@@ -1,20 +1,27 @@
-"""What makes a Hugging Face folder one of sentence-transformers too: how states become a vector."""
+"""The files that make a Hugging Face folder one of sentence-transformers: how hidden states become a vector."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax_mlm.config.schema import Config
 
 _FILE = "1_Pooling/config.json"
-_MODES = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
+_MODES = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}  # up to version 4: pooling_mode_NAME
+_NEWER_MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+
+
+class Pooling(NamedTuple):
+    """How a folder says that its vectors are made."""
+
+    mode: str | None  # value of `finetune.pooling`; None where there is none that is like it
+    unsupported: list[str]  # further modules, which we do not compute
 
 
 def files(config: Config) -> dict[str, Any]:
-    """Name -> JSON, for a model in `finetune.pooling` and vectors of length 1.
+    """Returns name -> JSON for vectors by `finetune.pooling`, of length 1.
 
-    Each file is one of sentence-transformers' own: a chain of modules, Transformer, Pooling, Normalize.
+    The modules are sentence-transformers' own: Transformer, Pooling, Normalize.
     """
     chain = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     modules = [
@@ -31,23 +38,19 @@ def files(config: Config) -> dict[str, Any]:
     }
 
 
-def pooling(folder: Path) -> str | None:
-    """`finetune.pooling` of the model in a folder; None where it does not say, or says what is none of ours. What else
-    it does to its vectors, and we do not, is said."""
+def read_pooling(folder: Path) -> Pooling:
+    """Reads how the vectors of a folder are made; a folder without these files has no pooling."""
     try:
         stored = json.loads((folder / _FILE).read_text(encoding="utf8"))
-        named = [key for key, on in stored.items() if key.startswith("pooling_mode_") and on is True]
+        enabled = [key for key, value in stored.items() if key.startswith("pooling_mode_") and value is True]
         chain = folder / "modules.json"
         modules = json.loads(chain.read_text(encoding="utf8")) if chain.exists() else []
         kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return None
-    if "pooling_mode" in stored:  # newer files
-        found = {"cls": "cls", "mean": "mean", "lasttoken": "last"}.get(str(stored["pooling_mode"]))
+        return Pooling(None, [])
+    if "pooling_mode" in stored:
+        mode = _NEWER_MODES.get(str(stored["pooling_mode"]))
     else:
-        found = next((mode for mode, name in _MODES.items() if named == [f"pooling_mode_{name}"]), None)
-    left_out = [f"its {kind}" for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    left_out += [] if found else ["its kind of pooling"]
-    if left_out:
-        print(f"note: vectors will not be those of '{folder}': {' and '.join(left_out)} cannot be had", file=sys.stderr)
-    return found
+        mode = next((mode for mode, name in _MODES.items() if enabled == [f"pooling_mode_{name}"]), None)
+    unsupported = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    return Pooling(mode, unsupported + ([] if mode else ["Pooling"]))

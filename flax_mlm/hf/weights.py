@@ -1,104 +1,204 @@
-"""Starting a run with the weights of a Hugging Face folder."""
+"""Conversion between our parameters and the weights of a Hugging Face folder, as numpy arrays."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer.base import Tokenizer
-from flax_mlm.data.tokenizer.load import load_tokenizer
 from flax_mlm.errors import UserError
-from flax_mlm.hf import architecture as architecture_lib
-from flax_mlm.hf import folder as folder_lib
-from flax_mlm.training.step import Steps, TrainState
+from flax_mlm.hf.architecture import Architecture, Layout
+from flax_mlm.hf.folder import Folder
+
+Path = tuple[str, ...]  # keys that lead to a parameter
+
+_SUFFIXES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 
 
-def state(config: Config, steps: Steps, tokenizer: Tokenizer, log: Callable[[str], None]) -> TrainState:
-    """A new state with the weights of the folder `config.init_from`.
+class ParamMapping(NamedTuple):
+    """Location of one of our parameters in a file of weights."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dims: str  # letters of the dimensions, without that of the layers
+    names: list[list[str]]  # by layer, the tensors that are concatenated
+    layout: Layout
+
+    @property
+    def is_stacked(self) -> bool:
+        """Returns whether the first dimension is that of the layers."""
+        return len(self.shape) > len(self.dims)
+
+    @property
+    def num_inputs(self) -> int:
+        """Returns how many dimensions of a kernel are inputs."""
+        return 1 if self.dims[0] in "DFE" else len(self.dims) - 1
+
+
+def param_mappings(architecture: Architecture, shapes: Any, dims: Any, num_layers: int) -> Iterator[ParamMapping]:
+    """Yields the location of every parameter of a model.
 
     Args:
-      tokenizer: of the run. Tokens that `tokenizer.extra_tokens_file` has added begin as the mean of the tokens
-        that spelled them before (arXiv:2112.14569 §3.1).
-      log: is told what is taken, and what is left out.
+      shapes: tree of the parameters, or of anything else with a shape.
+      dims: tree of the letters of their dimensions (`Model.dims`).
+      num_layers: number of the model's layers.
 
     Raises:
-      UserError: weights are missing, have no place here, or have another shape; or the tokenizer is another one.
+      KeyError: the weight table has no row for a parameter.
     """
-    folder = folder_lib.open_folder(config.init_from)
-    where = list(architecture_lib.places(folder.architecture, steps.model, config.model.num_layers))
-    tensors = _checked(folder, where, config.reinit_head, log)
-    spelled = _spelled(config, tokenizer)
-    for place in where:
-        if place.dims[0] == "V" and (name := place.names[0][0]) in tensors:
-            tensors[name] = _with_rows(tensors[name], place.shape[0], spelled)
+    rules = {rule.param: rule for rule in architecture.weights}
+    letters = flatten_dict(dims)
+    for path, leaf in flatten_dict(shapes).items():
+        suffix = _SUFFIXES.get(path[-1], "")
+        rule = rules["/".join(path[:-1] if suffix else path)]
+        is_stacked = len(leaf.shape) > len(letters[path])
+        # Where fewer layers than all have a module, it is the first ones that lack it.
+        layers = range(num_layers - leaf.shape[0], num_layers) if is_stacked and "{}" in rule.names[0] else [0]
+        names = [[name.format(layer) + suffix for name in rule.names] for layer in layers]
+        yield ParamMapping(path, leaf.shape, letters[path], names, rule.layout)
+
+
+def params_to_tensors(mappings: Sequence[ParamMapping], params: Any, offset: int) -> dict[str, np.ndarray]:
+    """Converts parameters to weights by name.
+
+    Args:
+      mappings: from `param_mappings`.
+      params: nested dicts of arrays.
+      offset: unused rows at the beginning of a tensor with `Layout.OFFSET`.
+    """
+    leaves, tensors = flatten_dict(params), {}
+    for mapping in mappings:
+        leaf = np.asarray(leaves[mapping.path])
+        for layer, names in zip(leaf if mapping.is_stacked else [leaf], mapping.names, strict=True):
+            if mapping.layout is Layout.LINEAR:
+                if mapping.path[-1] == "kernel":
+                    layer = layer.reshape(int(np.prod(layer.shape[: mapping.num_inputs])), -1).T
+                else:
+                    layer = layer.reshape(-1)
+            elif mapping.layout is Layout.OFFSET:
+                layer = np.concatenate([np.zeros((offset, layer.shape[1]), layer.dtype), layer])
+            for name, tensor in zip(names, np.split(layer, len(names)), strict=True):
+                tensors[name] = np.ascontiguousarray(tensor)
+    return tensors
+
+
+def tensors_to_params(
+    mappings: Sequence[ParamMapping], tensors: Mapping[str, np.ndarray], offset: int
+) -> dict[Path, np.ndarray]:
+    """Converts weights to parameters, float32 by path. A parameter with a missing weight is left out.
+
+    Raises:
+      ValueError: a weight has another shape than the parameter needs; the message names it.
+    """
+    params = {}
+    for mapping in mappings:
+        if not all(name in tensors for names in mapping.names for name in names):
+            continue
+        shape = mapping.shape[1:] if mapping.is_stacked else mapping.shape
+        layers = []
+        for names in mapping.names:
+            layer = np.concatenate([np.asarray(tensors[name], np.float32) for name in names])
+            if mapping.layout is Layout.LINEAR and mapping.path[-1] == "kernel":
+                layer = layer.T
+            elif mapping.layout is Layout.OFFSET:
+                layer = layer[offset:]
+            if layer.size != np.prod(shape) or (mapping.layout is not Layout.LINEAR and layer.shape != tuple(shape)):
+                shapes = ", ".join(str(tuple(tensors[name].shape)) for name in names)
+                raise ValueError(f"{names[0]} has shape {shapes}; the config needs {tuple(shape)}")
+            layers.append(layer.reshape(shape))
+        params[mapping.path] = np.stack(layers) if mapping.is_stacked else layers[0]
+    return params
+
+
+def load_params(
+    folder: Folder,
+    mappings: Sequence[ParamMapping],
+    new_tokens: Mapping[int, np.ndarray],
+    reinit_head: bool,
+    log: Callable[[str], None],
+) -> dict[Path, np.ndarray]:
+    """Reads the parameters of a model from a folder.
+
+    Args:
+      mappings: from `param_mappings`.
+      new_tokens: token id that the folder's vocabulary lacks -> ids of the tokens that spell it there (`subtokens`).
+        Its embedding is the mean of theirs (arXiv:2112.14569 §3.1).
+      reinit_head: leaves the head out.
+      log: called with lines on what is used and what is left out.
+
+    Returns:
+      float32 arrays by path, without those of a head that is left out.
+
+    Raises:
+      UserError: weights are missing, are not used by our model, or have another shape.
+    """
+    tensors = _select(folder, mappings, reinit_head, log)
+    for mapping in mappings:
+        if mapping.dims[0] == "V" and (name := mapping.names[0][0]) in tensors:
+            tensors[name] = _extend_vocab(tensors[name], mapping.shape[0], new_tokens)
     try:
-        params = architecture_lib.to_ours(where, tensors, folder.offset)
+        return tensors_to_params(mappings, tensors, folder.offset)
     except ValueError as e:
         raise UserError(f"init_from: '{folder.path}': {e}") from e
-    fresh = steps.init().params
-
-    def put(path: Any, new: jax.Array) -> jax.Array:
-        array = params.get(tuple(key.key for key in path))
-        return new if array is None else jax.make_array_from_callback(new.shape, new.sharding, lambda i: array[i])
-
-    return steps.init(jax.tree_util.tree_map_with_path(put, fresh))
 
 
-def _checked(
-    folder: folder_lib.Folder, where: list[architecture_lib.ParamMapping], new_head: bool, log: Callable[[str], None]
+def subtokens(before: Tokenizer, after: Tokenizer) -> dict[int, np.ndarray]:
+    """Returns, for every token that `after` has in addition to `before`, the ids that spell it in `before`.
+
+    Raises:
+      UserError: `after` is no extension of `before`.
+    """
+    if after.tokens[: before.vocab_size] != before.tokens:
+        raise UserError("the corpus was made with another tokenizer than tokenizer.path; prepare it again")
+    new = range(before.vocab_size, after.vocab_size)
+    return {i: before.encode([after.decode([i])])[0] for i in new}
+
+
+def _select(
+    folder: Folder, mappings: Sequence[ParamMapping], reinit_head: bool, log: Callable[[str], None]
 ) -> dict[str, np.ndarray]:
-    """The weights of the folder that are wanted, all of them."""
+    """Returns the weights that the parameters are made of, and checks that they are complete and nothing is lost."""
     architecture, tensors = folder.architecture, folder.tensors()
-    wanted = {name: place for place in where for names in place.names for name in names}
-    for name, twin in architecture.same.items():
+    for name, twin in architecture.tied.items():
         if name in tensors and not np.array_equal(tensors[name], tensors.setdefault(twin, tensors[name])):
-            raise UserError(f"init_from: '{folder.path}' has {name} unlike {twin}; here the two are tied")
+            raise UserError(f"init_from: '{folder.path}' has {name} unlike {twin}; our model ties the two")
         tensors.pop(name, None)
-    if new_head:
-        wanted = {name: place for name, place in wanted.items() if place.path[0] != "head"}
-    missing = [name for name in wanted if name not in tensors]
-    extra = [name for name in tensors if name not in wanted]
+    used = {name: mapping.path for mapping in mappings for names in mapping.names for name in names}
+    if reinit_head:
+        used = {name: path for name, path in used.items() if path[0] != "head"}
+    missing = [name for name in used if name not in tensors]
+    extra = [name for name in tensors if name not in used]
     left_out = [name for name in extra if name.startswith(architecture.unused)]
-    if new_head:  # nor is any other head wanted
-        left_out += [name for name in extra if not name.startswith(architecture.base)]
+    if reinit_head:  # other heads are left out, too
+        left_out += [name for name in extra if not name.startswith(architecture.prefix)]
     extra = [name for name in extra if name not in left_out]
-    if missing and all(wanted[name].path[0] == "head" for name in missing):
+    if missing and all(used[name][0] == "head" for name in missing):
         raise UserError(
-            f"init_from: '{folder.path}' has no vocabulary head (it lacks {_some(missing)}); "
+            f"init_from: '{folder.path}' has no vocabulary head (it lacks {_abridge(missing)}); "
             "set reinit_head=True to train a new one"
         )
-    if missing or extra:
-        lacks = f" lacks {_some(missing)}" if missing else ""
-        has = f" has {_some(extra)}, without a place here" if extra else ""
-        raise UserError(f"init_from: '{folder.path}'{lacks}{' and' if lacks and has else ''}{has}")
-    log(f"started from '{folder.path}', {len(wanted):,} weights of {architecture.class_name}")
+    problems = [f"lacks {_abridge(missing)}"] if missing else []
+    problems += [f"has {_abridge(extra)}, which our model does not use"] if extra else []
+    if problems:
+        raise UserError(f"init_from: '{folder.path}' {' and '.join(problems)}")
+    log(f"started from '{folder.path}', {len(used):,} weights of {architecture.class_name}")
     if left_out:
-        log(f"    left out: {_some(left_out)}")
-    if new_head:
+        log(f"    left out: {_abridge(left_out)}")
+    if reinit_head:
         log("    the vocabulary head is new")
-    return {name: tensors[name] for name in wanted}
+    return {name: tensors[name] for name in used}
 
 
-def _some(names: list[str]) -> str:
+def _abridge(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _spelled(config: Config, tokenizer: Tokenizer) -> dict[int, np.ndarray]:
-    """For every piece that the tokenizer to start from lacks, the pieces that it has instead."""
-    before = load_tokenizer(config.tokenizer.path)
-    if tokenizer.tokens[: before.vocab_size] != before.tokens:
-        raise UserError(f"the corpus was made with another tokenizer than {config.tokenizer.path}, to start from")
-    new = range(before.vocab_size, tokenizer.vocab_size)
-    return {i: before.encode([tokenizer.decode([i])])[0] for i in new}
-
-
-def _with_rows(tensor: np.ndarray, rows: int, spelled: dict[int, np.ndarray]) -> np.ndarray:
-    """An embedding or bias with more rows, (rows, ...)."""
+def _extend_vocab(tensor: np.ndarray, rows: int, new_tokens: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Returns an embedding or bias with `rows` rows; those that stand for no token are the mean of all."""
     tensor = np.asarray(tensor, np.float32)
-    more = np.repeat(tensor.mean(0, keepdims=True), max(0, rows - len(tensor)), axis=0)
-    result = np.concatenate([tensor, more])
-    for i, pieces in spelled.items():
-        result[i] = tensor[pieces].mean(0)
+    padding = np.repeat(tensor.mean(0, keepdims=True), max(0, rows - len(tensor)), axis=0)
+    result = np.concatenate([tensor, padding])
+    for i, ids in new_tokens.items():
+        result[i] = tensor[ids].mean(0)
     return result

@@ -1,19 +1,68 @@
-"""The config of a checkpoint."""
+"""The config of a checkpoint or of a Hugging Face folder."""
+
+import sys
+from collections.abc import Set
 
 from ml_collections import ConfigDict
 
 from flax_mlm.checkpoint.format import newest_meta, stored_config
+from flax_mlm.config.load import from_dict
+from flax_mlm.data.tokenizer.load import load_tokenizer
+from flax_mlm.errors import UserError
+from flax_mlm.hf.folder import is_hf_folder, open_folder
+from flax_mlm.hf.sentence_transformers import read_pooling
 
 
 def read_config(path: str) -> ConfigDict:
-    """Returns the config of the newest sound checkpoint that `path` may mean, with a mesh that fits these devices.
+    """Reads the config of a checkpoint, with a mesh that fits these devices.
 
     Args:
-      path: the workdir of a run, WORKDIR@STEP, or the folder of one checkpoint.
+      path: the workdir of a run (its newest sound checkpoint), WORKDIR@STEP, the folder of one checkpoint, or a Hugging
+        Face folder; for that, the defaults with `init_from` set (see `apply_folder`).
 
     Raises:
       UserError: there is no such checkpoint.
     """
-    config = stored_config(newest_meta(path)[1])
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
+    if is_hf_folder(path):
+        config = from_dict({})
+        config.init_from = path
+    else:
+        config = stored_config(newest_meta(path)[1])
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
     return config
+
+
+def apply_folder(config: ConfigDict, given: Set[str] = frozenset(), as_is: bool = False) -> None:
+    """Sets the fields that the Hugging Face folder `config.init_from` determines.
+
+    These are the shape of the model, and unless the user has set them the tokenizer and the pooling of vectors.
+
+    Args:
+      given: names of the fields that the user has set.
+      as_is: the model is not trained further: its objective is that of its architecture.
+
+    Raises:
+      UserError: the folder cannot be used, or the user has set a field to something else.
+    """
+    folder = open_folder(config.init_from)
+    for name, value in folder.model_fields.items():
+        if f"model.{name}" in given and config.model[name] != value:
+            raise UserError(
+                f"model.{name} is {config.model[name]}, but {value} in '{folder.path}' (init_from); leave it out"
+            )
+        config.model[name] = value
+    if as_is and "objective.name" not in given:
+        config.objective.name = folder.architecture.objective
+    if not config.tokenizer.path:
+        config.tokenizer.path = config.init_from
+    if "finetune.pooling" not in given:
+        pooling = read_pooling(folder.path)
+        config.finetune.pooling = pooling.mode or config.finetune.pooling
+        if pooling.unsupported:
+            modules = " and ".join(pooling.unsupported)
+            print(f"note: vectors will differ from those of '{folder.path}': no support for {modules}", file=sys.stderr)
+    rows = folder.config["vocab_size"]
+    if config.tokenizer.extra_tokens_file:
+        rows = max(rows, load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file).vocab_size)
+    # The embedding keeps all its rows, also those without a token.
+    config.model.vocab_multiple_of *= -(-rows // config.model.vocab_multiple_of)

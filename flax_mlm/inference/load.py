@@ -1,32 +1,32 @@
-"""A model with its parameters and everything needed to ask it something: what tasks and `fill_mask` work on."""
+"""Loading: a model from a checkpoint or a Hugging Face folder, ready for inference."""
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
-from flax_mlm.checkpoint.format import Damaged, find_checkpoints, read_meta, stored_tokenizer
-from flax_mlm.checkpoint.format import restore as restore_items
+from flax_mlm.checkpoint.format import Damaged, find_checkpoints, read_meta, restore, stored_tokenizer
 from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.data.tokenizer.load import load_tokenizer
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
-from flax_mlm.hf import folder as folder_lib
-from flax_mlm.hf import weights as start
+from flax_mlm.hf.folder import is_hf_folder, open_folder
+from flax_mlm.hf.weights import load_params, param_mappings, subtokens
 from flax_mlm.model import electra
 from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.training.step import Steps, make_steps
 
-_LENGTH = 32
+_LENGTH_MULTIPLE = 32
 
 
 class LoadedModel(NamedTuple):
-    """A model on a mesh. Use it under `jax.set_mesh(mesh)`."""
+    """A model with its parameters on a mesh. Use it under `jax.set_mesh(mesh)`."""
 
     config: Config
     mesh: Mesh
@@ -34,68 +34,102 @@ class LoadedModel(NamedTuple):
     params: Any
     tokenizer: Tokenizer
     vocab: Vocabulary
-    meta: Mapping[str, Any] = MappingProxyType({})  # of the checkpoint it was restored from
+    meta: Mapping[str, Any] = MappingProxyType({})  # of the checkpoint; empty for a Hugging Face folder
 
     @property
     def row_length(self) -> int:
-        """Tokens of the rows that it was trained on: of a Hugging Face folder all positions are trained."""
+        """Tokens of the rows that it was trained on; of a Hugging Face folder, all positions count as trained."""
         return self.config.model.max_positions if self.config.init_from else self.config.data.seq_len
 
     @property
     def max_length(self) -> int:
-        """Tokens that a text may have: learned positions beyond the rows of its training were never trained."""
+        """Tokens that a text may have: learned positions beyond the rows of the training were never trained."""
         model = self.config.model
         return self.row_length if model.position_embedding == "learned" else model.max_positions
 
     def padded_length(self, length: int) -> int:
-        """To which rows of so many tokens are padded: few lengths, since each one is compiled."""
-        return min(-(-length // _LENGTH) * _LENGTH, self.config.model.max_positions)
+        """Rounds the length of a batch up to one of a few lengths, since each is compiled."""
+        return min(-(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self.config.model.max_positions)
 
 
-def restore(path: str, config: Config) -> LoadedModel:
-    """The model of the newest sound checkpoint that `path` may mean (see `find_checkpoints`), or of a Hugging Face
-    folder, from that alone. Nothing is written.
+def load_model(path: str, config: Config) -> LoadedModel:
+    """Loads the newest sound checkpoint that `path` may mean, or a Hugging Face folder. Nothing is written.
 
     Args:
-      path: what the user gave as --checkpoint.
-      config: the one stored in it, overrides applied.
+      path: the workdir of a run, WORKDIR@STEP, the folder of one checkpoint, or a Hugging Face folder.
+      config: that of `inference.config.read_config`, with overrides applied.
 
     Raises:
-      UserError: there is none, or none that is sound and fits the config.
+      UserError: there is no checkpoint, or none that is sound and fits the config.
     """
     mesh = make_mesh(config.mesh)
-    if folder_lib.is_one(path):
-        tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
-        with jax.set_mesh(mesh):
-            steps = make_steps(config, tokenizer.vocab_size, mesh)
-            params = start.state(config, steps, tokenizer, lambda line: print(line, file=sys.stderr)).params
-            return LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
-    candidates, wanted = find_checkpoints(path), None
-    for folder in candidates:
+    if is_hf_folder(path):
+        return _load_folder(config, mesh)
+    checkpoints, phase = find_checkpoints(path), None
+    for checkpoint in checkpoints:
         try:
-            meta = read_meta(folder)
-            phase = meta.get("phase", 0)
-            if phase != (wanted := phase if wanted is None else wanted):
-                raise UserError(f"checkpoint '{folder}' is of another phase of the run; name its step to use it")
-            tokenizer = stored_tokenizer(meta)
-            with jax.set_mesh(mesh):
-                steps = make_steps(config, tokenizer.vocab_size, mesh)
-                # A fine-tuned encoder began with the average, and keeps none.
-                item = "average" if config.optimizer.averages != "none" and "fine_tuned" not in meta else "params"
-                items = restore_items(folder, meta, {item: steps.abstract.params}, steps.fingerprint)
-                model = LoadedModel(
-                    config, mesh, steps, items[item], tokenizer, Vocabulary.from_tokenizer(tokenizer), meta
-                )
-                return untied(model) if config.objective.name == "rtd" else model
+            meta = read_meta(checkpoint)
+            phase = meta.get("phase", 0) if phase is None else phase
+            if meta.get("phase", 0) != phase:
+                raise UserError(f"checkpoint '{checkpoint}' is of another phase of the run; name its step to use it")
+            return _load_checkpoint(checkpoint, meta, config, mesh)
         except Damaged as e:
-            if folder == candidates[-1]:
+            if checkpoint == checkpoints[-1]:
                 raise
             print(f"{e}; using the one before", file=sys.stderr)
     raise AssertionError
 
 
+def _load_checkpoint(checkpoint: epath.Path, meta: dict[str, Any], config: Config, mesh: Mesh) -> LoadedModel:
+    tokenizer = stored_tokenizer(meta)
+    with jax.set_mesh(mesh):
+        steps = make_steps(config, tokenizer.vocab_size, mesh)
+        # A fine-tuned encoder was initialised with the average, and has none.
+        item = "average" if config.optimizer.averages != "none" and "fine_tuned" not in meta else "params"
+        params = restore(checkpoint, meta, {item: steps.abstract.params}, steps.fingerprint)[item]
+        model = LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer), meta)
+        return untied(model) if config.objective.name == "rtd" else model
+
+
+def _load_folder(config: Config, mesh: Mesh) -> LoadedModel:
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
+    with jax.set_mesh(mesh):
+        steps = make_steps(config, tokenizer.vocab_size, mesh)
+        params = start_params(config, steps.init().params, steps.model.dims, tokenizer, _print_to_stderr)
+        return LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
+
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def start_params(config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, log: Callable[[str], None]) -> Any:
+    """Returns parameters that start from the Hugging Face folder `config.init_from`.
+
+    Args:
+      fresh: newly initialised parameters; those that the folder lacks are kept, and all shardings.
+      dims: letters of their dimensions (`Model.dims`).
+      tokenizer: of the run. A token that the folder's tokenizer lacks (`tokenizer.extra_tokens_file`) starts as the
+        mean of the tokens that spell it there.
+      log: called with lines on what is used and what is left out.
+
+    Raises:
+      UserError: weights are missing, are not used by our model, or have another shape; or the tokenizer is another one.
+    """
+    folder = open_folder(config.init_from)
+    mappings = list(param_mappings(folder.architecture, fresh, dims, config.model.num_layers))
+    new_tokens = subtokens(load_tokenizer(config.tokenizer.path), tokenizer)
+    params = load_params(folder, mappings, new_tokens, config.reinit_head, log)
+
+    def place(path: Any, leaf: jax.Array) -> jax.Array:
+        array = params.get(tuple(key.key for key in path))
+        return leaf if array is None else jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: array[i])
+
+    return jax.tree_util.tree_map_with_path(place, fresh)
+
+
 def untied(model: LoadedModel) -> LoadedModel:
-    """The same generator and discriminator, each with embeddings of its own, so that the encoder is whole."""
+    """Returns an rtd model whose generator and discriminator have embeddings of their own: each is complete."""
     config, sharing = model.config, model.config.objective.embedding_sharing
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, embedding_sharing="none"))
     steps = make_steps(config, model.tokenizer.vocab_size, model.mesh)

@@ -22,8 +22,7 @@ from flax_mlm.distributed.preemption import Stop, Stopped
 from flax_mlm.distributed.processes import ProcessGroup
 from flax_mlm.errors import Failure
 from flax_mlm.evaluation import cloze, mlm, rtd
-from flax_mlm.hf import weights as start
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.load import LoadedModel, start_params
 from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.storage import gcs
 from flax_mlm.storage.lease import Lease
@@ -88,9 +87,12 @@ class Run:
         self.phase, self.place = restored_meta.get("phase", 0), DataCursor(**restored_meta.get("cursor", {}))
 
     def _new_state(self) -> TrainState:
-        if self._config.init_from:
-            return start.state(self._parts[0].config, self.steps_of[0], self._tokenizer, self._log)
-        return self.steps_of[0].init()
+        steps, config = self.steps_of[0], self._parts[0].config
+        state = steps.init()
+        if config.init_from:
+            params = start_params(config, state.params, steps.model.dims, self._tokenizer, self._log)
+            return steps.init(params)
+        return state
 
     def _take(self, state: TrainState) -> None:
         self.state, self.step, self.progress = state, int(state.step), float(state.progress)
