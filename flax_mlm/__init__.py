@@ -4,4 +4,4 @@ Reading order: train, config, data/, masking, model/, objective, optimizer, shar
 checkpoint, metrics, evaluate, tasks/, fill_mask.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -23,7 +23,7 @@ from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
 
-FORMAT = 3
+FORMAT = 4
 _META_LIMIT = 1 << 26  # bytes; a tokenizer of 250,000 tokens takes 20 MiB
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 # Errors of the machine that reads, not of the checkpoint.
@@ -95,7 +95,10 @@ def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
                 raise ValueError(f"it has {size} bytes")
             meta = json.loads(file.read_text())
         if isinstance(meta["format"], int) and meta["format"] != FORMAT:
-            raise UserError(f"checkpoint '{checkpoint}' has format {meta['format']}; this version reads {FORMAT}")
+            raise UserError(
+                f"checkpoint '{checkpoint}' has format {meta['format']}; this version of flax_mlm reads {FORMAT}; use "
+                "the version that saved it, or train again"
+            )
         if meta["sha256"] != files.digest(meta):
             raise ValueError("its checksum is not that of its content")
         _check_meta(meta)

@@ -196,6 +196,17 @@ def test_missing_or_foreign_metadata(workdir, outcome, damage):
     outcome("detected", damages=1)
 
 
+@pytest.mark.fault(24)
+def test_an_older_format_is_refused_and_kept(workdir, outcome):
+    file = workdir / "checkpoints" / "30" / "meta" / "metadata"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": FORMAT - 1}))
+    with pytest.raises(UserError, match=f"has format {FORMAT - 1}; this version of flax_mlm reads {FORMAT}; use") as e:
+        restored(workdir)
+    assert "\n" not in str(e.value)
+    assert saved_steps(workdir) == [10, 20, 30]
+    outcome("detected", damages=1)
+
+
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("kind", ["empty folder", "junk", "link", "dangling link", "file", "leading zero", "not ASCII"])
 def test_what_only_looks_like_a_checkpoint(workdir, outcome, kind):
