@@ -13,7 +13,7 @@ from flax_mlm import audit
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
 from flax_mlm.objectives import masking
-from flax_mlm.objectives.keys import run_key
+from flax_mlm.objectives.keys import row_keys, run_key
 from flax_mlm.objectives.vocabulary import Vocabulary
 
 L = 32
@@ -75,9 +75,10 @@ def test_rows_are_those_of_training():
     config = make_config()
     batch = next(iter(batches()))
     slots = masking.max_predictions_per_row(L, 0.15)
-    vocab, ids = Vocabulary.from_tokenizer(FakeTokenizer()), jnp.asarray(batch["row_ids"])
-    rates, key = masking.rates(config.objective, 0.15), run_key(config, "mask")
-    expected = masking.mask_tokens(jnp.asarray(batch["tokens"]), ids, key, vocab, config.objective, rates, slots)
+    vocab = Vocabulary.from_tokenizer(FakeTokenizer())
+    keys = row_keys(run_key(config, "mask"), jnp.asarray(batch["row_ids"]))
+    rates = masking.rates(config.objective, 0.15)
+    expected = masking.mask_tokens(jnp.asarray(batch["tokens"]), keys, vocab, config.objective, rates, slots)
     first = expected.positions_BK[0][expected.weights_BK[0] > 0]
     row = run(show=1)[1].split("[CLS]")[1].split("[SEP]")[0]
     labels = [PIECES[t].strip("▁") for t in batch["tokens"][0][np.asarray(first)]]
@@ -103,10 +104,10 @@ BREAKAGES = {
 def test_broken_masking_exits_with_1(monkeypatch, law):
     sound, strategy = masking.mask_tokens, "whole_word" if "word" in law else "token"
 
-    def broken(tokens_BL, row_ids_B2, key, vocab, objective, *rest):
+    def broken(tokens_BL, keys_B, vocab, objective, *rest):
         if strategy == "whole_word":  # ask for whole words, get tokens
             objective = make_config(masking="token").objective
-        return BREAKAGES[law](sound(tokens_BL, row_ids_B2, key, vocab, objective, *rest), tokens_BL)
+        return BREAKAGES[law](sound(tokens_BL, keys_B, vocab, objective, *rest), tokens_BL)
 
     monkeypatch.setattr(masking, "mask_tokens", broken)
     code, text = run(masking=strategy)

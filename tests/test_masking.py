@@ -19,6 +19,7 @@ from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import BATCH, make_mesh
 from flax_mlm.objectives import masking, segments
+from flax_mlm.objectives.keys import row_keys
 from flax_mlm.objectives.targets import Targets, make_targets
 from flax_mlm.objectives.vocabulary import Vocabulary
 
@@ -51,7 +52,7 @@ def row_ids(numbers):
 def compiled(o, slots):
     return jax.jit(
         lambda tokens, ids, key, vocab, rate: masking.mask_tokens(
-            tokens, ids, key, vocab, o, masking.rates(o, rate), slots
+            tokens, row_keys(key, ids), vocab, o, masking.rates(o, rate), slots
         )
     )
 

@@ -14,6 +14,7 @@ import numpy as np  # noqa: E402
 from benchmarks import case  # noqa: E402
 from benchmarks.workers.serving import seconds_of_calls, serve  # noqa: E402
 from flax_mlm.objectives import masking  # noqa: E402
+from flax_mlm.objectives.keys import row_keys  # noqa: E402
 
 
 def build(spec: dict[str, Any]) -> Callable[[], dict[str, float]]:
@@ -26,7 +27,7 @@ def build(spec: dict[str, Any]) -> Callable[[], dict[str, float]]:
 
     def of_shape(rows: int, length: int) -> Callable[[], Any]:
         slots = masking.max_predictions_per_row(length, o.mask_rate)
-        mask = jax.jit(lambda tokens, row_ids: masking.mask_tokens(tokens, row_ids, key, vocab, o, rates, slots))
+        mask = jax.jit(lambda tokens, ids: masking.mask_tokens(tokens, row_keys(key, ids), vocab, o, rates, slots))
         tokens = jax.numpy.asarray(stream[: rows * length].reshape(rows, length))
         row_ids = jax.numpy.asarray(np.stack([np.zeros(rows), np.arange(rows)], axis=1).astype(np.uint32))
         return lambda: jax.block_until_ready(mask(tokens, row_ids))

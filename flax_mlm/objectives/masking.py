@@ -21,7 +21,6 @@ from jax import lax
 
 from flax_mlm.config.phases import Phase
 from flax_mlm.config.schema import ObjectiveConfig
-from flax_mlm.objectives.keys import row_keys
 from flax_mlm.objectives.vocabulary import Vocabulary
 
 _RATE_UNIT = 100_000  # mask rates count in hundred-thousandths, so that rounding is integer arithmetic
@@ -81,13 +80,7 @@ def num_predictions(maskable_L: jax.Array, mask_rate: Any) -> jax.Array:
 
 
 def mask_tokens(
-    tokens_BL: jax.Array,
-    row_ids_B2: jax.Array,
-    key: jax.Array,
-    vocab: Vocabulary,
-    objective: ObjectiveConfig,
-    rates: Rates,
-    max_predictions: int,
+    tokens_BL: jax.Array, keys_B: jax.Array, vocab: Vocabulary, objective: ObjectiveConfig, rates: Rates, K: int
 ) -> Masked:
     """Masks `num_predictions` tokens of each row, without replacement and never a special token.
 
@@ -95,16 +88,15 @@ def mask_tokens(
 
     Args:
       tokens_BL: int32 rows.
-      row_ids_B2: uint32 [high, low] halves of each row's number in the training stream.
-      key: key of the whole run; see `row_keys`.
+      keys_B: keys of the rows, see `keys.row_keys`.
       rates: may change from step to step.
-      max_predictions: K, as `max_predictions_per_row` gives it for the largest rate.
+      K: number of prediction slots, as `max_predictions_per_row` gives it for the largest rate.
     """
 
     def mask_row(tokens_L: jax.Array, key: jax.Array) -> Masked:
         order_L, stop_L, replace_L, random_L = jax.random.bits(key, (4, tokens_L.size), jnp.uint32)
         maskable_L = ~vocab.is_special[tokens_L]
-        count = jnp.minimum(num_predictions(maskable_L, rates.mask), max_predictions)
+        count = jnp.minimum(num_predictions(maskable_L, rates.mask), K)
         match objective.masking:
             case "token":
                 units = token_units(tokens_L)
@@ -113,10 +105,10 @@ def mask_tokens(
             case _:
                 units = span_units(tokens_L, vocab, stop_L, objective)
         whole = objective.masking == "whole_word"
-        positions_K = select_units(units, order_L, maskable_L, count, max_predictions, whole=whole)
+        positions_K = select_units(units, order_L, maskable_L, count, K, whole=whole)
         # As in SpanBERT, all tokens of a span are replaced alike; those of a word, as in BERT, each by itself.
         decide_K = units.start_L[positions_K] if objective.masking == "span" else positions_K
-        inputs_L = replace(tokens_L, positions_K, replace_L[decide_K], random_L[positions_K], vocab, rates)
+        inputs_L = replace(tokens_L, positions_K, _uniform(replace_L[decide_K]), random_L[positions_K], vocab, rates)
         used_K = positions_K < tokens_L.size
         return Masked(
             inputs_BL=inputs_L,
@@ -126,7 +118,7 @@ def mask_tokens(
         )
 
     with jax.named_scope("mask_tokens"):
-        return jax.vmap(mask_row)(tokens_BL, row_keys(key, row_ids_B2))
+        return jax.vmap(mask_row)(tokens_BL, keys_B)
 
 
 def token_units(tokens_L: jax.Array) -> Units:
@@ -161,7 +153,7 @@ def span_units(tokens_L: jax.Array, vocab: Vocabulary, stop_L: jax.Array, object
 
 
 def select_units(
-    units: Units, order_L: jax.Array, maskable_L: jax.Array, count: jax.Array, max_predictions: int, *, whole: bool
+    units: Units, order_L: jax.Array, maskable_L: jax.Array, count: jax.Array, K: int, *, whole: bool
 ) -> jax.Array:
     """Positions of the selected tokens, int32 (K,), ascending; L at prediction slots not in use.
 
@@ -176,28 +168,22 @@ def select_units(
         offset_L = index_L - units.start_L[index_L]
         selected_L = _whole_units(units.length_L[index_L], offset_L, maskable_L[index_L], count)
     else:  # the tokens that come first, so that only K have to be sorted
-        index_L = index_L[:max_predictions]
-        selected_L = jnp.arange(max_predictions, dtype=jnp.int32) < count
-    return lax.sort(jnp.where(selected_L, index_L, maskable_L.size))[:max_predictions]
+        index_L = index_L[:K]
+        selected_L = jnp.arange(K, dtype=jnp.int32) < count
+    return lax.sort(jnp.where(selected_L, index_L, maskable_L.size))[:K]
 
 
 def replace(
-    tokens_L: jax.Array,
-    positions_K: jax.Array,
-    replace_K: jax.Array,
-    random_K: jax.Array,
-    vocab: Vocabulary,
-    rates: Rates,
+    tokens_L: jax.Array, positions_K: jax.Array, u_K: jax.Array, random_K: jax.Array, vocab: Vocabulary, rates: Rates
 ) -> jax.Array:
     """Model inputs, int32 (L,): selected tokens shown as [MASK], as a uniformly random ordinary token, or unchanged
     (BERT, arXiv:1810.04805, section 3.1: 80%, 10%, 10%).
 
     Args:
       positions_K: int32 positions of the selected tokens; L at prediction slots not in use.
-      replace_K: random uint32 that decides between the three.
+      u_K: random float32 in [0, 1) that decides between the three.
       random_K: random uint32 that chooses the random token.
     """
-    u_K = _uniform(replace_K)
     random_K = vocab.ordinary_ids[random_K % vocab.ordinary_ids.size]
     shown_K = jnp.where(u_K < rates.mask_replace_prob + rates.random_replace_prob, random_K, tokens_L[positions_K])
     shown_K = jnp.where(u_K < rates.mask_replace_prob, vocab.mask_id, shown_K)

@@ -35,9 +35,8 @@ def replaced_token_detection(generator: Model, discriminator: Model, vocab_size:
 
     def predict(params: Any, t: Targets, dropout_keys_B: Any) -> DetectionLosses:
         context = t.segment_ids_BL, t.positions_BL
-        generator_keys_B = dropout_keys_B
-        if dropout_keys_B is not None:  # not the discriminator's dropout
-            generator_keys_B = jax.vmap(lambda key: jax.random.fold_in(key, 2**32 - 1))(dropout_keys_B)
+        fold_in = jax.vmap(lambda key: jax.random.fold_in(key, 2**32 - 1))
+        generator_keys_B = jax.tree.map(fold_in, dropout_keys_B)  # None stays None
         with jax.named_scope("generator"):
             logits_BKV = generator.apply(
                 params, t.inputs_BL, *context, predict_BK=t.predict_BK, dropout_keys_B=generator_keys_B

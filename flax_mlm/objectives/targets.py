@@ -9,6 +9,7 @@ from flax_mlm.config.schema import ObjectiveConfig
 from flax_mlm.distributed.mesh import per_row
 from flax_mlm.objectives import masking, segments
 from flax_mlm.objectives.keys import row_keys
+from flax_mlm.objectives.masking import Rates
 from flax_mlm.objectives.vocabulary import Vocabulary
 
 
@@ -32,12 +33,7 @@ def max_predictions_per_row(objective: ObjectiveConfig, seq_len: int, largest_ra
 
 
 def make_targets(
-    objective: ObjectiveConfig,
-    rows: dict[str, jax.Array],
-    key: jax.Array,
-    vocab: Vocabulary,
-    rates: masking.Rates,
-    max_predictions: int,
+    objective: ObjectiveConfig, rows: dict[str, jax.Array], key: jax.Array, vocab: Vocabulary, rates: Rates, K: int
 ) -> Targets:
     """Inputs and targets of rows.
 
@@ -47,10 +43,10 @@ def make_targets(
     Args:
       rows: `tokens` int32 (B, L) and `row_ids` uint32 (B, 2), see `data.pipeline`.
       key: key of the whole run.
-      max_predictions: K, as `max_predictions_per_row` gives it for the largest rate.
+      K: number of prediction slots, as `max_predictions_per_row` gives it for the largest rate.
     """
 
-    def local_targets(rows: dict[str, jax.Array], key: jax.Array, vocab: Vocabulary, rates: masking.Rates) -> Targets:
+    def local_targets(rows: dict[str, jax.Array], key: jax.Array, vocab: Vocabulary, rates: Rates) -> Targets:
         tokens_BL = rows["tokens"]
         documents_BL = segments.segment_ids(tokens_BL, vocab)
         segment_ids_BL = jnp.minimum(documents_BL, 1) if objective.attend_across_documents else documents_BL
@@ -60,7 +56,7 @@ def make_targets(
             predict_BK = jax.lax.broadcasted_iota(jnp.int32, is_predicted_BK.shape, 1)
             weights_BK = is_predicted_BK.astype(jnp.float32)
             return Targets(tokens_BL, *context, predict_BK, tokens_BL[:, 1:], weights_BK)
-        masked = masking.mask_tokens(tokens_BL, rows["row_ids"], key, vocab, objective, rates, max_predictions)
+        masked = masking.mask_tokens(tokens_BL, row_keys(key, rows["row_ids"]), vocab, objective, rates, K)
         targets = Targets(masked.inputs_BL, *context, masked.positions_BK, masked.labels_BK, masked.weights_BK)
         if objective.name == "mlm":
             return targets
@@ -70,5 +66,5 @@ def make_targets(
             sample_keys_B=row_keys(sample_key, rows["row_ids"]),
         )
 
-    rates = masking.Rates(*(jnp.asarray(x, jnp.float32) for x in rates))
+    rates = Rates(*(jnp.asarray(x, jnp.float32) for x in rates))
     return per_row(local_targets, rows, key, vocab, rates)

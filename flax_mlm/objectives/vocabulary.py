@@ -1,13 +1,12 @@
 """Token tables of a vocabulary, as device arrays."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer.base import Tokenizer
 
 
 class Vocabulary(NamedTuple):
@@ -21,7 +20,7 @@ class Vocabulary(NamedTuple):
     mask_id: int
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: "Tokenizer") -> "Vocabulary":
+    def from_tokenizer(cls, tokenizer: Tokenizer) -> "Vocabulary":
         """Copies the tables of a tokenizer to the device."""
         return cls(
             is_special=jnp.asarray(tokenizer.is_special),

@@ -36,20 +36,16 @@ def update_average(config: OptimizerConfig, total_steps: int, step: jax.Array, a
 
 def update_weight(config: OptimizerConfig, total_steps: int, step: jax.Array) -> jax.Array:
     """Weight of the newest parameters in the average after int32 `step`, from 0; float32 in [0, 1]."""
-    done = step + 1
-    return {
-        "ema": lambda: _ema(config, step.astype(jnp.float32)),
-        "lawa": lambda: _lawa(config, total_steps, done),
-        "schedule_free": lambda: _schedule_free(config, total_steps, done.astype(jnp.float32)),
-    }[config.averages]()
+    weights = {"ema": _ema, "lawa": _lawa, "schedule_free": _schedule_free}
+    return weights[config.averages](config, total_steps, step + 1)
 
 
-def _ema(config: OptimizerConfig, step: jax.Array) -> jax.Array:
+def _ema(config: OptimizerConfig, total_steps: int, done: jax.Array) -> jax.Array:
     """Exponential moving average, with less decay at first, so that it forgets the initial parameters.
 
     After n steps it looks back over n / 9 of them, as TensorFlow's `ExponentialMovingAverage` with `num_updates`.
     """
-    return 1.0 - jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))
+    return 1.0 - jnp.minimum(config.ema_decay, done.astype(jnp.float32) / (9 + done).astype(jnp.float32))
 
 
 def _lawa(config: OptimizerConfig, total_steps: int, done: jax.Array) -> jax.Array:
@@ -74,7 +70,7 @@ def _schedule_free(config: OptimizerConfig, total_steps: int, done: jax.Array) -
 
     The learning rate rises linearly during the warm-up and is constant afterwards.
     """
-    warmup = max(1.0, config.warmup_fraction * total_steps)
+    warmup, done = max(1.0, config.warmup_fraction * total_steps), done.astype(jnp.float32)
     n = jnp.minimum(done, math.floor(warmup))
     sum_of_squares = (n / warmup) * ((n + 1.0) / warmup) * (2.0 * n + 1.0) / 6.0 + (done - n)
     return jnp.square(jnp.minimum(done / warmup, 1.0)) / sum_of_squares

@@ -14,15 +14,8 @@ from flax_mlm.distributed.mesh import with_auto_axes
 
 # Whether a parameter decays, by the last component of its path.
 _DECAYS = {
-    "kernel": True,
-    "token": True,
-    "position": True,
-    "token_type": True,
-    "bias": False,
-    "decoder_bias": False,
-    "scale": False,
-    "detector": True,
-    "detector_bias": False,
+    **dict.fromkeys(("kernel", "token", "position", "token_type", "detector"), True),
+    **dict.fromkeys(("bias", "scale", "decoder_bias", "detector_bias"), False),
 }
 
 
