@@ -17,17 +17,17 @@ from flax_mlm.objectives.keys import row_keys, run_key
 from flax_mlm.objectives.vocabulary import Vocabulary
 
 L = 32
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"▁w{i}" for i in range(40)), *(f"c{i}" for i in range(20))]
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"▁w{i}" for i in range(40)), *(f"c{i}" for i in range(20))]
 
 
 class FakeTokenizer:
-    pieces = PIECES
-    is_special = np.arange(len(PIECES)) < 5
-    starts_word = np.array([p[0] in "▁[" for p in PIECES])
+    tokens = TOKENS
+    is_special = np.arange(len(TOKENS)) < 5
+    starts_word = np.array([p[0] in "▁[" for p in TOKENS])
     pad_id, unk_id, cls_id, sep_id, mask_id = range(5)
 
     def decode(self, ids):
-        return "".join(PIECES[i] for i in ids).replace("▁", " ").strip()
+        return "".join(TOKENS[i] for i in ids).replace("▁", " ").strip()
 
 
 def make_config(**objective):
@@ -39,7 +39,7 @@ def make_config(**objective):
 def batches(steps=2, rows=64):
     rng = np.random.default_rng(0)
     for step in range(steps):
-        tokens = rng.integers(5, len(PIECES), (rows, L)).astype(np.int32)
+        tokens = rng.integers(5, len(TOKENS), (rows, L)).astype(np.int32)
         tokens[:, 0], tokens[:, -3], tokens[:, -2:] = 2, 3, 0
         number = np.arange(step * rows, (step + 1) * rows)
         yield {"tokens": tokens, "row_ids": np.stack([number * 0, number], 1).astype(np.uint32)}
@@ -81,7 +81,7 @@ def test_rows_are_those_of_training():
     expected = masking.mask_tokens(jnp.asarray(batch["tokens"]), keys, vocab, config.objective, rates, slots)
     first = expected.positions_BK[0][expected.weights_BK[0] > 0]
     row = run(show=1)[1].split("[CLS]")[1].split("[SEP]")[0]
-    labels = [PIECES[t].strip("▁") for t in batch["tokens"][0][np.asarray(first)]]
+    labels = [TOKENS[t].strip("▁") for t in batch["tokens"][0][np.asarray(first)]]
     assert re.findall(r"⟨[■=]?(\w+)", row) == labels
 
 
