@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Masked against causal: the same text, order, shape and number of steps, four objectives (configs/objectives.py), then
-# one table and a plot. About two hours on two CPU cores; run again, it goes on.
+# one table and a plot. About two hours on two CPU cores; a second call continues an interrupted one.
 #
 #   bash launch/compare_objectives.sh
 #   bash launch/compare_objectives.sh --config.data.source='text:my/*.txt.gz' --workdir=runs/wiki \

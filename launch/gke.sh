@@ -9,7 +9,7 @@
 # has no hostNetwork) with JobSet 0.6 or later, and has a node pool of this kind of TPU and topology for every slice:
 # multi-host slices and reservations belong to node pools, and --reservation is an option of theirs.
 #
-# A pod that is told to leave saves, and the run goes on from there: MAX_RESTARTS bounds how often, for whatever reason.
+# An evicted pod saves, and the run continues from there; MAX_RESTARTS bounds all restarts, whatever their reason.
 # A mistake (exit code 2) ends the run at once.
 set -euo pipefail
 here=$PWD

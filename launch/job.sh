@@ -157,7 +157,7 @@ train_arguments() {
   fi
 }
 
-# Refuses, before anything is paid for, what `train` would refuse there.
+# Refuses what `train` would refuse on the machines, before anything is billed.
 check_arguments() {
   local said
   if [ ! -x "${VENV:-.venv}/bin/python" ]; then

@@ -13,7 +13,7 @@
 #   --dry_run                print what would be run, and run nothing
 #
 # A run that stopped for a preemption (exit code 75) is started again, as often as it takes. Ctrl-C or SIGTERM here
-# ends it: the run saves, and the same line goes on from there.
+# ends it: the run saves, and the same line continues it.
 set -euo pipefail
 
 processes=1 devices='' restarts=3 arguments=() dry_run=''
@@ -93,5 +93,5 @@ while :; do
     if [ "$restarts" = 0 ]; then exit "$code"; fi
     restarts=$((restarts - 1))
   fi
-  echo "the run ended with exit code $code: starting it again" >&2
+  echo "the run ended with exit code $code: restarting it" >&2
 done

@@ -6,25 +6,25 @@
 #   bash launch/tpu.sh submit job.env -- --config=configs/bert_base.py --config.data.corpus=gs://my-bucket/corpora/wiki
 #   bash launch/tpu.sh babysit job.env
 #
-#   check     login, project, zone, quota, bucket and its region, config: before anything is created
-#   submit    check, code and arguments to the bucket, TPUs queued for; where they are there already, starts anew on them
-#   status    of the TPUs and of what each machine does
-#   logs      of the machines: [--worker=slice0-worker3] [--follow]
-#   ssh       to a machine: [--worker=N, default 0, or all] [--node=N] [-- COMMAND]
-#   stop      training saves and ends; the TPUs stay, and are paid for
-#   delete    TPUs: nothing is left that costs, but for the bucket
-#   babysit   until the run is done: TPUs that were taken away, or failed, are made anew; then deletes them. So it does
-#             when MAX_RESTARTS, MAX_WAIT_HOURS or MAX_COST is reached. Of several babysitters, one works
+#   check     verify login, project, zone, quota, bucket and its region, config; create nothing
+#   submit    check, upload code and arguments to the bucket, request TPUs; restart on them where they exist already
+#   status    show the state of the TPUs and of each machine
+#   logs      show the logs of the machines: [--worker=slice0-worker3] [--follow]
+#   ssh       log in to a machine: [--worker=N, default 0, or all] [--node=N] [-- COMMAND]
+#   stop      save and end training; the TPUs stay and continue to be billed
+#   delete    delete the TPUs; only the bucket remains to be billed
+#   babysit   watch until the run is done, and recreate TPUs that were preempted or have failed; then delete them, also
+#             when MAX_RESTARTS, MAX_WAIT_HOURS or MAX_COST is reached. Where several babysitters run, one acts
 #
-# All take --dry_run: what would be run is printed, and nothing is. POLL (30) is how many seconds lie between two looks.
+# All take --dry_run, which prints the commands and runs none. POLL (30) is the number of seconds between two polls.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/job.sh
 
 poll=${POLL:-30}
 gone_after=${GONE_AFTER:-600}      # seconds that deleting may take
-silent_after=${SILENT_AFTER:-1800} # seconds without a word of any machine, which speaks every minute
-failures=3                         # of the run itself, not preemptions, that babysit bears
+silent_after=${SILENT_AFTER:-1800} # seconds without a heartbeat of any machine, which sends one every minute
+failures=3                         # of the run itself, not preemptions, that babysit tolerates
 
 tpus() {
   local group=$1 verb=$2
@@ -95,12 +95,12 @@ check() {
   read -r where kind <<<"$(printf '%s\n' "$said" | tr 'A-Z\t' 'a-z ')"
   if [ -z "$dry_run" ] && ! holds_region "$where" "$kind"; then
     mistake "BUCKET: gs://${BUCKET%%/*} is in $where, and the TPUs in $(region): each step of a checkpoint or corpus" \
-      "would be paid for and wait; use a bucket in $(region)"
+      "would be billed while they wait; use a bucket in $(region)"
   fi
   check_quota
   check_arguments
-  echo "all is as it should be: $accelerator_type, $runtime, $PROVISIONING, in $ZONE" >&2
-  echo "python -m flax_mlm.plan --topology=$TPU --slices=$SLICES says whether the run fits, and what it may cost" >&2
+  echo "checks passed: $accelerator_type, $runtime, $PROVISIONING, in $ZONE" >&2
+  echo "python -m flax_mlm.plan --topology=$TPU --slices=$SLICES estimates whether the run fits and what it costs" >&2
 }
 
 # Whether a bucket's location has the machines' region in it.
@@ -129,7 +129,7 @@ check_quota() {
   if ! ask gcloud beta quotas info list --service=tpu.googleapis.com "--project=$PROJECT" "--flatten=${quota}[]" \
     "--filter=quotaId=${name}PerProjectPerZoneForTPUAPI AND ($quota.dimensions.zone=$ZONE OR $quota.applicableLocations:$ZONE)" \
     "--format=value($quota.details.value)"; then
-    echo "the quota could not be asked for: $(reason)" >&2
+    echo "quota not checked: $(reason)" >&2
     return 0
   fi
   limit=$(printf '%s\n' "$said" | grep -m 1 -x -e '-\{0,1\}[0-9]\{1,\}' || true)
@@ -182,11 +182,11 @@ submit() {
   forgive
   if [ "$state" = ACTIVE ]; then
     on_all_workers 'sudo google_metadata_script_runner startup' || failure "not started on all machines: $(reason)"
-    echo "the run starts on the TPUs that are there" >&2
+    echo "starting the run on the existing TPUs" >&2
   else
     create || failure "$RUN was not created, and costs nothing: $(reason)"
-    echo "$SLICES × $TPU are queued for, as $RUN. Go on with: bash launch/tpu.sh babysit $job_file" >&2
-    echo "without that, delete them yourself when status says DONE" >&2
+    echo "$SLICES × $TPU requested as $RUN. Next: bash launch/tpu.sh babysit $job_file" >&2
+    echo "without a babysitter, delete them yourself once status shows DONE" >&2
   fi
 }
 
@@ -234,7 +234,7 @@ logs() {
       seen=$((seen + size))
     elif [ "$seen" = 0 ] && [ -z "$follow" ]; then
       list_objects || failure "gs://$BUCKET cannot be read: $(reason)"
-      mistake "no log of $worker yet; there are: $(printf '%s\n' "$objects" | sed -n 's|^logs/\(.*\).log$|\1|p' | tr '\n' ' ')"
+      mistake "no log of $worker yet; available: $(printf '%s\n' "$objects" | sed -n 's|^logs/\(.*\).log$|\1|p' | tr '\n' ' ')"
     fi
     if [ -z "$follow" ]; then break; fi
     if list_objects && { has DONE || has FAILED; }; then break; fi
@@ -275,16 +275,16 @@ stop() {
       if ! [[ $(gcloud storage cat "$job_url/$name" 2>/dev/null) = *ended* ]]; then waiting="$waiting ${name#workers/}"; fi
     done
     if [ -z "$waiting" ]; then
-      echo "all machines have saved and ended" >&2
+      echo "all machines have saved and exited" >&2
       return 0
     fi
     sleep "$poll"
   done
-  echo "these machines have not ended yet:$waiting" >&2
+  echo "still running:$waiting" >&2
   return 1
 }
 
-# Deletes the queued resource with its nodes, and looks whether they are gone.
+# Deletes the queued resource with its nodes, and waits until they are gone.
 delete() {
   local end=$((SECONDS + gone_after)) left='' name
   tpus queued-resources delete "$RUN" --force --quiet --async
@@ -313,11 +313,11 @@ delete() {
     left=" $RUN (${state:-unknown})"
   fi
   if [ -n "$left" ]; then
-    echo "stopped: could not be deleted, and is paid for until it is:$left; try again:" \
+    echo "stopped: not deleted, and billed until it is:$left; try again:" \
       "bash launch/tpu.sh delete $job_file ($(reason))" >&2
     return 1
   fi
-  echo "$RUN is deleted; what is left is in the bucket: $job_url, gs://$BUCKET/runs/$RUN" >&2
+  echo "$RUN is deleted; its files stay in the bucket: $job_url, gs://$BUCKET/runs/$RUN" >&2
 }
 
 # The babysitter's own object in the bucket says who it is, and what has been used over all restarts.
@@ -371,17 +371,17 @@ cost() {
   awk "BEGIN { printf \"%.2f\", $seconds / 3600 * $chips * $SLICES * ${PRICE:-0} }"
 }
 
-# Makes the TPUs anew; WHY says what became of the last ones.
+# Recreates the TPUs; WHY is the state of the last ones.
 recreate() {
-  echo "$1: making it anew ($restarts of $MAX_RESTARTS restarts)" >&2
-  if [ "$restarts" -ge "$MAX_RESTARTS" ]; then leave 1 "$RUN: $1, and was made anew $restarts times (MAX_RESTARTS)"; fi
+  if [ "$restarts" -ge "$MAX_RESTARTS" ]; then leave 1 "$RUN: $1, and was recreated $restarts times (MAX_RESTARTS)"; fi
   restarts=$((restarts + 1))
+  echo "$1: recreating it (restart $restarts of $MAX_RESTARTS)" >&2
   delete || leave 1 "$RUN: $1, and cannot be deleted"
   forget "$job_url/FAILED" "$job_url/workers/**"
   if ! create; then
     case $said in
-    *PERMISSION_DENIED* | *INVALID_ARGUMENT* | *[Qq]uota*) leave 1 "$RUN cannot be made anew: $(reason)" ;;
-    *) echo "$RUN could not be made anew, and will be tried again: $(reason)" >&2 ;;
+    *PERMISSION_DENIED* | *INVALID_ARGUMENT* | *[Qq]uota*) leave 1 "$RUN cannot be recreated: $(reason)" ;;
+    *) echo "$RUN could not be recreated; trying again: $(reason)" >&2 ;;
     esac
   fi
   waiting_since=$SECONDS silent_since=$SECONDS
@@ -400,13 +400,13 @@ babysit() {
   list_objects || failure "gs://$BUCKET cannot be read: $(reason)"
   has bundle.tgz || mistake "$RUN was never submitted: bash launch/tpu.sh submit $job_file -- TRAIN ARGS"
   begin_holding
-  trap 'hold nobody || true; echo "the TPUs go on without a babysitter, and are paid for: bash launch/tpu.sh babysit $job_file" >&2; exit 130' INT TERM
+  trap 'hold nobody || true; echo "the TPUs run on without a babysitter and continue to be billed: bash launch/tpu.sh babysit $job_file" >&2; exit 130' INT TERM
   while :; do
     if ! look; then
       unreachable=$((unreachable + 1))
       echo "cannot see $RUN ($unreachable of 20): $(reason)" >&2
       if [ "$unreachable" -ge 20 ]; then
-        failure "$RUN cannot be seen; it may be there, and paid for: bash launch/tpu.sh delete $job_file"
+        failure "$RUN cannot be seen; it may exist and be billed: bash launch/tpu.sh delete $job_file"
       fi
       sleep "$poll"
       continue
@@ -429,7 +429,7 @@ babysit() {
       before=$state
     fi
     if has DONE; then leave 0 "$RUN is done${PRICE:+, for $(cost)}: gs://$BUCKET/runs/$RUN"; fi
-    if [ "$state" = ACTIVE ] && has FAILED; then # else it was taken away, and the rest follows from that
+    if [ "$state" = ACTIVE ] && has FAILED; then # else it was preempted, and the rest follows from that
       why=$(gcloud storage cat "$job_url/FAILED" 2>/dev/null || true)
       case $why in
       '2 '*) leave 2 "$RUN: a mistake; ${why#2 }" ;;
@@ -443,16 +443,16 @@ babysit() {
     fi
     if has STOP; then
       hold nobody || true
-      echo "$RUN was told to stop. What is there of it stays, and is paid for: submit goes on with it, delete ends it" >&2
+      echo "$RUN was stopped as requested. Its TPUs continue to be billed: submit continues the run, delete removes them" >&2
       exit 0
     fi
     if [ -n "$MAX_COST" ] && awk "BEGIN { exit !($(cost) >= $MAX_COST) }"; then
       stop || true
-      leave 1 "$RUN has cost $(cost) (MAX_COST is $MAX_COST); it is saved, and goes on from there when submitted again"
+      leave 1 "$RUN has cost $(cost) (MAX_COST is $MAX_COST); it is saved; submit continues it"
     fi
     if [ "$state" != ACTIVE ] || [ "$heard" != "$heard_before" ]; then silent_since=$SECONDS heard_before=$heard; fi
     case $state in
-    SUSPENDED) recreate "$RUN was taken away" ;;
+    SUSPENDED) recreate "$RUN was preempted" ;;
     FAILED | NONE) recreate "$RUN is ${state/NONE/gone}" ;;
     ACTIVE)
       waiting_since=$SECONDS
@@ -477,7 +477,7 @@ verb=${1-}
 shift || true
 case $verb in
 check | submit | status | logs | ssh | stop | delete | babysit) ;;
-*) mistake "tpu.sh takes check, submit, status, logs, ssh, stop, delete or babysit, then a job file; the head of this file says more" ;;
+*) mistake "tpu.sh takes check, submit, status, logs, ssh, stop, delete or babysit, then a job file; see the head of this file" ;;
 esac
 read_arguments "$@"
 read_job "${job_file:-job.env}"

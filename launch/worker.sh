@@ -19,12 +19,12 @@ name=$1 home=${WORKER_HOME:-/var/lib/flax_mlm} restarts=${WORKER_RESTARTS:-3} ev
 mkdir -p "$home"
 exec 9>"$home/lock" # training inherits it: also one that has lost this script counts
 if ! flock -n 9; then
-  echo "a worker is at work here already"
+  echo "a worker is already running here"
   exit 0
 fi
 find "$home" -maxdepth 1 -name 'code.*' ! -name "$(basename "$PWD")" -exec rm -rf {} + # of earlier starts
 log="$home/worker.log"
-# Of machines before this one: its own log goes on from there.
+# The log of an earlier machine in this role: this one appends to it.
 [ -e "$log" ] || gcloud storage cp "$job_url/logs/$name.log" "$log" --quiet >/dev/null 2>&1 || true
 touch "$log"
 begin=$(wc -c <"$log")
@@ -65,7 +65,7 @@ attend() {
     copy_log
     tell "workers/$name" "$(date +%s) at work"
     if [ -z "$is_told" ] && is_stopped; then
-      echo "STOP is there: training saves and ends"
+      echo "STOP requested: training saves and exits"
       kill -TERM $$
       is_told=1
     fi

@@ -273,17 +273,17 @@ def test_stop_saves_and_keeps_the_tpus_and_submit_starts_anew_on_them(desk):
     until(lambda: all(file.exists() for file in started))
     (desk.cloud.folder / "drops").touch()
     desk.run("ssh", "--worker=all", "--", "sudo", "google_metadata_script_runner", "startup")
-    until(lambda: desk.cloud.logs().count("a worker is at work here already") >= 3)
+    until(lambda: desk.cloud.logs().count("a worker is already running here") >= 3)
     codes = [list((machine.folder / "home").glob("code.*/launch/worker.sh")) for machine in desk.cloud.machines["run"]]
     assert min(map(len, codes)) >= 2, "what the first runs from is still there"
     assert [file.read_text() for file in started] == ["x\n", "x\n"]
-    assert "all machines have saved and ended" in desk.run("stop")
+    assert "all machines have saved and exited" in desk.run("stop")
     assert "exit code 75" in desk.run("status") and desk.cloud.nodes
     desk.train("exit 0")
     for machine in desk.cloud.machines["run"]:
         shutil.rmtree(machine.folder / "home" / "venv")
     desk.cloud.say("babysitter", "nobody 20 3 3600 1\n")
-    assert "the run starts on the TPUs that are there" in desk.run("submit", "--", *TRAIN) and desk.cloud.created == 1
+    assert "starting the run on the existing TPUs" in desk.run("submit", "--", *TRAIN) and desk.cloud.created == 1
     assert desk.cloud.says("babysitter").startswith("nobody 0 0 3600 "), "what was spent is spent; the rest begins anew"
     until(lambda: desk.cloud.says("DONE"))
     desk.run("delete")
@@ -373,7 +373,7 @@ def test_tpus_lost_while_they_are_made_are_made_anew(watched, states):
     watched.cloud.plan = [becomes(watched, *states)]
     watched.cloud.queue()
     answer = watched.run("babysit")
-    assert "making it anew (0 of 20 restarts)" in answer and "run is done" in answer
+    assert "recreating it (restart 1 of 20)" in answer and "run is done" in answer
     assert watched.cloud.created == 2 and nothing_is_left(watched)
 
 
@@ -381,7 +381,7 @@ def test_tpus_lost_while_they_are_made_are_made_anew(watched, states):
 def test_tpus_that_somebody_deleted_are_made_anew(watched):
     watched.cloud.plan = [lambda name: watched.cloud.queued.pop(name)]
     watched.cloud.queue()
-    assert "run is gone: making it anew" in watched.run("babysit")
+    assert "run is gone: recreating it" in watched.run("babysit")
     assert watched.cloud.created == 2 and nothing_is_left(watched)
 
 
@@ -391,7 +391,7 @@ def test_restarts_are_counted(watched):
     watched.cloud.plan = [becomes(watched, "SUSPENDED")] * 3
     watched.cloud.queue()
     answer = watched.run("babysit", code=1)
-    assert "run: run was taken away, and was made anew 1 times (MAX_RESTARTS)" in last_line(answer)
+    assert "run: run was preempted, and was recreated 1 times (MAX_RESTARTS)" in last_line(answer)
     assert nothing_is_left(watched)
 
 
@@ -401,7 +401,7 @@ def test_tpus_that_are_refused_when_made_anew_end_the_run(watched):
     watched.cloud.queue()
     watched.cloud.answers["POST", "queuedResources"] = (429, "Quota limit exceeded")
     answer = watched.run("babysit", code=1)
-    assert "run cannot be made anew" in last_line(answer) and "Quota limit" in last_line(answer)
+    assert "run cannot be recreated" in last_line(answer) and "Quota limit" in last_line(answer)
     assert nothing_is_left(watched)
 
 
@@ -448,7 +448,7 @@ def test_what_cannot_be_deleted_is_named(watched):
     watched.cloud.queue()
     watched.cloud.deletions_that_fail = 1000
     answer = watched.run("babysit", code=1, GONE_AFTER="4")
-    assert "could not be deleted, and is paid for until it is: run (ACTIVE)" in answer
+    assert "not deleted, and billed until it is: run (ACTIVE)" in answer
     watched.cloud.deletions_that_fail = 0
     watched.run("delete")
     assert nothing_is_left(watched)
@@ -470,7 +470,7 @@ def test_the_money_ends_the_run(watched):
     watched.cloud.queue()
     answer = watched.run("babysit", code=1)
     assert "(MAX_COST is 200); it is saved" in last_line(answer)
-    assert "all machines have saved and ended" in answer and nothing_is_left(watched)
+    assert "all machines have saved and exited" in answer and nothing_is_left(watched)
 
 
 @pytest.fixture
@@ -489,7 +489,7 @@ def test_two_babysitters(long_run):
     assert "has a babysitter already" in last_line(long_run.run("babysit", code=2))
     first.send_signal(signal.SIGTERM)
     _, err = first.communicate(timeout=60)
-    assert first.returncode == 130 and "the TPUs go on without a babysitter, and are paid for" in err
+    assert first.returncode == 130 and "the TPUs run on without a babysitter and continue to be billed" in err
     second = long_run.start("babysit")  # the first has said that it goes
     until(lambda: "nobody" not in long_run.cloud.says("babysitter"))
     second.kill()
@@ -503,7 +503,7 @@ def test_a_run_that_is_told_to_stop_keeps_its_tpus(long_run):
     until(lambda: long_run.cloud.says("babysitter"))
     long_run.cloud.say("STOP", "now\n")
     _, err = first.communicate(timeout=60)
-    assert first.returncode == 0 and "What is there of it stays, and is paid for" in err, err
+    assert first.returncode == 0 and "Its TPUs continue to be billed" in err, err
     assert long_run.cloud.nodes and "nobody" in long_run.cloud.says("babysitter")
 
 
@@ -513,7 +513,7 @@ def test_a_babysitter_that_was_killed_is_followed_and_its_counts_stay(long_run):
     long_run.cloud.say("babysitter", f"killed 1 0 3600 {int(time.time()) - 1000}\n")
     long_run.cloud.become("run", "SUSPENDED")
     answer = long_run.run("babysit", code=1)
-    assert "was made anew 1 times (MAX_RESTARTS)" in last_line(answer) and nothing_is_left(long_run)
+    assert "was recreated 1 times (MAX_RESTARTS)" in last_line(answer) and nothing_is_left(long_run)
 
 
 @needs_gcloud
@@ -535,7 +535,7 @@ def test_tpus_that_cannot_be_seen_any_more_are_named(long_run):
     until(lambda: long_run.cloud.says("babysitter"))
     long_run.cloud.answers["GET", "queuedResources"] = (403, "denied")
     _, err = babysitter.communicate(timeout=120)
-    assert babysitter.returncode == 1 and "it may be there, and paid for: bash launch/tpu.sh delete" in err
+    assert babysitter.returncode == 1 and "it may exist and be billed: bash launch/tpu.sh delete" in err
 
 
 @needs_gcloud
@@ -566,7 +566,7 @@ def test_a_preempted_run_is_made_anew_and_ends_as_one_that_was_left_alone(desk, 
     desk.cloud.take_away("run")
     out, err = babysitter.communicate(timeout=400)
     assert babysitter.returncode == 0, out + err + desk.cloud.logs()
-    assert "was taken away: making it anew" in err and nothing_is_left(desk)
+    assert "was preempted: recreating it" in err and nothing_is_left(desk)
     files = desk.cloud.gcs.buckets[BUCKET]
     assert "restored step" in files["flax_mlm/run/logs/slice0-worker0.log"].content.decode()
     alone = tmp_path / "alone"
