@@ -98,23 +98,23 @@ def test_time_is_kept_for_the_evaluation_of_the_phase_at_hand(monkeypatch, tmp_p
         with run.pause("evaluating"):
             clock.now += seconds
         run.progress, run._behind = 0.0, 0.0
-        assert run.next_progress() == pytest.approx(1.0 / (budget._AIM * 1000.0 - seconds - run.used() - 1.0))
+        assert run.next_progress() == pytest.approx(1.0 / (budget._TARGET * 1000.0 - seconds - run.used() - 1.0))
 
 
 def test_time_that_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "clock.json").write_text('{"seconds": "many"}')
-    with pytest.raises(UserError, match=r"clock\.json', the time used, cannot be read .* begins anew"):
+    with pytest.raises(UserError, match=r"clock\.json', the time used, cannot be read .* to restart the budget"):
         budget.Budget(tmp_path, 60.0)
 
 
-def test_the_share_that_is_used_counts_whatever_the_number_of_chips(tmp_path):
+def test_the_time_used_before_a_restart_counts(tmp_path):
     first = budget.Budget(tmp_path, 1000.0)
     first.close()
-    (tmp_path / "clock.json").write_text(json.dumps({"seconds": 500.0, "share": 0.5}))
-    on_twice_as_many = budget.Budget(tmp_path, 500.0)
-    on_twice_as_many.close()
-    assert 250 <= on_twice_as_many.used() < 251 + time.monotonic() - budget._STARTED
-    assert json.loads((tmp_path / "clock.json").read_text())["share"] >= 0.5
+    (tmp_path / "clock.json").write_text(json.dumps({"seconds": 500.0}))
+    second = budget.Budget(tmp_path, 1000.0)
+    second.close()
+    assert 500 <= second.used() < 501 + time.monotonic() - budget._STARTED
+    assert json.loads((tmp_path / "clock.json").read_text())["seconds"] >= 500
 
 
 def test_a_run_with_a_budget(toy, tmp_path):

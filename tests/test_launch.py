@@ -162,7 +162,7 @@ def test_a_slurm_job_is_not_queued_for_ever(toy, tmp_path):
     job = slurm.submit(f"--workdir={tmp_path / 'run'}", *toy.flags(train__steps=4000))
     until(job, "step 3/")
     os.kill(tasks_of(job)[0], signal.SIGTERM)
-    assert "not queued again: MAX_REQUEUES=3" in job.communicate(timeout=120)[1]
+    assert "not requeued: MAX_REQUEUES=3" in job.communicate(timeout=120)[1]
     assert slurm.requeued() == ""
 
 

@@ -19,7 +19,7 @@ from flax_mlm.config.knobs import knob, parse
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import environment
-from flax_mlm.errors import Failure, UserError
+from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError
 from flax_mlm.hf.folder import is_hf_folder
 from flax_mlm.inference.config import apply_folder, read_config
 
@@ -54,6 +54,8 @@ def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, pos
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # not after the threads of whatever has failed, which may be stuck, or have more to say
+    except Preempted:  # train has said so on its process 0
+        sys.exit(PREEMPTED)
     except BrokenPipeError:  # the reader of our output (head, grep -q) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -1,9 +1,8 @@
-"""A run that ends when its time is used up, whatever the machine: how far each step takes it.
+"""Time budget of a run: progress per step follows from the clock, so that the schedule ends when the time does.
 
-The schedule is always laid over the time that is left: a step that takes a share of that takes the run as large a share
-of what is left of it, and what a pause took is made up for by the next few steps. So pauses, other speeds and restarts
-make it shorter or longer, but it ends annealed and in time.
-What a kill has cost counts too: a thread writes down in the workdir, while it passes, what time is used.
+Each step advances progress by the fraction of the remaining time that it takes; the time of a pause is recovered over
+the next steps. A slower machine, a pause or a restart changes the number of steps, but the learning rate is annealed in
+time. A thread records the time used in the workdir, so that time lost by a kill counts as well.
 """
 
 import contextlib
@@ -18,83 +17,85 @@ from flax_mlm.storage import files, gcs
 
 _FILE = "clock.json"
 _STARTED = time.monotonic()  # of this process, nearly
-_AIM = 0.99  # of the budget: what comes after the last evaluation takes time, too
-_MADE_UP = 0.1  # of what pauses took, by each step
+_TARGET = 0.99  # of the budget: leaving after the last evaluation takes time, too
+_RECOVERY = 0.1  # fraction of the pauses so far that each step recovers
 
 
 class Budget:
-    """The clock of one run; of several processes the first one's counts.
+    """Clock of one run, kept by process 0.
 
     Attributes:
-      progress: the share of the run that is done.
-      interval: seconds between two notes of the time used, which is what a kill may lose.
+      progress: fraction of the run that is done, 0.0 to 1.0.
+      interval: seconds between two records of the time used: as much may be lost by a kill.
     """
 
     def __init__(self, workdir: gcs.AnyPath, seconds: float, progress: float = 0.0):
-        """Goes on with the time that earlier starts have left.
+        """Continues with the time that earlier starts have left.
+
+        Args:
+          seconds: the whole budget.
 
         Raises:
-          UserError: what they have used cannot be read.
+          UserError: clock.json, the time used, cannot be read.
         """
         self._workdir, self._file, self._seconds, self.progress = workdir, workdir / _FILE, seconds, progress
         try:
             with gcs.errors(workdir):
-                found = json.loads(self._file.read_text()) if self._file.exists() else {"share": 0.0}
-                self._before = float(found["share"]) * seconds
+                recorded = json.loads(self._file.read_text()) if self._file.exists() else {"seconds": 0.0}
+                self._before = float(recorded["seconds"])
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
-                f"--workdir: '{self._file}', the time used, cannot be read ({type(e).__name__}: {e}); without the file "
-                "the budget begins anew"
+                f"--workdir: '{self._file}', the time used, cannot be read ({type(e).__name__}: {e}); delete the file "
+                "to restart the budget"
             ) from e
         self.interval = max(1.0, min(30.0, 0.002 * seconds))
         self._last_step: float | None = None
-        self._step_seconds: float | None = None  # of a step, a running mean without pauses
-        self._behind = 0.0  # seconds of pauses that progress has not made up for
-        self._costs: dict[str, float] = {}  # seconds that are kept for what comes after the last step
+        self._step_seconds: float | None = None  # running mean, without pauses
+        self._behind = 0.0  # seconds of pauses that are not recovered yet
+        self._reserved: dict[str, float] = {}  # seconds for what follows the last step
         self.note()
         self._ended = threading.Event()
         threading.Thread(target=self._keep_noting, name="budget", daemon=True).start()
 
     def used(self) -> float:
-        """Seconds, over all starts."""
+        """Returns the seconds used, over all starts."""
         return self._before + time.monotonic() - _STARTED
 
     def next_progress(self) -> float:
-        """The share of the run that the step that begins now ends at."""
+        """Returns the progress at which the step that starts now ends."""
         self._time_step()
         self._last_step, step = time.monotonic(), self._step_seconds or 0.0
-        # That the last step was the last becomes known while another one runs.
-        left = _AIM * self._seconds - sum(self._costs.values()) - self.used() - step
-        moved = step + _MADE_UP * self._behind
+        # One more step is made before the last one is known to be the last.
+        left = _TARGET * self._seconds - sum(self._reserved.values()) - self.used() - step
+        moved = step + _RECOVERY * self._behind
         self.progress += (1.0 - self.progress) * (min(moved / (left + self._behind), 1.0) if left > step else 1.0)
-        self._behind -= _MADE_UP * self._behind
+        self._behind -= _RECOVERY * self._behind
         return self.progress
 
-    def forget(self, what: str) -> None:
-        """Keeps no time for it until it has been timed again."""
-        self._costs.pop(what, None)
+    def forget(self, activity: str) -> None:
+        """Reserves no time for an activity until it is timed again."""
+        self._reserved.pop(activity, None)
 
     @contextlib.contextmanager
-    def pause(self, what: str) -> Iterator[None]:
-        """Around what is no step. For what has to be done at the end of the run again, "evaluating" and "saving", time
-        is kept: as much as it took once, without what it compiled the first time. A save is "saving" until it is
-        committed."""
+    def pause(self, activity: str) -> Iterator[None]:
+        """Counts the block as a pause. Time is reserved for what the end of the run repeats, "evaluating" and "saving"
+        (until the checkpoint is committed): the shortest that it took, so without compilation."""
         self._time_step()
         start = time.monotonic()
         yield
         took = time.monotonic() - start
-        if self._step_seconds is not None:  # before the first step nothing was planned
+        if self._step_seconds is not None:  # nothing was planned before the first step
             self._behind += took
-        if what in ("evaluating", "saving"):
-            self._costs[what] = min(took, self._costs.get(what, math.inf))
+        if activity in ("evaluating", "saving"):
+            self._reserved[activity] = min(took, self._reserved.get(activity, math.inf))
 
     def note(self) -> None:
-        """Writes down the time used."""
-        with contextlib.suppress(OSError, gcs.Unreachable), gcs.errors(self._workdir):  # it will be tried again
-            files.write_json(self._file, {"seconds": self.used(), "share": self.used() / self._seconds})
+        """Records the time used."""
+        with contextlib.suppress(OSError, gcs.Unreachable), gcs.errors(self._workdir):  # the next record tries again
+            files.write_json(self._file, {"seconds": self.used()})
 
     def close(self) -> None:
-        """Writes down the time used for the last time."""
+        """Records the time used for the last time."""
         self._ended.set()
         self.note()
 

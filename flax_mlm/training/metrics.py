@@ -1,4 +1,4 @@
-"""Speed, and where the numbers go: a line on the console, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Training speed, and the files that metrics are written to: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
 import datetime
@@ -18,10 +18,16 @@ _NO_TOTALS = {"tokens_seen": 0, "train_seconds": 0.0}
 
 
 class Throughput:
-    """Rates over the time since the last report, and totals of the whole run."""
+    """Rates since the last report, and totals over the whole run."""
 
     def __init__(self, progress: float, peak: float | None, before: Mapping[str, float]):
-        """`progress` is the share of the run that is done, and `before` holds the totals of that; empty for nothing."""
+        """Starts the clock.
+
+        Args:
+          progress: fraction of the run that is done.
+          peak: peak FLOP/s of all devices; None where unknown.
+          before: `totals()` of that fraction; empty for a new run.
+        """
         self._peak, self._before = peak, {**_NO_TOTALS, **before}
         self._start(progress)
 
@@ -31,20 +37,20 @@ class Throughput:
         self._paused_at: float | None = None
 
     def add(self, tokens: float, flops: float) -> None:
-        """Counts a step: its tokens, padding excluded, and its model FLOPs."""
+        """Counts a step of so many tokens (padding excluded) and model FLOPs."""
         self._tokens += tokens
         self._flops += flops
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for a batch."""
+        """Counts the block as time spent waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training; it does not count."""
+        """Excludes the block, which is not training, from all times."""
         self._paused_at = time.perf_counter()
         try:
             yield
@@ -56,22 +62,22 @@ class Throughput:
         return max((self._paused_at or time.perf_counter()) - self._since, 1e-9)
 
     def totals(self) -> dict[str, float]:
-        """tokens_seen (padding excluded) and train_seconds of the run until now, over all its restarts: without pauses,
-        compilation, and what was lost when it was killed; with steps that were gone back from."""
+        """Returns tokens_seen (padding excluded) and train_seconds of the run over all its restarts, without pauses,
+        compilation, and steps that a kill has lost."""
         return {
             "tokens_seen": self._before["tokens_seen"] + int(self._tokens),
             "train_seconds": self._before["train_seconds"] + self._elapsed(),
         }
 
     def report(self, progress: float) -> dict[str, float]:
-        """tokens_per_second, data_wait (share of the time), eta_seconds, mfu where the peak is known, and the totals.
-        The next report's rates begin here."""
+        """Returns tokens_per_second, data_wait (fraction of the time), eta_seconds, mfu (where the peak is known) and
+        the totals. The rates of the next report start here."""
         elapsed, self._before = self._elapsed(), self.totals()
-        left = (1.0 - progress) / max(progress - self._progress, 1e-9)
+        remaining = (1.0 - progress) / max(progress - self._progress, 1e-9)
         rates = {
             "tokens_per_second": self._tokens / elapsed,
             "data_wait": self._waited / elapsed,
-            "eta_seconds": min(left * elapsed, 1e9),
+            "eta_seconds": min(remaining * elapsed, 1e9),
         }
         if self._peak:
             rates["mfu"] = self._flops / elapsed / self._peak
@@ -80,8 +86,8 @@ class Throughput:
 
 
 def train_line(step: str, m: dict[str, float]) -> str:
-    """One greppable line, which begins with `step`. Of several corpora it says how often each has been gone through."""
-    parts = [
+    """Formats the metrics of a step as one greppable line that begins with `step`."""
+    columns = [
         step,
         f"loss {m['loss']:.4f}",
         f"accuracy {m['accuracy']:.4f}",
@@ -94,36 +100,41 @@ def train_line(step: str, m: dict[str, float]) -> str:
         f"eta {datetime.timedelta(seconds=round(m['eta_seconds']))}",
     ]
     if "generator_loss" in m:
-        parts[2:2] = [f"generator {m['generator_loss']:.4f}", f"discriminator {m['discriminator_loss']:.4f}"]
-    return "  ".join(parts + ([f"skipped {m['skipped']:.0f}"] if m["skipped"] else []))
+        columns[2:2] = [f"generator {m['generator_loss']:.4f}", f"discriminator {m['discriminator_loss']:.4f}"]
+    return "  ".join(columns + ([f"skipped {m['skipped']:.0f}"] if m["skipped"] else []))
 
 
 def lines(workdir: Path, kind: str = "") -> list[dict[str, Any]]:
-    """What a run has logged so far, in a folder; of one kind (train, validation, ...), or of all. Half a line, written
-    when the run was killed, is left out."""
-    file, found = workdir / _METRICS, []
+    """Reads the lines of metrics.jsonl in a local workdir: those of one kind (train, validation, cloze), or all. An
+    incomplete line, left by a kill, is skipped."""
+    file, entries = workdir / _METRICS, []
     for line in file.read_text().splitlines() if file.exists() else []:
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [line for line in found if kind in ("", line["kind"])]
+            entries.append(json.loads(line))
+    return [entry for entry in entries if kind in ("", entry["kind"])]
 
 
 class Writers:
-    """metrics.jsonl always, TensorBoard and Weights & Biases when asked for. Make it on process 0 only.
+    """Writes metrics.jsonl, and TensorBoard and Weights & Biases where the config says so. Only process 0 makes one.
 
-    For a workdir in a bucket the files are written to a folder here, and copied there.
+    The files of a workdir in a bucket are written to a local folder and copied from there.
     """
 
     def __init__(self, workdir: gcs.AnyPath, config: Config, start_step: int):
-        """Lines of what comes after the training of `start_step`, written by a run that was killed later, are
-        dropped: those steps are done again."""
+        """Opens the files, and drops the lines of steps after `start_step`: an interrupted run repeats those."""
         self._mirror = None if isinstance(workdir, Path) else Mirror(workdir)
         if self._mirror:
             self._mirror.fetch(_METRICS)
         self._folder = self._mirror.folder if self._mirror else Path(workdir)
-        self._has_tensorboard = config.log.tensorboard
         self._wandb = None
-        self._open(start_step)
+        self._drop_lines_after(start_step)
+        self._file, self._unwritten = (self._folder / _METRICS).open("ab", buffering=0), b""
+        self._tensorboard = None
+        if config.log.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            # With a bounded queue, writing blocks for ever once the thread that empties it has met a full disk.
+            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1, max_queue=0)
         if config.log.wandb_project:
             try:
                 import wandb
@@ -139,24 +150,17 @@ class Writers:
             except Exception as e:  # a missing package, account or network never stops a run
                 print(f"Weights & Biases is off: {type(e).__name__}: {e}")
 
-    def _open(self, start_step: int) -> None:
+    def _drop_lines_after(self, step: int) -> None:
         path = self._folder / _METRICS
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _is_before(line, start_step)]
+            kept = [line for line in lines if _is_before(line, step)]
             if kept != lines:
                 files.write_text(path, "".join(kept))
-        self._file, self._unwritten = path.open("ab", buffering=0), b""
-        self._tensorboard = None
-        if self._has_tensorboard:
-            from tensorboardX import SummaryWriter
-
-            # A bounded queue would hold us up for ever once the thread that empties it has met a full disk.
-            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1, max_queue=0)
 
     def flush(self) -> None:
-        """Has all that was written so far copied to the bucket, if the workdir is in one; metrics.jsonl before it
-        returns. Before a checkpoint, that is: the lines up to it are not written again."""
+        """Copies the files of a workdir in a bucket there: metrics.jsonl before this returns, the others soon. Called
+        before each checkpoint, since a run that continues from it does not repeat those lines."""
         if self._mirror:
             if self._tensorboard:
                 with contextlib.suppress(OSError):
@@ -165,13 +169,12 @@ class Writers:
             self._mirror.soon()
 
     def write(self, step: int, kind: str, values: dict[str, float], text: str = "") -> None:
-        """Records scalars under `kind`: "train", "validation" or "cloze" (see train.py). The text, Markdown, goes to
-        TensorBoard alone."""
+        """Writes scalars under `kind`: train, validation or cloze. `text`, Markdown, goes to TensorBoard alone."""
         self._unwritten += (json.dumps({"step": step, "kind": kind, **values}) + "\n").encode()
         try:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-        except OSError as e:  # a full disk, say: with the next line we try again
-            print(f"WARNING: metrics.jsonl cannot be written ({e.strerror})", flush=True)
+        except OSError as e:  # a full disk, say; the next line tries again
+            print(f"WARNING: metrics.jsonl cannot be written: {e.strerror}", flush=True)
         self._check_tensorboard()
         if self._tensorboard:
             for name, value in values.items():
@@ -186,7 +189,8 @@ class Writers:
                 self._wandb = None
 
     def _check_tensorboard(self) -> None:
-        """Turns it off when its thread, which writes, has ended: tensorboardX would neither say so nor let us leave."""
+        """Turns TensorBoard off once its writer thread has died: tensorboardX neither reports that nor lets the process
+        exit."""
         if self._tensorboard and not (writer := self._tensorboard.file_writer.event_writer)._worker.is_alive():
             print("WARNING: TensorBoard is off: its files cannot be written", flush=True)
             writer._event_queue.cancel_join_thread()
@@ -199,6 +203,7 @@ class Writers:
                 self._tensorboard.close()
 
     def close(self) -> None:
+        """Writes what is buffered, and closes the files."""
         self._file.close()
         self._close_tensorboard()
         if self._mirror:
@@ -211,5 +216,5 @@ def _is_before(line: str, start_step: int) -> bool:
     try:
         m = json.loads(line)
         return m["step"] < start_step or (m["step"] == start_step and m["kind"] == "train")
-    except (ValueError, KeyError, TypeError):  # half a line, written when the run was killed
+    except (ValueError, KeyError, TypeError):  # an incomplete line, left by a kill
         return False

@@ -1,4 +1,4 @@
-"""One workdir, one run: `config.json` says which, and what of it may change when it goes on."""
+"""One workdir, one run: config.json identifies it, and FREE names the fields that may change when it continues."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from flax_mlm.storage import files, gcs
 
 _FILE = "config.json"
 
-# May differ between a run and its continuation: they change where, how often or how fast, but not what is learned.
+# May differ between a run and its continuation: they change where, how often or how fast, not what is learned.
 FREE = (
     *("data.cache_dir", "data.num_workers", "train.gradient_accumulation_steps", "train.logits_chunks"),
     *("model.attention", "model.scan_layers", "model.remat"),
@@ -63,15 +63,15 @@ def _is_json_with(file: gcs.AnyPath, *keys: str) -> bool:
 
 
 def take(workdir: gcs.AnyPath, config: Config) -> None:
-    """Writes `config.json` into a new workdir, or checks that the run in it is this one.
+    """Writes config.json into a new workdir, or checks that the run in it has the same config.
 
     Raises:
-      UserError: the workdir belongs to a run with another config, or cannot be written.
+      UserError: the workdir holds a run with another config, or cannot be written.
     """
     file = workdir / _FILE
     try:
         with gcs.errors(workdir):
-            if not file.exists():  # the folder is there, with our lease in it
+            if not file.exists():
                 files.write_json(file, config.to_dict())
                 return
     except OSError as e:
@@ -80,23 +80,23 @@ def take(workdir: gcs.AnyPath, config: Config) -> None:
 
 
 def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) -> None:
-    """Whether a run in a workdir, if there is one, is this one, but for the fields and whole sections that `free`
-    names; it may have begun before some of the fields existed.
+    """Checks that the run in a workdir, if there is one, has this config, except for the fields and sections in
+    `free`. A field that did not exist when the run started counts with its default.
 
     Raises:
-      UserError: it is not, or cannot be read.
+      UserError: a field differs, or config.json cannot be read.
     """
     file = workdir / _FILE
     try:
         with gcs.errors(workdir):
-            held = flatten(from_dict(json.loads(file.read_text())).to_dict()) if file.exists() else None
+            stored = flatten(from_dict(json.loads(file.read_text())).to_dict()) if file.exists() else None
     except (OSError, ValueError, TypeError) as e:
         raise _unusable(workdir, e) from e
     for name, value in flatten(config.to_dict()).items():
         may_differ = name in free or f"{name.split('.')[0]}." in free
-        if held is not None and held.get(name) != value and not may_differ:
+        if stored is not None and stored.get(name) != value and not may_differ:
             raise UserError(
-                f"--workdir: '{workdir}' holds a run with {name} = {held.get(name)}, and this one has {value}; "
+                f"--workdir: '{workdir}' holds a run with {name} = {stored.get(name)}, and this one has {value}; "
                 "use another --workdir"
             )
 

@@ -101,7 +101,7 @@ def test_a_preempted_run_is_started_again_as_often_as_it_takes(tmp_path):
     python = Python(tmp_path / "venv", "75 75 75 75 75 0")
     done = python.run("local.sh", "--restarts=0")
     assert done.returncode == 0 and len(python.calls()) == 6
-    assert done.stderr == "the run ended with exit code 75: starting it again\n" * 5
+    assert done.stderr == "the run ended with exit code 75: restarting it\n" * 5
 
 
 @pytest.mark.parametrize(("codes", "options", "calls"), [("1 1 1 1 1", ["--restarts=2"], 3), ("2 0", [], 1)])

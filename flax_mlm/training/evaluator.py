@@ -1,0 +1,73 @@
+"""Evaluations of a run while it trains: held-out loss, and clozes that a person can read."""
+
+import contextlib
+from typing import Protocol
+
+from flax_mlm.distributed.preemption import Stopped
+from flax_mlm.evaluation import cloze, mlm, rtd
+from flax_mlm.inference.load import LoadedModel
+from flax_mlm.training.context import RunContext
+from flax_mlm.training.logging import Logger
+
+
+class Trained(Protocol):
+    """A model in training, after `step` updates (see `training.loop.Run`)."""
+
+    step: int
+    progress: float
+    phase: int
+
+    def model(self) -> LoadedModel: ...
+
+
+class Evaluator:
+    """Evaluates the model of a run, and logs the results."""
+
+    def __init__(self, context: RunContext, logger: Logger):
+        self._context, self._logger = context, logger
+        self._compiled = set[int]()  # phases
+
+    def evaluate(self, run: Trained) -> dict[str, float]:
+        """Measures loss and accuracy on held-out rows (see `evaluation.mlm.run` and `rtd.run`).
+
+        Raises:
+          Stopped: a signal has come, on whichever process.
+        """
+        group, mixture = self._context.group, self._context.mixtures[run.phase]
+        task = rtd if self._context.phases[run.phase].config.objective.name == "rtd" else mlm
+        model = run.model()
+
+        def must_stop() -> bool:
+            group.progress("evaluating", run.step)
+            return self._context.stop.requested
+
+        if run.phase not in self._compiled:  # one batch compiles, which may take any time
+            with group.untimed("compiling"), self._logger.pause("compiling"), contextlib.suppress(Stopped):
+                task.run(model, mixture, lambda: True)
+            self._compiled.add(run.phase)
+        with self._logger.pause("evaluating"):
+            result = task.run(model, mixture, must_stop)
+        self._logger.validation(run.step, run.progress, result)
+        return result
+
+    def calibrate_budget(self, run: Trained) -> None:
+        """Evaluates once in order to know what time the last evaluation will take, where the run has a budget."""
+        if not self._context.config.train.has_budget:
+            return
+        if self._context.budget:
+            self._context.budget.forget("evaluating")
+        self.evaluate(run)
+
+    def evaluate_clozes(self, run: Trained) -> None:
+        """Ranks the answers of the built-in clozes."""
+
+        def report_progress() -> None:
+            self._context.group.progress("filling clozes", run.step)
+
+        report_progress()
+        model = run.model()
+        if not (clozes := cloze.fitting(model, cloze.BUILT_IN)):
+            return
+        with self._logger.pause("filling clozes"):
+            result = cloze.run(model, clozes, report_progress)
+        self._logger.clozes(run.step, run.progress, result, "\n\n".join(cloze.table(result)))
