@@ -122,7 +122,6 @@ def train(
         # Training.
         stop.hold()
         try:
-            evaluator.calibrate_budget(run)
             while not run.is_over:
                 if is_multiple(run.step, config.train.eval_every):
                     evaluator.evaluate(run)
@@ -130,7 +129,7 @@ def train(
                     evaluator.evaluate_clozes(run)
                 if run.next_phase != run.phase:
                     run.start_phase()
-                    evaluator.calibrate_budget(run)
+                evaluator.calibrate_budget(run)
                 run.make_step()
                 progress_bar.update(bar, completed=run.progress)
                 if run.save_is_due:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from flax_mlm.distributed import slurm
-from flax_mlm.errors import PREEMPTED, Failure, UserError
+from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError
 
 _MAX_LINE = 64 * 1024
 _LINGER = 4.0  # seconds: for the others to hear why we leave, and for a stranger to say who it is
@@ -98,7 +98,7 @@ def join(cluster: ClusterConfig, identity: dict[str, Any], stall_timeout: float)
         group.progress("starting")
         yield group
     except BaseException as e:
-        if isinstance(e, SystemExit) and not e.code:
+        if isinstance(e, Preempted) or (isinstance(e, SystemExit) and not e.code):
             group._finish()
         else:
             group._abandon(e)

@@ -25,7 +25,7 @@ class Evaluator:
 
     def __init__(self, context: RunContext, logger: Logger):
         self._context, self._logger = context, logger
-        self._compiled = set[int]()  # phases
+        self._compiled, self._calibrated = set[int](), set[int]()  # phases
 
     def evaluate(self, run: Trained) -> dict[str, float]:
         """Measures loss and accuracy on held-out rows (see `evaluation.mlm.run` and `rtd.run`).
@@ -51,9 +51,10 @@ class Evaluator:
         return result
 
     def calibrate_budget(self, run: Trained) -> None:
-        """Evaluates once in order to know what time the last evaluation will take, where the run has a budget."""
-        if not self._context.config.train.has_budget:
+        """Evaluates once in each phase of a run with a budget, to learn what time its last evaluation will take."""
+        if not self._context.config.train.has_budget or run.phase in self._calibrated:
             return
+        self._calibrated.add(run.phase)
         if self._context.budget:
             self._context.budget.forget("evaluating")
         self.evaluate(run)
