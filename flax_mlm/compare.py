@@ -1,12 +1,11 @@
-"""Command: checkpoints × tasks -> one table, with the differences and how sure they are.
+"""Command: checkpoints × tasks -> one table, with differences and their confidence intervals.
 
 python -m flax_mlm.compare --checkpoints=masked=runs/mlm,causal=runs/clm --output=compared \\
     --tasks='mlm; cloze; blimp=minimal_pairs --data=blimp/; cola=classification --train=cola.tsv --metric=matthews'
 
-Each pair is `python -m flax_mlm.evaluate` in a process of its own, with the overrides that are given here and those of
-the task, and its result a file in --output: what is there already, of the same checkpoint, options and files, is not
-done again. Differences to the first checkpoint come with 95% intervals of a bootstrap over the examples that both have
-answered.
+Each pair is a `python -m flax_mlm.evaluate` process with the overrides given here and those of the task. Its result is
+a file in --output; results for the same checkpoint, options and files are reused. Differences to the first checkpoint
+have 95% confidence intervals from a paired bootstrap over the examples of both.
 """
 
 import hashlib
@@ -21,38 +20,38 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm.cli import app as command
-from flax_mlm.cli import tables
+from flax_mlm.cli import app, tables
+from flax_mlm.config.grammar import split
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
 
 _CHECKPOINTS = flags.DEFINE_list(
-    "checkpoints", [], "workdirs, checkpoints or Hugging Face folders; NAME=PATH names one"
+    "checkpoints", [], "workdirs, checkpoints or Hugging Face folders, comma-separated; NAME=PATH sets a column's name"
 )
 _TASKS = flags.DEFINE_string(
-    "tasks", "mlm; cloze", "tasks of evaluate with their options, `;` between; NAME=TASK ... names one"
+    "tasks", "mlm; cloze", "tasks of evaluate with their options, separated by `;`; NAME=TASK ... sets a row's name"
 )
-_OUTPUT = flags.DEFINE_string("output", "", "folder for results, table.md and plot.png")
-_DRAWS = flags.DEFINE_integer("draws", 1000, "of the bootstrap", 10)
+_OUTPUT = flags.DEFINE_string("output", "", "folder for the results, table.md, comparison.json and plot.png")
+_DRAWS = flags.DEFINE_integer("draws", 1000, "number of bootstrap resamples", 10)
 
 
 class Spec(NamedTuple):
-    """One task as the user wrote it."""
+    """One task of `--tasks`."""
 
     name: str
     arguments: list[str]  # of evaluate
 
 
 class Checkpoint(NamedTuple):
-    """One that a path means, and what tells it from others that have been there."""
+    """A checkpoint, identified by its content."""
 
     path: str
-    sha256: str  # of its content
+    sha256: str
 
 
 class Difference(NamedTuple):
-    """Of a metric, to that of the first checkpoint, with its 95% interval."""
+    """A metric minus the first checkpoint's, with a 95% confidence interval."""
 
     value: float
     low: float
@@ -60,10 +59,11 @@ class Difference(NamedTuple):
 
 
 def main(config: Config) -> None:
-    paths, tasks, overrides = named(_CHECKPOINTS.value), parse_tasks(_TASKS.value), command.config_arguments(sys.argv)
+    paths, overrides = parse_checkpoints(_CHECKPOINTS.value), app.config_arguments(sys.argv)
     if overrides and overrides[0].startswith("--config="):
-        raise UserError(f"{overrides[0]}: checkpoints have their own; override fields by --config.section.field=value")
-    specs = [spec._replace(arguments=[*overrides, *spec.arguments]) for spec in tasks]  # the last of two counts
+        raise UserError(f"{overrides[0]} is not used, checkpoints have configs; use --config.section.field=value")
+    tasks = parse_tasks(_TASKS.value)
+    specs = [spec._replace(arguments=[*overrides, *spec.arguments]) for spec in tasks]  # the task's options win
     if not _OUTPUT.value:
         raise UserError("--output is missing; name a folder for the results")
     gcs.refuse("--output", _OUTPUT.value)
@@ -82,45 +82,42 @@ def main(config: Config) -> None:
     print(f"\n{text}\nwritten to {output}: table.md  plot.png  comparison.json  results/")
 
 
-def named(items: list[str]) -> dict[str, str]:
-    """Name -> path, of `PATH` or `NAME=PATH`. Raises UserError: there is none, or two have the same name."""
-    found: dict[str, str] = {}
+def parse_checkpoints(items: list[str]) -> dict[str, str]:
+    """Parses each `PATH` or `NAME=PATH` of `--checkpoints`: name -> path. Raises UserError."""
+    paths: dict[str, str] = {}
     for item in items:
         name, _, path = item.rpartition("=") if not Path(item).exists() else ("", "", item)
         name = name or Path(path.rstrip("/")).name
-        if name in found:
-            raise UserError(f"--checkpoints: two are called '{name}'; write NAME=PATH")
-        found[name] = path
-    if not found:
-        raise UserError("--checkpoints is missing; name some, with commas between")
-    return found
+        if name in paths:
+            raise UserError(f"--checkpoints names two '{name}'; rename one with NAME=PATH")
+        paths[name] = path
+    if not paths:
+        raise UserError("--checkpoints is missing; expected paths, comma-separated")
+    return paths
 
 
 def parse_tasks(text: str) -> list[Spec]:
-    """The tasks of `--tasks`. Raises UserError."""
+    """Parses `--tasks`. Raises UserError."""
     specs: list[Spec] = []
-    for part in filter(str.strip, text.split(";")):
+    for statement in filter(None, split(text, ";")):
         try:
-            first, *arguments = shlex.split(part)
+            first, *arguments = shlex.split(statement)
         except ValueError as e:
-            raise UserError(f"--tasks: '{part.strip()}' cannot be read ({e})") from e
+            raise UserError(f"--tasks: cannot parse '{statement}' ({e})") from e
         name, _, task = first.rpartition("=")
+        name = name or task
         if any(re.match(r"--(checkpoint|json|task|save)\b", argument) for argument in arguments):
-            raise UserError(f"--tasks: '{part.strip()}' has an option that is set here: checkpoint, json, task or save")
-        if (name or task) in [spec.name for spec in specs]:
-            raise UserError(f"--tasks: two are called '{name or task}'; write NAME={task} ...")
-        specs.append(Spec(name or task, [f"--task={task}", *arguments]))
+            raise UserError(f"--tasks: '{statement}' has --checkpoint, --json, --task or --save, which compare sets")
+        if name in [spec.name for spec in specs]:
+            raise UserError(f"--tasks names two '{name}'; rename one with NAME={task} ...")
+        specs.append(Spec(name, [f"--task={task}", *arguments]))
     if not specs:
-        raise UserError("--tasks is empty; it takes tasks of evaluate, such as 'mlm; cloze'")
+        raise UserError("--tasks is empty; expected tasks of evaluate, such as 'mlm; cloze'")
     return specs
 
 
 def find(path: str) -> Checkpoint:
-    """The checkpoint that a path means by now: the newest of a run, or a Hugging Face folder.
-
-    Raises:
-      UserError: there is none that is sound.
-    """
+    """Finds the newest sound checkpoint of a run, or hashes a Hugging Face folder. Raises UserError."""
     from flax_mlm.checkpoint.format import newest_meta
     from flax_mlm.hf.folder import is_hf_folder
 
@@ -136,14 +133,14 @@ def find(path: str) -> Checkpoint:
 
 
 def result_of(spec: Spec, name: str, checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
-    """What evaluate says, from the file of an earlier run where there is one.
+    """Reads the result of an earlier evaluation, or evaluates.
 
     Raises:
-      UserError: evaluate was not content with what it was given, or `output` cannot be written.
-      Failure: it failed.
+      UserError: evaluate ended with a user error, or `output` cannot be written.
+      Failure: evaluate failed.
     """
-    asked = json.dumps([*checkpoint, *spec.arguments, *files_in(spec.arguments)])
-    key = hashlib.sha256(asked.encode()).hexdigest()[:12]
+    inputs = json.dumps([*checkpoint, *spec.arguments, *files_in(spec.arguments)])
+    key = hashlib.sha256(inputs.encode()).hexdigest()[:12]
     file = output / "results" / f"{spec.name}-{name}-{key}.json"
     if not file.exists():
         try:
@@ -154,17 +151,20 @@ def result_of(spec: Spec, name: str, checkpoint: Checkpoint, output: Path) -> di
         line = [sys.executable, "-m", "flax_mlm.evaluate", *arguments]
         done = subprocess.run(line, capture_output=True, text=True)
         if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            what = f"{spec.name} of {name}: {said.removeprefix('error: ')}"
-            raise UserError(what) if done.returncode == 2 else Failure(what)
+            message = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            error = UserError if done.returncode == 2 else Failure
+            raise error(f"{spec.name} of {name}: {message.removeprefix('error: ')}")
     return json.loads(file.read_text())
 
 
 def files_in(arguments: list[str]) -> list[tuple[str, int, int]]:
-    """Name, size and time of the last change of every file that the values of some options name."""
-    named = (Path(argument.partition("=")[2]).expanduser() for argument in arguments)
-    found = [file for path in named if path.exists() for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]
+    """Name, size and modification time of every file named by an option's value."""
+    result = []
+    for path in (Path(argument.partition("=")[2]).expanduser() for argument in arguments):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                result.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    return result
 
 
 class Row(NamedTuple):
@@ -174,11 +174,11 @@ class Row(NamedTuple):
     metric: str
     higher_is_better: bool
     values: dict[str, tuple[float, float]]  # checkpoint -> value and standard error
-    differences: dict[str, Difference]  # checkpoint -> to the first; only where the examples are the same
+    differences: dict[str, Difference]  # checkpoint -> difference to the first with the same examples
 
 
 def compared(task: str, results: dict[str, dict[str, Any]], draws: int) -> list[Row]:
-    """The rows of a task: one for each metric that its results have (masked and next-token loss are two)."""
+    """The rows of a task, one per metric of its results, with differences from `draws` bootstrap resamples."""
     import numpy as np
 
     from flax_mlm.evaluation import headline as scores
@@ -204,7 +204,7 @@ def compared(task: str, results: dict[str, dict[str, Any]], draws: int) -> list[
 
 
 def table(checkpoints: list[str], rows: list[Row]) -> str:
-    """Markdown. A difference whose interval leaves out 0 is bold."""
+    """Formats the rows as Markdown; differences whose interval excludes 0 are bold."""
 
     def cell(row: Row, name: str) -> str:
         if name not in row.values:
@@ -220,12 +220,12 @@ def table(checkpoints: list[str], rows: list[Row]) -> str:
     for row in rows:
         arrow = "↑" if row.higher_is_better else "↓"
         lines.append([row.task, f"{row.metric} {arrow}", *(cell(row, name) for name in checkpoints)])
-    note = "± standard error. Below it the difference to the row's first with its 95% interval (paired bootstrap)."
+    note = "± standard error. Below: the difference to the row's first value with its 95% interval (paired bootstrap)."
     return tables.markdown(["task", "metric", *checkpoints], lines, text_columns=2) + f"\n\n{note}\n"
 
 
 def plot(file: Path, checkpoints: list[str], rows: list[Row]) -> None:
-    """A panel for each row: values with standard errors."""
+    """Plots a panel per row: values with standard errors."""
     columns = min(len(rows), 4)
     height = -(-len(rows) // columns)
     size = 3.2 * columns, 0.8 + (0.9 + 0.3 * len(checkpoints)) * height
@@ -246,4 +246,4 @@ def plot(file: Path, checkpoints: list[str], rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    app.run(main)

@@ -1,14 +1,14 @@
-"""Command: does a run of this config end the same when it is killed, and when it moves to other devices?
+"""Command: checks that a run ends the same after kills, and after moves to other devices.
 
     python -m flax_mlm.verify_resume --config=configs/quickstart.py
     python -m flax_mlm.verify_resume --config=configs/quickstart.py --config.train.reproducible=True --shapes=1x8,2x4
 
-It trains a few steps of the config four times, in processes of their own: without a break; killed (SIGKILL) and
-started again; begun without a break and continued on other numbers of processes and devices; and moved from each of
-these to the next by kills. Then it compares what they left, bit for bit, and leaves with 1 where a promise is broken:
+It trains a few steps of the config several times, in separate processes: without interruption; killed (SIGKILL) and
+restarted; continued on other numbers of processes and devices; and killed and moved from each of these to the next.
+Then it compares what the runs wrote, bit for bit, and exits with 1 if a guarantee does not hold:
 
-  - on the same devices everything is the same;
-  - on others the batches and masks are the same, and with train.reproducible everything is.
+  - on the same devices everything is equal;
+  - on other devices the batches and masks are equal, and with train.reproducible everything is.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_mlm.cli import app as command
+from flax_mlm.cli import app
 from flax_mlm.config import phases
 from flax_mlm.config.schema import LENGTHS, Config
 from flax_mlm.errors import Failure, UserError
@@ -36,18 +36,18 @@ from flax_mlm.storage import gcs
 from flax_mlm.training import metrics
 
 _STEPS = flags.DEFINE_integer("steps", 30, "steps of each run", lower_bound=6)
-_KILLS = flags.DEFINE_integer("kills", 2, "kills in the run that is killed", lower_bound=1)
+_KILLS = flags.DEFINE_integer("kills", 2, "how often the interrupted run receives SIGKILL", lower_bound=1)
 _SHAPES = flags.DEFINE_string(
-    "shapes", "1x4,2x2", "processes x devices of the moves, comma-separated, on CPUs; empty: no moves"
+    "shapes", "1x4,2x2", "PROCESSESxDEVICES to move to, comma-separated, on CPUs only; empty: no moves"
 )
-_WORKDIR = flags.DEFINE_string("workdir", "", "keep the runs in this folder; default: a temporary one")
+_WORKDIR = flags.DEFINE_string("workdir", "", "folder to keep the runs in; default: a temporary folder")
 
-_RATES = ("tokens_per_second", "data_wait", "eta_seconds", "mfu", "train_seconds")
+_TIMES = ("tokens_per_second", "data_wait", "eta_seconds", "mfu", "train_seconds")
 _BATCHES = ("step", "rows", "batch_fingerprint", "mask_rate", "tokens", "predicted_tokens")
 
 
 class Shape(NamedTuple):
-    """Devices to run on; None: those that are here, as they are."""
+    """Processes, and devices of each; None: those of this machine."""
 
     processes: int = 1
     devices: int | None = None
@@ -56,8 +56,8 @@ class Shape(NamedTuple):
         return "here" if self.devices is None else f"{self.processes}x{self.devices}"
 
 
-class Found(NamedTuple):
-    """Hashes of what a run has left."""
+class Hashes(NamedTuple):
+    """Hashes of what a run wrote."""
 
     batches: str
     parameters: str
@@ -67,85 +67,96 @@ class Found(NamedTuple):
 
 
 def main(config: Config) -> int:
-    if _KILLS.value >= _STEPS.value:
-        raise UserError(f"--kills is {_KILLS.value}; it must be less than --steps, {_STEPS.value}")
+    steps = _STEPS.value
+    if _KILLS.value >= steps:
+        raise UserError(f"--kills is {_KILLS.value}; expected less than --steps, {steps}")
     shapes = parse_shapes(_SHAPES.value)
     if shapes and backend() != "cpu":
-        print("devices other than CPUs cannot be divided at will: no moves (on a CPU: JAX_PLATFORMS=cpu)")
+        print("no moves: only CPUs can simulate other numbers of devices; set JAX_PLATFORMS=cpu to test moves")
         shapes = []
-    every = max(2, _STEPS.value // 3)
-    in_steps: dict[str, Any] = {**dict.fromkeys(LENGTHS, 0.0), "steps": _STEPS.value}
-    in_steps["phases"] = phases.in_fractions(phases.parse_phases(config))
-    often: dict[str, Any] = {"log_every": 1, "eval_every": every, "checkpoint_every": every, "max_to_keep": 9}
-    o = config.optimizer
-    config = dataclasses.replace(
-        config,
-        optimizer=dataclasses.replace(o, lawa_every=min(o.lawa_every, max(1, (_STEPS.value - 1) // o.lawa_count))),
-        train=dataclasses.replace(config.train, **in_steps, **often),
-        eval=dataclasses.replace(config.eval, max_rows=config.eval.max_rows or 2 * config.eval.batch_size),
-        log=dataclasses.replace(config.log, tensorboard=False, wandb_project=""),
-    )
-    try:
-        phases.parse_phases(config)
-    except UserError as e:
-        raise UserError(f"--steps is {_STEPS.value}, which may be too few: {e}") from e
+    every = max(2, steps // 3)
+    config = shortened(config, steps, every)
     here = Shape()
     with folder_of_runs() as folder:
         code = "from flax_mlm.config.load import from_dict\n\n"
         code += f"def get_config():\n    return from_dict({config.to_dict()!r})\n"
         (folder / "config.py").write_text(code)
 
-        def run(name: str, *legs: tuple[Shape, int | None], begun: Path | None = None) -> Found:
+        def run(name: str, *legs: tuple[Shape, int | None], copy_of: Path | None = None) -> Hashes:
             workdir = folder / name
-            if begun:
-                copy_of_start(begun, workdir, every)
+            if copy_of:
+                copy_checkpoint(copy_of, workdir, every)
             for shape, kill_at in legs:
                 train(folder / "config.py", workdir, shape, kill_at)
-            found = hashes(workdir, _STEPS.value)
-            print("  ".join([f"{name:12}", f"{' > '.join(str(s) for s, _ in legs):24}", *found]), flush=True)
-            return found
+            result = hashes(workdir, steps)
+            print("  ".join([f"{name:12}", f"{' > '.join(str(s) for s, _ in legs):24}", *result]), flush=True)
+            return result
 
-        print("  ".join([f"{'run':12}", f"{'devices':24}", *(f"{name:12}" for name in Found._fields)]))
+        print("  ".join([f"{'run':12}", f"{'devices':24}", *(f"{name:12}" for name in Hashes._fields)]))
         straight = run("straight", (here, None))
-        kills = [_STEPS.value * (i + 1) // (_KILLS.value + 1) for i in range(_KILLS.value)]
-        broken = compare("killed", straight, run("killed", *((here, k) for k in kills), (here, None)), True)
+        kills = [steps * (i + 1) // (_KILLS.value + 1) for i in range(_KILLS.value)]
+        broken = compare("killed", straight, run("killed", *((here, k) for k in kills), (here, None)), exact=True)
         exact = config.train.reproducible
         for shape in shapes:
-            moved = run(f"to {shape}", (shape, None), begun=folder / "straight")
+            moved = run(f"to {shape}", (shape, None), copy_of=folder / "straight")
             broken += compare(f"to {shape}", straight, moved, exact)
         if len(shapes) > 1:
-            stops = [_STEPS.value * (i + 1) // (len(shapes) + 1) for i in range(len(shapes))]
+            stops = [steps * (i + 1) // (len(shapes) + 1) for i in range(len(shapes))]
             legs = [*zip(shapes, stops, strict=True), (here, None)]
             broken += compare("moving", straight, run("moving", *legs), exact)
     if broken:
         raise Failure("; ".join(broken))
-    print("every promise is kept: what must be the same is the same, bit for bit")
+    print("all guarantees hold: what must be equal is equal, bit for bit")
     if shapes and not exact:
-        print("with train.reproducible the parameters would be too, on all numbers of devices that batch_groups allows")
+        print("with train.reproducible the parameters are equal, too, on all devices that train.batch_groups allows")
     return 0
 
 
-def compare(name: str, expected: Found, found: Found, exact: bool) -> list[str]:
-    """What is broken, in words."""
-    fields = Found._fields if exact else ("batches",)
-    wrong = [f for f in fields if getattr(expected, f) != getattr(found, f)]
+def shortened(config: Config, steps: int, every: int) -> Config:
+    """The config for a run of `steps` steps that logs each step, and evaluates and saves every `every` steps.
+
+    Raises:
+      UserError: a phase does not fit into so few steps.
+    """
+    o = config.optimizer
+    length: dict[str, Any] = {**dict.fromkeys(LENGTHS, 0.0), "steps": steps}
+    length["phases"] = phases.in_fractions(phases.parse_phases(config))
+    intervals: dict[str, Any] = {"log_every": 1, "eval_every": every, "checkpoint_every": every, "max_to_keep": 9}
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(o, lawa_every=min(o.lawa_every, max(1, (steps - 1) // o.lawa_count))),
+        train=dataclasses.replace(config.train, **length, **intervals),
+        eval=dataclasses.replace(config.eval, max_rows=config.eval.max_rows or 2 * config.eval.batch_size),
+        log=dataclasses.replace(config.log, tensorboard=False, wandb_project=""),
+    )
+    try:
+        phases.parse_phases(config)
+    except UserError as e:
+        raise UserError(f"--steps is {steps}, which may be too few: {e}") from e
+    return config
+
+
+def compare(name: str, expected: Hashes, actual: Hashes, exact: bool) -> list[str]:
+    """Describes the broken guarantees: with `exact` all hashes must be equal, otherwise those of the batches."""
+    fields = Hashes._fields if exact else ("batches",)
+    wrong = [field for field in fields if getattr(expected, field) != getattr(actual, field)]
     return [f"run '{name}' differs from 'straight' in its {', '.join(wrong)}"] if wrong else []
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """ "1x4,2x2" -> shapes. Raises UserError."""
+    """Parses "1x4,2x2". Raises UserError."""
     try:
-        numbers = [tuple(map(int, part.split("x"))) for part in text.split(",") if part]
+        numbers = [tuple(map(int, item.split("x"))) for item in text.split(",") if item]
         shapes = [Shape(processes, devices) for processes, devices in numbers]
         if any(min(n) < 1 for n in numbers):
             raise ValueError(text)
     except ValueError:
-        raise UserError(f"--shapes is '{text}'; it takes PROCESSESxDEVICES, comma-separated, such as 1x4,2x2") from None
+        raise UserError(f"--shapes is '{text}'; expected PROCESSESxDEVICES, comma-separated, such as 1x4,2x2") from None
     return shapes
 
 
 def backend() -> str:
-    """Where JAX computes here. Asked in a process of its own: an accelerator serves one at a time."""
+    """The default backend of JAX. A subprocess asks for it, because an accelerator serves one process at a time."""
     code = "from flax_mlm.distributed import environment; environment.prepare(); import jax; "
     code += "print(jax.default_backend())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
@@ -153,6 +164,7 @@ def backend() -> str:
 
 @contextlib.contextmanager
 def folder_of_runs() -> Iterator[Path]:
+    """Yields `--workdir`, newly made, or a temporary folder. Raises UserError."""
     if not _WORKDIR.value:
         with tempfile.TemporaryDirectory(prefix="verify_resume-") as name:
             yield Path(name)
@@ -166,15 +178,15 @@ def folder_of_runs() -> Iterator[Path]:
     yield folder
 
 
-def copy_of_start(begun: Path, workdir: Path, step: int) -> None:
-    """A run that has just saved `step`."""
-    shutil.copytree(begun / "checkpoints" / str(step), workdir / "checkpoints" / str(step))
+def copy_checkpoint(source: Path, workdir: Path, step: int) -> None:
+    """Copies a run as it was after saving `step`."""
+    shutil.copytree(source / "checkpoints" / str(step), workdir / "checkpoints" / str(step))
     for name in ("config.json", "metrics.jsonl"):
-        shutil.copy(begun / name, workdir / name)
+        shutil.copy(source / name, workdir / name)
 
 
 def train(config_file: Path, workdir: Path, shape: Shape, kill_at: int | None) -> None:
-    """Runs `train` to its end, or until it has done step `kill_at` and is killed."""
+    """Runs `train` to its end, or kills it after step `kill_at`. Raises Failure."""
     line = [sys.executable, "-m", "flax_mlm.train", f"--config={config_file}", f"--workdir={workdir}"]
     env, address = dict(os.environ), f"127.0.0.1:{free_port()}"
     if shape.devices is not None:
@@ -184,24 +196,25 @@ def train(config_file: Path, workdir: Path, shape: Shape, kill_at: int | None) -
         log = at_exit.enter_context((workdir.parent / f"{workdir.name}.log").open("a+"))
         processes = []
         for i in range(shape.processes):
-            place = [f"--coordinator={address}", f"--num_processes={shape.processes}", f"--process_id={i}"]
+            cluster = [f"--coordinator={address}", f"--num_processes={shape.processes}", f"--process_id={i}"]
             process = subprocess.Popen(
-                line + place * (shape.processes > 1),
+                line + cluster * (shape.processes > 1),
                 env=env, stdout=subprocess.PIPE if i == 0 else subprocess.DEVNULL, stderr=log, text=True,
             )  # fmt: skip
             at_exit.callback(process.wait)
             at_exit.callback(process.kill)
             processes.append(process)
         assert processes[0].stdout
-        for said in processes[0].stdout:
-            log.write(said)
-            if kill_at is not None and said.startswith(f"step {kill_at}/"):
+        for output in processes[0].stdout:
+            log.write(output)
+            if kill_at is not None and output.startswith(f"step {kill_at}/"):
                 for process in processes:
                     process.send_signal(signal.SIGKILL)
         codes = [process.wait() for process in processes]
         if codes != [-signal.SIGKILL if kill_at is not None else 0] * shape.processes:
             log.seek(0)
-            raise Failure(f"run '{workdir.name}' ended with {codes}: {(log.read().splitlines() or ['?'])[-1]}")
+            last_line = (log.read().splitlines() or ["no output"])[-1]
+            raise Failure(f"run '{workdir.name}' ended with exit codes {codes}: {last_line}")
 
 
 def free_port() -> int:
@@ -210,19 +223,19 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def hashes(workdir: Path, step: int) -> Found:
-    """Of the metrics of every step, and of the arrays by the fingerprints in the checkpoint."""
+def hashes(workdir: Path, step: int) -> Hashes:
+    """Hashes the metrics of every step, and the fingerprints of the arrays in the last checkpoint."""
     from etils import epath
 
     from flax_mlm.checkpoint.format import read_meta
 
     arrays = read_meta(epath.Path(workdir) / "checkpoints" / str(step))["arrays"]
     lines, steps = metrics.lines(workdir), metrics.lines(workdir, "train")
-    return Found(
+    return Hashes(
         digest([[line[name] for name in _BATCHES] for line in steps]),
         digest(sorted(item for item in arrays.items() if item[0].startswith("params/"))),
         digest(sorted(item for item in arrays.items() if not item[0].startswith("params/"))),
-        digest([{k: v for k, v in line.items() if k not in _RATES} for line in lines]),
+        digest([{k: v for k, v in line.items() if k not in _TIMES} for line in lines]),
         digest(json.loads((workdir / "result.json").read_text())),
     )
 
@@ -232,4 +245,4 @@ def digest(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    app.run(main)

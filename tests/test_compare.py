@@ -157,14 +157,17 @@ def test_a_file_that_was_changed_is_read_again(tmp_path):
     ("flags", "message"),
     [
         ([], "--checkpoints is missing"),
-        (["--checkpoints=a=x,a=y"], "two are called 'a'"),
+        (["--checkpoints=a=x,a=y"], "names two 'a'"),
         (["--checkpoints=x"], "--output is missing"),
         (["--checkpoints=x", "--output=o"], "no checkpoint in"),
-        (["--checkpoints=x", "--output=o", f"--config={base.__file__}"], "have their own; override fields"),
+        (
+            ["--checkpoints=x", "--output=o", f"--config={base.__file__}"],
+            "checkpoints have configs",
+        ),
         (["--checkpoints=x", "--tasks= ; "], "--tasks is empty"),
-        (["--checkpoints=x", "--tasks=mlm; mlm"], "two are called 'mlm'; write NAME=mlm"),
-        (["--checkpoints=x", "--tasks=mlm --json=a"], "has an option that is set here"),
-        (["--checkpoints=x", "--tasks=mlm '"], "cannot be read (No closing quotation)"),
+        (["--checkpoints=x", "--tasks=mlm; mlm"], "names two 'mlm'; rename one with NAME=mlm"),
+        (["--checkpoints=x", "--tasks=mlm --json=a"], "which compare sets"),
+        (["--checkpoints=x", "--tasks=mlm '"], "cannot parse 'mlm '' (No closing quotation)"),
     ],
 )
 def test_what_the_command_refuses(toy, tmp_path, flags, message):

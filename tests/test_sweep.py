@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
-from flax_mlm import sweep
-from flax_mlm.cli import app as command
+from flax_mlm.cli import app, sweep
 from flax_mlm.cli import grid as grid_lib
+from flax_mlm.cli.trainer import failure_reason
 
 BASE = [f"--config={base.__file__}"]
 TEXTS = st.text(st.characters(codec="utf8", exclude_characters='"\n', exclude_categories=("C", "Z")), max_size=20)
@@ -82,7 +82,7 @@ def test_folders_of_other_settings_have_other_names():
 def test_each_point_is_a_config_with_its_values(grid, seed):
     for setting in grid[2][:3]:
         run = sweep.make_run(BASE, setting, seed, Path("nowhere"))
-        assert run.arguments[-1] == f"--workdir={run.workdir}" and run.config == command.resolve(run.arguments[:-1])
+        assert run.arguments[-1] == f"--workdir={run.workdir}" and run.config == app.resolve(run.arguments[:-1])
         for path, value in {**setting, "seed": seed}.items():
             node = run.config
             for name in path.split("."):
@@ -177,7 +177,7 @@ def swept(toy) -> Path:
     first.process.send_signal(signal.SIGTERM)
     codes, out = first.finish()
     assert codes == [75], (out, first.err)
-    assert out.endswith("stopped by a signal. The same command goes on from there\n")
+    assert out.endswith("stopped by a signal; run the same command again to continue\n")
     assert "2 runs, 0 finished" in out and "1/2  optimizer.learning_rate=0.01, seed=0  loss" in out
     assert "2/2" not in out and not (workdir / NAMES[1] / "result.json").exists()
     assert "0/1 |" in (workdir / "sweep.md").read_text() and (workdir / "sweep.png").exists()
@@ -261,7 +261,7 @@ def test_a_run_that_fails_does_not_stop_the_others(toy, tmp_path):
 def test_the_ends_of_runs_are_one_point_though_they_are_not_of_one_step():
     """As with a budget."""
     curves = [[{"step": step} for step in steps] for steps in ((0, 100, 200, 253), (0, 100, 149))]
-    found = [[line["step"] for line in lines] for lines in sweep.shared(curves)]
+    found = [[line["step"] for line in lines] for lines in sweep.aligned(curves)]
     assert found == [[0, 0], [100, 100], [253, 149]]
 
 
@@ -291,7 +291,7 @@ def test_the_table(tmp_path):
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "sweep.md").read_text().splitlines()
     ]
-    assert rows[0] == ["optimizer.beta1", "held-out loss", "to the first", "accuracy", "bits/byte", "tokens", "seconds",
+    assert rows[0] == ["optimizer.beta1", "held-out loss", "vs. first", "accuracy", "bits/byte", "tokens", "seconds",
                        "tokens/s", "seeds"]  # fmt: skip
     same = ["0.2500", "1.500", "20,000", "10.0", "2,000"]
     assert rows[2] == ["0.9", "3.2500 ± 0.3536", "–", *same, "2/2"]
@@ -318,12 +318,12 @@ def test_the_table(tmp_path):
     ],
 )
 def test_losses_of_other_questions_do_not_compare(tmp_path, setting, entropy, compares):
-    first = {path: getattr(getattr(command.resolve(BASE), (p := path.split("."))[0]), p[1]) for path in setting}
+    first = {path: getattr(getattr(app.resolve(BASE), (p := path.split("."))[0]), p[1]) for path in setting}
     runs = [pretend(tmp_path, first, 0, {20: 3.0}), pretend(tmp_path, setting, 0, {20: 2.0}, entropy)]
     one, two = sweep.summarise(runs, {})
     assert one.is_comparable and two.is_comparable is compares and two.is_best is compares
     assert two.difference == ([-1.0] if compares else [])
-    assert ("do not compare" in sweep.table([one, two])) is not compares
+    assert ("cannot be compared" in sweep.table([one, two])) is not compares
 
 
 @pytest.mark.parametrize(
@@ -332,11 +332,9 @@ def test_losses_of_other_questions_do_not_compare(tmp_path, setting, entropy, co
         ("$ old\nerror: of before\n$ new\nstep 1\nerror: the last\nnoise\n", 2, "the last (exit code 2; "),
         ("$ new\nTraceback:\n  x\nValueError: odd\n\n", 1, "ValueError: odd (exit code 1; "),
         ("$ new\nstep 1\n", -signal.SIGKILL, "ended by SIGKILL"),
-        ("$ new\n", 1, "it said nothing (exit code 1; "),
+        ("$ new\n", 1, "no output (exit code 1; "),
     ],
 )
-def test_last_words(tmp_path, log, code, said):
-    run = sweep.make_run(BASE, {}, 0, tmp_path)
-    run.workdir.mkdir()
-    (run.workdir / "train.log").write_text(log)
-    assert sweep.last_words(run, code).startswith(said)
+def test_the_reason_of_a_failure_comes_from_the_log_of_the_last_start(tmp_path, log, code, said):
+    (tmp_path / "train.log").write_text(log)
+    assert failure_reason(tmp_path, code).startswith(said)

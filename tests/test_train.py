@@ -86,7 +86,7 @@ def test_verify_resume_compares_whole_runs(toy, tmp_path):
     by_name = {row[0]: row[2:] for row in rows[1:4]}
     assert by_name["straight"] == by_name["killed"] and by_name["to 1x2"][0] == by_name["straight"][0]
     assert by_name["to 1x2"][1] != by_name["straight"][1], "not reproducible: the comparison would see it"
-    assert "every promise is kept" in done.stdout
+    assert "all guarantees hold" in done.stdout
 
 
 def test_verify_resume_needs_steps_for_every_phase(toy):
