@@ -1,4 +1,4 @@
-"""What a run says of itself on the console: at its beginning, and when it is done."""
+"""The lines that a run prints at its start and its end."""
 
 import contextlib
 import sys
@@ -6,19 +6,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flax_mlm.config import phases
+from flax_mlm.config.phases import Phase
 from flax_mlm.errors import UserError
 from flax_mlm.storage import gcs
 
 
-def banner(parts: list[phases.Phase], mixtures: list[Any], mesh: Any, steps: Any, memory: list[Any]) -> None:
-    """What is about to run, and on what."""
+def banner(run_phases: list[Phase], mixtures: list[Any], mesh: Any, steps: Any, memory: list[Any]) -> None:
+    """Prints the versions, devices, mesh, model, memory, corpora and phases of a run."""
     import jax
 
     versions = "  ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
     device = mesh.devices.flat[0]
     num_params = sum(x.size for x in jax.tree.leaves(steps.abstract.params))
-    first = parts[0].config
+    first = run_phases[0].config
     flops = steps.flops / first.train.global_batch_size / mixtures[0].seq_len
     print(f"python {sys.version.split()[0]}  {versions}")
     print(f"devices     {mesh.size} × {device.device_kind} ({device.platform}), {jax.process_count()} process(es)")
@@ -30,36 +30,35 @@ def banner(parts: list[phases.Phase], mixtures: list[Any], mesh: Any, steps: Any
             f"memory      {most.argument_size_in_bytes / 2**20:,.0f} MiB of state and batch on each device, "
             f"{most.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries"
         )
-    rows = [(p.num_steps or 0) * p.config.train.global_batch_size for p in parts]
-    for corpus in {id(corpus): corpus for corpus in mixtures}.values():  # phases may share one
-        _corpus(corpus, sum(n for c, n in zip(mixtures, rows, strict=True) if c is corpus))
-    budget = f"{first.train.length:g} {first.train.unit.removeprefix('budget_').replace('_', ' ')}"
-    length = budget if first.train.has_budget else f"{first.train.steps:,} steps"
-    tokens = sum(n * c.tokens_per_row for n, c in zip(rows, mixtures, strict=True))
+    rows = [(p.num_steps or 0) * p.config.train.global_batch_size for p in run_phases]
+    for mixture in {id(mixture): mixture for mixture in mixtures}.values():  # phases may share one
+        _print_corpora(mixture, sum(n for m, n in zip(mixtures, rows, strict=True) if m is mixture))
+    length = f"{first.train.budget_minutes:g} minutes" if first.train.has_budget else f"{first.train.steps:,} steps"
+    tokens = sum(n * m.tokens_per_row for n, m in zip(rows, mixtures, strict=True))
     average = first.optimizer.averages
-    averaged = f" (evaluated: the {average} average of its weights)" if average != "none" else ""
+    averaged = f" (evaluates the {average} average of the weights)" if average != "none" else ""
     of_rows = f" of {first.train.global_batch_size} rows" + f" = {tokens:,.0f} tokens" * bool(tokens)
     print(f"run         {first.objective.name}, {length}{of_rows}, {first.optimizer.name}{averaged}")
-    for part in filter(lambda part: part.changes, parts):
-        at = f"step {part.first_step:,} ({part.begin:.0%})" if part.num_steps else f"{part.begin:.0%}"
-        print(f"            from {at} on {part.changes}")
+    for phase in filter(lambda phase: phase.changes, run_phases):
+        at = f"step {phase.first_step:,} ({phase.begin:.0%})" if phase.num_steps else f"{phase.begin:.0%}"
+        print(f"            from {at} on {phase.changes}")
     sys.stdout.flush()
 
 
-def _corpus(corpus: Any, rows: int) -> None:
-    """One corpus or several, of which so many rows are going to be read; 0: that is not known."""
-    for (name, part), times in zip(corpus.corpora.items(), corpus.stream().epochs(rows), strict=True):
-        counts, share = part.counts["train"], corpus.fractions[name]
-        read = f", {share:.1%} of the rows" * (share < 1) + f" ({times:.2f} epochs)" * bool(rows)
-        print(f"corpus      {part.path} ({part.source})")
+def _print_corpora(mixture: Any, rows: int) -> None:
+    """Prints the corpora of a mixture, with the epochs in this many rows; 0: unknown."""
+    for (name, corpus), epochs in zip(mixture.corpora.items(), mixture.stream().epochs(rows), strict=True):
+        counts, share = corpus.counts["train"], mixture.fractions[name]
+        read = f", {share:.1%} of the rows" * (share < 1) + f" ({epochs:.2f} epochs)" * bool(rows)
+        print(f"corpus      {corpus.path} ({corpus.source})")
         print(
-            f"            {counts['rows']:,} rows of {corpus.seq_len}, {counts['tokens']:,} tokens, vocabulary "
-            f"{corpus.vocab_size:,}{read}"
+            f"            {counts['rows']:,} rows of {mixture.seq_len}, {counts['tokens']:,} tokens, vocabulary "
+            f"{mixture.vocab_size:,}{read}"
         )
 
 
 def summary(workdir: gcs.AnyPath, trained: Any, result: dict[str, float]) -> None:
-    """How the run ended, and how to go on."""
+    """Prints the last evaluation, filled masks, the files written and the next commands."""
     import jax
 
     from flax_mlm.evaluation import mlm, rtd
@@ -68,7 +67,7 @@ def summary(workdir: gcs.AnyPath, trained: Any, result: dict[str, float]) -> Non
     objective = trained.config.objective.name
     lines = rtd.table(result) if objective == "rtd" else mlm.table(result, objective)
     print("\n" + "\n".join(lines) + "\n")
-    if objective == "mlm" and jax.process_count() == 1:  # one process alone could not ask the model
+    if objective == "mlm" and jax.process_count() == 1:  # needs all processes otherwise
         filler = filler_lib.MaskFiller(trained)
         for sentence in filler_lib.EXAMPLES:
             with contextlib.suppress(UserError):  # longer than a row
@@ -78,7 +77,7 @@ def summary(workdir: gcs.AnyPath, trained: Any, result: dict[str, float]) -> Non
         workdir = workdir.relative_to(Path.cwd())
     print(f"\nwritten to {workdir}: checkpoints/  metrics.jsonl  config.json  result.json", end="")
     print("  tensorboard/" if trained.config.log.tensorboard else "")
-    print("go on with")
+    print("Next steps:")
     print(f"    python -m flax_mlm.evaluate --checkpoint={workdir} --task=mlm")
     if objective == "mlm":
         print(f'    python -m flax_mlm.fill_mask --checkpoint={workdir} "The [MASK] of the United States."')

@@ -1,65 +1,59 @@
-"""An exclusive lease on a workdir: two jobs that write to one run would spoil it.
+"""An exclusive lease on a workdir, so that two jobs never write to one run.
 
-`workdir/lease.json` says who holds it, and has a counter that moves every few seconds. Of a holder on this machine
-the system is asked; one elsewhere is watched for a while, since the clocks of two machines cannot be compared.
-
-To replace a lease only as long as it is the one that was read takes a lock in a folder; in a bucket it is what Cloud
-Storage does when it is told a generation.
+`workdir/lease.json` names its holder and has a counter that increases every few seconds. If the holder runs on this
+machine, the operating system knows whether it is alive; a holder on another machine is gone when its counter stops,
+because the clocks of two machines cannot be compared.
 """
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flax_mlm.errors import Failure, UserError
-from flax_mlm.storage import gcs
 from flax_mlm.storage.gcs import AnyPath
+from flax_mlm.storage.shared_file import GcsFile, LocalFile, open_file
 
-_FILE = "lease.json"
-_BEAT = 5.0  # seconds
-_STALE = 20.0  # seconds without a beat after which a holder elsewhere counts as gone
-_SETTLE = 0.5  # seconds
-_LIMIT = 1 << 16  # bytes that are looked at; a lease has some 300
-
-Log = Callable[[str], None]
+_NAME = "lease.json"
+_BEAT = 5.0  # seconds between increments of the counter
+_STALE = 20.0  # seconds without an increment after which a holder on another machine is gone
 
 
 class Lease:
-    """The lease on a folder, once it is taken; its counter then moves in a thread."""
+    """A lease on a workdir. Once taken, a thread increments its counter."""
 
     def __init__(self, workdir: AnyPath, run_id: str):
-        """`run_id` is what tells this holder from all others."""
+        """`run_id` identifies this holder among all jobs."""
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        self._about = {**_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
-        self._about |= {"run_id": run_id, "since": since}
-        self._workdir, self._run_id, self._beats, self._released = workdir, run_id, 0, threading.Event()
-        self._place = _place(workdir)
+        self._holder = {**_machine(), "pid": os.getpid(), "started": _start_time(os.getpid())}
+        self._holder |= {"run_id": run_id, "since": since}
+        self._workdir, self._run_id = workdir, run_id
+        self._beats, self._released = 0, threading.Event()
+        self._file = open_file(workdir / _NAME)
 
-    def take(self, log: Log, stale: float = _STALE) -> None:
-        """Takes the lease. The folder is made when it is not there.
+    def take(self, log: Callable[[str], None], stale: float = _STALE) -> None:
+        """Takes the lease, and makes the workdir unless it exists.
 
         Args:
-          log: is told of a holder that is watched or replaced.
-          stale: seconds without a beat after which a holder elsewhere counts as gone.
+          log: receives a line if another holder is watched or replaced.
+          stale: seconds without an increment after which a holder on another machine is gone.
 
         Raises:
-          UserError: another job holds it, or the folder cannot be written.
+          UserError: another job holds the lease, or the workdir cannot be written.
         """
         try:
-            self._place.make()
+            self._file.make_folder()
             while True:
-                content = self._place.read()
+                content = self._file.read()
                 if content is not None:
-                    _wait_for_end(self._place, self._workdir, content, log, stale)
-                if self._put(instead_of=content):
+                    _wait_until_gone(self._file, self._workdir, content, log, stale)
+                if self._write(content):
                     break
             self.check()
         except OSError as e:
@@ -67,144 +61,58 @@ class Lease:
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def check(self) -> None:
-        """Raises UserError when another job has taken the lease, because this one seemed gone."""
-        if (content := self._place.read()) is None or not _is_of(content, self._run_id):
-            who = f"now belongs to {_name(_parse(content))}" if content else "has lost its lease.json"
-            raise UserError(f"--workdir: '{self._workdir}' {who}; this job must not write to it any more")
+        """Raises UserError if another job has taken the lease because this one seemed gone."""
+        if not self._is_own(content := self._file.read()):
+            state = f"now belongs to {_describe(_parse(content))}" if content else "has lost its lease.json"
+            raise UserError(f"--workdir: '{self._workdir}' {state}; this job must not write to it any more")
 
     def release(self) -> None:
-        """Gives the lease back, if it is still ours."""
+        """Removes the lease if this job still holds it."""
         self._released.set()
         with contextlib.suppress(OSError, UserError, Failure):
-            self._place.remove(self._run_id)
+            self._file.remove_if(self._is_own)
 
-    def _put(self, instead_of: bytes | None) -> bool:
-        return self._place.put(json.dumps({**self._about, "beats": self._beats}) + "\n", self._run_id, instead_of)
+    def _is_own(self, content: bytes | None) -> bool:
+        return content is not None and _parse(content).get("run_id") == self._run_id
+
+    def _write(self, expected: bytes | None) -> bool:
+        content = json.dumps({**self._holder, "beats": self._beats}) + "\n"
+        return self._file.replace(content.encode(), expected, self._run_id, self._is_own(expected))
 
     def _beat(self) -> None:
         while not self._released.wait(_BEAT):
-            with contextlib.suppress(OSError, UserError, Failure):  # a full disk, say: the next one may be written
-                content = self._place.read()
-                if content is None or not _is_of(content, self._run_id):
+            with contextlib.suppress(OSError, UserError, Failure):  # a full disk: the next write may succeed
+                content = self._file.read()
+                if not self._is_own(content):
                     return
                 self._beats += 1
-                self._put(instead_of=content)
+                self._write(content)
 
 
 def holder(workdir: AnyPath) -> str:
-    """The run_id of whoever holds the lease on a folder; empty when nobody does."""
+    """The run_id of the holder of a workdir's lease; empty if there is none."""
     try:
-        return str(_parse(_place(workdir).read() or b"").get("run_id", ""))
+        return str(_parse(open_file(workdir / _NAME).read() or b"").get("run_id", ""))
     except OSError:
         return ""
 
 
-class _Folder:
-    """Where a lease lies: a folder."""
-
-    def __init__(self, workdir: Path):
-        self._workdir = workdir
-
-    def make(self) -> None:
-        self._workdir.mkdir(parents=True, exist_ok=True)
-
-    def read(self) -> bytes | None:
-        try:  # neither follow a link nor wait for a pipe
-            descriptor = os.open(self._workdir / _FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return None
-        try:
-            return os.read(descriptor, _LIMIT)
-        finally:
-            os.close(descriptor)
-
-    def put(self, content: str, run_id: str, instead_of: bytes | None) -> bool:
-        """Puts the lease of `run_id` there, unless what is there has changed meanwhile."""
-        lease, ours = self._workdir / _FILE, self._workdir / f"{_FILE}.{run_id}"
-        with _locked(self._workdir) as locked:
-            if self.read() != instead_of:
-                return False
-            try:
-                ours.write_text(content)
-                if locked or (instead_of is not None and _is_of(instead_of, run_id)):
-                    ours.replace(lease)
-                elif not self._put_unlocked(ours, lease, instead_of):
-                    return False
-            finally:
-                ours.unlink(missing_ok=True)
-        return True
-
-    def _put_unlocked(self, ours: Path, lease: Path, instead_of: bytes | None) -> bool:
-        """The same where the file system has no locks: of several, one moves the old lease away, and one links its own.
-
-        Who finds that it moved a newer lease than it knew puts that back. Should a third have come in between, then
-        the owner of the newer one sees so after `_SETTLE`, before it starts.
-        """
-        if instead_of is not None:
-            old = ours.with_name(f"{ours.name}.old")
-            try:
-                lease.rename(old)
-            except FileNotFoundError:
-                return False
-            try:
-                if old.read_bytes() != instead_of:
-                    _link(old, lease)
-                    return False
-            finally:
-                old.unlink()
-        if not _link(ours, lease):
-            return False
-        time.sleep(_SETTLE)
-        return True
-
-    def remove(self, run_id: str) -> None:
-        """Removes the lease, if it is that of `run_id`."""
-        with _locked(self._workdir):
-            if _is_of(self.read() or b"", run_id):
-                (self._workdir / _FILE).unlink()
-
-
-class _Bucket:
-    """The same in a bucket."""
-
-    def __init__(self, workdir: AnyPath):
-        self._lease = workdir / _FILE
-
-    def make(self) -> None:
-        pass
-
-    def read(self) -> bytes | None:
-        found = gcs.read(self._lease)
-        return found and found[0]
-
-    def put(self, content: str, run_id: str, instead_of: bytes | None) -> bool:
-        held, generation = gcs.read(self._lease) or (None, 0)
-        return held == instead_of and gcs.write(self._lease, content.encode(), generation)
-
-    def remove(self, run_id: str) -> None:
-        found = gcs.read(self._lease)
-        if found and _is_of(found[0], run_id):
-            gcs.delete(self._lease, found[1])
-
-
-def _place(workdir: AnyPath) -> _Folder | _Bucket:
-    return _Folder(workdir) if isinstance(workdir, Path) else _Bucket(workdir)
-
-
-def _wait_for_end(place: _Folder | _Bucket, workdir: AnyPath, content: bytes, log: Log, stale: float) -> None:
-    """Returns once the holder is known to be gone. Raises UserError when it is not."""
-    about = _parse(content)
-    who = _name(about)
+def _wait_until_gone(
+    file: LocalFile | GcsFile, workdir: AnyPath, content: bytes, log: Callable[[str], None], stale: float
+) -> None:
+    """Returns once the holder is known to be gone. Raises UserError if it is alive."""
+    current = _parse(content)
+    who = _describe(current)
     in_use = UserError(f"--workdir: '{workdir}' is in use by {who}; stop it, or use another --workdir")
-    if about and _machine().items() <= about.items():
-        if _is_alive(about.get("pid"), about.get("started")):
+    if current and _machine().items() <= current.items():
+        if _is_alive(current.get("pid"), current.get("started")):
             raise in_use
     else:
         log(f"'{workdir}' was in use by {who}; waiting {stale:.0f} s to see whether it still is")
         end = time.monotonic() + stale
         while time.monotonic() < end:
             time.sleep(min(0.2, stale))
-            if (now := place.read()) is None:
+            if (now := file.read()) is None:
                 return
             if now != content:
                 raise in_use
@@ -212,50 +120,23 @@ def _wait_for_end(place: _Folder | _Bucket, workdir: AnyPath, content: bytes, lo
 
 
 def _parse(content: bytes) -> dict[str, Any]:
+    """The holder in a lease; empty for a damaged lease."""
     try:
-        about = json.loads(content)
+        values = json.loads(content)
     except (ValueError, RecursionError):
         return {}
-    return about if isinstance(about, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
-def _is_of(content: bytes, run_id: str) -> bool:
-    return _parse(content).get("run_id") == run_id
-
-
-def _name(about: dict[str, Any]) -> str:
+def _describe(values: dict[str, Any]) -> str:
     def field(name: str) -> str:
-        return "".join(c for c in str(about.get(name, "?")) if c.isprintable())[:80]
+        return "".join(c for c in str(values.get(name, "?")) if c.isprintable())[:80]
 
-    return f"process {field('pid')} on {field('host')} since {field('since')}" if about else "an unknown holder"
-
-
-@contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[bool]:
-    """No other process compares and replaces the lease meanwhile; false where the file system has no locks."""
-    descriptor = os.open(workdir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            locked = True
-        except OSError:
-            locked = False
-        yield locked
-    finally:
-        os.close(descriptor)
-
-
-def _link(file: Path, name: Path) -> bool:
-    """Gives a file another name, unless that is taken."""
-    try:
-        os.link(file, name)
-    except FileExistsError:
-        return False
-    return True
+    return f"process {field('pid')} on {field('host')} since {field('since')}" if values else "an unknown holder"
 
 
 def _machine() -> dict[str, str]:
-    """Where a process number means something: host, boot and, in containers, the namespace of processes."""
+    """The scope in which a process id is unique: host, boot and, in containers, the process namespace."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
     return {
         "host": socket.gethostname(),
@@ -264,9 +145,9 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _started(pid: int) -> str | None:
-    """When a process started, so that it is not taken for a later one of the same number; None: it is gone, or has
-    ended and waits for its parent; empty where the system does not say."""
+def _start_time(pid: int) -> str | None:
+    """When a process started, which tells it from a later one with the same id; None if it is gone or a zombie, empty
+    if the system has no /proc."""
     if not os.path.exists("/proc/self/stat"):
         return ""
     try:
@@ -277,7 +158,7 @@ def _started(pid: int) -> str | None:
 
 
 def _is_alive(pid: Any, started: Any) -> bool:
-    if type(pid) is not int or pid <= 0 or (now := _started(pid)) != started or now is None:
+    if type(pid) is not int or pid <= 0 or (now := _start_time(pid)) != started or now is None:
         return False
     with contextlib.suppress(PermissionError):
         try:
