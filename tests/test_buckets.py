@@ -182,10 +182,10 @@ WRONG = {
     "no bucket": ("gs://no-such-bucket/run", None, 2, "--workdir: there is no bucket 'no-such-bucket'"),
     "forbidden": ("gs://bucket/secret", 403, 2, "'gs://bucket/secret' cannot be used: these credentials do not allow"),
     "unknown": ("gs://bucket/secret", 401, 2, "'gs://bucket/secret' cannot be used: there are no valid credentials"),
-    "another scheme": ("s3://bucket/run", None, 2, "it can be a folder, or gs://BUCKET/FOLDER"),
-    "no name": ("gs://", None, 2, "it looks like gs://BUCKET/FOLDER"),
-    "dots": ("gs://bucket/runs/../x", None, 2, "it looks like gs://BUCKET/FOLDER"),
-    "pattern": ("gs://bucket/runs[1]", None, 2, "has '[' in it"),
+    "another scheme": ("s3://bucket/run", None, 2, "expected a folder or gs://BUCKET/FOLDER"),
+    "no name": ("gs://", None, 2, "expected gs://BUCKET/FOLDER"),
+    "dots": ("gs://bucket/runs/../x", None, 2, "expected gs://BUCKET/FOLDER"),
+    "pattern": ("gs://bucket/runs[1]", None, 2, "contains '['"),
 }
 
 

@@ -1,5 +1,4 @@
-"""Whole files: read as text with one clear error, written under another name and then renamed. In a bucket what is
-written appears whole anyway."""
+"""Whole files: text is read with clear errors, and written atomically by renaming; objects in buckets always are."""
 
 import contextlib
 import hashlib
@@ -15,7 +14,7 @@ from flax_mlm.storage import gcs
 
 
 def read_text(file: Path) -> str:
-    """The content of a UTF-8 file, without byte-order mark. Raises UserError, which names it."""
+    """Reads a UTF-8 file, without byte-order mark. Raises UserError."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -25,8 +24,12 @@ def read_text(file: Path) -> str:
 
 
 def check_writable(flag: str, file: Path, makes_folders: bool = False) -> None:
-    """Finds out whether a file can be written, before there is something to write; and the folders that it is in, where
-    they are going to be made. Raises UserError."""
+    """Raises UserError if a file cannot be written, before there is something to write.
+
+    Args:
+      flag: the flag that names the file.
+      makes_folders: missing parent folders will be made.
+    """
     folder = next(p for p in file.parents if p.exists()) if makes_folders else file.parent
     try:
         if file.is_dir():
@@ -38,7 +41,7 @@ def check_writable(flag: str, file: Path, makes_folders: bool = False) -> None:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `file` at the end: that is there whole, or as it was before."""
+    """Yields a temporary name to write to, and renames it to `file` at the end, which is never half-written."""
     temporary = file.with_name(file.name + ".tmp")
     try:
         yield temporary
@@ -48,7 +51,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_bytes(file: Path, content: bytes | memoryview) -> None:
-    """Writes a whole file, or none; once this returns it also survives a power cut."""
+    """Writes a file atomically and waits until it is on the disk."""
     with replacing(file) as temporary, temporary.open("wb") as opened:
         opened.write(content)
         opened.flush()
@@ -56,7 +59,7 @@ def write_bytes(file: Path, content: bytes | memoryview) -> None:
 
 
 def write_text(file: gcs.AnyPath, text: str) -> None:
-    """The same with text, as UTF-8; also into a bucket."""
+    """Writes UTF-8 text atomically, also into a bucket."""
     if isinstance(file, Path):
         write_bytes(file, text.encode())
     else:
@@ -64,11 +67,11 @@ def write_text(file: gcs.AnyPath, text: str) -> None:
 
 
 def digest(content: dict[str, Any]) -> str:
-    """SHA-256 of what will be a JSON object, in hexadecimal. An entry `sha256`, which holds it, does not count."""
-    counted = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+    """The hexadecimal SHA-256 of a JSON object without its entry `sha256`, which holds the digest."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(file: gcs.AnyPath, value: Any) -> None:
-    """As `write_text`, as indented JSON."""
+    """Writes indented JSON atomically, also into a bucket."""
     write_text(file, json.dumps(value, indent=2) + "\n")

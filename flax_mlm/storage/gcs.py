@@ -1,8 +1,8 @@
-"""Cloud Storage: paths that begin with gs://, what can go wrong with them, and changes that ask for a generation.
+"""Google Cloud Storage: gs:// paths, their errors, and conditional writes.
 
-Files are read and written through etils.epath and, under it, gcsfs; the arrays of checkpoints by tensorstore.
-A bucket has no folders, no renaming and no appending, but what is written is seen by all at once, whole, and may be
-made to depend on what was there before.
+Files are read and written through etils.epath, which uses gcsfs; tensorstore reads and writes the arrays of
+checkpoints. A bucket has no folders, renaming or appending. In return, a written object is visible to all readers at
+once and whole, and a write can depend on the generation of the object that it replaces.
 """
 
 import concurrent.futures
@@ -21,42 +21,42 @@ from etils import epath
 
 from flax_mlm.errors import Failure, UserError
 
-AnyPath: TypeAlias = Path | epath.Path  # of a folder, or in a bucket
+AnyPath: TypeAlias = Path | epath.Path  # local, or in a bucket
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
-_CONNECT, _SILENCE = 5, 60  # seconds until a server that does not answer is asked again, six times in all
-_AT_ONCE = 32  # requests
-# What the clients say: of what may be over in a while, and of credentials.
-_PASSING = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b")
+_CONNECT_TIMEOUT, _READ_TIMEOUT = 5, 60  # seconds; gcsfs tries six times
+_MAX_REQUESTS = 32  # at the same time
+# In the clients' messages: temporary errors, and errors of credentials.
+_TEMPORARY = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b")
 _FORBIDDEN = re.compile(r"^Forbidden|\bPERMISSION_DENIED\b")
-_UNKNOWN = re.compile(r"\bUNAUTHENTICATED\b|Invalid Credentials|Anonymous caller")
+_UNAUTHENTICATED = re.compile(r"\bUNAUTHENTICATED\b|Invalid Credentials|Anonymous caller")
 
 
 class Unreachable(Failure):
-    """A bucket does not answer, or not as it should."""
+    """A bucket that does not answer, or answers with a temporary error."""
 
 
 def parse(what: str, text: str) -> epath.Path | None:
-    """The path in a bucket that `text` names; None where it names none, but a file or folder of this machine.
+    """Parses a gs:// path. Returns None for a local path.
 
     Args:
-      what: the flag or field that it is the value of.
+      what: the flag or field that has this value, for error messages.
       text: as the user wrote it.
 
     Raises:
-      UserError: it is not such a path, or gcsfs is not installed.
+      UserError: the URL is not a valid gs:// path, or gcsfs is not installed.
     """
     if "://" not in text:
         return None
     if not text.startswith("gs://"):
-        raise UserError(f"{what}: '{text}' cannot be used; it can be a folder, or gs://BUCKET/FOLDER")
+        raise UserError(f"{what}: '{text}' has another scheme; expected a folder or gs://BUCKET/FOLDER")
     names = text.removeprefix("gs://").rstrip("/").split("/")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+", names[0]) or {"", ".", ".."} & {*names}:
-        raise UserError(f"{what}: '{text}' is not a path in a bucket; it looks like gs://BUCKET/FOLDER")
-    if found := re.search(r"[*?\[\]#\x00-\x1f]", text):
-        raise UserError(f"{what}: '{text}' has {found[0]!r} in it, which means other things to Cloud Storage's clients")
+        raise UserError(f"{what}: '{text}' is not a path in a bucket; expected gs://BUCKET/FOLDER")
+    if special := re.search(r"[*?\[\]#\x00-\x1f]", text):
+        raise UserError(f"{what}: '{text}' contains {special[0]!r}, which Cloud Storage clients interpret; rename it")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{what}: '{text}' needs gcsfs; pip install -r launch/gcs-requirements.txt")
     client()
@@ -64,26 +64,26 @@ def parse(what: str, text: str) -> epath.Path | None:
 
 
 def refuse(what: str, text: str) -> None:
-    """Raises UserError where `text` names no folder or file of this machine, for what is written to those alone."""
+    """Raises UserError for a URL where only local files and folders can be written."""
     if "://" in text:
-        raise UserError(f"{what}: '{text}' cannot be written; name a folder or file here, and copy it there")
+        raise UserError(f"{what}: '{text}' cannot be written; name a local file or folder, and copy it")
 
 
 def is_one(path: AnyPath) -> bool:
-    """Whether a path is one in a bucket."""
+    """True for a path in a bucket."""
     return os.fspath(path).startswith("gs://")
 
 
 @functools.cache
 def client() -> Any:
-    """gcsfs, set so that what others write is seen, and that it gives up in the end; epath has the same settings."""
+    """The gcsfs client, without a cache of listings and with timeouts; epath uses the same settings."""
     import aiohttp
     import fsspec
 
-    # They log tracebacks of what they also raise; and aiohttp has its say about connections when we leave at once.
+    # These log tracebacks of exceptions that they also raise; asyncio logs open connections at exit.
     for name in ("gcsfs", "fsspec", "google.auth", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT, sock_read=_SILENCE)
+    timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT, sock_read=_READ_TIMEOUT)
     settings = {"use_listings_cache": False, "requests_timeout": timeout}
     fsspec.config.conf.setdefault("gcs", {}).update(settings)
     return fsspec.filesystem("gcs")
@@ -91,12 +91,12 @@ def client() -> Any:
 
 @contextlib.contextmanager
 def errors(path: AnyPath) -> Iterator[None]:
-    """Around what is done with a path: says in one line what is wrong with its bucket. A missing object stays a
-    FileNotFoundError, and what has nothing to do with buckets is raised as it is.
+    """Turns the clients' exceptions about a bucket into errors of one line. Others pass, such as FileNotFoundError for
+    a missing object.
 
     Raises:
-      UserError: the credentials are missing or not good enough.
-      Unreachable: it does not answer.
+      UserError: the credentials are missing or insufficient.
+      Unreachable: the bucket does not answer.
     """
     try:
         yield
@@ -107,36 +107,36 @@ def errors(path: AnyPath) -> Iterator[None]:
 
 
 def explain(path: AnyPath, e: Exception) -> UserError | Unreachable | None:
-    """What an exception of the clients means for a path in a bucket; None where it is about something else."""
+    """The one-line error for an exception of the clients; None if the exception is not about the bucket."""
     import aiohttp
     import fsspec
     import gcsfs.retry
     import google.auth.exceptions
     import requests
 
-    theirs = (gcsfs.retry.HttpError, aiohttp.ClientError, requests.RequestException, fsspec.FSTimeoutError)
+    client_errors = (gcsfs.retry.HttpError, aiohttp.ClientError, requests.RequestException, fsspec.FSTimeoutError)
     is_auth = isinstance(e, google.auth.exceptions.GoogleAuthError)
-    if not isinstance(e, (*theirs, OSError, ValueError)) and not is_auth:  # tensorstore has ValueError for everything
+    if not isinstance(e, (*client_errors, OSError, ValueError)) and not is_auth:  # ValueError: tensorstore
         return None
-    said, code = " ".join(str(e).split())[:300], str(getattr(e, "code", ""))
-    if _FORBIDDEN.search(said):
-        return UserError(f"'{path}' cannot be used: these credentials do not allow it ({said})")
-    if code == "401" or is_auth or _UNKNOWN.search(said):
+    message, code = " ".join(str(e).split())[:300], str(getattr(e, "code", ""))
+    if _FORBIDDEN.search(message):
+        return UserError(f"'{path}' cannot be used: these credentials do not allow it ({message})")
+    if code == "401" or is_auth or _UNAUTHENTICATED.search(message):
         return UserError(
-            f"'{path}' cannot be used: there are no valid credentials ({said}); on a machine of Google's it needs a "
-            "service account, elsewhere `gcloud auth application-default login`"
+            f"'{path}' cannot be used: there are no valid credentials ({message}); attach a service account to a "
+            "Google Cloud machine, elsewhere run `gcloud auth application-default login`"
         )
-    if isinstance(e, theirs) or _PASSING.search(said):
-        return Unreachable(f"'{path}' cannot be reached ({type(e).__name__}: {said})")
+    if isinstance(e, client_errors) or _TEMPORARY.search(message):
+        return Unreachable(f"'{path}' cannot be reached ({type(e).__name__}: {message})")
     return None
 
 
 def check(what: str, path: AnyPath) -> None:
-    """Asks for a path in a bucket, so that what is wrong with it is known at once. Others pass.
+    """Lists a path in a bucket, to find errors early; does nothing for local paths.
 
     Raises:
-      UserError: there is no such bucket, or the credentials are not good enough.
-      Unreachable: it does not answer.
+      UserError: there is no such bucket, or the credentials are insufficient.
+      Unreachable: the bucket does not answer.
     """
     if not is_one(path):
         return
@@ -145,19 +145,19 @@ def check(what: str, path: AnyPath) -> None:
         with errors(path):
             client().call("GET", "b/{}/o", bucket, prefix=f"{name}/", maxResults=1)
     except FileNotFoundError:
-        raise UserError(f"{what}: there is no bucket '{bucket}'; make it, or correct the name") from None
+        raise UserError(f"{what}: there is no bucket '{bucket}'; create it, or correct the name") from None
 
 
 def together(function: Callable[[_T], _R], items: Sequence[_T], where: AnyPath) -> list[_R]:
-    """`function` of each of the items, which lie at `where`: at the same time if that is in a bucket."""
+    """Maps a function over items: in parallel if `where`, the path they are in, is in a bucket."""
     if len(items) < 2 or not is_one(where):
         return [function(item) for item in items]
-    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_MAX_REQUESTS) as pool:
         return list(pool.map(function, items))
 
 
 def read(path: AnyPath) -> tuple[bytes, int] | None:
-    """An object and its generation; None where there is none."""
+    """Reads an object and its generation; None if there is no object."""
     bucket, name = _split(path)
     try:
         with errors(path):
@@ -168,26 +168,26 @@ def read(path: AnyPath) -> tuple[bytes, int] | None:
 
 
 def write(path: AnyPath, content: bytes, generation: int) -> bool:
-    """Writes an object in the place of that generation (0: of none). False where there is another by now."""
+    """Writes an object if its current generation is this one (0: there is none). Returns False if it has changed."""
     bucket, name = _split(path)
     url = client().base.removesuffix("storage/v1/") + f"upload/storage/v1/b/{quote(bucket)}/o"
-    asked = {"uploadType": "media", "name": name, "ifGenerationMatch": str(generation)}
+    parameters = {"uploadType": "media", "name": name, "ifGenerationMatch": str(generation)}
     try:
         with errors(path):
-            client().call("POST", url, data=content, **asked)
-    except FileExistsError:  # or it was written, the answer lost, and the same asked for again
-        return (found := read(path)) is not None and found[0] == content
+            client().call("POST", url, data=content, **parameters)
+    except FileExistsError:  # also if the object was written, the response was lost, and gcsfs tried again
+        return (current := read(path)) is not None and current[0] == content
     return True
 
 
 def delete(path: AnyPath, generation: int) -> None:
-    """Deletes that generation of an object, if it is still there."""
+    """Deletes an object if its current generation is this one."""
     bucket, name = _split(path)
     with errors(path), contextlib.suppress(FileNotFoundError, FileExistsError):
         client().call("DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=str(generation))
 
 
 def _split(path: AnyPath) -> tuple[str, str]:
-    """Bucket, and name in it."""
+    """The bucket, and the object's name in it."""
     bucket, _, name = os.fspath(path).removeprefix("gs://").partition("/")
     return bucket, name
