@@ -19,8 +19,8 @@ from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import chips
 from flax_mlm.errors import Failure
-from flax_mlm.planning import compile as rehearsal
 from flax_mlm.planning import roofline
+from flax_mlm.planning.compile import CompiledStep, Target, compile_step_for, parse_target
 
 MODELS = {
     "BERT-base, 128": ("bert_base", {}),
@@ -42,7 +42,7 @@ def of(name: str, changes: dict[str, Any]) -> Config:
     return build(values)
 
 
-def record(file: Path, key: list[Any], found: rehearsal.CompiledStep, planned: Config) -> None:
+def record(file: Path, key: list[Any], found: CompiledStep, planned: Config) -> None:
     chip = chips.of_kind(found.device_kind)
     assert chip
     roof = roofline.estimate(found, planned, chip)
@@ -65,19 +65,19 @@ def record(file: Path, key: list[Any], found: rehearsal.CompiledStep, planned: C
     print(json.dumps(line), flush=True)
 
 
-def fewest_parts(name: str, changes: dict[str, Any], target: rehearsal.Target) -> tuple[rehearsal.CompiledStep, Config]:
+def fewest_parts(name: str, changes: dict[str, Any], target: Target) -> tuple[CompiledStep, Config]:
     """The model in the fewest microbatches that fit the target, and its config; layers recomputed as that says."""
     planned = of(name, changes)
-    mesh = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False).mesh
+    mesh = compile_step_for(planned, planned.tokenizer.vocab_size, target, compiles=False).mesh
     rows = planned.train.global_batch_size // (mesh["data"] * mesh["fsdp"])
     for parts in (p for p in range(1, rows + 1) if rows % p == 0):
         planned = of(name, changes | {"train.gradient_accumulation_steps": parts})
-        traced = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target, compiles=False)
+        traced = compile_step_for(planned, planned.tokenizer.vocab_size, target, compiles=False)
         chip = chips.of_kind(traced.device_kind)
         assert chip
         if traced.least_bytes > 1.1 * chip.memory * traced.chips / traced.devices:
             continue  # the compiler does with less, but not by so much
-        found = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target)
+        found = compile_step_for(planned, planned.tokenizer.vocab_size, target)
         print(name, target, parts, found.error[:200] or "fits", flush=True)
         if not found.error:
             return found, planned
@@ -90,7 +90,7 @@ def compile_all(file: Path, done: list[Any]) -> None:
         for topology, slices in TARGETS:
             if [model, topology, slices] not in done:
                 fsdp = 4 if "large" in name and topology != "v5e:1x1" else 1
-                target = rehearsal.parse(topology, slices)
+                target = parse_target(topology, slices)
                 record(file, [model, topology, slices], *fewest_parts(name, changes | {"mesh.fsdp": fsdp}, target))
 
 
@@ -101,12 +101,12 @@ def scaling(file: Path, done: list[Any]) -> None:
             key = ["scaling", fsdp, topology, slices]
             if key in done:
                 continue
-            target = rehearsal.parse(topology, slices)
+            target = parse_target(topology, slices)
             number = slices
             for side in target.shape.split("x"):
                 number *= int(side)
             planned = of("bert_base", {"train.global_batch_size": 64 * number, "mesh.fsdp": fsdp})
-            found = rehearsal.rehearse(planned, planned.tokenizer.vocab_size, target)
+            found = compile_step_for(planned, planned.tokenizer.vocab_size, target)
             record(file, key, found, planned)
 
 

@@ -9,7 +9,7 @@ import pytest
 from test_plan import TINY, bert
 
 from flax_mlm.config.load import build
-from flax_mlm.planning import compile as rehearsal
+from flax_mlm.planning.compile import CompiledStep, compile_step_for, parse_target
 
 pytest.importorskip("libtpu")
 
@@ -20,22 +20,22 @@ SMALL = TINY | {
 LAYER = 4 * 256 * 256 + 2 * 256 * 1024  # parameters in matrices
 
 
-def rehearse(topology: str, slices: int = 1, compiles: bool = True, **changes) -> rehearsal.CompiledStep:
-    return rehearsal.rehearse(bert(**(SMALL | changes)), 4096, rehearsal.parse(topology, slices), compiles)
+def compile_for(topology: str, slices: int = 1, compiles: bool = True, **changes) -> CompiledStep:
+    return compile_step_for(bert(**(SMALL | changes)), 4096, parse_target(topology, slices), compiles)
 
 
-def moved(result: rehearsal.CompiledStep, kind: str, scope: str | None = None) -> float:
+def moved(result: CompiledStep, kind: str, scope: str | None = None) -> float:
     return sum(c["bytes"] * c["times"] for c in result.collectives if c["kind"] == kind and scope in (None, c["scope"]))
 
 
 def test_one_chip_has_nobody_to_talk_to():
-    result = rehearse("v5e:1x1")
+    result = compile_for("v5e:1x1")
     assert (result.devices, result.collectives) == (1, [])
     assert result.compiled and result.total_bytes < 16 * 2**30
 
 
 def test_pure_data_parallelism_sums_gradients_and_gathers_nothing():
-    result = rehearse("v5e:4x4")
+    result = compile_for("v5e:4x4")
     assert {c["kind"] for c in result.collectives} == {"all-reduce"}
     assert {tuple(c["axes"]) for c in result.collectives} == {("data",)}
     # The matrices' in bfloat16, as they come out of the matmuls; the embeddings' in float32, with those of the
@@ -45,7 +45,7 @@ def test_pure_data_parallelism_sums_gradients_and_gathers_nothing():
 
 
 def test_fsdp_gathers_layer_by_layer_and_scatters_gradients():
-    result = rehearse("v5e:4x4", **{"mesh.fsdp": 4})
+    result = compile_for("v5e:4x4", **{"mesh.fsdp": 4})
     gathers = [c for c in result.collectives if c["kind"] == "all-gather" and c["scope"] == "layers"]
     assert {c["times"] % 5 for c in gathers} == {0}, "in every turn of the scan"
     assert moved(result, "all-gather", "layers") == pytest.approx(2 * 5 * LAYER * 2, rel=0.05)  # both passes, bfloat16
@@ -55,7 +55,7 @@ def test_fsdp_gathers_layer_by_layer_and_scatters_gradients():
 
 
 def test_between_slices_go_gradients_alone():
-    result = rehearse("v5e:2x4", slices=2, **{"mesh.fsdp": 8})
+    result = compile_for("v5e:2x4", slices=2, **{"mesh.fsdp": 8})
     assert result.mesh == {"data": 2, "fsdp": 8, "tensor": 1}
     between = [c for c in result.collectives if c["axes"] == ["slices"]]
     assert {c["kind"] for c in between} == {"all-reduce"}
@@ -66,7 +66,7 @@ def test_between_slices_go_gradients_alone():
 
 def test_long_rows_are_attended_to_by_the_kernel_in_less_memory():
     sizes = {
-        name: rehearse(
+        name: compile_for(
             "v5e:1x1",
             **{
                 "data.seq_len": 1024,
@@ -106,7 +106,7 @@ def test_what_the_compiler_makes_of_a_step_stays_as_it_was(name, request):
     values = importlib.import_module(f"configs.{module}").get_config()
     values.update_from_flattened_dict(STEPS[name])
     built = build(values)
-    found = rehearsal.rehearse(built, built.tokenizer.vocab_size, rehearsal.parse(topology))
+    found = compile_step_for(built, built.tokenizer.vocab_size, parse_target(topology))
     got = {
         "matmuls": found.matmul_ratio,
         "gib": found.total_bytes / 2**30,
@@ -122,12 +122,12 @@ def test_what_the_compiler_makes_of_a_step_stays_as_it_was(name, request):
 
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4", "tpu7x:2x2x2"])
 def test_a_mesh_may_split_a_dimension_of_the_slice(topology):
-    result = rehearse(topology, compiles=False, **{"mesh.fsdp": 4, "train.global_batch_size": 256})
+    result = compile_for(topology, compiles=False, **{"mesh.fsdp": 4, "train.global_batch_size": 256})
     assert result.mesh["fsdp"] == 4 and result.devices == result.mesh["data"] * 4
 
 
 def test_two_devices_on_a_chip():
-    result = rehearse("tpu7x:2x2x1", compiles=False)
+    result = compile_for("tpu7x:2x2x1", compiles=False)
     assert (result.devices, result.chips) == (8, 4)
 
 
