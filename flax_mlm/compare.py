@@ -181,23 +181,24 @@ def compared(task: str, results: dict[str, dict[str, Any]], draws: int) -> list[
     """The rows of a task, one per metric of its results, with differences from `draws` bootstrap resamples."""
     import numpy as np
 
-    from flax_mlm.evaluation import headline as scores
+    from flax_mlm.evaluation.registry import headline_metric
 
-    scored = {name: scores.headline_metric(result) for name, result in results.items()}
+    headlines = {name: headline_metric(result) for name, result in results.items()}
     rows: dict[str, Row] = {}
-    for name, score in scored.items():
-        row = rows.setdefault(score.metric, Row(task, score.metric, score.higher_is_better, {}, {}))
-        row.values[name] = score.value, score.stderr
+    for name, headline in headlines.items():
+        row = rows.setdefault(headline.metric, Row(task, headline.metric, headline.higher_is_better, {}, {}))
+        row.values[name] = headline.value, headline.stderr
     for row in rows.values():
         first, *others = row.values
-        reference = scored[first]
+        reference = headlines[first]
         for name in others:
-            other = scored[name]
+            other = headlines[name]
             if other.examples != reference.examples:
                 continue
             rng = np.random.default_rng(0)
-            picks = (rng.integers(0, reference.size, reference.size) for _ in range(draws))
-            drawn = [other.again(pick) - reference.again(pick) for pick in picks]
+            size = reference.num_examples
+            picks = (rng.integers(0, size, size) for _ in range(draws))
+            drawn = [other.resample(pick) - reference.resample(pick) for pick in picks]
             low, high = np.percentile(drawn, [2.5, 97.5])
             row.differences[name] = Difference(other.value - reference.value, float(low), float(high))
     return list(rows.values())

@@ -3,8 +3,8 @@
 python -m flax_mlm.embed --checkpoint=runs/search --input=texts.txt --output=vectors.npy
 python -m flax_mlm.embed --checkpoint=runs/search --input=corpus.jsonl --output=vectors.parquet --dimensions=64
 
-Texts are the lines of a .txt file, or column `text` (or --text) of a .tsv, .csv or .jsonl file. The vectors are those
-of `finetune.pooling`, of length 1.
+Texts are the lines of a .txt file, or column `text` (or --text) of a .tsv, .csv or .jsonl file. Vectors are pooled by
+`finetune.pooling` and scaled to length 1.
 """
 
 import sys
@@ -13,55 +13,52 @@ from typing import Any
 
 from absl import flags
 
-from flax_mlm.cli import app as command
+from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files, gcs
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a folder, or a Hugging Face folder"
+    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder"
 )
 _INPUT = flags.DEFINE_string("input", "", "file of texts: .txt (one a line), .tsv, .csv, .jsonl")
 _TEXT = flags.DEFINE_string("text", "text", "column of the text")
 _OUTPUT = flags.DEFINE_string(
-    "output", "", ".npy: float32 (texts, dimensions); .parquet: the file's columns, and `vector`"
+    "output", "", "file of vectors: .npy (float32, texts × dimensions), or .parquet (the input's columns and `vector`)"
 )
-_DIMENSIONS = flags.DEFINE_integer("dimensions", 0, "only the first so many, made of length 1 again; 0: all", 0)
+_DIMENSIONS = flags.DEFINE_integer(
+    "dimensions", 0, "number of dimensions to keep, from the first; scaled to length 1 again; 0: all", lower_bound=0
+)
 
 
 def main(config: Config) -> None:
     gcs.refuse("--output", _OUTPUT.value)
     output = Path(_OUTPUT.value).expanduser()
     if output.suffix not in (".npy", ".parquet"):
-        raise UserError(f"--output is '{_OUTPUT.value}'; it takes a name that ends in .npy or .parquet")
+        raise UserError(f"--output is '{_OUTPUT.value}'; expected a name that ends in .npy or .parquet")
     files.check_writable("--output", output)
     if not _INPUT.value:
         raise UserError("--input is missing; name a file of texts")
-    size = config.model.hidden_size
-    if _DIMENSIONS.value > size:
+    if _DIMENSIONS.value > (size := config.model.hidden_size):
         raise UserError(f"--dimensions is {_DIMENSIONS.value}; the vectors of this encoder have {size}")
 
     import numpy as np
     from rich.progress import Progress
 
-    from flax_mlm.data import tables as labelled
-    from flax_mlm.distributed.mesh import check_batch
-    from flax_mlm.finetuning import contrastive
-    from flax_mlm.finetuning import loop as finetune
+    from flax_mlm.data import tables
+    from flax_mlm.inference import embeddings
     from flax_mlm.inference.load import load_model
 
-    records = labelled.records(_INPUT.value)
-    for where, record in records:
+    records = tables.records(_INPUT.value)
+    for location, record in records:
         if not isinstance(record.get(_TEXT.value), str):
-            raise UserError(f"{where} has no {_TEXT.value} (it has {', '.join(map(str, record))})")
-    model = load_model(_CHECKPOINT.value, config)
-    check_batch("finetune.batch_size", config.finetune.batch_size, model.mesh)
-    texts = finetune.tokenised(model, [record[_TEXT.value] for _, record in records])
+            raise UserError(f"{location} has no column {_TEXT.value}; it has {', '.join(map(str, record))}")
+    model, texts = load_model(_CHECKPOINT.value, config), [record[_TEXT.value] for _, record in records]
     with Progress(disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("embedding", total=-(-len(texts) // config.finetune.batch_size))
-        vectors = finetune.make_vectors(model)
-        found = finetune.predict(model, vectors, model.params, texts, lambda: progress.advance(bar))
-    vectors_ND = contrastive.normal(np.stack(found)[:, : _DIMENSIONS.value or None])
+        vectors_ND = embeddings.embed(model, texts, on_batch=lambda: progress.advance(bar))
+    if _DIMENSIONS.value:
+        vectors_ND = embeddings.normalize(vectors_ND[:, : _DIMENSIONS.value])
     try:
         with files.replacing(output) as temporary, temporary.open("wb") as file:
             if output.suffix == ".npy":
@@ -79,12 +76,12 @@ def _write_parquet(file: Any, records: list[dict[str, Any]], vectors_ND: Any) ->
 
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), vectors_ND.shape[1])
     try:
-        names = dict.fromkeys(name for record in records for name in record)  # pyarrow would take those of the first
+        names = dict.fromkeys(name for record in records for name in record)  # pyarrow uses those of the first record
         columns = pa.table({name: [record.get(name) for record in records] for name in names})
         pq.write_table(columns.append_column("vector", column), file)
     except pa.ArrowException as e:
-        raise UserError(f"--input: '{_INPUT.value}' has columns that Parquet cannot hold: {e}") from e
+        raise UserError(f"--input: '{_INPUT.value}' has columns that Parquet cannot store: {e}") from e
 
 
 if __name__ == "__main__":
-    command.run(main, from_checkpoint=True)
+    app.run(main, from_checkpoint=True)

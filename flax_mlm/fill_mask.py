@@ -6,16 +6,16 @@ python -m flax_mlm.fill_mask --checkpoint=runs/quickstart --targets=war,peace "W
 
 from absl import flags
 
-from flax_mlm.cli import app as command
+from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a folder, or a Hugging Face folder"
+    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder"
 )
-_TEXT = flags.DEFINE_string("text", "", "the text, when it is not given as the last argument")
-_TOP_K = flags.DEFINE_integer("top_k", 5, "words shown for each [MASK]", lower_bound=1)
-_TARGETS = flags.DEFINE_list("targets", [], "rank only these words (comma-separated); they may be longer than a piece")
+_TEXT = flags.DEFINE_string("text", "", "the text, if it is not the last argument")
+_TOP_K = flags.DEFINE_integer("top_k", 5, "number of words shown for each [MASK]", lower_bound=1)
+_TARGETS = flags.DEFINE_list("targets", [], "rank only these words (comma-separated); each may have several tokens")
 
 
 def main(config: Config) -> None:
@@ -25,18 +25,18 @@ def main(config: Config) -> None:
     if config.objective.name != "mlm":
         raise UserError(f"this checkpoint was trained with objective {config.objective.name}; filling masks needs mlm")
     filler = MaskFiller(load_model(_CHECKPOINT.value, config))
-    text = _TEXT.value
-    answers = [filler.targets(text, _TARGETS.value)] if _TARGETS.value else filler.top(text, _TOP_K.value)
-    for number, ranked in enumerate(answers, 1):
-        if len(answers) > 1:
+    text, k = _TEXT.value, _TOP_K.value
+    masks = [filler.rank_words(text, _TARGETS.value)] if _TARGETS.value else filler.top_words(text, k)
+    for number, ranked in enumerate(masks, 1):
+        if len(masks) > 1:
             print(f"[MASK] {number}")
         for word, probability in ranked:
             print(f"{probability:8.4f}  {word}")
-    if len(answers) > 1:
-        print("together")
-        for filled, probability in filler.joint(text, _TOP_K.value):
+    if len(masks) > 1:
+        print("all masks together")
+        for filled, probability in filler.top_fillings(text, k):
             print(f"{probability:8.4f}  {filled}")
 
 
 if __name__ == "__main__":
-    command.run(main, from_checkpoint=True, positional="text")
+    app.run(main, from_checkpoint=True, positional="text")

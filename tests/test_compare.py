@@ -10,7 +10,7 @@ import sklearn.metrics
 
 from configs import base
 from flax_mlm import compare
-from flax_mlm.evaluation import headline as scores
+from flax_mlm.evaluation.registry import headline_metric
 
 
 def test_the_command(toy, trained_run, causal_run, tmp_path):
@@ -120,16 +120,16 @@ def test_scores_of_labels(labels):
     metric = "spearman" if numbers else "matthews"
     result = {"task": "classification", "metric": metric, "labels": found, "predictions": found, "stderr": 0.0}
     result["classes"] = [] if numbers else ["x", "y"]
-    assert scores.headline_metric(result).value == pytest.approx(1.0)
+    assert headline_metric(result).value == pytest.approx(1.0)
 
 
 def test_f1_is_of_as_many_classes_as_were_learned():
     labels = ["b", "b", "a", "b"]
     found = {"task": "classification", "metric": "f1", "labels": labels, "predictions": ["b", "a", "a", "b"]}
     found |= {"stderr": 0.0, "classes": ["a", "b", "rare"]}
-    score = scores.headline_metric(found)
+    score = headline_metric(found)
     assert score.value == pytest.approx(sklearn.metrics.f1_score(labels, found["predictions"], average="macro"))
-    assert score.again(np.array([0, 1])) == pytest.approx((2 / 3 + 0) / 2), "and not that of b alone"
+    assert score.resample(np.array([0, 1])) == pytest.approx((2 / 3 + 0) / 2), "and not that of b alone"
 
 
 def masked(hidden: list, rows: int, fill: int = 0) -> dict:
@@ -142,7 +142,7 @@ def test_losses_are_compared_where_the_same_was_hidden_whatever_fills_the_last_b
     token, span = (["token", 0.8, 0.1, 0.15], ["span", 0.8, 0.1, 0.2, 10, 0.15])
     (row,) = compare.compared("mlm", {"a": masked(token, 5), "b": masked(token, 5, 3), "c": masked(span, 5)}, 50)
     assert set(row.differences) == {"b"} and np.isfinite(row.differences["b"]).all()
-    assert scores.headline_metric(masked(token, 5, 3)).size == 5
+    assert headline_metric(masked(token, 5, 3)).num_examples == 5
 
 
 def test_a_file_that_was_changed_is_read_again(tmp_path):

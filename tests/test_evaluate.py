@@ -211,12 +211,12 @@ def test_mask_rates(toy, trained_run, tmp_path):
     assert found["rates"]["0.15"] == flat(found), "the same masks at the same rate"
     assert found["rates"]["0.5"]["predicted_tokens"] > 3 * found["predicted_tokens"]
     assert found["rates"]["0.5"]["loss"] > found["loss"]
-    assert "by mask rate:\n    15%  loss" in done.stdout and "by place in the word:" in done.stdout
+    assert "by mask rate:\n    15%  loss" in done.stdout and "by position in the word:" in done.stdout
     for rates in ("0", "1.5", "much"):
         done = toy.run("evaluate", f"--checkpoint={trained_run}", f"--mask_rates={rates}")
         assert (done.returncode, done.stderr) == (
             2,
-            f"error: --mask_rates is '{rates}'; it takes shares such as 0.15,0.3\n",
+            f"error: --mask_rates is '{rates}'; expected fractions such as 0.15,0.3\n",
         )
 
 
@@ -232,15 +232,20 @@ def test_rows_of_another_length_are_masked_at_the_same_rate(toy, trained_run, mo
     tokens_RL = rows.read(np.arange(rows.num_rows))
     ordinary = int((~model.tokenizer.is_special[tokens_RL]).sum())
     assert found["predicted_tokens"] == pytest.approx(0.15 * ordinary, rel=0.02)
-    assert done.stderr.startswith("note: this is not the corpus that the run has held rows out of")
+    assert done.stderr.startswith("note: not the corpus this model was validated on")
     assert found["rates"]["0.5"]["predicted_tokens"] == pytest.approx(0.5 * ordinary, rel=0.02)
 
 
 def test_options_of_another_task_are_refused(toy, trained_run):
-    for task, option in (("classification", "--save=x"), ("mlm", "--train=x"), ("tagging", "--metric=f1")):
+    splits = "--train, --dev, --test"
+    for task, option, takes in (
+        ("classification", "--save=x", f"{splits}, --text, --pair, --label, --metric"),
+        ("mlm", "--train=x", "--mask_rates"),
+        ("tagging", "--metric=f1", splits),
+    ):
         done = toy.run("evaluate", f"--checkpoint={trained_run}", f"--task={task}", option)
         name = option.partition("=")[0]
-        assert (done.returncode, done.stderr) == (2, f"error: {name} is none of --task={task}\n")
+        assert (done.returncode, done.stderr) == (2, f"error: {name} is not used by --task={task}; it takes {takes}\n")
 
 
 def test_an_untrained_model_is_no_better_than_the_vocabulary(toy, corpus):

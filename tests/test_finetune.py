@@ -16,12 +16,12 @@ from seqeval.metrics import f1_score
 from seqeval.scheme import IOB2, IOBES
 
 from flax_mlm.config.load import build, from_dict
-from flax_mlm.data import conll
-from flax_mlm.data import tables as labelled
+from flax_mlm.data import conll, tables
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
-from flax_mlm.evaluation import classification, report, tagging
-from flax_mlm.finetuning import loop as finetune
+from flax_mlm.evaluation import classification, dev_split, metrics, report, tagging
+from flax_mlm.finetuning import batches
+from flax_mlm.inference import embeddings
 from flax_mlm.inference.config import read_config
 from flax_mlm.inference.load import LoadedModel, load_model
 
@@ -47,8 +47,8 @@ def sentences(toy, count: int, seed: int) -> list[tuple[str, str]]:
     return found
 
 
-def as_labelled(rows: list[tuple[str, str]]) -> labelled.Labelled:
-    return labelled.Labelled([text for text, _ in rows], None, [label for _, label in rows])
+def as_labelled(rows: list[tuple[str, str]]) -> tables.Labelled:
+    return tables.Labelled([text for text, _ in rows], None, [label for _, label in rows])
 
 
 def quiet(*_):
@@ -75,10 +75,10 @@ def test_numbers_and_pairs_are_learned(model, toy):
     """How alike are two sentences? 1 for the same animal, else 0."""
     rng = random.Random(0)
 
-    def pairs(count: int, seed: int) -> labelled.Labelled:
+    def pairs(count: int, seed: int) -> tables.Labelled:
         a, b = sentences(toy, count, seed), sentences(toy, count, seed + 100)
         b = [x if rng.random() < 0.5 else y for x, y in zip(a, b, strict=True)]
-        return labelled.Labelled(
+        return tables.Labelled(
             [t for t, _ in a], [t for t, _ in b], [str(float(x == y)) for (_, x), (_, y) in zip(a, b, strict=True)]
         )
 
@@ -93,30 +93,31 @@ def test_numbers_and_pairs_are_learned(model, toy):
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=50))
 def test_metrics_are_those_of_scikit_learn(rows):
     gold, found = np.array(rows).T
-    assert classification.evaluate("accuracy", gold, found) == sklearn.metrics.accuracy_score(gold, found)
-    assert classification.evaluate("matthews", gold, found) == sklearn.metrics.matthews_corrcoef(gold, found)
+    assert metrics.evaluate("accuracy", gold, found) == sklearn.metrics.accuracy_score(gold, found)
+    assert metrics.evaluate("matthews", gold, found) == sklearn.metrics.matthews_corrcoef(gold, found)
     expected = sklearn.metrics.f1_score(gold, found, zero_division=0.0)
-    assert classification.evaluate("f1", gold, found, 2) == expected
+    assert metrics.evaluate("f1", gold, found, 2) == expected
 
 
 def test_what_is_rare_is_learned_and_not_held_out():
     labels = [[str(i % 2)] for i in range(40)]
     for rare in range(40):  # wherever it is
         some = [*labels[:rare], ["rare"], *labels[rare + 1 :]]
-        train, dev = report.tenth(40, some)
+        train, dev = dev_split.hold_out(40, some)
         assert sorted(train + dev) == list(range(40)) and rare in train and len(dev) in (3, 4)
-    with pytest.raises(UserError, match="too few to leave some out; give --dev"):
-        report.tenth(2, [["a"], ["b"]])
+    with pytest.raises(UserError, match="too few to split off a development set; set --dev"):
+        dev_split.hold_out(2, [["a"], ["b"]])
 
 
 def test_batches_hold_every_example_once(model):
-    batches = list(finetune.epoch_batches([i % 7 + 1 for i in range(100)], 16, np.random.default_rng(0)))
-    assert all(len(batch) == 16 for batch in batches) and len({i for batch in batches for i in batch}) == 96
-    assert [sorted(set(b)) for b in finetune.epoch_batches([1, 1, 1], 16, np.random.default_rng(0))] == [[0, 1, 2]]
+    epoch = list(batches.epoch_indices([i % 7 + 1 for i in range(100)], 16, np.random.default_rng(0)))
+    assert all(len(batch) == 16 for batch in epoch)
+    assert len({i for batch in epoch for i in batch}) == 96
+    assert [sorted(set(b)) for b in batches.epoch_indices([1, 1, 1], 16, np.random.default_rng(0))] == [[0, 1, 2]]
 
 
 def test_long_pairs_are_cut_at_their_longer_part(model):
-    rows = finetune.tokenised(model, ["dog " * 50, "dog", "dog " * 50], ["cat", "cat " * 50, "cat " * 49])
+    rows = embeddings.tokenize(model, ["dog " * 50, "dog", "dog " * 50], ["cat", "cat " * 50, "cat " * 49])
     t = model.tokenizer
     for tokens, types in zip(rows.tokens, rows.token_types, strict=True):
         assert len(tokens) == len(types) == 24 and tokens[0] == t.cls_id and tokens.count(t.sep_id) == 2
@@ -140,13 +141,13 @@ def test_long_pairs_are_cut_at_their_longer_part(model):
 )
 def test_tables(tmp_path, name, content, columns):
     (tmp_path / name).write_text(content)
-    assert labelled.read(str(tmp_path / name), **columns) == labelled.Labelled(['a "quoted', "b"], None, ["1", "0"])
+    assert tables.read(str(tmp_path / name), **columns) == tables.Labelled(['a "quoted', "b"], None, ["1", "0"])
 
 
 @pytest.mark.parametrize("space", ["\u2028", "\x85", "\x0c"])
 def test_lines_end_at_newlines_alone(tmp_path, space):
     (tmp_path / "a.txt").write_bytes(f"one{space}two\r\nthree\n".encode())
-    assert [record["text"] for _, record in labelled.records(str(tmp_path / "a.txt"))] == [f"one{space}two", "three"]
+    assert [record["text"] for _, record in tables.records(str(tmp_path / "a.txt"))] == [f"one{space}two", "three"]
     (tmp_path / "tags").write_bytes(f"New{space}York B-A\r\n\r\nis\tO\n".encode())
     assert conll.read(str(tmp_path / "tags")) == conll.Tagged([[f"New{space}York"], ["is"]], [["B-A"], ["O"]])
 
@@ -155,37 +156,45 @@ def test_lines_end_at_newlines_alone(tmp_path, space):
     ("name", "content", "message"),
     [
         ("a.tsv", None, "cannot be read: No such file"),
-        ("a.tsv", b"", "holds no examples"),
-        ("a.tsv", b"sentence\tlabel\n", "holds no examples"),
-        ("a.tsv", b"sentence\tscore_of\na\t1\n", "no column that is plainly the label .it has sentence, score_of"),
-        ("a.tsv", b"words\tlabel\na\t1\n", "no column that is plainly the text"),
+        ("a.tsv", b"", "has no examples"),
+        ("a.tsv", b"sentence\tlabel\n", "has no examples"),
+        (
+            "a.tsv",
+            b"sentence\tscore_of\na\t1\n",
+            "has columns sentence, score_of; name the column of the label with",
+        ),
+        ("a.tsv", b"words\tlabel\na\t1\n", "has columns words, label; name the column of the text"),
         ("a.tsv", b"sentence\tlabel\na\t1\nb\n", "a.tsv:3 has no label"),
         ("a.tsv", b"sentence\tlabel\na\t1\n\t1\n", "a.tsv:3 has no sentence"),
         ("a.tsv", b"sentence\tlabel\ncaf\xe9\t1\n", "is not UTF-8"),
         ("a.jsonl", b'{"text": "a", "label": 1}\n{', "a.jsonl:2 is not JSON"),
         ("a.jsonl", b"[1]", "a.jsonl:1 is not a JSON object"),
-        ("a.jsonl", b'{"text": "a"}', "no column that is plainly the label"),
+        ("a.jsonl", b'{"text": "a"}', "has columns text; name the column of the label"),
         ("a.csv", b"text,label\nHello, world,1\n", "a.csv:2 has 3 columns, and the first line 2"),
-        ("a.tsv", b"question\tsentence\tlabel\na\tb\t1\n", "has columns sentence and question; say which are --text"),
+        (
+            "a.tsv",
+            b"question\tsentence\tlabel\na\tb\t1\n",
+            "has columns sentence and question; choose with --text",
+        ),
     ],
 )
 def test_tables_that_will_not_do(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as e:
-        labelled.read(str(tmp_path / name))
+        tables.read(str(tmp_path / name))
     assert "\n" not in str(e.value)
 
 
 def test_labels_that_will_not_do(model):
     some = as_labelled([("the dog", "a"), ("the cat", "b")] * 8)
-    with pytest.raises(UserError, match="--test: label 'c' is not among those of the training set: a, b"):
+    with pytest.raises(UserError, match="--test: label 'c' is not in the training set, which has a, b"):
         classification.run(model, some, some, as_labelled([("x", "c")]), "accuracy", quiet, quiet)
     with pytest.raises(UserError, match="--train: a label is not a number"):
         classification.run(model, some, some, None, "pearson", quiet, quiet)
     with pytest.raises(UserError, match="all labels of the training set are 'a'"):
         classification.run(model, as_labelled([("x", "a")] * 9), some, None, "accuracy", quiet, quiet)
-    with pytest.raises(UserError, match="--train holds 1 examples, too few to leave some out"):
+    with pytest.raises(UserError, match="--train has 1 examples, too few to split off"):
         classification.run(model, as_labelled([("x", "a")]), None, None, "accuracy", quiet, quiet)
     for rates in ("", "fast", "0.1,2"):
         c = from_dict(model.config.to_dict())
@@ -199,12 +208,12 @@ def test_pooling(model, pooling):
     """The state of the first or the last token, or the mean, of each text alone."""
     config = dataclasses.replace(model.config, finetune=dataclasses.replace(model.config.finetune, pooling=pooling))
     model = model._replace(config=config)
-    texts = finetune.tokenised(model, ["The dog barks.", "The cat sleeps near the river all day."] * 4)
-    found = finetune.predict(model, finetune.make_vectors(model), model.params, texts, quiet)
-    tokens, types = finetune.padded(model, texts)
+    texts = embeddings.tokenize(model, ["The dog barks.", "The cat sleeps near the river all day."] * 4)
+    found = embeddings.run_batches(model, embeddings.make_encoder(model), model.params, texts, quiet)
+    tokens, types = embeddings.pad(model, texts)
     with jax.set_mesh(model.mesh):
         arrays = shard_rows([tokens, types], model.mesh)
-        states_BLD = np.asarray(jax.jit(lambda a, b: finetune.encode(model, model.params, a, b))(*arrays))
+        states_BLD = np.asarray(jax.jit(lambda a, b: embeddings.hidden_states(model, model.params, a, b))(*arrays))
     for states_LD, vector, row in zip(states_BLD, found, texts.tokens, strict=True):
         n = len(row)
         expected = {"cls": states_LD[0], "last": states_LD[n - 1], "mean": states_LD[:n].mean(0)}[pooling]
@@ -214,9 +223,9 @@ def test_pooling(model, pooling):
 def test_a_causal_model_is_not_asked_at_its_first_token(model):
     causal = dataclasses.replace(model.config, objective=dataclasses.replace(model.config.objective, name="clm"))
     model = model._replace(config=causal)
-    texts = finetune.tokenised(model, ["The dog barks."] * 8)
-    with pytest.raises(UserError, match=r"finetune.pooling is cls, a token that sees nothing in a causal model"):
-        finetune.predict(model, finetune.make_vectors(model), model.params, texts, quiet)
+    texts = embeddings.tokenize(model, ["The dog barks."] * 8)
+    with pytest.raises(UserError, match=r"finetune.pooling is cls, but the first token of a causal model"):
+        embeddings.run_batches(model, embeddings.make_encoder(model), model.params, texts, quiet)
 
 
 # Tags
@@ -272,7 +281,9 @@ def tagged(toy, count: int, seed: int) -> list[tuple[list[str], list[str]]]:
 @given(st.lists(st.lists(st.tuples(*[st.sampled_from(["O", "B-A", "I-A", "B-B"])] * 2), min_size=1), min_size=1))
 def test_entity_f1_from_counts_is_seqevals(rows):
     gold, found = ([[pair[i] for pair in row] for row in rows] for i in (0, 1))
-    assert tagging.f1(tagging.counts(gold, found)) == pytest.approx(f1_score(gold, found, zero_division=0))
+    assert metrics.entity_f1(metrics.entity_counts(gold, found)) == pytest.approx(
+        f1_score(gold, found, zero_division=0)
+    )
 
 
 def test_tags_are_learned(model, toy, tmp_path):
@@ -288,7 +299,7 @@ def test_tags_are_learned(model, toy, tmp_path):
 def test_long_sentences_are_split_and_joined(model):
     words = ["dog", "cat", "The"] * 40
     part = conll.Tagged([words, ["dog"]], [["B-A", "O", "O"] * 40, ["B-A"]])
-    rows = tagging.split(model, part, {"O": 0, "B-A": 1})
+    rows = tagging.split_sentences(model, part, ["O", "B-A"], "train")
     assert len(rows.texts) > 3 and all(len(tokens) <= 24 for tokens in rows.texts.tokens)
     assert rows.sentences == sorted(rows.sentences)
     firsts = [[label for label in labels if label >= 0] for labels in rows.labels]
@@ -299,8 +310,8 @@ def test_long_sentences_are_split_and_joined(model):
     ("content", "message"),
     [
         (None, "cannot be read: No such file"),
-        (b"", "holds no tagged sentences"),
-        (b"dog\n", r"data:1 is 'dog'; it takes a token and a tag"),
+        (b"", "has no tagged sentences"),
+        (b"dog\n", r"data:1 is 'dog'; expected a token and a tag"),
         (b"dog B-A\ncat X-A\n", "data:2 is 'cat X-A'"),
         (b"dog B-\n", "data:1 is"),
         (b"caf\xe9 O\n", "is not UTF-8"),
@@ -316,7 +327,7 @@ def test_tag_files_that_will_not_do(tmp_path, content, message):
 def test_unknown_tags(model, toy):
     part = conll.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
     other = conll.Tagged([["dog"]], [["B-C"]])
-    with pytest.raises(UserError, match="--test: tag B-C is not among those of the training set: B-A, O"):
+    with pytest.raises(UserError, match="--test: tag B-C is not in the training set, which has B-A, O"):
         tagging.run(model, part, part, other, quiet, quiet)
 
 
@@ -324,7 +335,7 @@ def test_a_probe_has_no_tags(model):
     finetuned = dataclasses.replace(model.config.finetune, method="probe")
     model = model._replace(config=dataclasses.replace(model.config, finetune=finetuned))
     part = conll.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
-    with pytest.raises(UserError, match="method is probe, which only --task=classification takes; use full"):
+    with pytest.raises(UserError, match="method is probe; only --task=classification takes it; use full"):
         tagging.run(model, part, part, None, quiet, quiet)
 
 

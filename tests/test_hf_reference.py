@@ -24,12 +24,10 @@ from flax_mlm.data.tokenizer.train import train_tokenizer
 from flax_mlm.distributed.batches import shard_batch, shard_rows
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import retrieval
-from flax_mlm.finetuning import contrastive
-from flax_mlm.finetuning import loop as finetune
 from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
 from flax_mlm.hf import sentence_transformers as sentence_transformers_files
 from flax_mlm.hf.weights import param_mappings, params_to_tensors
-from flax_mlm.inference import likelihood, parity
+from flax_mlm.inference import embeddings, likelihood, parity
 from flax_mlm.inference.load import LoadedModel, start_params, untied
 from flax_mlm.model import electra, heads
 from flax_mlm.objectives import masking
@@ -295,7 +293,7 @@ def test_pseudo_log_likelihoods_are_those_of_torch(variant):
     model = model_of(path)
     t, net = model.tokenizer, transformers.BertForMaskedLM.from_pretrained(path, attn_implementation="eager").eval()
     texts = sentences(12)
-    found = likelihood.of_texts(model, texts, variant)
+    found = likelihood.log_likelihood(model, texts, variant)
     for ids, total in zip(t.encode(texts), found, strict=True):
         tokens, expected = [t.cls_id, *ids.tolist(), t.sep_id], 0.0
         for i in range(1, len(tokens) - 1):
@@ -379,9 +377,9 @@ def test_sentence_transformers_pools_alike(pooling, vocabulary, tmp_path):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(json.dumps(content))
     texts = sentences(12)
-    lengths = [len(row) for row in finetune.tokenised(model, texts).tokens]
+    lengths = [len(row) for row in embeddings.tokenize(model, texts).tokens]
     assert max(lengths) == 48 and min(lengths) < 40
-    ours = contrastive.vectors_of(model, finetune.make_vectors(model), model.params, texts, lambda: None)
+    ours = embeddings.embed(model, texts)
     theirs = SentenceTransformer(str(path)).encode(texts)
     assert np.abs(ours - theirs).max() <= LIMIT
 

@@ -47,7 +47,7 @@ def log_probability(model: LoadedModel, tokens: list[int], place: int, label: in
 @pytest.mark.parametrize("variant", ["original", "within_word_l2r"])
 def test_pseudo_log_likelihood_is_that_of_a_plain_loop(model, variant):
     t = model.tokenizer
-    found = likelihood.of_texts(model, TEXTS, variant)
+    found = likelihood.log_likelihood(model, TEXTS, variant)
     for text, total in zip(TEXTS[:3], found, strict=False):
         ids = t.encode([text])[0].tolist()
         tokens, expected = [t.cls_id, *ids, t.sep_id], 0.0
@@ -66,7 +66,7 @@ def test_pseudo_log_likelihood_is_that_of_a_plain_loop(model, variant):
 
 def test_the_likelihood_of_a_causal_model_is_the_sum_over_its_tokens(causal):
     t = causal.tokenizer
-    found = likelihood.of_texts(causal, TEXTS[:3])
+    found = likelihood.log_likelihood(causal, TEXTS[:3])
     for text, total in zip(TEXTS[:3], found, strict=True):
         tokens = [t.cls_id, *t.encode([text])[0].tolist(), t.sep_id]
         expected = sum(log_probability(causal, tokens, i, tokens[i + 1]) for i in range(len(tokens) - 2))
@@ -74,11 +74,11 @@ def test_the_likelihood_of_a_causal_model_is_the_sum_over_its_tokens(causal):
 
 
 @pytest.mark.parametrize(
-    ("texts", "message"), [(["a", ""], "text 2, '', has 0 tokens"), (["dog " * 600], "it can have")]
+    ("texts", "message"), [(["a", ""], "text 2, '', has 0 tokens"), (["dog " * 600], "expected 1 to")]
 )
 def test_texts_without_a_likelihood(model, texts, message):
     with pytest.raises(UserError, match=message):
-        likelihood.of_texts(model, texts)
+        likelihood.log_likelihood(model, texts)
 
 
 def test_minimal_pairs(model, toy, trained_run, tmp_path):
@@ -109,7 +109,7 @@ def test_clozes(model, toy, trained_run, tmp_path):
     result = cloze.run(model, clozes)
     assert result["top1"] == 1.0 and result["clozes"] == 2 and result["mean_reciprocal_rank"] == 1.0
     assert [a["answer"] for a in result["answers"]] == ["dog", "bird"]
-    word, probability = MaskFiller(model).top(clozes[0][0], 1)[0][0]
+    word, probability = MaskFiller(model).top_words(clozes[0][0], 1)[0][0]
     assert word == "dog" and probability == pytest.approx(result["answers"][0]["probability"])
     done = toy.run("evaluate", f"--checkpoint={trained_run}", "--task=cloze", f"--data={tmp_path / 'clozes'}")
     assert done.returncode == 0 and "dog: rank 1, probability" in done.stdout, done
@@ -125,10 +125,13 @@ def test_the_watch_sees_every_batch(trained_run, tmp_path, task):
     }
     (tmp_path / "data.jsonl").write_text("\n".join(lines[task]))
     script = (
-        "from flax_mlm import command, evaluate, likelihood, processes\n"
-        "likelihood._TOKENS = 32\n"
+        "from flax_mlm import evaluate\n"
+        "from flax_mlm.cli import app\n"
+        "from flax_mlm.distributed import processes\n"
+        "from flax_mlm.inference import likelihood\n"
+        "likelihood._BATCH_TOKENS = 32\n"
         "processes.ProcessGroup.progress = lambda self, doing, step=0: print(doing)\n"
-        "command.run(evaluate.main, from_checkpoint=True)"
+        "app.run(evaluate.main, from_checkpoint=True)"
     )
     line = [sys.executable, "-c", script, f"--checkpoint={trained_run}", f"--data={tmp_path / 'data.jsonl'}"]
     done = subprocess.run([*line, f"--task={task}"], capture_output=True, text=True)
@@ -145,15 +148,15 @@ def test_lines_end_at_newlines_alone(tmp_path):
 @pytest.mark.parametrize(
     ("task", "content", "message"),
     [
-        ("minimal_pairs", None, "is no .jsonl file and no folder of such"),
-        ("minimal_pairs", b"", "holds no examples"),
+        ("minimal_pairs", None, "expected a .jsonl file or a folder of .jsonl files"),
+        ("minimal_pairs", b"", "has no examples"),
         ("minimal_pairs", b'{"sentence_good": "a"}', "data.jsonl:1 is not a pair"),
         ("minimal_pairs", b'\n{"sentence_good": "a", "sentence_bad": 3}', "data.jsonl:2 is not a pair"),
         ("minimal_pairs", b'{"sentence_good": "a", "sentence_bad": " "}', "data.jsonl:1 is not a pair"),
         ("minimal_pairs", b"[]", "data.jsonl:1 is not a JSON object"),
         ("minimal_pairs", b"\xff\xfe", "is not UTF-8"),
         ("cloze", None, "data.jsonl cannot be read: No such file"),
-        ("cloze", b"", "holds no clozes"),
+        ("cloze", b"", "has no clozes"),
         ("cloze", b"The dog barks.\tdog", "data.jsonl:1 is not a text with one"),
         ("cloze", b"The [MASK] barks.", "data.jsonl:1 is not a text with one"),
         ("cloze", b"The [MASK] [MASK] barks.\tdog", "data.jsonl:1 is not a text with one"),

@@ -16,12 +16,12 @@ import pytest
 import scipy.stats
 
 from flax_mlm.config.load import build
-from flax_mlm.data import tables as labelled
+from flax_mlm.data.tables import Labelled
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
-from flax_mlm.evaluation import retrieval
+from flax_mlm.evaluation import dev_split, retrieval
 from flax_mlm.finetuning import contrastive
-from flax_mlm.finetuning import loop as finetune
+from flax_mlm.inference import embeddings
 from flax_mlm.inference.config import read_config
 from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.training.step import make_steps
@@ -75,16 +75,16 @@ def test_the_loss_is_that_of_its_formula_on_any_mesh(trained_run, model, dimensi
     for one in (with_finetune(model, matryoshka_dims=dimensions), restored(trained_run, 8, 1)):
         one = with_finetune(one, matryoshka_dims=dimensions)
         unique = sorted({text for group in GROUPS for text in group if text})
-        texts = finetune.tokenised(one, unique)
+        texts = embeddings.tokenize(one, unique)
         ids_BG = np.array([[unique.index(t) if t else -1 for t in g] for g in GROUPS], np.int32)
-        tokens_RL, types_RL = finetune.padded(one, texts.take(np.maximum(ids_BG, 0).ravel().tolist()))
+        tokens_RL, types_RL = embeddings.pad(one, texts.take(np.maximum(ids_BG, 0).ravel().tolist()))
         shape = *ids_BG.shape, tokens_RL.shape[1]
         with jax.set_mesh(one.mesh):
             batch = shard_rows([tokens_RL.reshape(shape), types_RL.reshape(shape), ids_BG], one.mesh)
             loss = jax.jit(contrastive.make_loss(one))
             found.append(float(loss(one.params, *batch, jax.random.key(0))))
-    vectors = finetune.make_vectors(one)
-    vectors_UD = np.stack(finetune.predict(one, vectors, one.params, texts, quiet)).astype(np.float64)
+    encoder = embeddings.make_encoder(one)
+    vectors_UD = np.stack(embeddings.run_batches(one, encoder, one.params, texts, quiet)).astype(np.float64)
     expected = []
     for width in one.config.finetune.sizes(32):
         cut = vectors_UD[:, :width] / np.linalg.norm(vectors_UD[:, :width], axis=1, keepdims=True)
@@ -105,12 +105,12 @@ def test_what_belongs_together_is_learned(model, toy, hard_negatives):
         {f"q-{animal}": f"The {animal} every morning." for animal in toy.animals},
         {f"q-{animal}": {animal: 1} for animal in toy.animals},
     )
-    before, _ = retrieval.run(model, None, None, benchmark, quiet, quiet)
-    after, params = retrieval.run(model, train, dev, benchmark, quiet, quiet)
+    before, _ = retrieval.run(model, benchmark)
+    after, params = retrieval.run(model, benchmark, train, dev)
     assert after["median"] == after["score"] >= before["score"] and after["score"] > 0.9
     assert after["examples"] == {"test": 6, "train": 200, "dev": 30} and before["examples"] == {"test": 6}
     assert after["dev_scores"]["0.003"] > 0.9 and set(params) == {"encoder"}
-    again, _ = retrieval.run(model, train, dev, benchmark, quiet, quiet)
+    again, _ = retrieval.run(model, benchmark, train, dev)
     assert again == after, "the same seed, the same result"
 
 
@@ -144,8 +144,8 @@ def test_search_numbers_by_their_definitions():
 
 def test_similarity(model):
     texts = ["The dog barks.", "The dog barks in the garden.", "The cat sleeps near the river."]
-    part = labelled.Labelled([texts[0]] * 3, texts, ["5.0", "3.0", "1.0"])
-    result, _ = retrieval.run(model, None, None, part, quiet, quiet)
+    part = Labelled([texts[0]] * 3, texts, ["5.0", "3.0", "1.0"])
+    result, _ = retrieval.run(model, part)
     cosines = np.array(result["predictions"])
     assert cosines[0] == pytest.approx(1.0, abs=1e-5) and (np.abs(cosines) <= 1.00001).all()
     assert result["score"] == pytest.approx(scipy.stats.spearmanr(cosines, [5, 3, 1])[0])
@@ -154,28 +154,28 @@ def test_similarity(model):
 def test_a_probe_trains_no_vectors(model, toy):
     model, pairs = with_finetune(model, method="probe"), pairs_of(toy, 20, 1)
     benchmark = retrieval.Benchmark({"d": "The dog."}, {"q": "dog?"}, {"q": {"d": 1}})
-    with pytest.raises(UserError, match="method is probe, which only --task=classification takes; use full"):
-        retrieval.run(model, pairs, pairs, benchmark, quiet, quiet)
+    with pytest.raises(UserError, match="method is probe; only --task=classification takes it; use full"):
+        retrieval.run(model, benchmark, pairs, pairs)
 
 
 def test_texts_alone_are_told_apart_by_dropout_and_judged_by_the_loss(model, toy):
     whens = ("today", "at night", "every morning", "all day", "now", "then", "here", "there", "again", "in the garden")
     lines = [f"The {animal} {does} {when}." for animal, does in toy.animals.items() for when in whens]
     train = contrastive.Pairs(lines, lines, [[] for _ in lines])
-    test = labelled.Labelled([lines[0]] * 3, lines[:3], ["5.0", "3.0", "1.0"])
-    with pytest.raises(UserError, match="which only dropout tells from themselves"):
-        retrieval.run(model, train, None, test, quiet, quiet)
+    test = Labelled([lines[0]] * 3, lines[:3], ["5.0", "3.0", "1.0"])
+    with pytest.raises(UserError, match="which need dropout as the only difference"):
+        retrieval.run(model, test, train)
     dropout = dataclasses.replace(model.config.model, dropout_rate=0.1)
     dropped = model._replace(config=dataclasses.replace(model.config, model=dropout))
     dropped = dropped._replace(steps=make_steps(dropped.config, model.tokenizer.vocab_size, model.mesh))
     dropped = with_finetune(dropped, learning_rates="1e-9,1e-3", epochs=3)
-    scores = retrieval.run(dropped, train, None, test, quiet, quiet)[0]["dev_scores"]
+    scores = retrieval.run(dropped, test, train)[0]["dev_scores"]
     assert scores["1e-09"] < scores["0.001"] < 0, "what was learned is seen, and by a loss"
 
 
 def test_a_query_is_on_one_side_with_all_its_positives():
     queries = [f"q{i // 3}" for i in range(60)]
-    train, dev = retrieval._parts(queries)
+    train, dev = dev_split.hold_out_queries(queries)
     assert sorted(train + dev) == list(range(60)) and len(dev) == 6
     assert not {queries[i] for i in train} & {queries[i] for i in dev}
 
@@ -187,8 +187,10 @@ def test_vectors_that_are_all_the_same_rank_nothing(value):
 
 
 def test_normal_of_nothing():
-    zeros = contrastive.normal(np.zeros((1, 4), np.float32))
-    assert (zeros == 0).all() and np.isfinite(jax.grad(lambda x: contrastive.normal(x).sum())(jnp.zeros((1, 4)))).all()
+    zeros = embeddings.normalize(np.zeros((1, 4), np.float32))
+    assert (zeros == 0).all() and np.isfinite(
+        jax.grad(lambda x: embeddings.normalize(x).sum())(jnp.zeros((1, 4)))
+    ).all()
 
 
 # Files
@@ -234,12 +236,20 @@ def test_files_of_pairs(tmp_path, name, content, expected):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.tsv", "positive\tx\na\tb\n", "a.tsv:2 has no text for query or positive; it takes these columns, and has"),
-        ("a.tsv", "query\tother\na\tb\nc\td\n", "a.tsv:2 has no text for query or positive"),
-        ("a.tsv", "sentence1\tsentence2\tscore\na\tb\t0\n", "has sentence2 and score: which pairs belong together?"),
-        ("a.tsv", "query\tpositive\na\tb\n", "a.tsv holds 1 pairs; it takes two at least"),
-        ("a.jsonl", '{"query": "a", "negatives": [1]}\n', "a.jsonl:1 has no text"),
-        ("a.txt", "", "holds no examples"),
+        (
+            "a.tsv",
+            "positive\tx\na\tb\n",
+            "a.tsv:2 has columns positive, x; expected texts in columns query",
+        ),
+        ("a.tsv", "query\tother\na\tb\nc\td\n", "a.tsv:2 has columns query, other; expected texts"),
+        (
+            "a.tsv",
+            "sentence1\tsentence2\tscore\na\tb\t0\n",
+            "has columns sentence2 and score, so that some pairs may not",
+        ),
+        ("a.tsv", "query\tpositive\na\tb\n", "a.tsv has 1 pairs; expected at least 2"),
+        ("a.jsonl", '{"query": "a", "negatives": [1]}\n', "a.jsonl:1 has columns query, negatives; expected texts"),
+        ("a.txt", "", "has no examples"),
     ],
 )
 def test_files_of_pairs_that_will_not_do(tmp_path, name, content, message):
@@ -251,8 +261,8 @@ def test_files_of_pairs_that_will_not_do(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("qrels", "message"),
     [
-        ("", "holds no examples"),
-        ("q1\td1\t0\n", "holds no relevant documents"),
+        ("", "has no examples"),
+        ("q1\td1\t0\n", "has no relevant documents"),
         ("q1\td9\t1\n", "test.tsv:2 is not a query-id, corpus-id and score"),
         ("q1\td1\tyes\n", "test.tsv:2 is not a query-id"),
     ],
@@ -291,21 +301,21 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(vectors_ND, axis=1), 1.0, atol=1e-5)
     kept = load_model(str(tmp_path / "kept"), build(read_config(str(tmp_path / "kept"))))
     kept = with_finetune(kept, batch_size=16)
-    expected = contrastive.vectors_of(kept, finetune.make_vectors(kept), kept.params, list(documents.values()), quiet)
+    expected = embeddings.embed(kept, list(documents.values()))
     np.testing.assert_allclose(vectors_ND, expected, atol=1e-5)
 
     done = toy.run("embed", *line, f"--output={tmp_path / 'v.parquet'}", "--dimensions=8")
     table = pq.read_table(tmp_path / "v.parquet")
     assert done.returncode == 0 and table.column("text").to_pylist() == list(documents.values())
-    cut = contrastive.normal(vectors_ND[:, :8])
+    cut = embeddings.normalize(vectors_ND[:, :8])
     np.testing.assert_allclose(np.stack(table.column("vector").to_pylist()), cut, atol=1e-5)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("v")) == ["v.npy", "v.parquet"]
 
 
 def test_numpy_files_are_written_without_pyarrow(trained_run, tmp_path):
     (tmp_path / "t.txt").write_text("The dog.\n")
-    script = "import sys; sys.modules['pyarrow'] = None\nfrom flax_mlm import command, embed\n"
-    script += "command.run(embed.main, from_checkpoint=True)"
+    script = "import sys; sys.modules['pyarrow'] = None\nfrom flax_mlm import embed\nfrom flax_mlm.cli import app\n"
+    script += "app.run(embed.main, from_checkpoint=True)"
     options = [f"--checkpoint={trained_run}", f"--input={tmp_path / 't.txt'}", f"--output={tmp_path / 'v.npy'}"]
     done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True)
     assert done.returncode == 0 and "1 vectors of 32" in done.stdout, done
@@ -314,16 +324,20 @@ def test_numpy_files_are_written_without_pyarrow(trained_run, tmp_path):
 @pytest.mark.parametrize(
     ("command", "flags", "message"),
     [
-        ("embed", [], "--output is ''; it takes a name that ends in .npy or .parquet"),
+        ("embed", [], "--output is ''; expected a name that ends in .npy or .parquet"),
         ("embed", ["--output=v.npy"], "--input is missing"),
         ("embed", ["--output=v.npy", "--input=none.txt"], "none.txt cannot be read"),
-        ("embed", ["--output=v.npy", "--input=t.jsonl"], "t.jsonl:1 has no text (it has words)"),
+        ("embed", ["--output=v.npy", "--input=t.jsonl"], "t.jsonl:1 has no column text; it has words"),
         ("embed", ["--output=v.npy", "--input=t.jsonl", "--dimensions=33"], "--dimensions is 33; the vectors of this"),
         ("embed", ["--output=no/v.npy", "--input=none.txt"], "--output: 'no/v.npy' cannot be written"),
-        ("embed", ["--output=v.parquet", "--input=mixed.jsonl"], "'mixed.jsonl' has columns that Parquet cannot hold"),
+        ("embed", ["--output=v.parquet", "--input=mixed.jsonl"], "'mixed.jsonl' has columns that Parquet cannot store"),
         ("evaluate", ["--task=retrieval"], "--test is missing"),
-        ("evaluate", ["--task=retrieval", "--test=t.txt", "--save=new"], "--save needs --train"),
-        ("evaluate", ["--task=retrieval", "--test=t.txt", "--save=.", "--train=t.txt"], "--save: '.' exists"),
+        (
+            "evaluate",
+            ["--task=retrieval", "--test=t.txt", "--save=new"],
+            "--train is missing; expected pairs to fine-tune on",
+        ),
+        ("evaluate", ["--task=retrieval", "--test=t.txt", "--save=.", "--train=t.txt"], "--save is '.', which exists"),
         (
             "evaluate",
             ["--task=retrieval", "--test=t.txt", "--save=t.txt/new", "--train=t.txt"],

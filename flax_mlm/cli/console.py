@@ -10,6 +10,12 @@ from flax_mlm.config.phases import Phase
 from flax_mlm.errors import UserError
 from flax_mlm.storage import gcs
 
+_EXAMPLES = (
+    "The President of the United [MASK] spoke to Congress.",
+    "We must [MASK] the peace of the world.",
+    "The [MASK] of the people depends on good laws.",
+)
+
 
 def banner(run_phases: list[Phase], mixtures: list[Any], mesh: Any, steps: Any, memory: list[Any]) -> None:
     """Prints the versions, devices, mesh, model, memory, corpora and phases of a run."""
@@ -62,16 +68,16 @@ def summary(workdir: gcs.AnyPath, trained: Any, result: dict[str, float]) -> Non
     import jax
 
     from flax_mlm.evaluation import mlm, rtd
-    from flax_mlm.inference import mask_filler as filler_lib
+    from flax_mlm.inference.mask_filler import MaskFiller
 
     objective = trained.config.objective.name
     lines = rtd.table(result) if objective == "rtd" else mlm.table(result, objective)
     print("\n" + "\n".join(lines) + "\n")
     if objective == "mlm" and jax.process_count() == 1:  # needs all processes otherwise
-        filler = filler_lib.MaskFiller(trained)
-        for sentence in filler_lib.EXAMPLES:
+        filler = MaskFiller(trained)
+        for sentence in _EXAMPLES:
             with contextlib.suppress(UserError):  # longer than a row
-                words = ", ".join(f"{word} {probability:.2f}" for word, probability in filler.top(sentence, 5)[0])
+                words = ", ".join(f"{word} {probability:.2f}" for word, probability in filler.top_words(sentence, 5)[0])
                 print(f"{sentence}\n    {words}")
     if workdir.is_relative_to(Path.cwd()):
         workdir = workdir.relative_to(Path.cwd())

@@ -10,47 +10,45 @@ from flax_mlm.storage import files
 
 
 class Tagged(NamedTuple):
-    """N sentences: their words and the words' tags."""
+    """Words and tags of N sentences."""
 
     words: list[list[str]]
     tags: list[list[str]]
 
-    def take(self, numbers: Iterable[int]) -> "Tagged":
-        """Some of them."""
-        some = list(numbers)
-        return Tagged([self.words[i] for i in some], [self.tags[i] for i in some])
+    def take(self, indices: Iterable[int]) -> "Tagged":
+        """Selects sentences by index."""
+        rows = list(indices)
+        return Tagged([self.words[i] for i in rows], [self.tags[i] for i in rows])
 
 
 def read(path: str) -> Tagged:
-    """Reads a file, and makes BIO of its tags.
-
-    IO, BIO (either kind) and BIOES are understood.
+    """Reads a file with IO, BIO (IOB1 or IOB2) or BIOES tags, and converts the tags to BIO (IOB2).
 
     Raises:
-      UserError: it cannot be read, holds nothing, or a line is none; the message names it.
+      UserError: it cannot be read, is empty, or a line is invalid; the message names it.
     """
     file = Path(path).expanduser()
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
     for number, line in enumerate(files.read_text(file).split("\n"), 1):
-        fields = re.findall(r"[^ \t]+", line)  # a token may hold other kinds of space
+        fields = re.findall(r"[^ \t]+", line)  # a token may contain other kinds of space
         if not fields or fields[0] == "-DOCSTART-":
             words.append([])
             tags.append([])
             continue
         tag = fields[-1]
         if len(fields) < 2 or not (tag == "O" or (tag[:2] in ("B-", "I-", "E-", "S-") and len(tag) > 2)):
-            raise UserError(f"{file}:{number} is '{line[:60]}'; it takes a token and a tag such as O, B-PER, I-PER")
+            raise UserError(f"{file}:{number} is '{line[:60]}'; expected a token and a tag such as O, B-PER, I-PER")
         words[-1].append(fields[0])
         tags[-1].append(tag)
     whole = [i for i, sentence in enumerate(words) if sentence]
     if not whole:
-        raise UserError(f"{file} holds no tagged sentences")
+        raise UserError(f"{file} has no tagged sentences")
     return Tagged([words[i] for i in whole], [to_bio(tags[i]) for i in whole])
 
 
 def to_bio(tags: list[str]) -> list[str]:
-    """BIO2: every entity begins with B. An I that continues nothing of its kind begins one."""
+    """Converts tags to IOB2, where every entity begins with B; an I that continues no entity of its kind begins one."""
     result, before = [], "O"
     for tag in tags:
         if tag[0] in "IE" and before != "O" and before[2:] == tag[2:] and before[0] in "BI":

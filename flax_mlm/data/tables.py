@@ -1,4 +1,4 @@
-"""Labelled texts and pairs of texts from files: tables (tabs, or CSV), JSON lines, lines of text (.txt), prepared
+"""Labelled texts and pairs of texts from files: tables (tabs, or CSV), JSON lines, lines of text (.txt), and prepared
 TensorFlow Datasets."""
 
 import csv
@@ -18,75 +18,75 @@ LABEL = ("label", "score", "labels")
 
 
 class Labelled(NamedTuple):
-    """N texts with their labels as they are written."""
+    """N texts with their labels as strings."""
 
     texts: list[str]
-    pairs: list[str] | None  # the second text of each
+    pairs: list[str] | None  # second texts
     labels: list[str]
 
-    def take(self, numbers: Iterable[int]) -> "Labelled":
-        """Some of them."""
-        some = list(numbers)
-        pairs = None if self.pairs is None else [self.pairs[i] for i in some]
-        return Labelled([self.texts[i] for i in some], pairs, [self.labels[i] for i in some])
+    def take(self, indices: Iterable[int]) -> "Labelled":
+        """Selects examples by index."""
+        rows = list(indices)
+        pairs = None if self.pairs is None else [self.pairs[i] for i in rows]
+        return Labelled([self.texts[i] for i in rows], pairs, [self.labels[i] for i in rows])
 
 
 def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labelled:
-    """Reads a file, or `tfds:NAME[/config]:split`.
+    """Reads labelled texts from a file, or from `tfds:NAME[/config]:split`.
 
     Args:
       text, pair, label: names of the columns, or their numbers from 1 in a table without header; empty: the usual names
         (`sentence`, `sentence1` and `sentence2`, `label` and the like).
 
     Raises:
-      UserError: it cannot be read, holds nothing, or lacks a column; the message names the file and the line.
+      UserError: it cannot be read, is empty, or lacks a column; the message names the file and the line.
     """
-    lines = records(source, numbered=(text or label).isdecimal())
-    first = lines[0][1]
+    rows = records(source, numbered=(text or label).isdecimal())
+    first = rows[0][1]
     if not text and not pair:
-        known = [name for name in _TEXT if name in first]
-        if len(known) > 1 and not any(name in first for name in _PAIR):
-            raise UserError(f"{source} has columns {' and '.join(known)}; say which are --text and --pair")
+        candidates = [name for name in _TEXT if name in first]
+        if len(candidates) > 1 and not any(name in first for name in _PAIR):
+            raise UserError(f"{source} has columns {' and '.join(candidates)}; choose with --text and --pair")
     columns = {
         "text": text or next((name for name in _TEXT if name in first), ""),
         "pair": pair or next((name for name in _PAIR if name in first), ""),
         "label": label or next((name for name in LABEL if name in first), ""),
     }
-    for what in ("text", "label"):
-        if not columns[what]:
-            raise UserError(f"{source} has no column that is plainly the {what} ({_names(first)}); say --{what}=NAME")
-    found: dict[str, list[str]] = {what: [] for what, name in columns.items() if name}
-    for where, record in lines:
-        for what, values in found.items():
-            value = record.get(columns[what])
-            if value is None or (what != "pair" and str(value).strip() == ""):
-                raise UserError(f"{where} has no {columns[what]} ({_names(record)})")
-            values.append(str(value))
-    return Labelled(found["text"], found.get("pair"), found["label"])
+    for role in ("text", "label"):
+        if not columns[role]:
+            raise UserError(f"{source} has columns {_names(first)}; name the column of the {role} with --{role}=NAME")
+    values: dict[str, list[str]] = {role: [] for role, column in columns.items() if column}
+    for location, record in rows:
+        for role, column_values in values.items():
+            value = record.get(columns[role])
+            if value is None or (role != "pair" and str(value).strip() == ""):
+                raise UserError(f"{location} has no {columns[role]}; it has {_names(record)}")
+            column_values.append(str(value))
+    return Labelled(values["text"], values.get("pair"), values["label"])
 
 
 def records(source: str, numbered: bool = False) -> list[tuple[str, dict[str, Any]]]:
-    """(where it is, column -> value) of every line of a file, or of every example of a TensorFlow Dataset.
+    """Reads (location, column -> value) from every line of a file, or from every example of a TensorFlow Dataset.
 
     Args:
       numbered: a table has no header; its columns are called 1, 2, 3 ...
 
     Raises:
-      UserError: it cannot be read, or holds nothing.
+      UserError: it cannot be read, or is empty.
     """
-    found = _tfds(source) if source.startswith("tfds:") else _file(Path(source).expanduser(), numbered)
-    if not found:
-        raise UserError(f"{source} holds no examples")
-    return found
+    rows = _tfds(source) if source.startswith("tfds:") else _file(Path(source).expanduser(), numbered)
+    if not rows:
+        raise UserError(f"{source} has no examples")
+    return rows
 
 
 def _names(record: dict[str, Any]) -> str:
-    return "it has " + ", ".join(map(str, record))
+    return ", ".join(map(str, record))
 
 
 def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
     content = files.read_text(file)
-    lines = content.split("\n")  # and not at U+2028 and the like, which a text may hold
+    lines = content.split("\n")  # unlike splitlines, which also splits at U+2028
     if file.suffix in (".jsonl", ".json"):
         records = []
         for number, line in enumerate(lines, 1):
@@ -112,8 +112,8 @@ def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
         header = [name.strip() for name in rows.pop(0)[1]] if rows else []
         if longer := next(((where, len(row)) for where, row in rows if len(row) > len(header)), None):
             raise UserError(
-                f"{longer[0]} has {longer[1]} columns, and the first line {len(header)}; text with a comma in it goes "
-                "into double quotes"
+                f"{longer[0]} has {longer[1]} columns, and the first line {len(header)}; put text with a comma into "
+                "double quotes"
             )
     return [(where, dict(zip(header, row, strict=False))) for where, row in rows]
 

@@ -1,174 +1,171 @@
-"""Fine-tuning for a label, or a number, of a text or of a pair of texts (GLUE's tasks; Wang et al. 2018).
+"""Fine-tuning for a label or number of a text or of a pair of texts, as in GLUE (Wang et al. 2018).
 
 Learning rates are compared on the development set with the first seed; the best one is then used with every seed.
-Where no development set is given, a tenth of the training set becomes it. The metrics are scikit-learn's and SciPy's.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flax_mlm.data.tables import Labelled
 from flax_mlm.errors import UserError
-from flax_mlm.evaluation import report
-from flax_mlm.finetuning import loop as finetune
-from flax_mlm.finetuning.loop import Log, Poll
+from flax_mlm.evaluation import dev_split, metrics, report
+from flax_mlm.finetuning.batches import Batch, epoch_indices, num_batches
+from flax_mlm.finetuning.heads import make_head
+from flax_mlm.finetuning.loop import Log, Problem, SearchResult, search
+from flax_mlm.inference import embeddings
+from flax_mlm.inference.embeddings import OnBatch, Params, TokenizedTexts
 from flax_mlm.inference.load import LoadedModel
 
-_REGRESSION = ("spearman", "pearson")
+_PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)
+
+Score = Callable[[list[np.ndarray]], float]  # outputs for the development set -> metric
+
+
+class _Examples(NamedTuple):
+    """One part of the data: N texts, and labels int32 (N,), or float32 (N,) for a regression."""
+
+    texts: TokenizedTexts
+    labels: np.ndarray
 
 
 def run(
-    trained: LoadedModel,
+    model: LoadedModel,
     train: Labelled,
-    dev: Labelled | None,
-    test: Labelled | None,
-    metric: str,
-    log: Log,
-    poll: Poll,
+    dev: Labelled | None = None,
+    test: Labelled | None = None,
+    metric: str = "accuracy",
+    log: Log = lambda line: None,
+    on_batch: OnBatch = lambda: None,
 ) -> dict[str, Any]:
-    """Fine-tunes and evaluates on `test`, or where there is none on `dev`.
+    """Fine-tunes and evaluates on `test`, or on `dev` where there is no test set.
 
     Args:
-      metric: accuracy, f1 or matthews; or for regression spearman or pearson.
+      dev: chooses learning rate and epoch; None: a tenth of `train`.
+      metric: accuracy, f1 or matthews; spearman or pearson for a regression.
+      log: receives one line a learning rate.
+      on_batch: called before every batch.
 
     Raises:
-      UserError: a label of `dev` or `test` is unknown in `train`, or no number for a regression; or there is nothing to
-        learn, or to develop with.
+      UserError: a label of `dev` or `test` is not in `train`, or no number for a regression; all labels are equal; or
+        `train` is too small to split.
 
     Returns:
-      `report.summary` (chosen is the learning rate, or the penalty of a probe), metric, classes (none for a
-      regression), and of the median run stderr (bootstrap over the examples), predictions and labels.
+      `report.summary` (best is the learning rate, or the penalty of a probe), metric, classes (empty for a regression),
+      and of the median run stderr (bootstrap over the examples), predictions and labels.
     """
-    config, is_number = trained.config.finetune, metric in _REGRESSION
+    is_regression = metric in metrics.REGRESSION
     if dev is None:
-        labels_N = [] if is_number else [[label] for label in train.labels]
-        train, dev = map(train.take, report.tenth(len(train.texts), labels_N))
-    classes = [] if is_number else sorted(set(train.labels))
-    if not is_number and len(classes) < 2:
-        raise UserError(f"all labels of the training set are '{classes[0]}'; there is nothing to learn")
+        labels_N = [] if is_regression else [[label] for label in train.labels]
+        train, dev = map(train.take, dev_split.hold_out(len(train.texts), labels_N))
+    classes = [] if is_regression else sorted(set(train.labels))
+    if len(classes) == 1:
+        raise UserError(f"all labels of the training set are '{classes[0]}'; classification needs at least two")
     parts = {"train": train, "dev": dev, "test": test or dev}
-    labels = {name: _labels(part, classes, name) for name, part in parts.items()}
-    texts = {name: finetune.tokenised(trained, part.texts, part.pairs) for name, part in parts.items()}
+    labels = {name: _encode_labels(part, classes, name) for name, part in parts.items()}
+    tokenized = {name: embeddings.tokenize(model, part.texts, part.pairs) for name, part in parts.items()}
+    examples = {name: _Examples(tokenized[name], labels[name]) for name in parts}
 
     def dev_score(outputs: list[np.ndarray]) -> float:
-        return evaluate(metric, labels["dev"], predictions(outputs, is_number), len(classes))
+        return metrics.evaluate(metric, labels["dev"], predict(outputs, is_regression), len(classes))
 
-    if config.method == "probe":
-        function = finetune.make_vectors(trained)
-        vectors = {
-            name: np.stack(finetune.predict(trained, function, trained.params, some, poll))
-            for name, some in texts.items()
-        }
-        found = _probe(vectors, labels, is_number, dev_score, poll)
+    if model.config.finetune.method == "probe":
+        found = _probe(model, examples, is_regression, dev_score, on_batch)
     else:
-        head = finetune.make_head(trained, max(len(classes), 1), per_token=False, regression=is_number)
-
-        def epoch(rng: np.random.Generator) -> Iterator[finetune.Batch]:
-            lengths = [len(tokens) for tokens in texts["train"].tokens]
-            for numbers in finetune.epoch_batches(lengths, config.batch_size, rng):
-                yield *finetune.padded(trained, texts["train"].take(numbers)), labels["train"][numbers]
-
-        def ask(params: finetune.Params, name: str) -> list[np.ndarray]:
-            return finetune.predict(trained, head.outputs, params, texts[name], poll)
-
-        def once(rate: float, seed: int) -> tuple[float, list[np.ndarray]]:
-            steps = finetune.batches_of(len(train.texts), config.batch_size)
-            best = finetune.fit(
-                trained, head.trainer, epoch, steps, lambda params: dev_score(ask(params, "dev")), rate, seed, poll
-            )
-            return best.score, ask(best.params, "test")
-
-        found = finetune.search(config, once, log)
-    answers = [predictions(outputs, is_number) for outputs in found.outcomes]
-    scores = [evaluate(metric, labels["test"], answer, len(classes)) for answer in answers]
-    middle = answers[report.median_run(scores)]
+        found = _fine_tune(model, examples, len(classes), dev_score, log, on_batch)
+    predictions = [predict(outputs, is_regression) for outputs in found.outcomes]
+    scores = [metrics.evaluate(metric, labels["test"], one, len(classes)) for one in predictions]
+    median = predictions[report.median_run(scores)]
     names = np.array(classes) if classes else None
     return {
         "metric": metric,
         **report.summary(scores, found, {name: len(part.texts) for name, part in parts.items()}, test is None),
-        "stderr": stderr(metric, labels["test"], middle, len(classes)),
+        "stderr": metrics.stderr(metric, labels["test"], median, len(classes)),
         "classes": classes,
-        "predictions": (middle if names is None else names[middle]).tolist(),
+        "predictions": (median if names is None else names[median]).tolist(),
         "labels": (labels["test"] if names is None else names[labels["test"]]).tolist(),
     }
 
 
-def _labels(part: Labelled, classes: list[str], name: str) -> np.ndarray:
+def _encode_labels(part: Labelled, classes: list[str], name: str) -> np.ndarray:
     if not classes:
         return numbers(part, name)
     ids = {label: i for i, label in enumerate(classes)}
     if unknown := sorted(set(part.labels) - ids.keys()):
         known = ", ".join(classes[:8])
-        raise UserError(f"--{name}: label '{unknown[0]}' is not among those of the training set: {known}")
+        raise UserError(f"--{name}: label '{unknown[0]}' is not in the training set, which has {known}")
     return np.array([ids[label] for label in part.labels], np.int32)
 
 
 def numbers(part: Labelled, name: str) -> np.ndarray:
-    """The labels as float32. Raises UserError, which calls the part by its name."""
+    """Converts labels to float32 (N,). Raises UserError, which names the flag `name`."""
     try:
         return np.array([float(label) for label in part.labels], np.float32)
     except ValueError as e:
         raise UserError(f"--{name}: a label is not a number ({e}); regression needs numbers") from e
 
 
-def predictions(outputs: list[np.ndarray], is_number: bool) -> np.ndarray:
-    """Class numbers, or numbers."""
-    stacked = np.stack(outputs)
-    return stacked[:, 0] if is_number else stacked.argmax(-1)
+def predict(outputs: list[np.ndarray], is_regression: bool) -> np.ndarray:
+    """Converts outputs (N, C) to class indices (N,), or to numbers (N,)."""
+    stacked_NC = np.stack(outputs)
+    return stacked_NC[:, 0] if is_regression else stacked_NC.argmax(-1)
 
 
-def evaluate(metric: str, labels: np.ndarray, found: np.ndarray, num_classes: int = 0) -> float:
-    """The metric, one of those of `run`. F1 is that of the second of two classes, or the mean over those that occur
-    when there are more; a correlation that is not defined (all alike) is 0."""
-    import scipy.stats
-    import sklearn.metrics
+def _fine_tune(
+    model: LoadedModel,
+    examples: dict[str, _Examples],
+    num_classes: int,
+    dev_score: Score,
+    log: Log,
+    on_batch: OnBatch,
+) -> SearchResult:
+    """Fine-tunes encoder and head; the outcome of a seed is the outputs for the test set."""
+    batch_size, train = model.config.finetune.batch_size, examples["train"]
+    head = make_head(model, max(num_classes, 1), regression=num_classes == 0)
 
-    with warnings.catch_warnings(action="ignore"):  # of draws of the bootstrap that hold one label alone
-        if metric in _REGRESSION:
-            correlation = scipy.stats.spearmanr if metric == "spearman" else scipy.stats.pearsonr
-            return float(np.nan_to_num(correlation(labels, found).statistic))
-        if metric == "f1":
-            average = "binary" if num_classes == 2 else "macro"
-            return float(sklearn.metrics.f1_score(labels, found, average=average, zero_division=0.0))
-        function = {"accuracy": sklearn.metrics.accuracy_score, "matthews": sklearn.metrics.matthews_corrcoef}[metric]
-        return float(function(labels, found))
+    def epoch(rng: np.random.Generator) -> Iterator[Batch]:
+        for indices in epoch_indices([len(tokens) for tokens in train.texts.tokens], batch_size, rng):
+            yield *embeddings.pad(model, train.texts.take(indices)), train.labels[indices]
 
+    def outputs(params: Params, name: str) -> list[np.ndarray]:
+        return embeddings.run_batches(model, head.outputs, params, examples[name].texts, on_batch)
 
-def stderr(metric: str, labels: np.ndarray, found: np.ndarray, num_classes: int = 0) -> float:
-    """Of `evaluate`, over the examples."""
-    return report.bootstrap_stderr(lambda i: evaluate(metric, labels[i], found[i], num_classes), len(labels))
+    problem = Problem(
+        head.init,
+        head.loss,
+        epoch,
+        steps_per_epoch=num_batches(len(train.labels), batch_size),
+        dev_score=lambda params: dev_score(outputs(params, "dev")),
+    )
+    return search(model, problem, lambda params: outputs(params, "test"), log, on_batch)
 
 
 def _probe(
-    vectors: dict[str, np.ndarray],
-    labels: dict[str, np.ndarray],
-    is_number: bool,
-    dev_score: Callable[[list[np.ndarray]], float],
-    poll: Poll,
-) -> finetune.Searched:
-    """Logistic or ridge regression on the pooled states, the strength of whose penalty is chosen on `dev`."""
-    import sklearn.linear_model
-    import sklearn.pipeline
-    import sklearn.preprocessing
+    model: LoadedModel, examples: dict[str, _Examples], is_regression: bool, dev_score: Score, on_batch: OnBatch
+) -> SearchResult:
+    """Fits a logistic or ridge regression to pooled states; the development set chooses its penalty."""
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    def outputs(model: Any, x_ND: np.ndarray) -> list[np.ndarray]:
-        if is_number:
-            return list(model.predict(x_ND)[:, None])
-        return list(np.eye(labels["train"].max() + 1)[model.predict(x_ND)])
+    encoder = embeddings.make_encoder(model)
+    vectors = {
+        name: np.stack(embeddings.run_batches(model, encoder, model.params, part.texts, on_batch))
+        for name, part in examples.items()
+    }
+    labels = examples["train"].labels
 
-    models, dev_scores = {}, {}
-    for strength in (0.01, 0.1, 1.0, 10.0, 100.0):
-        poll()
-        linear = (
-            sklearn.linear_model.Ridge(strength)
-            if is_number
-            else sklearn.linear_model.LogisticRegression(C=1 / strength, max_iter=1000)
-        )
-        model = sklearn.pipeline.make_pipeline(sklearn.preprocessing.StandardScaler(), linear)
-        models[f"{strength:g}"] = model.fit(vectors["train"], labels["train"])
-        dev_scores[f"{strength:g}"] = dev_score(outputs(model, vectors["dev"]))
+    def outputs(fitted: Any, x_ND: np.ndarray) -> list[np.ndarray]:
+        predictions = fitted.predict(x_ND)
+        return list(predictions[:, None] if is_regression else np.eye(labels.max() + 1)[predictions])
+
+    probes, dev_scores = {}, {}
+    for penalty in _PENALTIES:
+        on_batch()
+        linear = Ridge(penalty) if is_regression else LogisticRegression(C=1 / penalty, max_iter=1000)
+        probe = make_pipeline(StandardScaler(), linear).fit(vectors["train"], labels)
+        probes[f"{penalty:g}"] = probe
+        dev_scores[f"{penalty:g}"] = dev_score(outputs(probe, vectors["dev"]))
     best = max(dev_scores, key=lambda name: dev_scores[name])
-    return finetune.Searched(best, dev_scores, [outputs(models[best], vectors["test"])])
+    return SearchResult(best, dev_scores, [outputs(probes[best], vectors["test"])])

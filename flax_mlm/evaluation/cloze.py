@@ -1,6 +1,6 @@
-"""Sentences with a hole, and what belongs there: how high does the model rank it?
+"""Clozes: the rank of the answer among all tokens that could fill the [MASK] of a text.
 
-A file of lines `text with [MASK]<TAB>answer` (several answers with `|` between: the best one counts).
+A file has lines `text with [MASK]<TAB>answer`, with several answers separated by `|`, the best of which counts.
 """
 
 import math
@@ -17,7 +17,7 @@ from flax_mlm.storage import files
 
 Cloze = tuple[str, tuple[str, ...]]  # text, answers
 
-# Some have their evidence on the left, some on the right, where a causal model does not look.
+# Some have their evidence to the left of the mask, some to the right, which a causal model does not see.
 BUILT_IN: tuple[Cloze, ...] = (
     ("The [MASK] sat on the mat.", ("cat", "dog")),
     ("The [MASK] barked at the mailman.", ("dog",)),
@@ -31,10 +31,10 @@ BUILT_IN: tuple[Cloze, ...] = (
 
 
 def read(path: str) -> list[Cloze]:
-    """The clozes of a file; the built-in ones without one.
+    """Reads the clozes of a file, or returns the built-in ones where the path is empty.
 
     Raises:
-      UserError: it cannot be read, or a line is not one; the message names it.
+      UserError: the file cannot be read, or a line is not a cloze; the message names it.
     """
     if not path:
         return list(BUILT_IN)
@@ -49,43 +49,46 @@ def read(path: str) -> list[Cloze]:
             raise UserError(f"--data: {file}:{number} is not a text with one [MASK], a tab, and an answer")
         clozes.append((text, words))
     if not clozes:
-        raise UserError(f"--data: {file} holds no clozes")
+        raise UserError(f"--data: {file} has no clozes")
     return clozes
 
 
-def fitting(trained: LoadedModel, clozes: Sequence[Cloze]) -> list[Cloze]:
-    """Those that the model takes, whichever answer is put in."""
-    t, limit = trained.tokenizer, trained.row_length
+def fitting(model: LoadedModel, clozes: Sequence[Cloze]) -> list[Cloze]:
+    """Selects clozes that fit into a row with every answer."""
 
     def length(cloze: Cloze) -> int:
         text, answers = cloze
-        return len(t.encode_with_mask(text)) + 1 + max(len(t.encode_answer(answer, text)) for answer in answers)
+        encode = model.tokenizer.encode_answer
+        return len(model.tokenizer.encode_with_mask(text)) + 1 + max(len(encode(answer, text)) for answer in answers)
 
-    return [cloze for cloze in clozes if length(cloze) <= limit]
+    return [cloze for cloze in clozes if length(cloze) <= model.row_length]
 
 
-def run(trained: LoadedModel, clozes: list[Cloze], poll: Callable[[], Any] = lambda: None) -> dict[str, Any]:
-    """Where the answers stand among all pieces of the vocabulary.
+def run(
+    model: LoadedModel, clozes: Sequence[Cloze] = BUILT_IN, on_batch: Callable[[], Any] = lambda: None
+) -> dict[str, Any]:
+    """Ranks the answers of clozes among all tokens of the vocabulary.
 
-    An answer of several pieces is given as many masks, filled from left to right; its rank is that of its first piece.
+    An answer of several tokens gets as many masks, which are filled from left to right; its rank is that of its first
+    token.
 
     Args:
-      poll: called before every cloze.
+      on_batch: called before every cloze.
 
     Returns:
-      top1, top5 (shares of the clozes), mean_reciprocal_rank, log_probability (mean of the answers', nats), clozes,
-      and `answers`: for each cloze text, answer, probability, rank (from 1) and the model's own five words.
+      top1, top5 (fractions of the clozes), mean_reciprocal_rank, log_probability (mean over the answers, nats), clozes
+      (their number), and `answers`: for each cloze text, answer, probability, rank (from 1) and `own`, the five words
+      that are likeliest to the model.
     """
-    filler = MaskFiller(trained)
+    filler = MaskFiller(model)
     answers: list[dict[str, Any]] = []
     for text, words in clozes:
-        poll()
-        best, probability = filler.targets(text, list(words))[0]
-        ids = filler.ids(text)
-        first = trained.tokenizer.encode_answer(best, text)[0]
-        (scores_V,) = filler.log_probabilities([ids])[0].values()
-        rank = int((scores_V > scores_V[first]).sum()) + 1
-        own = [word for word, _ in filler.top(text, 5)[0]]
+        on_batch()
+        best, probability = filler.rank_words(text, list(words))[0]
+        (log_probs_V,) = filler.log_probabilities([filler.encode(text)])[0].values()
+        first = model.tokenizer.encode_answer(best, text)[0]
+        rank = int((log_probs_V > log_probs_V[first]).sum()) + 1
+        own = [word for word, _ in filler.top_words(text, 5)[0]]
         answers.append({"text": text, "answer": best, "probability": probability, "rank": rank, "own": own})
     ranks = np.array([answer["rank"] for answer in answers])
     return {
@@ -99,7 +102,7 @@ def run(trained: LoadedModel, clozes: list[Cloze], poll: Callable[[], Any] = lam
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The result as lines for a person."""
+    """Formats a result as lines of text."""
     lines = [
         f"{a['text']}\n    {a['answer']}: rank {a['rank']:,}, probability {a['probability']:.4f}; {', '.join(a['own'])}"
         for a in result["answers"]

@@ -1,4 +1,4 @@
-"""Which of two sentences that differ in one point does the model find likelier, the good one or the bad one?
+"""Minimal pairs: whether the acceptable sentence of a pair is likelier than the unacceptable one.
 
 Files as in BLiMP (Warstadt et al. 2020, arXiv:1912.00582): a JSON object a line, with `sentence_good` and
 `sentence_bad`, and `UID` for the paradigm (else the file's name).
@@ -11,49 +11,56 @@ from typing import Any
 
 import numpy as np
 
-from flax_mlm.data import tables as labelled
+from flax_mlm.data import tables
 from flax_mlm.errors import UserError
 from flax_mlm.inference import likelihood
 from flax_mlm.inference.load import LoadedModel
 
-Pair = tuple[str, str]  # good, bad
+Pair = tuple[str, str]  # good sentence, bad sentence
 
 
 def read(path: str) -> dict[str, list[Pair]]:
-    """Paradigm -> pairs, of a .jsonl file, of all in a folder, or of `tfds:blimp/NAME`.
+    """Reads paradigm -> pairs from a .jsonl file, from all in a folder, or from `tfds:blimp/NAME`.
 
     Raises:
-      UserError: there is none, or a line is not one; the message names it.
+      UserError: there is no file, or a line is not a pair; the message names it.
     """
-    where = Path(path).expanduser()
-    found = sorted(map(str, where.glob("*.jsonl"))) if where.is_dir() else [path]
-    if not found or not (where.is_dir() or where.is_file() or path.startswith("tfds:")):
-        raise UserError(f"--data: '{path}' is no .jsonl file and no folder of such")
+    file = Path(path).expanduser()
+    sources = sorted(map(str, file.glob("*.jsonl"))) if file.is_dir() else [path]
+    if not sources or not (file.is_dir() or file.is_file() or path.startswith("tfds:")):
+        raise UserError(f"--data is '{path}'; expected a .jsonl file or a folder of .jsonl files")
     pairs: dict[str, list[Pair]] = {}
-    for source in found:
-        for line, record in labelled.records(source):
+    for source in sources:
+        for location, record in tables.records(source):
             good, bad = record.get("sentence_good"), record.get("sentence_bad")
             if not (isinstance(good, str) and isinstance(bad, str) and good.strip() and bad.strip()):
-                raise UserError(f"--data: {line} is not a pair: it takes texts sentence_good and sentence_bad")
+                raise UserError(f"--data: {location} is not a pair; expected texts sentence_good and sentence_bad")
             pairs.setdefault(str(record.get("UID") or Path(source).stem), []).append((good, bad))
     return pairs
 
 
-def run(trained: LoadedModel, pairs: dict[str, list[Pair]], variant: str, poll: Callable[[], Any]) -> dict[str, Any]:
-    """Accuracy: the share of the pairs whose good sentence has the higher log-likelihood (a tie is half right).
+def run(
+    model: LoadedModel,
+    pairs: dict[str, list[Pair]],
+    variant: str = "within_word_l2r",
+    on_batch: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Computes the fraction of pairs whose good sentence has the higher log-likelihood; a tie counts one half.
 
     Args:
-      variant: see `likelihood.of_texts`.
-      poll: called before every batch.
+      pairs: paradigm -> pairs.
+      variant: see `likelihood.log_likelihood`.
+      on_batch: called before every batch.
 
     Returns:
-      accuracy and accuracy_stderr (over pairs), pairs; and `paradigms`: name -> the same three, and `each` pair's.
+      accuracy and accuracy_stderr (over pairs), pairs; and `paradigms`: name -> the same three, and `each`: 0, 0.5
+      or 1 a pair.
     """
     results: dict[str, Any] = {}
     correct = []
     for name, some in pairs.items():
         texts = [text for pair in some for text in pair]
-        good, bad = likelihood.of_texts(trained, texts, variant, poll).reshape(-1, 2).T
+        good, bad = likelihood.log_likelihood(model, texts, variant, on_batch).reshape(-1, 2).T
         right = (good > bad) + 0.5 * (good == bad)
         results[name] = {**_summary(right), "each": right.tolist()}
         correct.append(right)
@@ -70,7 +77,7 @@ def _summary(right: np.ndarray) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The result as lines for a person."""
+    """Formats a result as lines of text."""
     width = max(map(len, [*result["paradigms"], "all"]))
     rows = [*result["paradigms"].items(), ("all", result)]
     return [f"{name:{width}}  {r['accuracy']:.3f} ± {r['accuracy_stderr']:.3f}  {r['pairs']:,}" for name, r in rows]

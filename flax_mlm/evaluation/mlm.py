@@ -1,5 +1,6 @@
 """Held-out loss and accuracy, with fixed masks and standard errors, beside two context-free baselines."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -14,125 +15,139 @@ from flax_mlm.data.pipeline import eval_batches
 from flax_mlm.distributed.batches import local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.inference.load import LoadedModel
-from flax_mlm.training.step import EvalOutput
+from flax_mlm.training.step import EvalOutput, make_steps
+
+OnBatch = Callable[[], bool]  # called before every batch; returns whether this process wants to stop
 
 
-class Measured(NamedTuple):
-    """Sums over predicted tokens, float64. The four sums are: how many, loss (nats), loss squared, correct ones."""
+class Measurement(NamedTuple):
+    """Sums over predicted tokens, float64: their number, loss (nats), squared loss, and correct predictions."""
 
-    row_R4: np.ndarray  # for each row, one corpus after another, and of the rows that fill the last batch
-    rows_C: list[int]  # how many rows of each corpus
-    token_V4: np.ndarray  # for each piece that was to be predicted
-    position_L4: np.ndarray  # for each position in a segment
-    counts_V: np.ndarray  # int64, how often each piece is in the rows; 0 for special ones
+    row_R4: np.ndarray  # of each row, corpus by corpus, then of the rows that fill up the last batch
+    rows_C: list[int]  # number of rows of each corpus
+    token_V4: np.ndarray  # of each token id as the label
+    position_L4: np.ndarray  # of each position in a segment
+    counts_V: np.ndarray  # int64, occurrences of each token id in the rows; 0 for special tokens
 
 
-def run(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool] = lambda: False) -> dict[str, float]:
-    """Evaluates on the held-out rows, each once. Masks follow from the seed and the row's number, so that every
-    call, on any number of devices, predicts the same tokens.
+def run(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: False) -> dict[str, float]:
+    """Evaluates on the held-out rows of all corpora, each row once.
 
-    Of several corpora these are the held-out rows of all: every one of them, not in proportion to the weights; or, when
-    `eval.max_rows` is positive, so many, to which each corpus gives its share by weight.
+    Masks follow from the seed and the row's number, so that every call, on any number of devices, predicts the same
+    tokens. With a positive `eval.max_rows` each corpus contributes rows in proportion to its weight.
 
     Args:
-      trained: The model.
-      corpus: Its validation splits are used.
-      poll: Called before every batch; says whether this process wants to stop.
+      corpus: its validation splits are used.
+      on_batch: called before every batch; returns whether this process wants to stop.
 
     Raises:
-      Stopped: one of the processes wants to.
+      Stopped: one of the processes wants to stop.
 
     Returns:
-      loss (nats per predicted token) and accuracy with their standard errors over rows, perplexity,
-      bits_per_byte (tokens of the held-out text × loss / its bytes), rows, predicted_tokens; and of the same
-      rows' tokens unigram_entropy (nats) and majority_accuracy (always saying the most frequent token). Of several
-      corpora also loss, loss_stderr, accuracy, bits_per_byte and predicted_tokens of each, as `loss/NAME`.
+      loss (nats per predicted token) and accuracy with their standard errors over rows, perplexity, bits_per_byte
+      (tokens of the held-out text × loss / its bytes), rows, predicted_tokens; and of the same rows' tokens
+      unigram_entropy (nats) and majority_accuracy (always predicting the most frequent token). With several corpora
+      also loss, loss_stderr, accuracy, bits_per_byte and predicted_tokens of each, as `loss/NAME`.
     """
-    return summary(measure(trained, corpus, poll), corpus)
+    return summary(measure(model, corpus, on_batch), corpus)
 
 
-def measure(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool]) -> Measured:
-    """As `run`, with the sums that its numbers, and those of `breakdown`, follow from."""
-    is_special_V = np.asarray(trained.vocab.is_special)
+def with_eval(model: LoadedModel, seq_len: int, mask_rate: float) -> LoadedModel:
+    """Changes the length of held-out rows and their mask rate; together they fix the number of predictions per row."""
+    c = model.config
+    if (seq_len, mask_rate) == (c.data.seq_len, c.eval.mask_rate):
+        return model
+    data, evaluation = dataclasses.replace(c.data, seq_len=seq_len), dataclasses.replace(c.eval, mask_rate=mask_rate)
+    config = dataclasses.replace(c, data=data, eval=evaluation)
+    return model._replace(config=config, steps=make_steps(config, model.tokenizer.vocab_size, model.mesh))
+
+
+def measure(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: False) -> Measurement:
+    """Sums what `summary` and `breakdown` are computed from. Arguments and errors are those of `run`."""
+    is_special_V = np.asarray(model.vocab.is_special)
     counts_V, token_V4 = np.zeros(len(is_special_V), np.int64), np.zeros((len(is_special_V), 4))
     position_L4, row_R4 = np.zeros((corpus.seq_len, 4)), []
-    for tokens, found in answers(trained, corpus, poll):
+    for tokens, output in eval_outputs(model, corpus, on_batch):
         counts_V += np.bincount(tokens.ravel(), minlength=len(counts_V))
-        loss_BK = np.asarray(found.scored.loss_BK, np.float64)
-        sums_BK4 = np.stack([found.weights_BK, loss_BK, loss_BK**2, found.scored.correct_BK], axis=-1)
+        loss_BK = np.asarray(output.scored.loss_BK, np.float64)
+        sums_BK4 = np.stack([output.weights_BK, loss_BK, loss_BK**2, output.scored.correct_BK], axis=-1)
         row_R4.append(sums_BK4.sum(1))
-        used = found.weights_BK > 0
-        np.add.at(token_V4, found.labels_BK[used], sums_BK4[used])
-        np.add.at(position_L4, found.positions_BK[used], sums_BK4[used])
-    if jax.process_count() > 1:  # each has seen its own rows, or with `tensor` also those of others: all equally often
+        used = output.weights_BK > 0
+        np.add.at(token_V4, output.labels_BK[used], sums_BK4[used])
+        np.add.at(position_L4, output.positions_BK[used], sums_BK4[used])
+    if jax.process_count() > 1:  # with mesh axis `tensor` several processes read the same rows, all equally often
         counts_V = np.asarray(multihost_utils.process_allgather(counts_V)).sum(0)
-        own = len(local_rows(trained.mesh, trained.config.eval.batch_size))
-        counts_V //= jax.process_count() * own // trained.config.eval.batch_size
+        own = len(local_rows(model.mesh, model.config.eval.batch_size))
+        counts_V //= jax.process_count() * own // model.config.eval.batch_size
     counts_V = np.where(is_special_V, 0, counts_V)
-    numbers = corpus.held_out(trained.config.eval.max_rows)
-    return Measured(np.concatenate(row_R4), [len(n) for n in numbers], token_V4, position_L4, counts_V)
+    rows_C = [len(indices) for indices in corpus.held_out(model.config.eval.max_rows)]
+    return Measurement(np.concatenate(row_R4), rows_C, token_V4, position_L4, counts_V)
 
 
-def answers(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool]) -> Iterator[tuple[np.ndarray, EvalOutput]]:
-    """For every batch of the held-out rows the tokens of this process, and what the model says of all rows; those that
-    fill up the last batch are all padding and have nothing to predict."""
-    config = trained.config
+def eval_outputs(model: LoadedModel, corpus: Mixture, on_batch: OnBatch) -> Iterator[tuple[np.ndarray, EvalOutput]]:
+    """Yields for every batch of held-out rows the tokens of this process, and the model's output for all rows.
+
+    The rows that fill up the last batch are padding and have nothing to predict.
+    """
+    config = model.config
     for batch in eval_batches(
         corpus.split("validation"),
         np.concatenate(corpus.held_out(config.eval.max_rows)),
         batch_size=config.eval.batch_size,
-        local_rows=local_rows(trained.mesh, config.eval.batch_size),
+        local_rows=local_rows(model.mesh, config.eval.batch_size),
     ):
-        global_batch = shard_batch(batch, trained.mesh, stop=poll())
-        found, stop = jax.device_get(trained.steps.evaluate(trained.params, global_batch, trained.vocab))
+        with jax.set_mesh(model.mesh):
+            global_batch = shard_batch(batch, model.mesh, stop=on_batch())
+            output, stop = jax.device_get(model.steps.evaluate(model.params, global_batch, model.vocab))
         if stop:
             raise Stopped
-        yield batch["tokens"], found
+        yield batch["tokens"], output
 
 
-def summary(measured: Measured, corpus: Mixture) -> dict[str, float]:
-    """What `run` returns."""
-    counts_V = measured.counts_V
+def summary(measurement: Measurement, corpus: Mixture) -> dict[str, float]:
+    """Computes the result of `run`."""
+    counts_V = measurement.counts_V
     frequency_V = counts_V[counts_V > 0] / counts_V.sum()
     held_out = [c.counts["validation"] for c in corpus.corpora.values()]
-    seen_C = [n / max(counts["rows"], 1) for n, counts in zip(measured.rows_C, held_out, strict=True)]
-    tokens_C, bytes_C = ([n * c[key] for n, c in zip(seen_C, held_out, strict=True)] for key in ("tokens", "bytes"))
-    whole = _of_rows(measured.row_R4, sum(tokens_C), sum(bytes_C))
+    fraction_C = [n / max(counts["rows"], 1) for n, counts in zip(measurement.rows_C, held_out, strict=True)]
+    tokens_C, bytes_C = ([f * c[key] for f, c in zip(fraction_C, held_out, strict=True)] for key in ("tokens", "bytes"))
+    total = _row_metrics(measurement.row_R4, sum(tokens_C), sum(bytes_C))
     result = {
-        **{name: whole[name] for name in ("loss", "loss_stderr", "accuracy", "accuracy_stderr")},
-        "perplexity": math.exp(min(whole["loss"], 700.0)),
-        "bits_per_byte": whole["bits_per_byte"],
+        **{name: total[name] for name in ("loss", "loss_stderr", "accuracy", "accuracy_stderr")},
+        "perplexity": math.exp(min(total["loss"], 700.0)),
+        "bits_per_byte": total["bits_per_byte"],
         "unigram_entropy": float(-(frequency_V * np.log(frequency_V)).sum()),
         "majority_accuracy": float(frequency_V.max()),
-        "rows": int((measured.row_R4[:, 0] > 0).sum()),
-        "predicted_tokens": whole["predicted_tokens"],
+        "rows": int((measurement.row_R4[:, 0] > 0).sum()),
+        "predicted_tokens": total["predicted_tokens"],
     }
-    text = dict(zip(corpus.corpora, zip(tokens_C, bytes_C, strict=True), strict=True))
-    for name, rows_R4 in rows_of_each(measured.row_R4, measured.rows_C, corpus).items():
-        part = _of_rows(rows_R4, *text[name])
-        result |= {f"{key}/{name}": part[key] for key in part if key != "accuracy_stderr"}
+    text_size = dict(zip(corpus.corpora, zip(tokens_C, bytes_C, strict=True), strict=True))
+    for name, rows_R4 in split_by_corpus(measurement.row_R4, measurement.rows_C, corpus).items():
+        values = _row_metrics(rows_R4, *text_size[name])
+        result |= {f"{key}/{name}": values[key] for key in values if key != "accuracy_stderr"}
     return result
 
 
-def rows_of_each(sums_RN: np.ndarray, rows_C: list[int], corpus: Mixture) -> dict[str, np.ndarray]:
-    """Of several corpora the rows of each whose count, the first of the sums, is not 0 in all; of a single one nothing.
+def split_by_corpus(sums_RN: np.ndarray, rows_C: list[int], corpus: Mixture) -> dict[str, np.ndarray]:
+    """Splits rows by corpus, without corpora that have no predictions; empty with a single corpus.
 
     Args:
-      sums_RN: of one corpus after another, and of the rows that fill the last batch.
-      rows_C: how many rows of each.
+      sums_RN: sums of each row, corpus by corpus, then of the rows that fill up the last batch; the first of the N is
+        the number of predictions.
+      rows_C: number of rows of each corpus.
     """
     parts = zip(corpus.corpora, np.split(sums_RN, np.cumsum(rows_C))[:-1], strict=True)
     return {name: rows for name, rows in parts if len(corpus.corpora) > 1 and rows[:, 0].any()}
 
 
 def ratio_stderr(sum_R: np.ndarray, count_R: np.ndarray) -> float:
-    """Standard error of sum_R.sum() / count_R.sum(), a mean over what R rows have some of each; over the rows."""
+    """Standard error over rows of the ratio sum_R.sum() / count_R.sum()."""
     total = count_R.sum()
     return math.sqrt(np.square(sum_R - sum_R.sum() / total * count_R).sum()) / total
 
 
-def _of_rows(sums_R4: np.ndarray, tokens: float, size: float) -> dict[str, float]:
-    """Of rows whose text has so many tokens and bytes."""
+def _row_metrics(sums_R4: np.ndarray, num_tokens: float, num_bytes: float) -> dict[str, float]:
+    """Computes metrics of rows whose text has so many tokens and bytes."""
     count_R, loss_R, _, correct_R = sums_R4.T
     total = count_R.sum()
     loss = loss_R.sum() / total
@@ -141,37 +156,37 @@ def _of_rows(sums_R4: np.ndarray, tokens: float, size: float) -> dict[str, float
         "loss_stderr": ratio_stderr(loss_R, count_R),
         "accuracy": correct_R.sum() / total,
         "accuracy_stderr": ratio_stderr(correct_R, count_R),
-        "bits_per_byte": loss / math.log(2) * tokens / size,
+        "bits_per_byte": loss / math.log(2) * num_tokens / num_bytes,
         "predicted_tokens": int(total),
     }
 
 
-def breakdown(measured: Measured, starts_word_V: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
-    """Loss and accuracy by the frequency of the predicted piece (its rank in the held-out rows), by whether it starts
-    a word, and by its position in the segment.
+def breakdown(measurement: Measurement, starts_word_V: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
+    """Groups predicted tokens by frequency rank in the held-out rows, place in the word, and position in the segment.
 
     Args:
-      starts_word_V: bool, for each piece.
+      starts_word_V: bool, whether a token begins a word.
 
     Returns:
       kind -> group -> predicted_tokens, loss, loss_stderr (over tokens) and accuracy; groups without tokens are left
       out.
     """
-    ranked, starts_V = np.argsort(-measured.counts_V, kind="stable")[: (measured.counts_V > 0).sum()], starts_word_V
+    token_V4, position_L4 = measurement.token_V4, measurement.position_L4
+    ranked = np.argsort(-measurement.counts_V, kind="stable")[: (measurement.counts_V > 0).sum()]
     groups: dict[str, dict[str, np.ndarray]] = {"frequency": {}, "word": {}, "position": {}}
-    for low, high in ((0, 100), (100, 1000), (1000, 10_000), (10_000, len(starts_V))):
-        groups["frequency"][f"rank {low + 1:,} to {high:,}"] = measured.token_V4[ranked[low:high]]
-    groups["word"] = {"starts a word": measured.token_V4[starts_V], "continues one": measured.token_V4[~starts_V]}
-    edges = [1, *(edge for edge in (8, 32, 128, 512, 2048) if edge < len(measured.position_L4))]
-    for low, high in pairwise([*edges, len(measured.position_L4)]):
-        groups["position"][f"token {low} to {high - 1}"] = measured.position_L4[low:high]
+    for low, high in ((0, 100), (100, 1000), (1000, 10_000), (10_000, len(token_V4))):
+        groups["frequency"][f"rank {low + 1:,} to {high:,}"] = token_V4[ranked[low:high]]
+    groups["word"] = {"starts a word": token_V4[starts_word_V], "continues one": token_V4[~starts_word_V]}
+    edges = [1, *(edge for edge in (8, 32, 128, 512, 2048) if edge < len(position_L4))]
+    for low, high in pairwise([*edges, len(position_L4)]):
+        groups["position"][f"token {low} to {high - 1}"] = position_L4[low:high]
     return {
-        kind: {name: _of_sums(sums.sum(0)) for name, sums in some.items() if sums[:, 0].sum()}
+        kind: {name: _group_metrics(sums.sum(0)) for name, sums in some.items() if sums[:, 0].sum()}
         for kind, some in groups.items()
     }
 
 
-def _of_sums(sums_4: np.ndarray) -> dict[str, float]:
+def _group_metrics(sums_4: np.ndarray) -> dict[str, float]:
     count, loss, squared, correct = sums_4
     variance = max(squared / count - (loss / count) ** 2, 0.0)
     return {
@@ -183,40 +198,41 @@ def _of_sums(sums_4: np.ndarray) -> dict[str, float]:
 
 
 def table(result: dict[str, Any], objective: str = "mlm") -> list[str]:
-    """The result as lines for a person; of `breakdown` and of other mask rates where they are in it."""
-    what = "masked" if objective == "mlm" else "next"
+    """Formats a result as lines of text, with its breakdown and other mask rates where it has them."""
+    kind = "masked" if objective == "mlm" else "next"
     lines = [
-        f"held-out {what}-token loss  {result['loss']:.4f} ± {result['loss_stderr']:.4f} nats"
+        f"held-out {kind}-token loss  {result['loss']:.4f} ± {result['loss_stderr']:.4f} nats"
         f"    unigram entropy    {result['unigram_entropy']:.4f}"
         f"    ({result['unigram_entropy'] - result['loss']:+.2f} nats better)",
-        f"{what}-token accuracy       {result['accuracy']:.4f} ± {result['accuracy_stderr']:.4f}"
+        f"{kind}-token accuracy       {result['accuracy']:.4f} ± {result['accuracy_stderr']:.4f}"
         f"         majority baseline  {result['majority_accuracy']:.4f}"
         f"    ({result['accuracy'] / result['majority_accuracy']:.1f} times)",
         f"perplexity                 {result['perplexity']:.2f}",
         f"bits per byte              {result['bits_per_byte']:.3f}",
         f"over {result['predicted_tokens']:,} predicted tokens in {result['rows']:,} rows, each row once, fixed masks",
     ]
-    lines += by_corpus(result, "predicted_tokens")
+    lines += corpus_lines(result, "predicted_tokens")
     for kind, groups in result.get("by", {}).items():
-        lines += [f"by {kind}:" if kind != "word" else "by place in the word:", *_rows(groups)]
+        lines += [f"by {kind}:" if kind != "word" else "by position in the word:", *_group_lines(groups)]
     if "rates" in result:
-        lines += ["by mask rate:", *_rows({f"{float(rate):.0%}": r for rate, r in result["rates"].items()})]
+        lines += ["by mask rate:", *_group_lines({f"{float(rate):.0%}": r for rate, r in result["rates"].items()})]
     return lines
 
 
-def by_corpus(result: dict[str, Any], counted: str) -> list[str]:
-    """Lines of what a result says of each of several corpora; `counted`: over what its losses are means."""
-    shown = {"loss": "loss", "loss_stderr": "loss_stderr", "accuracy": "accuracy", "predicted_tokens": counted}
-    groups = {name: {key: result[f"{what}/{name}"] for key, what in shown.items()} for name in of_each(result)}
-    return ["by corpus:", *_rows(groups)] if groups else []
+def corpus_lines(result: dict[str, Any], count_key: str) -> list[str]:
+    """Formats the metrics of each of several corpora; `count_key` names the number of tokens of its losses."""
+    keys = {"loss": "loss", "loss_stderr": "loss_stderr", "accuracy": "accuracy", "predicted_tokens": count_key}
+    names = corpus_names(result)
+    groups = {name: {key: result[f"{source}/{name}"] for key, source in keys.items()} for name in names}
+    return ["by corpus:", *_group_lines(groups)] if groups else []
 
 
-def of_each(result: dict[str, Any]) -> list[str]:
-    """The names of the corpora that a result tells apart."""
+def corpus_names(result: dict[str, Any]) -> list[str]:
+    """Names of the corpora that a result has metrics of."""
     return [key.removeprefix("loss/") for key in result if key.startswith("loss/")]
 
 
-def _rows(groups: dict[str, dict[str, float]]) -> list[str]:
+def _group_lines(groups: dict[str, dict[str, float]]) -> list[str]:
     width = max(map(len, groups))
     return [
         f"    {name:{width}}  loss {r['loss']:.4f} ± {r['loss_stderr']:.4f}  accuracy {r['accuracy']:.4f}  "

@@ -1,12 +1,10 @@
-"""Held-out loss and accuracy of an encoder that was trained to detect replaced tokens, beside two baselines that look
-at nothing, and the loss of its generator.
+"""Held-out loss and accuracy of replaced-token detection, beside two context-free baselines and the generator's loss.
 
-The masks, and the noise by which the generator fills them, follow from the seed and the row's number. What is filled in
-also depends on the generator, so that the losses of two runs are of different questions.
+Masks, and the noise by which the generator replaces tokens, follow from the seed and the row's number. The replacements
+also depend on the generator, so that the losses of two runs are over different inputs.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,62 +14,61 @@ from flax_mlm.evaluation import mlm
 from flax_mlm.inference.load import LoadedModel
 
 
-class Measured(NamedTuple):
-    """Sums of each row, float64 (R,): one corpus after another, and of the rows that fill the last batch."""
+class Measurement(NamedTuple):
+    """Sums of each row, float64 (R,), corpus by corpus, then of the rows that fill up the last batch."""
 
-    rows_C: list[int]  # how many rows of each corpus
-    tokens: np.ndarray  # judged: all but special ones
+    rows_C: list[int]  # number of rows of each corpus
+    tokens: np.ndarray  # tokens that are not special: the discriminator predicts these
     loss: np.ndarray
     correct: np.ndarray
-    replaced: np.ndarray  # tokens that are not the original
-    found: np.ndarray  # of those, the ones that were called so
-    masked: np.ndarray  # slots that the generator filled
+    replaced: np.ndarray  # tokens that differ from the original
+    detected: np.ndarray  # replaced tokens that the discriminator calls replaced
+    masked: np.ndarray  # tokens that the generator predicts
     generator_loss: np.ndarray
     generator_correct: np.ndarray
 
 
-def run(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool] = lambda: False) -> dict[str, float]:
-    """Evaluates on the held-out rows, each once. Arguments and errors are those of `mlm.run`.
+def run(model: LoadedModel, corpus: Mixture, on_batch: mlm.OnBatch = lambda: False) -> dict[str, float]:
+    """Evaluates on the held-out rows, each row once. Arguments and errors are those of `mlm.run`.
 
     Returns:
       loss (nats per token that is not special) and accuracy of the discriminator with their standard errors over rows;
-      recall_replaced and recall_original (shares of either kind that were called so); replaced (the share of the tokens
-      that are), and of that the baselines replaced_entropy (nats) and majority_accuracy; generator_loss (nats per
-      masked token, with its standard error), generator_accuracy; rows, tokens, predicted_tokens. Of several corpora
-      also loss, loss_stderr, accuracy and tokens of each, as `loss/NAME`.
+      recall_replaced and recall_original (fractions of replaced and of original tokens that are classified correctly);
+      replaced (fraction of tokens that are), and its baselines replaced_entropy (nats) and majority_accuracy;
+      generator_loss (nats per masked token, with its standard error), generator_accuracy; rows, tokens,
+      predicted_tokens. With several corpora also loss, loss_stderr, accuracy and tokens of each, as `loss/NAME`.
     """
-    return summary(measure(trained, corpus, poll), corpus)
+    return summary(measure(model, corpus, on_batch), corpus)
 
 
-def measure(trained: LoadedModel, corpus: Mixture, poll: Callable[[], bool]) -> Measured:
-    """As `run`, with the sums that its numbers follow from."""
+def measure(model: LoadedModel, corpus: Mixture, on_batch: mlm.OnBatch = lambda: False) -> Measurement:
+    """Sums what `summary` is computed from."""
     rows: list[np.ndarray] = []
-    for _, answers in mlm.answers(trained, corpus, poll):
-        found = answers.scored
+    for _, output in mlm.eval_outputs(model, corpus, on_batch):
+        d = output.scored
         sums = (
-            *(found.ordinary_BL, found.loss_BL, found.correct_BL),
-            *(found.replaced_BL, found.replaced_BL * found.correct_BL),
-            *(answers.weights_BK, found.generator.loss_BK, found.generator.correct_BK),
+            *(d.ordinary_BL, d.loss_BL, d.correct_BL, d.replaced_BL, d.replaced_BL * d.correct_BL),
+            *(output.weights_BK, d.generator.loss_BK, d.generator.correct_BK),
         )
         rows.append(np.stack([np.asarray(x, np.float64).sum(1) for x in sums]))
-    rows_C = [len(numbers) for numbers in corpus.held_out(trained.config.eval.max_rows)]
-    return Measured(rows_C, *np.concatenate(rows, axis=1))
+    rows_C = [len(indices) for indices in corpus.held_out(model.config.eval.max_rows)]
+    return Measurement(rows_C, *np.concatenate(rows, axis=1))
 
 
-def summary(m: Measured, corpus: Mixture) -> dict[str, float]:
-    """What `run` returns."""
-    total, replaced, masked = m.tokens.sum(), m.replaced.sum(), m.masked.sum()
-    share = replaced / total
+def summary(m: Measurement, corpus: Mixture) -> dict[str, float]:
+    """Computes the result of `run`."""
+    total, num_replaced, masked = m.tokens.sum(), m.replaced.sum(), m.masked.sum()
+    replaced = num_replaced / total
     result = {
         "loss": m.loss.sum() / total,
         "loss_stderr": mlm.ratio_stderr(m.loss, m.tokens),
         "accuracy": m.correct.sum() / total,
         "accuracy_stderr": mlm.ratio_stderr(m.correct, m.tokens),
-        "recall_replaced": m.found.sum() / max(replaced, 1.0),
-        "recall_original": (m.correct - m.found).sum() / max(total - replaced, 1.0),
-        "replaced": share,
-        "replaced_entropy": -sum(p * math.log(p) for p in (share, 1 - share) if p > 0),
-        "majority_accuracy": max(share, 1 - share),
+        "recall_replaced": m.detected.sum() / max(num_replaced, 1.0),
+        "recall_original": (m.correct - m.detected).sum() / max(total - num_replaced, 1.0),
+        "replaced": replaced,
+        "replaced_entropy": -sum(p * math.log(p) for p in (replaced, 1 - replaced) if p > 0),
+        "majority_accuracy": max(replaced, 1 - replaced),
         "generator_loss": m.generator_loss.sum() / masked,
         "generator_loss_stderr": mlm.ratio_stderr(m.generator_loss, m.masked),
         "generator_accuracy": m.generator_correct.sum() / masked,
@@ -79,7 +76,8 @@ def summary(m: Measured, corpus: Mixture) -> dict[str, float]:
         "tokens": int(total),
         "predicted_tokens": int(masked),
     }
-    for name, rows_R3 in mlm.rows_of_each(np.stack([m.tokens, m.loss, m.correct], axis=1), m.rows_C, corpus).items():
+    sums_R3 = np.stack([m.tokens, m.loss, m.correct], axis=1)
+    for name, rows_R3 in mlm.split_by_corpus(sums_R3, m.rows_C, corpus).items():
         tokens, loss, correct = rows_R3.T
         result |= {
             f"loss/{name}": loss.sum() / tokens.sum(),
@@ -91,17 +89,17 @@ def summary(m: Measured, corpus: Mixture) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The result as lines for a person."""
+    """Formats a result as lines of text."""
     return [
         f"held-out replaced-token loss  {result['loss']:.4f} ± {result['loss_stderr']:.4f} nats"
         f"    entropy of replaced   {result['replaced_entropy']:.4f}",
         f"replaced-token accuracy       {result['accuracy']:.4f} ± {result['accuracy_stderr']:.4f}"
         f"         majority baseline     {result['majority_accuracy']:.4f}",
-        f"replaced tokens found         {result['recall_replaced']:.4f}"
-        f"                  originals left alone  {result['recall_original']:.4f}",
+        f"recall of replaced tokens     {result['recall_replaced']:.4f}"
+        f"                  of original tokens    {result['recall_original']:.4f}",
         f"generator's masked-token loss {result['generator_loss']:.4f} ± {result['generator_loss_stderr']:.4f} nats"
         f"    accuracy              {result['generator_accuracy']:.4f}",
         f"over {result['tokens']:,} tokens in {result['rows']:,} rows, {result['predicted_tokens']:,} of them masked, "
         f"{result['replaced']:.1%} replaced; each row once, fixed masks and noise",
-        *mlm.by_corpus(result, "tokens"),
+        *mlm.corpus_lines(result, "tokens"),
     ]

@@ -1,31 +1,44 @@
-"""Fine-tuning for tags of words that make up names or chunks. Entity F1 as seqeval counts it.
+"""Fine-tuning for tags of words that make up names or chunks, measured by entity F1 as seqeval counts it.
 
-A word is tagged by its first piece (BERT, arXiv:1810.04805 §5.3). Sentences longer than `finetune.max_length` are split
+A word is tagged by its first token (BERT, arXiv:1810.04805 §5.3). Sentences longer than `finetune.max_length` are split
 between words, and their tags joined again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flax_mlm.data.conll import Tagged
 from flax_mlm.errors import UserError
-from flax_mlm.evaluation import report
-from flax_mlm.finetuning import loop as finetune
-from flax_mlm.finetuning.loop import Log, Poll
+from flax_mlm.evaluation import dev_split, metrics, report
+from flax_mlm.finetuning.batches import Batch, epoch_indices, num_batches
+from flax_mlm.finetuning.heads import make_head
+from flax_mlm.finetuning.loop import Log, Problem, search
+from flax_mlm.inference import embeddings
+from flax_mlm.inference.embeddings import OnBatch, Params, TokenizedTexts
 from flax_mlm.inference.load import LoadedModel
 
-_NONE = -1  # the label of pieces that are not the first of a word
+_NONE = -1  # label of tokens that do not begin a word
 
 
 def run(
-    trained: LoadedModel, train: Tagged, dev: Tagged | None, test: Tagged | None, log: Log, poll: Poll
+    model: LoadedModel,
+    train: Tagged,
+    dev: Tagged | None = None,
+    test: Tagged | None = None,
+    log: Log = lambda line: None,
+    on_batch: OnBatch = lambda: None,
 ) -> dict[str, Any]:
-    """Fine-tunes with each learning rate, then with every seed, and evaluates on `test`, or else on `dev`.
+    """Fine-tunes with each learning rate, then with every seed, and evaluates on `test`, or on `dev` without it.
+
+    Args:
+      dev: chooses learning rate and epoch; None: a tenth of `train`.
+      log: receives one line a learning rate.
+      on_batch: called before every batch.
 
     Raises:
-      UserError: a tag of `dev` or `test` is unknown in `train`, or `finetune.method` is probe.
+      UserError: a tag of `dev` or `test` is not in `train`, or `finetune.method` is probe.
 
     Returns:
       as `classification.run`, with entity F1 as the metric, and `kinds`: precision, recall and F1 of each kind of
@@ -33,101 +46,102 @@ def run(
     """
     from seqeval.metrics import classification_report, f1_score
 
-    config = trained.config.finetune
     if dev is None:
-        train, dev = map(train.take, report.tenth(len(train.words), train.tags))
+        train, dev = map(train.take, dev_split.hold_out(len(train.words), train.tags))
     parts = {"train": train, "dev": dev, "test": test or dev}
-    kinds = sorted({tag for tags in train.tags for tag in tags} | {"O"})
-    ids = {tag: i for i, tag in enumerate(kinds)}
-    for name, part in parts.items():
-        if unknown := sorted({tag for tags in part.tags for tag in tags} - ids.keys()):
-            raise UserError(f"--{name}: tag {unknown[0]} is not among those of the training set: {', '.join(kinds)}")
-    pieces = {name: split(trained, part, ids) for name, part in parts.items()}
-    head = finetune.make_head(trained, len(kinds), per_token=True, regression=False)
+    tags = sorted({tag for sentence in train.tags for tag in sentence} | {"O"})
+    rows = {name: split_sentences(model, part, tags, name) for name, part in parts.items()}
+    head = make_head(model, len(tags), per_token=True)
 
-    def epoch(rng: np.random.Generator) -> Iterator[finetune.Batch]:
-        rows = pieces["train"]
-        for numbers in finetune.epoch_batches([len(tokens) for tokens in rows.texts.tokens], config.batch_size, rng):
-            tokens_BL, types_BL = finetune.padded(trained, rows.texts.take(numbers))
-            labels_BL = np.full_like(tokens_BL, _NONE)
-            for b, i in enumerate(numbers):
-                labels_BL[b, : len(rows.labels[i])] = rows.labels[i]
-            yield tokens_BL, types_BL, labels_BL
+    def predict(params: Params, name: str) -> list[list[str]]:
+        outputs = embeddings.run_batches(model, head.outputs, params, rows[name].texts, on_batch)
+        return _join(rows[name], outputs, tags, len(parts[name].words))
 
-    def tags_of(params: finetune.Params, name: str) -> list[list[str]]:
-        found: list[list[str]] = [[] for _ in parts[name].words]
-        rows = pieces[name]
-        outputs = finetune.predict(trained, head.outputs, params, rows.texts, poll)
-        for sentence, labels, output_LC in zip(rows.sentences, rows.labels, outputs, strict=True):
-            firsts = [i for i, label in enumerate(labels) if label != _NONE]
-            found[sentence] += [kinds[k] for k in output_LC[firsts].argmax(-1)]
-        return found
-
-    def score(params: finetune.Params) -> float:
-        return float(f1_score(parts["dev"].tags, tags_of(params, "dev"), zero_division=0))
-
-    def once(rate: float, seed: int) -> tuple[float, list[list[str]]]:
-        steps = finetune.batches_of(len(pieces["train"].sentences), config.batch_size)
-        best = finetune.fit(trained, head.trainer, epoch, steps, score, rate, seed, poll)
-        return best.score, tags_of(best.params, "test")
-
-    found = finetune.search(config, once, log)
-    gold = parts["test"].tags
-    scores = [float(f1_score(gold, tags, zero_division=0)) for tags in found.outcomes]
-    middle = found.outcomes[report.median_run(scores)]
-    counts_N3 = counts(gold, middle)
+    problem = Problem(
+        head.init,
+        head.loss,
+        _make_epoch(model, rows["train"]),
+        steps_per_epoch=num_batches(len(rows["train"].labels), model.config.finetune.batch_size),
+        dev_score=lambda params: float(f1_score(parts["dev"].tags, predict(params, "dev"), zero_division=0)),
+    )
+    found = search(model, problem, lambda params: predict(params, "test"), log, on_batch)
+    labels = parts["test"].tags
+    scores = [float(f1_score(labels, predictions, zero_division=0)) for predictions in found.outcomes]
+    median = found.outcomes[report.median_run(scores)]
+    counts_N3 = metrics.entity_counts(labels, median)
+    kinds = classification_report(labels, median, output_dict=True, zero_division=0)
     return {
         "metric": "f1",
         **report.summary(scores, found, {name: len(part.words) for name, part in parts.items()}, test is None),
-        "stderr": report.bootstrap_stderr(lambda i: f1(counts_N3[i]), len(gold), draws=1000),
-        "kinds": {
-            kind: {key: float(value) for key, value in values.items()}
-            for kind, values in classification_report(gold, middle, output_dict=True, zero_division=0).items()
-        },
-        "predictions": middle,
-        "labels": gold,
+        "stderr": metrics.bootstrap_stderr(lambda i: metrics.entity_f1(counts_N3[i]), len(labels), draws=1000),
+        "kinds": {kind: {key: float(value) for key, value in values.items()} for kind, values in kinds.items()},
+        "predictions": median,
+        "labels": labels,
     }
 
 
 class Rows(NamedTuple):
-    """Sentences as rows of pieces; a long sentence is several."""
+    """Tagged sentences as rows of tokens; a long sentence takes several rows."""
 
-    texts: finetune.Texts
-    labels: list[list[int]]  # of each piece: of its word at the word's first piece, else -1
-    sentences: list[int]  # the number of the sentence that each row is of
+    texts: TokenizedTexts
+    labels: list[list[int]]  # index of the word's tag at the first token of a word, else -1
+    sentences: list[int]  # index of each row's sentence
 
 
-def split(trained: LoadedModel, part: Tagged, ids: dict[str, int]) -> Rows:
-    """The rows of tagged sentences; a row ends between words."""
-    t, config = trained.tokenizer, trained.config
-    room = min(config.finetune.max_length, trained.max_length) - 2
-    rows = Rows(finetune.Texts([], []), [], [])
-    for number, (words, tags) in enumerate(zip(part.words, part.tags, strict=True)):
-        tokens: list[int] = []
-        labels: list[int] = []
-        for tag, encoded in [*zip(tags, t.encode_words(words), strict=True), ("", None)]:
-            spelled = [] if encoded is None else encoded.tolist()[:room] or [t.unk_id]
-            if not spelled or len(tokens) + len(spelled) > room:
-                rows.texts.tokens.append([t.cls_id, *tokens, t.sep_id])
-                rows.texts.token_types.append([0] * (len(tokens) + 2))
-                rows.labels.append([_NONE, *labels, _NONE])
-                rows.sentences.append(number)
-                tokens, labels = [], []
-            if spelled:
-                tokens += spelled
-                labels += [ids[tag], *[_NONE] * (len(spelled) - 1)]
+def split_sentences(model: LoadedModel, part: Tagged, tags: list[str], name: str) -> Rows:
+    """Tokenizes tagged sentences into rows that end between words.
+
+    Args:
+      tags: the tags of the training set.
+      name: flag that the sentences come from, for the error message.
+
+    Raises:
+      UserError: a tag is not among `tags`.
+    """
+    ids = {tag: i for i, tag in enumerate(tags)}
+    if unknown := sorted({tag for sentence in part.tags for tag in sentence} - ids.keys()):
+        raise UserError(f"--{name}: tag {unknown[0]} is not in the training set, which has {', '.join(tags)}")
+    t, max_tokens = model.tokenizer, min(model.config.finetune.max_length, model.max_length) - 2
+    rows = Rows(TokenizedTexts([], []), [], [])
+    tokens: list[int] = []
+    labels: list[int] = []
+
+    def end_row(sentence: int) -> None:
+        rows.texts.tokens.append([t.cls_id, *tokens, t.sep_id])
+        rows.texts.token_types.append([0] * (len(tokens) + 2))
+        rows.labels.append([_NONE, *labels, _NONE])
+        rows.sentences.append(sentence)
+        tokens.clear()
+        labels.clear()
+
+    for sentence, (words, word_tags) in enumerate(zip(part.words, part.tags, strict=True)):
+        for tag, encoded in zip(word_tags, t.encode_words(words), strict=True):
+            word = encoded.tolist()[:max_tokens] or [t.unk_id]
+            if len(tokens) + len(word) > max_tokens:
+                end_row(sentence)
+            tokens += word
+            labels += [ids[tag], *[_NONE] * (len(word) - 1)]
+        end_row(sentence)
     return rows
 
 
-def counts(gold: list[list[str]], found: list[list[str]]) -> np.ndarray:
-    """How many entities of each sentence are right, were found, are true: int64 (N, 3)."""
-    from seqeval.metrics.sequence_labeling import get_entities
+def _join(rows: Rows, outputs: list[np.ndarray], tags: list[str], num_sentences: int) -> list[list[str]]:
+    """Joins the predicted tags of rows to those of sentences."""
+    sentences: list[list[str]] = [[] for _ in range(num_sentences)]
+    for sentence, labels, output_LC in zip(rows.sentences, rows.labels, outputs, strict=True):
+        firsts = [i for i, label in enumerate(labels) if label != _NONE]
+        sentences[sentence] += [tags[k] for k in output_LC[firsts].argmax(-1)]
+    return sentences
 
-    pairs = ((set(get_entities(g)), set(get_entities(f))) for g, f in zip(gold, found, strict=True))
-    return np.array([(len(g & f), len(f), len(g)) for g, f in pairs], np.int64)
 
+def _make_epoch(model: LoadedModel, rows: Rows) -> Callable[[np.random.Generator], Iterator[Batch]]:
+    def epoch(rng: np.random.Generator) -> Iterator[Batch]:
+        lengths = [len(tokens) for tokens in rows.texts.tokens]
+        for indices in epoch_indices(lengths, model.config.finetune.batch_size, rng):
+            tokens_BL, types_BL = embeddings.pad(model, rows.texts.take(indices))
+            labels_BL = np.full_like(tokens_BL, _NONE)
+            for b, i in enumerate(indices):
+                labels_BL[b, : len(rows.labels[i])] = rows.labels[i]
+            yield tokens_BL, types_BL, labels_BL
 
-def f1(counts_N3: np.ndarray) -> float:
-    """Entity F1 over sentences."""
-    right, found, true = counts_N3.sum(0)
-    return float(2 * right / max(found + true, 1))
+    return epoch

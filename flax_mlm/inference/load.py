@@ -2,9 +2,8 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from etils import epath
@@ -18,38 +17,16 @@ from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.hf.folder import is_hf_folder, open_folder
 from flax_mlm.hf.weights import load_params, param_mappings, subtokens
+from flax_mlm.inference.model import InferenceModel
 from flax_mlm.model import electra
 from flax_mlm.objectives.vocabulary import Vocabulary
-from flax_mlm.training.step import Steps, make_steps
-
-_LENGTH_MULTIPLE = 32
+from flax_mlm.training.step import make_steps
 
 
-class LoadedModel(NamedTuple):
-    """A model with its parameters on a mesh. Use it under `jax.set_mesh(mesh)`."""
+class LoadedModel(InferenceModel):
+    """A model loaded from a checkpoint or a Hugging Face folder."""
 
-    config: Config
-    mesh: Mesh
-    steps: Steps
-    params: Any
-    tokenizer: Tokenizer
-    vocab: Vocabulary
-    meta: Mapping[str, Any] = MappingProxyType({})  # of the checkpoint; empty for a Hugging Face folder
-
-    @property
-    def row_length(self) -> int:
-        """Tokens of the rows that it was trained on; of a Hugging Face folder, all positions count as trained."""
-        return self.config.model.max_positions if self.config.init_from else self.config.data.seq_len
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that a text may have: learned positions beyond the rows of the training were never trained."""
-        model = self.config.model
-        return self.row_length if model.position_embedding == "learned" else model.max_positions
-
-    def padded_length(self, length: int) -> int:
-        """Rounds the length of a batch up to one of a few lengths, since each is compiled."""
-        return min(-(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self.config.model.max_positions)
+    __slots__ = ()
 
 
 def load_model(path: str, config: Config) -> LoadedModel:

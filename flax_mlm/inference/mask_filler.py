@@ -1,113 +1,135 @@
-"""Answers questions about texts with masks: which words belong there?"""
+"""Filling masks: ranks the words that fit the [MASK]s of a text."""
 
 import heapq
 import math
+from typing import Any
 
+import jax
+import numpy as np
+
+from flax_mlm.distributed.batches import shard_replicated_rows
+from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
-
-EXAMPLES = (
-    "The President of the United [MASK] spoke to Congress.",
-    "We must [MASK] the peace of the world.",
-    "The [MASK] of the people depends on good laws.",
-)
+from flax_mlm.inference.model import InferenceModel
 
 
 class MaskFiller:
-    """Answers questions about masked texts with a trained model. A causal one answers from what is left of a mask."""
+    """Fills masks with a trained model; a causal model predicts from the text to the left of a mask."""
 
-    def __init__(self, trained):
-        self._trained = trained
+    def __init__(self, model: InferenceModel):
+        self._model = model
 
-    def ids(self, text: str) -> list[int]:
-        """[CLS] text [SEP]. Raises UserError when it has no [MASK] or is too long."""
-        tokenizer, limit = self._trained.tokenizer, self._trained.row_length
-        ids = [tokenizer.cls_id, *tokenizer.encode_with_mask(text), tokenizer.sep_id]
-        if tokenizer.mask_id not in ids:
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `[CLS] text [SEP]`. Raises UserError: the text has no [MASK], or too many tokens."""
+        t = self._model.tokenizer
+        ids = [t.cls_id, *t.encode_with_mask(text), t.sep_id]
+        if t.mask_id not in ids:
             raise UserError(f"the text '{text}' has no [MASK]; put one where a word is wanted")
-        if len(ids) > limit:
-            raise UserError(f"the text has {len(ids)} tokens; this model was trained on at most {limit}")
+        self._check_length(ids, "the text")
         return ids
 
-    def masks(self, ids: list[int]) -> list[int]:
-        """Where the masks are."""
-        return [i for i, token in enumerate(ids) if token == self._trained.tokenizer.mask_id]
+    def _check_length(self, ids: list[int], text: str) -> None:
+        if len(ids) > (limit := self._model.row_length):
+            raise UserError(f"{text} has {len(ids)} tokens; this model was trained on at most {limit}")
 
-    def log_probabilities(self, rows: list[list[int]]):
-        """Of every piece at every mask: for each row, place of the mask -> float32 (V,). Special pieces have none
-        (-inf)."""
-        import jax
-        import numpy as np
+    def mask_positions(self, ids: list[int]) -> list[int]:
+        """Positions of the masks."""
+        return [i for i, token in enumerate(ids) if token == self._model.tokenizer.mask_id]
 
-        from flax_mlm.distributed.batches import shard_replicated_rows
-        from flax_mlm.distributed.mesh import num_batch_shards
-
-        t = self._trained
-        ahead = int(t.config.objective.name == "clm")  # a causal model stands before what it predicts
-        places = [self.masks(row) for row in rows]
-        parts = num_batch_shards(t.mesh)
-        shape = -(-len(rows) // parts) * parts, t.padded_length(max(map(len, rows)))
-        tokens_BL = np.full(shape, t.tokenizer.pad_id, np.int32)
-        predict_BK = np.zeros((len(tokens_BL), max(map(len, places))), np.int32)
+    def log_probabilities(self, rows: list[list[int]]) -> list[dict[int, np.ndarray]]:
+        """Computes for each row the position of a mask -> float32 (V,), with -inf for special tokens."""
+        m = self._model
+        shift = int(m.config.objective.name == "clm")  # a causal model predicts the next position
+        positions = [self.mask_positions(row) for row in rows]
+        shards = num_batch_shards(m.mesh)
+        shape = -(-len(rows) // shards) * shards, m.padded_length(max(map(len, rows)))
+        tokens_BL = np.full(shape, m.tokenizer.pad_id, np.int32)
+        predict_BK = np.zeros((len(tokens_BL), max(map(len, positions))), np.int32)
         for b, row in enumerate(rows):
             tokens_BL[b, : len(row)] = row
-            predict_BK[b, : len(places[b])] = np.array(places[b], np.int32) - ahead
-        tokens, predict = shard_replicated_rows([tokens_BL, predict_BK], t.mesh)
-        with jax.set_mesh(t.mesh):
-            logits_BKV = np.array(t.steps.score(t.params, tokens, predict, t.vocab))[..., : t.tokenizer.vocab_size]
-        logits_BKV[..., t.tokenizer.is_special] = -np.inf
-        return [dict(zip(some, scores_KV, strict=False)) for some, scores_KV in zip(places, logits_BKV, strict=False)]
+            predict_BK[b, : len(positions[b])] = np.array(positions[b], np.int32) - shift
+        tokens, predict = shard_replicated_rows([tokens_BL, predict_BK], m.mesh)
+        with jax.set_mesh(m.mesh):
+            log_probs_BKV = np.array(m.steps.score(m.params, tokens, predict, m.vocab))[..., : m.tokenizer.vocab_size]
+        log_probs_BKV[..., m.tokenizer.is_special] = -np.inf
+        return [dict(zip(row, values, strict=False)) for row, values in zip(positions, log_probs_BKV, strict=False)]
 
-    def word(self, piece: int) -> str:
-        """A piece as a person reads it; one that continues a word begins with '…'."""
-        text = self._trained.tokenizer.decode([piece]).strip() or repr(self._trained.tokenizer.tokens[piece])
-        return text if self._trained.tokenizer.starts_word[piece] else f"…{text}"
+    def word(self, token: int) -> str:
+        """Text of a token; a token that continues a word begins with '…'."""
+        t = self._model.tokenizer
+        text = t.decode([token]).strip() or repr(t.tokens[token])
+        return text if t.starts_word[token] else f"…{text}"
 
-    def top(self, text: str, k: int) -> list[list[tuple[str, float]]]:
-        """For each [MASK], the k likeliest words and their probabilities, the other masks staying masked."""
-        import numpy as np
+    def _top(self, text: str, k: int) -> tuple[list[int], dict[int, list[tuple[int, float]]]]:
+        """Token ids of a text, and for each mask the k likeliest tokens with their probabilities."""
+        ids = self.encode(text)
+        (log_probs,) = self.log_probabilities([ids])
+        best = {i: np.argsort(-log_probs_V, kind="stable")[:k] for i, log_probs_V in log_probs.items()}
+        return ids, {i: [(int(p), math.exp(log_probs[i][p])) for p in tokens] for i, tokens in best.items()}
 
-        ids = self.ids(text)
-        (scores,) = self.log_probabilities([ids])
-        best = {i: np.argsort(-scores_V, kind="stable")[:k] for i, scores_V in scores.items()}
-        return [[(self.word(p), math.exp(scores[i][p])) for p in pieces] for i, pieces in best.items()]
+    def top_words(self, text: str, k: int) -> list[list[tuple[str, float]]]:
+        """Ranks the k likeliest words for each [MASK], with their probabilities, while the other masks stay masked."""
+        _, top = self._top(text, k)
+        return [[(self.word(token), probability) for token, probability in tokens] for tokens in top.values()]
 
-    def joint(self, text: str, k: int) -> list[tuple[str, float]]:
-        """The k likeliest ways to fill all masks together, and their probabilities.
+    def fill_mask(self, text: str, k: int) -> list[Any]:
+        """Ranks the k likeliest tokens as transformers' fill-mask pipeline does.
 
-        A beam search that fills the mask the model is surest of first, and asks again with it filled.
+        Returns:
+          dicts with score (probability), token (id), token_str and sequence (the filled text); with several [MASK]s a
+          list of such lists.
         """
-        import numpy as np
+        t = self._model.tokenizer
+        ids, top = self._top(text, k)
 
-        ids = self.ids(text)
+        def entry(position: int, token: int, probability: float) -> dict[str, Any]:
+            sequence = t.decode([*ids[1:position], token, *ids[position + 1 : -1]])
+            return {"score": probability, "token": token, "token_str": t.decode([token]), "sequence": sequence}
+
+        results = [[entry(i, *candidate) for candidate in tokens] for i, tokens in top.items()]
+        return results[0] if len(results) == 1 else results
+
+    def top_fillings(self, text: str, k: int) -> list[tuple[str, float]]:
+        """Ranks the k likeliest texts with all masks filled, with their probabilities.
+
+        A beam search that fills the mask of the highest probability first, given which the others are predicted again.
+        """
+        ids = self.encode(text)
         beam = [(0.0, ids)]
-        for _ in self.masks(ids):
-            grown: dict[tuple[int, ...], float] = {}
-            for (total, row), scores in zip(beam, self.log_probabilities([row for _, row in beam]), strict=True):
-                place = max(scores, key=lambda i: scores[i].max())
-                for piece in np.argsort(-scores[place], kind="stable")[:k]:
-                    grown[(*row[:place], int(piece), *row[place + 1 :])] = total + float(scores[place][piece])
-            beam = [(total, list(row)) for row, total in heapq.nlargest(k, grown.items(), key=lambda item: item[1])]
-        return [(self._trained.tokenizer.decode(row[1:-1]), math.exp(total)) for total, row in beam]
+        for _ in self.mask_positions(ids):
+            extended: dict[tuple[int, ...], float] = {}
+            for (total, row), log_probs in zip(beam, self.log_probabilities([row for _, row in beam]), strict=True):
+                position = max(log_probs, key=lambda i: log_probs[i].max())
+                log_probs_V = log_probs[position]
+                for token in np.argsort(-log_probs_V, kind="stable")[:k]:
+                    extended[(*row[:position], int(token), *row[position + 1 :])] = total + float(log_probs_V[token])
+            best = heapq.nlargest(k, extended.items(), key=lambda item: item[1])
+            beam = [(total, list(row)) for row, total in best]
+        return [(self._model.tokenizer.decode(row[1:-1]), math.exp(total)) for total, row in beam]
 
-    def targets(self, text: str, words: list[str]) -> list[tuple[str, float]]:
-        """The given words ranked, with their probabilities. A word of several pieces is given as many masks, filled
-        from left to right; its probability is the product. Raises UserError unless there is exactly one [MASK]."""
-        ids = self.ids(text)
-        if len(self.masks(ids)) != 1:
-            raise UserError(f"--targets needs exactly one [MASK]; the text has {len(self.masks(ids))}")
-        (place,) = self.masks(ids)
-        pieces = {word: self._trained.tokenizer.encode_answer(word, text) for word in words}
-        for word, spelled in pieces.items():
-            if not spelled:
-                raise UserError(f"--targets: '{word}' is empty; give words separated by commas")
-        rows = [ids[:place] + [ids[place]] * len(spelled) + ids[place + 1 :] for spelled in pieces.values()]
-        if (longest := max(map(len, rows))) > (limit := self._trained.row_length):
-            raise UserError(f"the text with its longest target has {longest} tokens; this model takes at most {limit}")
-        totals = dict.fromkeys(pieces, 0.0)
-        for depth in range(max(map(len, pieces.values()))):
-            scores = self.log_probabilities(rows)
-            for r, (word, spelled) in enumerate(pieces.items()):
-                if depth < len(spelled):
-                    totals[word] += float(scores[r][place + depth][spelled[depth]])
-                    rows[r][place + depth] = spelled[depth]
-        return sorted(((w, math.exp(total)) for w, total in totals.items()), key=lambda item: -item[1])
+    def rank_words(self, text: str, words: list[str]) -> list[tuple[str, float]]:
+        """Ranks given words, with their probabilities.
+
+        A word of several tokens gets as many masks, which are filled from left to right; its probability is the product
+        over its tokens.
+
+        Raises:
+          UserError: the text has not exactly one [MASK], a word is empty, or the text is too long with a word.
+        """
+        ids = self.encode(text)
+        if (num_masks := len(self.mask_positions(ids))) != 1:
+            raise UserError(f"ranking words needs a text with exactly one [MASK]; this one has {num_masks}")
+        (position,) = self.mask_positions(ids)
+        tokens_of = {word: self._model.tokenizer.encode_answer(word, text) for word in words}
+        if empty := [word for word, tokens in tokens_of.items() if not tokens]:
+            raise UserError(f"the word '{empty[0]}' has no tokens; give words that are not empty")
+        rows = [ids[:position] + [ids[position]] * len(tokens) + ids[position + 1 :] for tokens in tokens_of.values()]
+        self._check_length(max(rows, key=len), "the text with its longest word")
+        totals = dict.fromkeys(tokens_of, 0.0)
+        for i in range(max(map(len, tokens_of.values()))):
+            log_probs = self.log_probabilities(rows)
+            for r, (word, tokens) in enumerate(tokens_of.items()):
+                if i < len(tokens):
+                    totals[word] += float(log_probs[r][position + i][tokens[i]])
+                    rows[r][position + i] = tokens[i]
+        return sorted(((word, math.exp(total)) for word, total in totals.items()), key=lambda item: -item[1])

@@ -48,7 +48,7 @@ class Logger:
         """Writes the held-out metrics, and the time used of a budget."""
         if not self.writers:
             return
-        losses = "".join(f"  {name} {result[f'loss/{name}']:.4f}" for name in mlm.of_each(result))
+        losses = "".join(f"  {name} {result[f'loss/{name}']:.4f}" for name in mlm.corpus_names(result))
         summary = f"validation loss {result['loss']:.4f}  accuracy {result['accuracy']:.4f}{losses}"
         print(f"{self._label(step, progress)}  {summary}")
         budget = self._context.budget

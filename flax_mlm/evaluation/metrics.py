@@ -1,0 +1,58 @@
+"""Metrics of labels and tags, as scikit-learn, SciPy and seqeval define them, and their standard errors."""
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+
+REGRESSION = ("spearman", "pearson")
+
+
+def evaluate(metric: str, labels: np.ndarray, predictions: np.ndarray, num_classes: int = 0) -> float:
+    """Computes accuracy, f1, matthews, spearman or pearson.
+
+    With two classes f1 is that of the second class; with more it is the mean over the classes that occur. An undefined
+    correlation (constant input) is 0.
+    """
+    import scipy.stats
+    import sklearn.metrics
+
+    with warnings.catch_warnings(action="ignore"):  # bootstrap draws may hold one class only
+        if metric in REGRESSION:
+            correlation = scipy.stats.spearmanr if metric == "spearman" else scipy.stats.pearsonr
+            return float(np.nan_to_num(correlation(labels, predictions).statistic))
+        if metric == "f1":
+            average = "binary" if num_classes == 2 else "macro"
+            return float(sklearn.metrics.f1_score(labels, predictions, average=average, zero_division=0.0))
+        function = {"accuracy": sklearn.metrics.accuracy_score, "matthews": sklearn.metrics.matthews_corrcoef}[metric]
+        return float(function(labels, predictions))
+
+
+def stderr(metric: str, labels: np.ndarray, predictions: np.ndarray, num_classes: int = 0) -> float:
+    """Bootstrap standard error of `evaluate` over the examples."""
+    return bootstrap_stderr(lambda i: evaluate(metric, labels[i], predictions[i], num_classes), len(labels))
+
+
+def bootstrap_stderr(metric: Callable[[np.ndarray], float], size: int, draws: int = 200) -> float:
+    """Standard deviation of a metric over resampled test sets.
+
+    Args:
+      metric: indices of examples, with repetitions -> value.
+      size: number of examples.
+    """
+    rng = np.random.default_rng(0)
+    return float(np.std([metric(rng.integers(0, size, size)) for _ in range(draws)]))
+
+
+def entity_counts(labels: list[list[str]], predictions: list[list[str]]) -> np.ndarray:
+    """Counts each sentence's correct, predicted and true entities, int64 (N, 3)."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    pairs = ((set(get_entities(a)), set(get_entities(b))) for a, b in zip(labels, predictions, strict=True))
+    return np.array([(len(a & b), len(b), len(a)) for a, b in pairs], np.int64)
+
+
+def entity_f1(counts_N3: np.ndarray) -> float:
+    """Entity F1 of sentences, from `entity_counts`."""
+    correct, predicted, true = counts_N3.sum(0)
+    return float(2 * correct / max(predicted + true, 1))
