@@ -25,7 +25,7 @@ from flax_mlm.objectives.vocabulary import Vocabulary
 
 STRATEGIES = ("token", "whole_word", "span")
 BASE = build(base.get_config()).objective
-B, L, V, NUM_SPECIAL = 8, 24, 32, 6  # kept in most tests, so that each strategy is compiled once
+B, L, V, NUM_SPECIAL = 8, 24, 32, 6  # the same in most tests, so that each strategy is compiled once
 KEY = jax.random.key(7)
 
 
@@ -49,20 +49,20 @@ def row_ids(numbers):
 
 
 @functools.cache
-def compiled(o, slots):
+def compiled(o, K):
     return jax.jit(
         lambda tokens, ids, key, vocab, rate: masking.mask_tokens(
-            tokens, row_keys(key, ids), vocab, o, masking.rates(o, rate), slots
+            tokens, row_keys(key, ids), vocab, o, masking.rates(o, rate), K
         )
     )
 
 
-def mask(tokens, tok, o, rate=0.15, ids=None, key=KEY, slots=None):
+def mask(tokens, tok, o, rate=0.15, ids=None, key=KEY, K=None):
     """Masks rows, as NumPy arrays."""
     ids = row_ids(np.arange(len(tokens))) if ids is None else ids
-    slots = masking.max_predictions_per_row(tokens.shape[1], 1.0) if slots is None else slots
+    K = masking.max_predictions_per_row(tokens.shape[1], 1.0) if K is None else K
     vocab = Vocabulary.from_tokenizer(tok)
-    result = compiled(o, slots)(jnp.asarray(tokens), jnp.asarray(ids), key, vocab, jnp.float32(rate))
+    result = compiled(o, K)(jnp.asarray(tokens), jnp.asarray(ids), key, vocab, jnp.float32(rate))
     return masking.Masked(*map(np.asarray, result))
 
 
@@ -87,7 +87,11 @@ def words_of(tokens, tok):
 
 
 def expected_count(rate, maskable):
-    """round half up, at least one where one is possible; `rate` is a decimal string or a Fraction"""
+    """Number of predictions: halves round up, at least one where a token is maskable.
+
+    Args:
+      rate: a decimal string or a Fraction.
+    """
     return max(int(Fraction(rate) * maskable + Fraction(1, 2)), min(maskable, 1))
 
 
@@ -112,10 +116,10 @@ def cases(draw):
 
 
 def check_laws(strategy, tok, tokens, rate, masked):
-    for original, (inputs, selected, labels), slot_row in zip(
-        tokens, rows_of(masked), zip(*masked[1:], strict=True), strict=True
+    slots = zip(*masked[1:], strict=True)
+    for original, (inputs, selected, labels), (positions, all_labels, weights) in zip(
+        tokens, rows_of(masked), slots, strict=True
     ):
-        positions, all_labels, weights = slot_row
         maskable = [i for i, t in enumerate(original) if not tok.is_special[t]]
         count = expected_count(rate, len(maskable))
         assert set(selected) <= set(maskable)
@@ -125,8 +129,10 @@ def check_laws(strategy, tok, tokens, rate, masked):
         assert set(changed.tolist()) <= set(selected)
         assert all(t == tok.mask_id or not tok.is_special[t] for t in inputs[selected])
         unused = weights == 0
-        assert set(weights.tolist()) <= {0.0, 1.0} and (np.diff(weights) <= 0).all()
-        assert not positions[unused].any() and not all_labels[unused].any()
+        assert set(weights.tolist()) <= {0.0, 1.0}
+        assert (np.diff(weights) <= 0).all()
+        assert not positions[unused].any()
+        assert not all_labels[unused].any()
         words = words_of(original, tok)
         if strategy != "whole_word":
             assert len(selected) == count
@@ -137,7 +143,7 @@ def check_laws(strategy, tok, tokens, rate, masked):
 
 
 def check_whole_words(words, selected, count):
-    if not any(len(w) <= count for w in words):  # none fits: token by token
+    if not any(len(w) <= count for w in words):  # no word fits: token by token
         assert len(selected) == count
         return
     assert all(len(selected & set(w)) in (0, len(w)) for w in words)
@@ -196,6 +202,34 @@ def test_halves_round_up(rate, maskable, count):
     assert mask(tokens, tok, BASE, float(rate)).weights_BK.sum() == count
 
 
+@pytest.mark.parametrize(
+    ("strategy", "starts"),
+    [
+        ("token", [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        ("whole_word", [0, 1, 1, 3, 4, 5, 6, 7, 8]),
+        ("span", [0, 1, 1, 1, 4, 5, 6, 6, 8]),
+    ],
+)
+def test_units_are_tokens_words_or_spans_of_words_between_special_tokens(strategy, starts):
+    vocab = Vocabulary.from_tokenizer(tokenizer(starts_word=np.arange(V) != 9))
+    tokens = jnp.asarray([2, 8, 9, 8, 8, 5, 9, 8, 3], jnp.int32)  # 2, 5 and 3 are special
+    never_stop = objective("span", span_stop=0.0, span_max_words=2)
+    units = {
+        "token": lambda: masking.token_units(tokens),
+        "whole_word": lambda: masking.word_units(tokens, vocab, jnp.int32(2)),
+        "span": lambda: masking.span_units(tokens, vocab, jnp.zeros(9, jnp.uint32), never_stop),
+    }[strategy]()
+    assert units.start_L.tolist() == starts
+    assert units.length_L.tolist() == [starts.count(start) for start in starts]
+
+
+def test_a_row_without_a_word_that_fits_is_divided_into_tokens():
+    vocab = Vocabulary.from_tokenizer(tokenizer(starts_word=np.arange(V) != 9))
+    tokens = jnp.asarray([2, 8, 9, 9, 3, 8, 9, 3], jnp.int32)
+    assert masking.word_units(tokens, vocab, jnp.int32(1)).length_L.tolist() == [1] * 8
+    assert masking.word_units(tokens, vocab, jnp.int32(2)).length_L.tolist() == [1, 3, 3, 3, 1, 2, 2, 1]
+
+
 def random_rows(num_rows, seq_len, tok, vocab_size, seed=0, segments=2):
     """Full rows of equal segments."""
     rng = np.random.default_rng(seed)
@@ -213,17 +247,17 @@ def test_masks_do_not_depend_on_batch_order_or_split(strategy):
     tokens, ids = random_rows(B, L, WORDY, V), row_ids(np.arange(B) + 2**33)
     whole = mask(tokens, WORDY, objective(strategy), ids=ids)
     order = np.random.default_rng(1).permutation(B)
-    for expected, found in zip(whole, mask(tokens[order], WORDY, objective(strategy), ids=ids[order]), strict=True):
-        np.testing.assert_array_equal(expected[order], found)
+    for expected, actual in zip(whole, mask(tokens[order], WORDY, objective(strategy), ids=ids[order]), strict=True):
+        np.testing.assert_array_equal(expected[order], actual)
     for part in (slice(0, 3), slice(3, 6), slice(5, 8)):
-        for expected, found in zip(whole, mask(tokens[part], WORDY, objective(strategy), ids=ids[part]), strict=True):
-            np.testing.assert_array_equal(expected[part], found)
+        for expected, actual in zip(whole, mask(tokens[part], WORDY, objective(strategy), ids=ids[part]), strict=True):
+            np.testing.assert_array_equal(expected[part], actual)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_masks_change_with_stream_position_and_key_only(strategy):
     o, n = objective(strategy), 64
-    tokens = np.repeat(random_rows(1, 128, WORDY, V), n, axis=0)  # the same row, met again and again
+    tokens = np.repeat(random_rows(1, 128, WORDY, V), n, axis=0)  # the same row at other positions of the stream
     first = mask(tokens, WORDY, o, ids=row_ids(np.arange(n)))
     assert len({tuple(p) for p in first.positions_BK.tolist()}) == n
     again = mask(tokens, WORDY, o, ids=row_ids(np.arange(n)))
@@ -239,20 +273,19 @@ def test_masks_change_with_stream_position_and_key_only(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_masks_on_an_explicit_mesh_equal_those_of_one_device(strategy):
     tokens, ids = random_rows(16, 64, WORDY, V), row_ids(np.arange(16))
-    vocab, o, slots = Vocabulary.from_tokenizer(WORDY), objective(strategy), masking.max_predictions_per_row(64, 0.15)
+    vocab, o, K = Vocabulary.from_tokenizer(WORDY), objective(strategy), masking.max_predictions_per_row(64, 0.15)
 
-    def everything(devices: int) -> Targets:
-        """As the train step does it, the rows split over the mesh."""
+    def targets_on(devices: int) -> Targets:
+        """Targets as the train step makes them, the rows split over the mesh."""
         mesh = make_mesh(MeshConfig(data=-1, fsdp=min(devices, 2), tensor=1), jax.devices()[:devices])
         with jax.set_mesh(mesh):
             rows = shard_batch({"tokens": tokens, "row_ids": ids}, mesh)
-            of = jax.jit(lambda rows: make_targets(o, rows, KEY, vocab, masking.rates(o, 0.15), slots))
-            return of(rows)
+            rates = masking.rates(o, 0.15)
+            return jax.jit(lambda rows: make_targets(o, rows, KEY, vocab, rates, K))(rows)
 
-    one, many = everything(1), everything(8)
-    for expected, found in zip(*map(jax.tree.leaves, (one, many)), strict=True):
-        assert found.sharding.spec[0] == BATCH
-        np.testing.assert_array_equal(expected, found)
+    for expected, actual in zip(*map(jax.tree.leaves, (targets_on(1), targets_on(8))), strict=True):
+        assert actual.sharding.spec[0] == BATCH
+        np.testing.assert_array_equal(expected, actual)
 
 
 def test_segments_count_from_one_and_positions_restart():
@@ -270,31 +303,31 @@ def test_segments_count_from_one_and_positions_restart():
 
 @given(seq_len=st.integers(4, 8192), rate=st.integers(1, 1000))
 @settings(derandomize=True)
-def test_slots_are_what_the_fullest_row_needs(seq_len, rate):
+def test_there_are_as_many_prediction_slots_as_the_fullest_row_needs(seq_len, rate):
     assert masking.max_predictions_per_row(seq_len, rate / 1000) == expected_count(Fraction(rate, 1000), seq_len - 2)
 
 
-def test_no_rate_asks_for_more_slots_than_there_are():
-    # Rates in every float32 rounding, which float64 arithmetic would round to the other side.
+def test_no_rate_needs_more_prediction_slots_than_there_are():
+    # In float64 some of these float32 rates would round to the other side.
     tok = tokenizer()
     tokens = random_rows(1, 102, tok, V, segments=1)
     for rate in np.linspace(0.01, 1.0, 25, dtype=np.float32):
-        slots = masking.max_predictions_per_row(102, float(rate))
-        assert mask(tokens, tok, BASE, rate).weights_BK.sum() == slots
+        K = masking.max_predictions_per_row(102, float(rate))
+        assert mask(tokens, tok, BASE, rate).weights_BK.sum() == K
 
 
-# One million tokens; seeds are fixed, so a p-value below 1e-4 is a fault and not bad luck.
+# One million tokens. Seeds are fixed, so a p-value below 1e-4 is a fault and not chance.
 
 N_ROWS, N_LEN, N_COUNT = 8192, 128, 19  # round(0.15 * 126)
 BIG_V = 512
 BIG = tokenizer(starts_word=np.random.default_rng(5).random(BIG_V) < 0.6, vocab_size=BIG_V)
-ENOUGH = 1e-4
+SMALLEST_P = 1e-4
 
 
 @functools.cache
 def million(strategy):
     tokens = random_rows(N_ROWS, N_LEN, BIG, BIG_V, segments=1)
-    return tokens, mask(tokens, BIG, objective(strategy), slots=masking.max_predictions_per_row(N_LEN, 0.15))
+    return tokens, mask(tokens, BIG, objective(strategy), K=masking.max_predictions_per_row(N_LEN, 0.15))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -307,11 +340,11 @@ def test_rate_on_a_million_tokens(strategy):
 def test_positions_are_uniform():
     _, masked = million("token")
     observed = np.bincount(masked.positions_BK.ravel(), minlength=N_LEN)[1:-1]
-    places = N_LEN - 2
-    expected = N_ROWS * N_COUNT / places
+    n = N_LEN - 2
+    expected = N_ROWS * N_COUNT / n
     # Drawing without replacement makes counts vary less than a multinomial's.
-    statistic = ((observed - expected) ** 2).sum() / expected / (1 - N_COUNT / places) * (places - 1) / places
-    assert ENOUGH < stats.chi2.sf(statistic, places - 1) < 1 - ENOUGH
+    statistic = ((observed - expected) ** 2).sum() / expected / (1 - N_COUNT / n) * (n - 1) / n
+    assert SMALLEST_P < stats.chi2.sf(statistic, n - 1) < 1 - SMALLEST_P
 
 
 @pytest.mark.parametrize("strategy", ["token", "whole_word"])
@@ -326,7 +359,7 @@ def test_80_10_10(strategy):
         ((shown != labels) & (shown != BIG.mask_id)).sum(),
         (shown == labels).sum(),
     ]
-    assert stats.chisquare(observed, used.sum() * np.array([0.8, 0.1 - hit, 0.1 + hit])).pvalue > ENOUGH
+    assert stats.chisquare(observed, used.sum() * np.array([0.8, 0.1 - hit, 0.1 + hit])).pvalue > SMALLEST_P
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -334,11 +367,11 @@ def test_random_tokens_are_uniform_over_the_ordinary_ids(strategy):
     o = objective(strategy, mask_replace_prob=0.0, random_replace_prob=1.0)
     tokens = np.zeros((N_ROWS, N_LEN), np.int32)
     tokens[:, 0], tokens[:, -1] = BIG.cls_id, BIG.sep_id
-    masked = mask(tokens, BIG, o, slots=N_COUNT)
+    masked = mask(tokens, BIG, o, K=N_COUNT)
     shown = np.take_along_axis(masked.inputs_BL, masked.positions_BK, 1)[masked.weights_BK > 0]
     counts = np.bincount(shown, minlength=BIG_V)
     assert not counts[BIG.is_special].any()
-    assert stats.chisquare(counts[~BIG.is_special]).pvalue > ENOUGH
+    assert stats.chisquare(counts[~BIG.is_special]).pvalue > SMALLEST_P
 
 
 def test_whole_words_are_chosen_as_by_berts_greedy_rule():
@@ -353,7 +386,7 @@ def test_whole_words_are_chosen_as_by_berts_greedy_rule():
             if len(words[i]) <= left:
                 left -= len(words[i])
                 sizes[1, min(len(words[i]), 7)] += 1
-    assert stats.chi2_contingency(sizes[:, 1:]).pvalue > ENOUGH
+    assert stats.chi2_contingency(sizes[:, 1:]).pvalue > SMALLEST_P
 
 
 def run_lengths(positions):
@@ -367,7 +400,7 @@ def test_spans_are_geometric_and_chosen_at_random():
     for original, (_, selected, _) in zip(tokens[:2000], rows_of(masked), strict=False):
         np.add.at(lengths[0], run_lengths(selected), 1)
         spans, words_in_span = [[]], 0
-        for word in words_of(original, BIG):  # the same, told word after word
+        for word in words_of(original, BIG):  # the definition, word after word
             spans[-1].extend(word)
             words_in_span += 1
             if rng.random() < BASE.span_stop or words_in_span == BASE.span_max_words:
@@ -375,14 +408,14 @@ def test_spans_are_geometric_and_chosen_at_random():
                 words_in_span = 0
         order = [spans[i] for i in rng.permutation(len(spans))]
         np.add.at(lengths[1], run_lengths([i for span in order for i in span][:N_COUNT]), 1)
-    assert stats.chi2_contingency(lengths[:, 1:]).pvalue > ENOUGH
+    assert stats.chi2_contingency(lengths[:, 1:]).pvalue > SMALLEST_P
 
 
 def test_a_span_ends_at_its_largest_length_and_is_replaced_as_one():
     o = objective("span", span_stop=0.0, span_max_words=4)
     tok = tokenizer(vocab_size=BIG_V)
     tokens = random_rows(4096, 82, tok, BIG_V, segments=1)  # 20 spans of 4 one-piece words
-    masked = mask(tokens, tok, o, rate=0.2, slots=16)
+    masked = mask(tokens, tok, o, rate=0.2, K=16)
     assert (masked.weights_BK == 1).all()
     blocks = masked.positions_BK.reshape(-1, 4)
     assert ((blocks - 1) % 4 == [0, 1, 2, 3]).all()
@@ -391,10 +424,10 @@ def test_a_span_ends_at_its_largest_length_and_is_replaced_as_one():
     hidden, kept = (shown == tok.mask_id), (shown == labels)
     assert (hidden.all(1) == hidden.any(1)).all()
     observed = [hidden.all(1).sum(), (~hidden.all(1) & ~kept.all(1)).sum(), kept.all(1).sum()]
-    assert stats.chisquare(observed, len(blocks) * np.array([0.8, 0.1, 0.1])).pvalue > ENOUGH
+    assert stats.chisquare(observed, len(blocks) * np.array([0.8, 0.1, 0.1])).pvalue > SMALLEST_P
 
 
-def test_special_tokens_break_words_and_spans():
+def test_special_tokens_break_words():
     continues = tokenizer(starts_word=np.zeros(V))  # no ordinary token starts a word
     tokens = np.full((B, L), continues.pad_id, np.int32)
     tokens[:, :10] = [2, 9, 9, 5, 9, 9, 9, 5, 9, 3]

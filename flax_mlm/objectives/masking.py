@@ -94,6 +94,7 @@ def mask_tokens(
     """
 
     def mask_row(tokens_L: jax.Array, key: jax.Array) -> Masked:
+        # Random uint32, drawn for every token whether it needs them or not.
         order_L, stop_L, replace_L, random_L = jax.random.bits(key, (4, tokens_L.size), jnp.uint32)
         maskable_L = ~vocab.is_special[tokens_L]
         count = jnp.minimum(num_predictions(maskable_L, rates.mask), K)
@@ -104,9 +105,8 @@ def mask_tokens(
                 units = word_units(tokens_L, vocab, count)
             case _:
                 units = span_units(tokens_L, vocab, stop_L, objective)
-        whole = objective.masking == "whole_word"
-        positions_K = select_units(units, order_L, maskable_L, count, K, whole=whole)
-        # As in SpanBERT, all tokens of a span are replaced alike; those of a word, as in BERT, each by itself.
+        positions_K = select_units(units, order_L, maskable_L, count, K, whole=objective.masking == "whole_word")
+        # The tokens of a span are replaced alike, as in SpanBERT; those of a word each by itself, as in BERT.
         decide_K = units.start_L[positions_K] if objective.masking == "span" else positions_K
         inputs_L = replace(tokens_L, positions_K, _uniform(replace_L[decide_K]), random_L[positions_K], vocab, rates)
         used_K = positions_K < tokens_L.size
@@ -184,8 +184,8 @@ def replace(
       u_K: random float32 in [0, 1) that decides between the three.
       random_K: random uint32 that chooses the random token.
     """
-    random_K = vocab.ordinary_ids[random_K % vocab.ordinary_ids.size]
-    shown_K = jnp.where(u_K < rates.mask_replace_prob + rates.random_replace_prob, random_K, tokens_L[positions_K])
+    drawn_K = vocab.ordinary_ids[random_K % vocab.ordinary_ids.size]
+    shown_K = jnp.where(u_K < rates.mask_replace_prob + rates.random_replace_prob, drawn_K, tokens_L[positions_K])
     shown_K = jnp.where(u_K < rates.mask_replace_prob, vocab.mask_id, shown_K)
     return tokens_L.at[positions_K].set(shown_K, mode="drop")
 
@@ -216,7 +216,7 @@ def _shuffled(start_L: jax.Array, order_L: jax.Array, maskable_L: jax.Array) -> 
 
     A unit's random number and a token's index are the upper and the lower bits of one uint32, and these are sorted.
     """
-    # perf(xla-cpu): sorting pairs of numbers takes four times as long.
+    # perf(xla-cpu): numbers are sorted faster than pairs.
     index_bits = (start_L.size - 1).bit_length()
     unit_order_L = jnp.where(maskable_L, order_L[start_L] >> 1, jnp.uint32(0xFFFFFFFF))
     index_L = jnp.arange(start_L.size, dtype=jnp.uint32)
@@ -225,11 +225,11 @@ def _shuffled(start_L: jax.Array, order_L: jax.Array, maskable_L: jax.Array) -> 
 
 
 def _whole_units(length_L: jax.Array, offset_L: jax.Array, maskable_L: jax.Array, count: jax.Array) -> jax.Array:
-    """Selects tokens, bool (L,), so that no unit is cut and at most `count` tokens are selected.
+    """Selected tokens, bool (L,): whole units in the given order, skipping those that no longer fit into `count`.
 
-    Each pass selects the units, of those no longer than what is left of `count`, up to the first that goes over it.
-    Exact skipping would take a pass per unit. Here the last of `_WORD_PASSES` passes is over units of one token, and a
-    row falls short when too few of those are left.
+    A pass drops the units longer than what is left of `count`, and selects the others up to the first that exceeds it.
+    Skipping exactly would take a pass per unit. After `_WORD_PASSES`, the last over units of one token, a row falls
+    short if too few of these were left.
 
     Args:
       length_L: length of each token's unit; tokens are sorted by unit.
