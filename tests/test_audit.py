@@ -1,4 +1,4 @@
-"""The audit prints rows and rates, and notices every way in which masking can break its laws."""
+"""The audit prints rows and rates, and reports every law of masking that is broken."""
 
 import io
 import re
@@ -55,7 +55,8 @@ def run(show=2, **objective):
 def test_sound_masking_passes(strategy):
     code, text = run(masking=strategy)
     assert code == 0, text
-    assert "no special token was ever selected" in text and "BROKEN" not in text
+    assert "no special token was ever selected" in text
+    assert "BROKEN" not in text
     assert f"{strategy}: 4,096 tokens in 128 rows" in text
     selected = float(re.search(r"ordinary tokens selected\W+([\d.]+)%", text)[1])
     assert selected == pytest.approx(100 * 4 / 28, abs=0.5)  # round(0.15 * 28) of 28
@@ -64,21 +65,24 @@ def test_sound_masking_passes(strategy):
 def test_marks_read_without_colour():
     text = run(mask_replace_prob=0.4, random_replace_prob=0.3)[1]
     rows = text[: text.index("ordinary tokens")].split("row 0")[1]
-    assert "8 predictions" not in rows and "4 predictions" in rows
+    assert "8 predictions" not in rows
+    assert "4 predictions" in rows
     assert len(re.findall(r"⟨■\w+⟩|⟨\w+→\w+⟩|⟨=\w+⟩", rows)) == 8  # two rows of four
     for mark in ("⟨■", "→", "⟨="):
         assert mark in text
-    assert "[CLS]" in rows and "[SEP]" in rows and "[PAD]" not in rows
+    assert "[CLS]" in rows
+    assert "[SEP]" in rows
+    assert "[PAD]" not in rows
 
 
-def test_rows_are_those_of_training():
+def test_printed_masks_are_those_of_training():
     config = make_config()
     batch = next(iter(batches()))
-    slots = masking.max_predictions_per_row(L, 0.15)
+    K = masking.max_predictions_per_row(L, 0.15)
     vocab = Vocabulary.from_tokenizer(FakeTokenizer())
     keys = row_keys(run_key(config, "mask"), jnp.asarray(batch["row_ids"]))
     rates = masking.rates(config.objective, 0.15)
-    expected = masking.mask_tokens(jnp.asarray(batch["tokens"]), keys, vocab, config.objective, rates, slots)
+    expected = masking.mask_tokens(jnp.asarray(batch["tokens"]), keys, vocab, config.objective, rates, K)
     first = expected.positions_BK[0][expected.weights_BK[0] > 0]
     row = run(show=1)[1].split("[CLS]")[1].split("[SEP]")[0]
     labels = [TOKENS[t].strip("▁") for t in batch["tokens"][0][np.asarray(first)]]
@@ -105,7 +109,7 @@ def test_broken_masking_exits_with_1(monkeypatch, law):
     sound, strategy = masking.mask_tokens, "whole_word" if "word" in law else "token"
 
     def broken(tokens_BL, keys_B, vocab, objective, *rest):
-        if strategy == "whole_word":  # ask for whole words, get tokens
+        if strategy == "whole_word":  # the audit expects whole words, and gets tokens
             objective = make_config(masking="token").objective
         return BREAKAGES[law](sound(tokens_BL, keys_B, vocab, objective, *rest), tokens_BL)
 

@@ -1,4 +1,4 @@
-"""Averages of the weights: each against its definition, or against the library that others use for it."""
+"""Averages of the weights, each against its definition or against TensorFlow or optax."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ OPTIMIZER = build(base.get_config()).optimizer
 
 
 def averages(config: OptimizerConfig, start: float, weights: np.ndarray) -> np.ndarray:
-    """The average after each of the steps that made these weights, one number each."""
+    """The average after each step; step i makes the weights `weights[i]`, one number."""
 
     def step(average, numbered):
         i, new = numbered
@@ -39,7 +39,7 @@ def test_ema_is_that_of_tensorflow():
         config = dataclasses.replace(OPTIMIZER, averaging="ema", ema_decay=decay)
         variable, number, expected = tf.Variable(5.0), tf.Variable(0), []
         theirs = tf.train.ExponentialMovingAverage(decay, num_updates=number)
-        theirs.apply([variable])  # begins with what the run begins with
+        theirs.apply([variable])  # begins with the initial weights
         for i, value in enumerate(weights):
             number.assign(i)
             variable.assign(value)
@@ -57,21 +57,21 @@ def test_ema_forgets_the_start_and_keeps_what_does_not_change():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 6))
 def test_lawa_is_the_mean_of_the_latest_snapshots(total, every, count):
-    """Of all of `lawa_count` at the end, of one to so many before, and of the weights until there is a snapshot."""
+    """Of `lawa_count` at the end, of 1 to `lawa_count` before; the newest weights until there is a snapshot."""
     config = dataclasses.replace(OPTIMIZER, averaging="lawa", lawa_every=every, lawa_count=count)
     weights = np.random.default_rng(total).normal(size=total)
-    found = averages(config, 100.0, weights)
+    history = averages(config, 100.0, weights)
     snapshots = range(total, 0, -every)
-    assert found[-1] == pytest.approx(np.mean([weights[s - 1] for s in snapshots[:count]]), abs=1e-5)
+    assert history[-1] == pytest.approx(np.mean([weights[s - 1] for s in snapshots[:count]]), abs=1e-5)
     for step in range(1, total + 1):
         latest = [weights[s - 1] for s in snapshots if s <= step][:count] or [weights[step - 1]]
         means = [np.mean(latest[: n + 1]) for n in range(len(latest))]
-        assert np.abs(found[step - 1] - means).min() < 1e-5, (step, found[step - 1], means)
+        assert np.abs(history[step - 1] - means).min() < 1e-5, (step, history[step - 1], means)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.2])
 def test_schedule_free_is_that_of_optax(warmup):
-    """On a small regression: where gradients are taken, and what is evaluated, after each of 50 steps."""
+    """On a small regression: the parameters for gradients and for evaluation after each of 50 steps."""
     changes = {"name": "schedule_free", "schedule": "constant", "warmup_fraction": warmup, "weight_decay": 0.1}
     o, total = dataclasses.replace(OPTIMIZER, learning_rate=0.05, **changes), 50
     rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def test_schedule_free_is_that_of_optax(warmup):
         optax.add_decayed_weights(o.weight_decay, optimizer.decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
-    # optax counts from 1 the steps whose rates it weighs by, and from 0 those that it takes.
+    # optax counts steps from 1 for the weights of the average, and from 0 for the learning rate.
     theirs = optax.contrib.schedule_free(inner, lambda step: schedule(step - 1), o.beta1)
     tx, params, average, at = optimizer.make(o, None), start, start, start
     with jax.numpy_dtype_promotion("standard"):

@@ -1,4 +1,4 @@
-"""Replaced-token detection: what is drawn, what is judged, which gradients flow, and whole runs of it."""
+"""Replaced-token detection: sampling, losses, gradients, and whole runs."""
 
 import dataclasses
 import functools
@@ -46,28 +46,28 @@ def sharing(name: str) -> tuple:
 SHARED = sharing("shared")
 NARROW = (("optimizer.name", "lamb"), ("model.embedding_size", 16))
 
-# What is drawn
+# Sampling
 
 
-def test_pieces_are_drawn_as_often_as_the_generator_says():
-    size, draws = 7, 40_000
-    scores_V = jnp.array([0.0, 1.0, 2.0, -1.0, 0.5, 30.0, 30.0])  # the last two are no pieces
+def test_tokens_are_sampled_with_the_generators_probabilities():
+    size, samples = 7, 40_000
+    logits_V = jnp.array([0.0, 1.0, 2.0, -1.0, 0.5, 30.0, 30.0])  # the last two belong to no token
     with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
-        logits_BKV = jnp.broadcast_to(scores_V, (4, draws // 4, size))
+        logits_BKV = jnp.broadcast_to(logits_V, (4, samples // 4, size))
         keys_B = jax.random.split(jax.random.key(0), 4)
-        drawn = np.asarray(sample_tokens(logits_BKV, keys_B, 5))
+        sampled = np.asarray(sample_tokens(logits_BKV, keys_B, 5))
         one = sample_tokens(logits_BKV[2:3], keys_B[2:3], 5)
-    counts = np.bincount(drawn.ravel(), minlength=size)
-    expected = draws * np.append(np.asarray(jax.nn.softmax(scores_V[:5])), [0, 0])
+    counts = np.bincount(sampled.ravel(), minlength=size)
+    expected = samples * np.append(np.asarray(jax.nn.softmax(logits_V[:5])), [0, 0])
     assert counts[5:].sum() == 0
     chi_squared = (np.square(counts - expected)[:5] / expected[:5]).sum()
     assert chi_squared < 18.5, "0.999 of chi-squared with 4 degrees of freedom"
-    np.testing.assert_array_equal(one[0], drawn[2], "a row's draws are its own")
-    assert not np.array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(one[0], sampled[2], "a row's samples depend on its key alone")
+    assert not np.array_equal(sampled[0], sampled[1])
 
 
 def test_only_other_tokens_count_as_replaced():
-    """Row 0: one slot filled with the original, one with another token, one not in use (its position is 0)."""
+    """Row 0: one prediction slot with the original, one with another token, one not in use (its position is 0)."""
     t = Targets(
         inputs_BL=jnp.array([[2, 4, 11, 4, 3], [2, 12, 4, 3, 0]]),
         segment_ids_BL=jnp.ones((2, 5), jnp.int32),
@@ -126,7 +126,7 @@ def loss_and_gradient(name: str, weight: float, params=None):
 
 
 def test_the_loss_is_the_one_of_the_paper():
-    """By hand from the networks' scores, and of all tokens but special ones."""
+    """Computed in NumPy from the logits of both networks, over all tokens but special ones."""
     config, mesh, steps, params, t = built("none")
     generator, discriminator = electra.networks(config, V)
     context = t.segment_ids_BL, t.positions_BL
@@ -136,27 +136,28 @@ def test_the_loss_is_the_one_of_the_paper():
         def run(params):
             logits_BKV = generator.apply(params, t.inputs_BL, *context, predict_BK=t.predict_BK)
             corrupted_BL, _ = corrupt(t, sample_tokens(logits_BKV, t.sample_keys_B, V))
-            found = steps.loss.predict(params, t, None)
+            losses = steps.loss.predict(params, t, None)
             x_BL = discriminator.head(params, discriminator.encode(params, corrupted_BL, *context))
-            return found, steps.loss.total(found, steps.loss.counts(t)), logits_BKV, corrupted_BL, x_BL
+            return losses, steps.loss.total(losses, steps.loss.counts(t)), logits_BKV, corrupted_BL, x_BL
 
-        found, (loss, parts), logits_BKV, corrupted_BL, x_BL = jax.device_get(run(params))
+        losses, (loss, means), logits_BKV, corrupted_BL, x_BL = jax.device_get(run(params))
     x_BL = x_BL.astype(np.float64)
     original = host_batch(0)["tokens"]
-    judged = original >= 5
-    np.testing.assert_array_equal(found.ordinary_BL > 0, judged)
-    other = np.asarray(corrupted_BL) != original
-    np.testing.assert_array_equal(found.replaced_BL > 0, other)
-    assert 0.5 * float(t.weights_BK.sum()) < other.sum() <= float(t.weights_BK.sum()) and not other[~judged].any()
+    ordinary = original >= 5
+    np.testing.assert_array_equal(losses.ordinary_BL > 0, ordinary)
+    replaced = np.asarray(corrupted_BL) != original
+    np.testing.assert_array_equal(losses.replaced_BL > 0, replaced)
+    assert 0.5 * float(t.weights_BK.sum()) < replaced.sum() <= float(t.weights_BK.sum())
+    assert not replaced[~ordinary].any()
     p_BL = 1 / (1 + np.exp(-x_BL))
-    binary = -np.log(np.where(other, p_BL, 1 - p_BL))[judged].mean()
+    binary = -np.log(np.where(replaced, p_BL, 1 - p_BL))[ordinary].mean()
     log_p_BK = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits_BKV)), np.asarray(t.labels_BK)[..., None], 2)
     masked = -log_p_BK[..., 0][np.asarray(t.weights_BK) > 0].mean()
     assert float(loss) == pytest.approx(masked + 50 * binary, rel=1e-5)
-    assert float(parts["generator_loss"]) == pytest.approx(masked, rel=1e-5)
-    assert float(parts["discriminator_loss"]) == pytest.approx(binary, rel=1e-5)
-    assert float(parts["accuracy"]) == pytest.approx(((x_BL > 0) == other)[judged].mean(), rel=1e-6)
-    assert float(parts["replaced"]) == pytest.approx(other[judged].mean(), rel=1e-6)
+    assert float(means["generator_loss"]) == pytest.approx(masked, rel=1e-5)
+    assert float(means["discriminator_loss"]) == pytest.approx(binary, rel=1e-5)
+    assert float(means["accuracy"]) == pytest.approx(((x_BL > 0) == replaced)[ordinary].mean(), rel=1e-6)
+    assert float(means["replaced"]) == pytest.approx(replaced[ordinary].mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["none", "gradient_disentangled"])
@@ -200,7 +201,7 @@ def test_disentangled_embeddings_begin_as_the_generators():
             np.testing.assert_allclose(got, same, rtol=1e-6, atol=1e-6)
 
 
-def test_what_is_drawn_changes_with_the_row_and_not_with_the_masks():
+def test_sample_keys_depend_on_the_row_and_not_on_the_mask_rate():
     config, mesh, *_ = built("none")
     with jax.set_mesh(mesh):
         rows = shard_batch(host_batch(0), mesh)
@@ -243,7 +244,7 @@ def test_every_mesh_trains_as_one_device(mesh, overrides):
     ],
     ids=["gradient_accumulation_steps", "unrolled"],
 )
-def test_the_same_in_other_ways(changes):
+def test_accumulated_or_unrolled_steps_train_alike(changes):
     expected = train_steps((1, 1, 1), SHARED)[0]
     for a, b in zip(expected, train_steps((1, 1, 1), (*SHARED, *changes))[0], strict=True):
         assert a == pytest.approx(b, rel=5e-5, abs=1e-5)
@@ -259,24 +260,24 @@ def test_a_reproducible_run_has_the_same_bits_on_every_mesh():
     jax.tree.map(np.testing.assert_array_equal, *both)
 
 
-def test_the_flops_are_those_of_both():
-    """ELECTRA-small: 12 layers of 256 that see L tokens, 12 of 64 that do too, and 19 of them the vocabulary."""
+def test_flops_are_those_of_generator_and_discriminator():
+    """ELECTRA-small: 12 layers of 256 and 12 of 64 over L tokens, and the vocabulary at 19 of them."""
     config = build(electra_small.get_config())
-    length, slots, vocab = 128, 19, 30_592
+    length, predictions, vocab = 128, 19, 30_592
     encoder, generator = 12 * (4 * 256**2 + 2 * 256 * 1024) + 128 * 256, 12 * (4 * 64**2 + 2 * 64 * 256) + 128 * 64
     expected = 6 * (encoder + generator + 256**2 + 256) * length + 12 * 12 * (256 + 64) * length**2
-    expected += 6 * slots * (64 * 128 + 128 * vocab)
-    assert flops.per_row_of_rtd(config, slots, vocab) == pytest.approx(expected)
+    expected += 6 * predictions * (64 * 128 + 128 * vocab)
+    assert flops.per_row_of_rtd(config, predictions, vocab) == pytest.approx(expected)
     params = jax.eval_shape(electra.discriminator(config.model, 30_522).init, jax.random.key(0))
-    rows_more = 70 * 128  # the vocabulary is rounded up
-    assert sum(x.size for x in jax.tree.leaves(params)) - rows_more == 13_549_057, "as published"
+    padding = 70 * 128  # rows that round the vocabulary up
+    assert sum(x.size for x in jax.tree.leaves(params)) - padding == 13_549_057, "as published"
 
 
 # The config
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"objective.generator_size": 0.3}, "objective.generator_size is 0.3; of model.num_heads, 4"),
         ({"objective.generator_size": 0.1}, "it must leave a whole number, as 0.25 does"),
@@ -291,18 +292,18 @@ def test_the_flops_are_those_of_both():
         ({"train.phases": "50%: objective.generator_size=0.25"}, "objective.generator_size from 0.5 to 0.25"),
     ],
 )
-def test_what_cannot_be_is_refused(changes, said):
-    with pytest.raises(UserError, match=said.replace(".", r"\.")) as e:
+def test_invalid_settings_of_the_generator_are_refused(changes, message):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")) as e:
         make_config((1, 1, 1), (*RTD, *changes.items()))
     assert "\n" not in str(e.value)
 
 
 def test_a_phase_may_change_what_no_parameter_depends_on():
-    parts = phases.parse_phases(make_config((1, 1, 1), (*RTD, ("train.phases", "50%: objective.mask_rate=0.3"))))
-    assert [part.config.objective.mask_rate for part in parts] == [0.15, 0.3]
+    both = phases.parse_phases(make_config((1, 1, 1), (*RTD, ("train.phases", "50%: objective.mask_rate=0.3"))))
+    assert [phase.config.objective.mask_rate for phase in both] == [0.15, 0.3]
 
 
-def test_a_generator_of_a_third():
+def test_shape_of_a_generator_of_a_third():
     base = (*RTD, ("model.num_heads", 12), ("model.hidden_size", 768), ("model.intermediate_size", 3072))
     size = (("objective.generator_size", 0.3333), ("objective.generator_depth", 0.5))
     g = make_config((1, 1, 1), (*base, *size)).generator
@@ -326,25 +327,30 @@ def rtd_run(toy) -> Path:
     return workdir
 
 
-def test_a_run_learns_and_says_so(toy, rtd_run):
+def test_a_run_learns_and_prints_both_losses(toy, rtd_run):
     log = (toy.folder / "rtd.log").read_text()
-    assert "held-out replaced-token loss" in log and "generator's masked-token loss" in log
-    assert "fill_mask" not in log and "generator " in log
+    assert "held-out replaced-token loss" in log
+    assert "generator's masked-token loss" in log
+    assert "generator " in log
+    assert "fill_mask" not in log
     lines = metrics_of(rtd_run)
     early, late = (
-        {name: np.mean([line[name] for line in some]) for name in ("loss", "generator_loss", "discriminator_loss")}
-        for some in (lines[:10], lines[-10:])
+        {name: np.mean([line[name] for line in window]) for name in ("loss", "generator_loss", "discriminator_loss")}
+        for window in (lines[:10], lines[-10:])
     )
     assert late["generator_loss"] < 0.6 * early["generator_loss"]
-    assert late["discriminator_loss"] < 0.6 * early["discriminator_loss"] and late["loss"] < 0.6 * early["loss"]
+    assert late["discriminator_loss"] < 0.6 * early["discriminator_loss"]
+    assert late["loss"] < 0.6 * early["loss"]
     result = json.loads((rtd_run / "result.json").read_text())
-    assert result["loss"] < 0.8 * result["replaced_entropy"] and result["accuracy"] > result["majority_accuracy"]
-    share = result["replaced"]
-    overall = share * result["recall_replaced"] + (1 - share) * result["recall_original"]
-    assert overall == pytest.approx(result["accuracy"]) and 0.2 < result["recall_replaced"] < 1
+    assert result["loss"] < 0.8 * result["replaced_entropy"]
+    assert result["accuracy"] > result["majority_accuracy"]
+    replaced = result["replaced"]
+    overall = replaced * result["recall_replaced"] + (1 - replaced) * result["recall_original"]
+    assert overall == pytest.approx(result["accuracy"])
+    assert 0.2 < result["recall_replaced"] < 1
 
 
-def test_a_killed_run_ends_the_same(toy, rtd_run, tmp_path):
+def test_a_resumed_run_ends_with_the_same_state(toy, rtd_run, tmp_path):
     workdir = shutil.copytree(rtd_run, tmp_path / "copy")
     for later in (80, 120):
         shutil.rmtree(workdir / "checkpoints" / str(later))
@@ -352,8 +358,8 @@ def test_a_killed_run_ends_the_same(toy, rtd_run, tmp_path):
     assert_same_run(workdir, rtd_run, 120)
 
 
-def test_evaluation_finds_what_the_run_found(toy, rtd_run, tmp_path):
-    """From a restored model, whose embeddings are merged; as the table, too."""
+def test_evaluation_repeats_the_results_of_the_run(toy, rtd_run, tmp_path):
+    """From a restored model, whose embeddings are merged, and in the table of compare."""
     file = tmp_path / "result.json"
     done = toy.run("evaluate", f"--checkpoint={rtd_run}", f"--json={file}", devices=2)
     assert done.returncode == 0, done.stderr
@@ -382,20 +388,23 @@ def test_each_corpus_of_several_has_its_own_loss():
         "    b  loss 0.8000 ± 0.0000  accuracy 0.2000          5 tokens",
     ]
     alone = rtd.summary(measured._replace(rows_C=[3]), SimpleNamespace(corpora={"": None}))
-    assert not any("/" in key for key in alone) and not any("by corpus" in line for line in rtd.table(alone))
+    assert not any("/" in key for key in alone)
+    assert not any("by corpus" in line for line in rtd.table(alone))
 
 
-def test_what_needs_words_is_refused(toy, rtd_run):
+def test_commands_that_need_a_vocabulary_head_refuse_the_encoder(toy, rtd_run):
     for command, arguments in {
         "fill_mask": ["The [MASK] barks."],
         "evaluate": ["--task=cloze"],
     }.items():
         done = toy.run(command, f"--checkpoint={rtd_run}", *arguments)
-        assert done.returncode == 2 and done.stderr.startswith("error: this ") and "objective rtd" in done.stderr, done
+        assert done.returncode == 2, done
+        assert done.stderr.startswith("error: this ")
+        assert "objective rtd" in done.stderr
         assert done.stderr.count("\n") == 1
 
 
-def test_the_encoder_is_whole_after_restoring(toy, rtd_run):
+def test_restoring_merges_the_embeddings(toy, rtd_run):
     config = build(read_config(str(rtd_run)))
     assert config.objective.embedding_sharing == "gradient_disentangled"
     model = load_model(str(rtd_run), dataclasses.replace(config, mesh=MeshConfig(1, 8, 1)))
@@ -406,8 +415,8 @@ def test_the_encoder_is_whole_after_restoring(toy, rtd_run):
     assert corpus_lib.Corpus.open(toy.corpus).vocab_size == model.tokenizer.vocab_size
 
 
-def test_fine_tuning_and_vectors(toy, rtd_run, tmp_path):
-    """Which animal? A label that follows from the text; then vectors, from the encoder and after fine-tuning."""
+def test_fine_tuning_and_embedding(toy, rtd_run, tmp_path):
+    """Classifies texts by their animal; embeds texts with the encoder and after fine-tuning."""
     rows = [(f"The {animal} {does} today.", name) for name, (animal, does) in enumerate(toy.animals.items())] * 8
     table = tmp_path / "train.tsv"
     table.write_text("\n".join(["text\tlabel", *(f"{text}\tn{label}" for text, label in rows)]))
@@ -436,7 +445,7 @@ def test_fine_tuning_and_vectors(toy, rtd_run, tmp_path):
         assert np.load(out).shape == (6, 32)
 
 
-def test_export(toy, rtd_run, tmp_path):
+def test_the_exported_folder_holds_the_discriminator(toy, rtd_run, tmp_path):
     from safetensors.numpy import load_file
 
     done = toy.run("export", f"--checkpoint={rtd_run}", f"--output={tmp_path / 'exported'}")
@@ -452,9 +461,11 @@ def test_export(toy, rtd_run, tmp_path):
     table = tensors["electra.embeddings.word_embeddings.weight"]
     np.testing.assert_array_equal(table, merged["encoder"]["embeddings"]["token"])
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert "replaced-token detection" in card and "replaced tokens found" in card and "AutoModelForPreTraining" in card
+    assert "replaced-token detection" in card
+    assert "replaced tokens found" in card
+    assert "AutoModelForPreTraining" in card
 
-    # Its encoder may go on as a masked model, with a new vocabulary head.
+    # Masked-language-model training can start from its encoder, with a new vocabulary head.
     _, _, state, log = started(tmp_path / "exported", reinit_head=True)
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.params["encoder"], merged["encoder"])))
     assert "    the vocabulary head is new" in log and "discriminator_predictions" in "".join(log)

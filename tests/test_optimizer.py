@@ -1,4 +1,4 @@
-"""Schedules, the split of parameters, and each optimizer against its definition."""
+"""Schedules, which parameters decay, and each optimizer against its definition."""
 
 import dataclasses
 import functools
@@ -58,21 +58,22 @@ def update(name: str, params_and_grads, **changes):
 )
 def test_schedules(schedule, expected):
     config = dataclasses.replace(OPTIMIZER, schedule=schedule)
-    found = {s: float(schedules.learning_rate(config, s / 100, (s + 1) / 100)) for s in expected}
-    assert found == pytest.approx(expected, abs=1e-5)
+    rates = {s: float(schedules.learning_rate(config, s / 100, (s + 1) / 100)) for s in expected}
+    assert rates == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
-def test_schedules_without_warm_up_and_where_they_end(schedule):
+def test_first_and_last_rate_of_schedules_without_warm_up(schedule):
     config = dataclasses.replace(OPTIMIZER, schedule=schedule, final_lr_fraction=0.25, warmup_fraction=0.0)
     first, last = (float(schedules.learning_rate(config, s, s + 0.01)) for s in (0.0, 1.0))
-    assert first == pytest.approx(1.0) and last == pytest.approx(1.0 if schedule == "constant" else 0.25)
+    assert first == pytest.approx(1.0)
+    assert last == pytest.approx(1.0 if schedule == "constant" else 0.25)
 
 
 @settings(deadline=None)
 @given(st.sampled_from(["linear", "cosine", "wsd"]), st.integers(5, 200), st.integers(2, 40))
 def test_schedules_are_those_of_optax(schedule, total, every):
-    """But for the warm-up, which optax rounds to whole steps."""
+    """The warm-up is a whole number of steps, to which optax rounds it."""
     warmup = total // every
     config = dataclasses.replace(
         OPTIMIZER, schedule=schedule, warmup_fraction=warmup / total, decay_fraction=0.5, final_lr_fraction=0.1
@@ -85,8 +86,8 @@ def test_schedules_are_those_of_optax(schedule, total, every):
     }[schedule]
     for step in range(total):
         expected = (step + 1) / warmup if step < warmup else float(theirs(step - warmup))
-        found = float(schedules.learning_rate(config, step / total, (step + 1) / total))
-        assert found == pytest.approx(expected, abs=2e-5), step
+        rate = float(schedules.learning_rate(config, step / total, (step + 1) / total))
+        assert rate == pytest.approx(expected, abs=2e-5), step
 
 
 def test_decay_spares_norms_and_biases_and_names_every_parameter(params_and_grads):
@@ -113,27 +114,28 @@ def test_adamw_is_optax_adamw(params_and_grads):
 
 
 def updates(name: str, params_and_grads, scales: list[float], **changes):
-    """Those of several steps, whose gradients are those given times a number."""
+    """Updates of several steps, whose gradients are the given ones times `scales`."""
     dims, params, grads = params_and_grads
     tx = optimizer.make(dataclasses.replace(OPTIMIZER, name=name, **changes), dims)
     with jax.numpy_dtype_promotion("standard"):
-        state, found, step = tx.init(params), [], jax.jit(tx.update)
+        state, step = tx.init(params), jax.jit(tx.update)
+        history = []
         for scale in scales:
             update, state = step(jax.tree.map(functools.partial(jnp.multiply, scale), grads), state, params)
-            found.append(update)
-    return found
+            history.append(update)
+    return history
 
 
 def one_layer(tree, layer: int):
-    """What belongs to a layer of the stacked layers."""
+    """Parameters of one of the stacked layers, and the embeddings."""
     encoder = tree["encoder"]
     return {"layer": jax.tree.map(lambda x: x[layer], encoder["layers"]), "embeddings": encoder["embeddings"]}
 
 
 def test_stable_adamw_clips_each_tensor_of_each_layer_as_optax_clips_blocks(params_and_grads):
-    """Without momentum its step is g / √v, which `optax.clip_by_block_rms` clips just so."""
+    """Without momentum the step is g / √v, which `optax.clip_by_block_rms` clips alike."""
     _, _, grads = params_and_grads
-    # A layer whose gradients grow more than those of the others.
+    # The gradients of layer 1 grow more than those of the others.
     grows = jax.tree_util.tree_map_with_path(
         lambda path, g: g.at[1].multiply(9.0) if "layers" in str(path) else g, grads
     )
@@ -156,12 +158,12 @@ def test_stable_adamw_clips_each_tensor_of_each_layer_as_optax_clips_blocks(para
     assert sizes == pytest.approx([1.0] * 3, abs=1e-3)
 
 
-def test_stable_adamw_is_adamw_but_for_a_shorter_step_where_gradients_have_jumped(params_and_grads):
+def test_stable_adamw_is_adamw_with_a_shorter_step_where_gradients_have_grown(params_and_grads):
     scales, b2 = [1.0, 1.0, 1.0, 50.0], OPTIMIZER.beta2
     stable, plain = (updates(name, params_and_grads, scales) for name in ("stable_adamw", "adamw"))
     for a, b in zip(stable[:3], plain[:3], strict=True):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
-    # The published algorithm; RMS(g / √v) is the same for all, for all have grown alike.
+    # The published algorithm; all gradients grow alike, so RMS(g / √v) is the same for all parameters.
     v = 0.0
     for t, scale in enumerate(scales, 1):
         kept = b2 * (1 - b2 ** (t - 1)) / (1 - b2**t)
@@ -177,7 +179,7 @@ def test_stable_adamw_is_adamw_but_for_a_shorter_step_where_gradients_have_jumpe
 
 
 def matrices(tree) -> dict[str, jax.Array]:
-    """Some of the kernels, taken apart into what maps one space to one other, inputs first."""
+    """Some of the kernels as matrices, inputs first."""
     layers = tree["encoder"]["layers"]
     return {
         "a query projection": layers["qkv"]["kernel"][1, :, 0].reshape(16, 16),
@@ -205,16 +207,16 @@ def test_muon_is_the_published_iteration_on_each_matrix_at_adamws_size(params_an
         assert float(jnp.sqrt(jnp.square(got[name]).mean())) == pytest.approx(0.2, rel=0.25), name
 
 
-def test_muon_goes_on_as_that_of_optax(params_and_grads):
+def test_muon_equals_optax_over_several_steps(params_and_grads):
     """Nesterov momentum over several steps, on matrices that optax is given one by one."""
     scales = [1.0, -3.0, 0.5, 2.0]
-    found = updates("muon", params_and_grads, scales)
+    history = updates("muon", params_and_grads, scales)
     _, params, grads = params_and_grads
     params, grads = matrices(params), matrices(grads)
     reference = optax.contrib.muon(1.0, weight_decay=OPTIMIZER.weight_decay, consistent_rms=0.2)
     with jax.numpy_dtype_promotion("standard"):
         state = reference.init(params)
-        for got, scale in zip(found, scales, strict=True):
+        for got, scale in zip(history, scales, strict=True):
             expected, state = reference.update(jax.tree.map(lambda g, s=scale: s * g, grads), state, params)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-3, atol=1e-3), matrices(got), expected)
 

@@ -27,16 +27,17 @@ def test_mean_and_deviation_are_those_of_the_values():
     np.testing.assert_allclose(np.sqrt(long.variance_2), (0.1, 0.05), rtol=0.25)
 
 
-def test_no_spike_while_warming_up_nor_in_calm():
+def test_no_spike_during_the_warm_up_or_without_an_outlier():
     assert not spikes.z_scores(after(calm(24)), jnp.array([100.0, 100.0])).any()
     running = after(calm(200))
-    scores = np.array([spikes.z_scores(running, jnp.asarray(v, jnp.float32)) for v in calm(1000)])
-    assert scores.max() < 5 and (scores > 4).mean() < 0.005
-    assert not spikes.z_scores(running, jnp.array([0.0, 0.0])).any(), "less than usual is no spike"
+    z_scores = np.array([spikes.z_scores(running, jnp.asarray(v, jnp.float32)) for v in calm(1000)])
+    assert z_scores.max() < 5
+    assert (z_scores > 4).mean() < 0.005
+    assert not spikes.z_scores(running, jnp.array([0.0, 0.0])).any(), "values below the mean are no spikes"
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_spike_in_either_is_seen_and_hardly_moves_the_statistics(which):
+def test_a_spike_in_either_value_hardly_moves_the_statistics(which):
     running = after(calm(200))
     value = np.array([3.0, 1.0])
     value[which] *= 4
@@ -45,18 +46,18 @@ def test_a_spike_in_either_is_seen_and_hardly_moves_the_statistics(which):
     assert abs(moved.mean_2 - running.mean_2)[which] < 0.13 * np.sqrt(running.variance_2[which])
 
 
-def test_what_is_not_finite_does_not_count():
+def test_steps_that_are_not_finite_do_not_count():
     running = after(calm(50))
     for bad in ([np.nan, 1.0], [3.0, np.inf]):
         same = spikes.update(running, jnp.asarray(bad, jnp.float32), 4.0)
         assert all((a == b).all() for a, b in zip(running, same, strict=True))
 
 
-def test_the_cut_norm_falls_with_the_height_of_the_spike():
+def test_the_higher_the_spike_the_lower_the_clipped_norm():
     running = after(calm(200))
     mean, deviation = float(running.mean_2[1]), float(np.sqrt(running.variance_2[1]))
     for z in (5.0, 20.0):
         norm = mean + z * deviation
-        cut = spikes.clip_norm(running, jnp.asarray([3.0, norm], jnp.float32), 4.0)
-        assert cut == pytest.approx(mean + 16.0 / z * deviation, rel=1e-3)
+        clipped = spikes.clip_norm(running, jnp.asarray([3.0, norm], jnp.float32), 4.0)
+        assert clipped == pytest.approx(mean + 16.0 / z * deviation, rel=1e-3)
     assert spikes.clip_norm(running, jnp.asarray([3.0, mean], jnp.float32), 4.0) == np.inf
