@@ -229,7 +229,7 @@ def write(folder: Path) -> None:
     from flax_mlm.objectives import masking
     from flax_mlm.objectives.keys import run_key
     from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
-    from flax_mlm.training.step import make_steps
+    from flax_mlm.training.step import build_training
 
     config, ids = read(folder)
     tokens_NBL = np.load(folder / "tokens.npy").astype(np.int32)
@@ -238,7 +238,7 @@ def write(folder: Path) -> None:
     slots = max_predictions_per_row(config.objective, config.data.seq_len, config.objective.mask_rate)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        steps, vocab = make_steps(config, ids.vocab_size, mesh), vocabulary(ids)
+        training, vocab = build_training(config, ids.vocab_size, mesh), vocabulary(ids)
         o, key = config.objective, run_key(config, "mask")
         rates = masking.rates(o, o.mask_rate)
         targets = jax.jit(lambda rows: make_targets(o, rows, key, vocab, rates, slots))
@@ -246,11 +246,11 @@ def write(folder: Path) -> None:
         for n, (tokens, row_ids) in enumerate(zip(tokens_NBL, row_ids_NB2, strict=True)):
             t = jax.device_get(targets(shard_rows({"tokens": tokens, "row_ids": row_ids}, mesh)))
             inputs[n], hidden[n] = t.inputs_BL, labels(t)
-        params = jax.device_get(steps.init().params)
+        params = jax.device_get(training.init().params)
     np.savez(folder / "batches.npz", tokens=tokens_NBL, row_ids=row_ids_NB2, inputs=inputs, labels=hidden)
 
     theirs = folder_lib.matching_architecture(config.model, "mlm", "", "[CLS]")
-    where = list(param_mappings(theirs, params, steps.model.dims, config.model.num_layers))
+    where = list(param_mappings(theirs, params, training.forward.model.dims, config.model.num_layers))
     settings = folder_lib.config_json(theirs, config.model, vocab_rows(config.model, ids.vocab_size), ids)
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text(json.dumps(settings))

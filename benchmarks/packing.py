@@ -33,7 +33,7 @@ def main(config: Config) -> None:
     from flax_mlm.distributed.batches import abstract_batch, shard_batch
     from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.objectives.vocabulary import Vocabulary
-    from flax_mlm.training.step import make_steps
+    from flax_mlm.training.step import build_training
 
     corpus = open_corpus(config, turns.say)
     tokenizer, size = corpus.tokenizer(), config.train.global_batch_size
@@ -45,9 +45,9 @@ def main(config: Config) -> None:
 
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        steps, vocab = make_steps(config, corpus.vocab_size, mesh), Vocabulary.from_tokenizer(tokenizer)
-        state: Any = steps.init()
-        program = steps.train.lower(steps.abstract, abstract_batch(size, corpus.seq_len, mesh), vocab).compile()
+        training, vocab = build_training(config, corpus.vocab_size, mesh), Vocabulary.from_tokenizer(tokenizer)
+        state: Any = training.init()
+        program = training.step.lower(training.abstract, abstract_batch(size, corpus.seq_len, mesh), vocab).compile()
 
         def turn(rows: np.ndarray, number: int) -> tuple[float, float]:
             """Seconds, and tokens that were no padding."""

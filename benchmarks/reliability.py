@@ -32,7 +32,7 @@ def main(config: Config) -> None:
     from flax_mlm.distributed.batches import shard_batch
     from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.objectives.vocabulary import Vocabulary
-    from flax_mlm.training.step import make_steps
+    from flax_mlm.training.step import build_training
 
     vocab_size, length, size = config.tokenizer.vocab_size, config.data.seq_len, config.train.global_batch_size
     mesh = make_mesh(config.mesh)
@@ -48,8 +48,8 @@ def main(config: Config) -> None:
         """Steps of one config, one after another."""
 
         def __init__(self, config: Config):
-            self.steps = make_steps(config, vocab_size, mesh)
-            self.state: Any = self.steps.init()
+            self.training = build_training(config, vocab_size, mesh)
+            self.state: Any = self.training.init()
             self.run(3)  # compiles
 
         def run(self, count: int) -> float:
@@ -57,14 +57,14 @@ def main(config: Config) -> None:
             start = time.perf_counter()
             for _ in range(count):
                 batch = shard_batch({"tokens": tokens, "row_ids": row_ids}, mesh)
-                self.state, values = self.steps.train(self.state, batch, vocab)
+                self.state, values = self.training.step(self.state, batch, vocab)
                 jax.block_until_ready(values)
             return time.perf_counter() - start
 
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         plain = Loop(config)
         meta = {"format": FORMAT, "config": config.to_dict(), "corpus": "", "text": {}, "tokenizer": {}}
-        checkpoints = Checkpoints(Path(folder), config, meta, plain.steps.fingerprint)
+        checkpoints = Checkpoints(Path(folder), config, meta, plain.training.forward.fingerprint)
         checkpoints.save(0, plain.state)  # compiles
         exact = Loop(dataclasses.replace(config, train=dataclasses.replace(config.train, reproducible=True)))
 

@@ -112,7 +112,7 @@ def train(
         memory, writers = run.compile(), None
         if is_main:
             result_file.unlink(missing_ok=True)
-            console.banner(run_phases, mixtures, mesh, run.steps_of[0], memory)
+            console.banner(run_phases, mixtures, mesh, run.training_of[0], memory)
             writers = Writers(workdir, config, run.step)
             stack.callback(writers.close)
         evaluator = Evaluator(context, run.begin(writers))

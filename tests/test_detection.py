@@ -27,13 +27,14 @@ from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import rtd
 from flax_mlm.inference.config import read_config
+from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.load import load_model
 from flax_mlm.model import electra, flops
 from flax_mlm.objectives import masking
 from flax_mlm.objectives.keys import row_keys, run_key
 from flax_mlm.objectives.replaced_token_detection import corrupt, replaced_token_detection, sample_tokens
 from flax_mlm.objectives.targets import Targets, make_targets, max_predictions_per_row
-from flax_mlm.training import metrics, step
+from flax_mlm.training import metrics
 
 SHARINGS = ("none", "shared", "gradient_disentangled")
 RTD = (("objective.name", "rtd"), ("objective.generator_size", 0.5), ("model.num_layers", 2))
@@ -86,14 +87,14 @@ def test_only_other_tokens_count_as_replaced():
 
 @functools.cache
 def built(name: str):
-    """Steps, parameters (none of them 0) and targets, on one device, without dropout."""
+    """Functions of the parameters, parameters (none of them 0) and targets, on one device, without dropout."""
     config = make_config((1, 1, 1), (*sharing(name), *STILL))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        steps = step.make_steps(config, V, mesh)
+        forward = build_forward(config, V, mesh)
         noise = np.random.default_rng(0)
         params = jax.tree.map(
-            lambda x: x + noise.normal(0, 0.02, x.shape).astype(np.float32), jax.device_get(steps.init().params)
+            lambda x: x + noise.normal(0, 0.02, x.shape).astype(np.float32), jax.device_get(forward.init())
         )
         slots, rates = (
             max_predictions_per_row(config.objective, 32, 0.15),
@@ -102,7 +103,7 @@ def built(name: str):
         targets = jax.jit(
             lambda rows: make_targets(config.objective, rows, run_key(config, "mask"), vocabulary(), rates, slots)
         )(shard_batch(host_batch(0), mesh))
-    return config, mesh, steps, params, targets
+    return config, mesh, forward, params, targets
 
 
 @functools.cache
@@ -127,7 +128,7 @@ def loss_and_gradient(name: str, weight: float, params=None):
 
 def test_the_loss_is_the_one_of_the_paper():
     """Computed in NumPy from the logits of both networks, over all tokens but special ones."""
-    config, mesh, steps, params, t = built("none")
+    config, mesh, forward, params, t = built("none")
     generator, discriminator = electra.networks(config, V)
     context = t.segment_ids_BL, t.positions_BL
     with jax.set_mesh(mesh):
@@ -136,9 +137,9 @@ def test_the_loss_is_the_one_of_the_paper():
         def run(params):
             logits_BKV = generator.apply(params, t.inputs_BL, *context, predict_BK=t.predict_BK)
             corrupted_BL, _ = corrupt(t, sample_tokens(logits_BKV, t.sample_keys_B, V))
-            losses = steps.loss.predict(params, t, None)
+            losses = forward.loss.predict(params, t, None)
             x_BL = discriminator.head(params, discriminator.encode(params, corrupted_BL, *context))
-            return losses, steps.loss.total(losses, steps.loss.counts(t)), logits_BKV, corrupted_BL, x_BL
+            return losses, forward.loss.total(losses, forward.loss.counts(t)), logits_BKV, corrupted_BL, x_BL
 
         losses, (loss, means), logits_BKV, corrupted_BL, x_BL = jax.device_get(run(params))
     x_BL = x_BL.astype(np.float64)
@@ -188,15 +189,15 @@ def test_shared_embeddings_get_the_sum_of_both_gradients():
 
 
 def test_disentangled_embeddings_begin_as_the_generators():
-    _, mesh, steps, changed, t = built("gradient_disentangled")
+    _, mesh, forward, changed, t = built("gradient_disentangled")
     with jax.set_mesh(mesh):
-        fresh = jax.device_get(steps.init().params)
+        fresh = jax.device_get(forward.init())
         assert not np.asarray(fresh["encoder"]["embeddings"]["token"]).any()
         for params in (fresh, changed):
             apart = jax.device_get(electra.untied(jax.tree.map(jnp.asarray, params), "gradient_disentangled"))
             tables = [tree["encoder"]["embeddings"]["token"] for tree in (apart, apart["generator"])]
             assert np.array_equal(*tables) == (params is fresh)
-            models = ((steps, params), (built("none")[2], apart))
+            models = ((forward, params), (built("none")[2], apart))
             got, same = (jax.jit(s.loss.predict, static_argnums=2)(p, t, None).loss_BL for s, p in models)
             np.testing.assert_allclose(got, same, rtol=1e-6, atol=1e-6)
 

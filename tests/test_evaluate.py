@@ -18,9 +18,9 @@ from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import mlm
 from flax_mlm.inference.config import read_config
+from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.objectives.vocabulary import Vocabulary
-from flax_mlm.training.step import make_steps
 
 EXACT = ("rows", "predicted_tokens", "unigram_entropy", "majority_accuracy")
 
@@ -122,7 +122,7 @@ def sums_of_each_row(model: LoadedModel, corpus: Mixture) -> np.ndarray:
         row_ids = np.stack([np.zeros(8), number], 1).astype(np.uint32)
         batch = shard_batch({"tokens": tokens_RL[number], "row_ids": row_ids}, model.mesh)
         with jax.set_mesh(model.mesh):
-            answers, _ = jax.device_get(model.steps.evaluate(model.params, batch, model.vocab))
+            answers, _ = jax.device_get(model.forward.evaluate(model.params, batch, model.vocab))
             scored = answers.scored
             found.append(np.stack([x.sum(1) for x in (scored.loss_BK, scored.correct_BK, answers.weights_BK)], 1))
     return np.concatenate(found)[: len(tokens_RL)].astype(np.float64)
@@ -192,8 +192,8 @@ def test_positions_are_those_of_what_is_predicted(model, corpus):
     c.objective.name = "clm"
     config = build(c)
     with jax.set_mesh(model.mesh):
-        steps = make_steps(config, corpus.vocab_size, model.mesh)
-        causal = model._replace(config=config, steps=steps)
+        forward = build_forward(config, corpus.vocab_size, model.mesh)
+        causal = model._replace(config=config, forward=forward)
         measured = mlm.measure(causal, corpus, lambda: False)
     tokens_RL = held_out_tokens(corpus, model)
     expected: collections.Counter[int] = collections.Counter()
@@ -256,8 +256,8 @@ def test_an_untrained_model_is_no_better_than_the_vocabulary(toy, corpus):
     config = build(c)
     mesh, tokenizer = make_mesh(config.mesh), corpus.tokenizer()
     with jax.set_mesh(mesh):
-        steps = make_steps(config, corpus.vocab_size, mesh)
-        params = steps.init().params
-        untrained = LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
+        forward = build_forward(config, corpus.vocab_size, mesh)
+        params = forward.init()
+        untrained = LoadedModel(config, mesh, forward, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
         found = mlm.run(untrained, corpus)
     assert found["loss"] == pytest.approx(math.log(corpus.vocab_size), abs=0.2)

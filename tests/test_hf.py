@@ -26,7 +26,7 @@ from flax_mlm.inference.config import apply_folder
 from flax_mlm.inference.load import start_params
 from flax_mlm.model import heads
 from flax_mlm.training import metrics
-from flax_mlm.training.step import make_steps
+from flax_mlm.training.step import build_training
 
 SMALL = {"num_layers": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "max_positions": 64}
 BERT = {"norm_eps": 1e-12}
@@ -81,16 +81,16 @@ def opened(path: Path, **changes):
     config = build(c)
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
     mesh = make_mesh(config.mesh)
-    return config, make_steps(config, tokenizer.vocab_size, mesh), tokenizer, mesh
+    return config, build_training(config, tokenizer.vocab_size, mesh), tokenizer, mesh
 
 
 def started(path: Path, **changes):
-    config, steps, tokenizer, mesh = opened(path, **changes)
+    config, training, tokenizer, mesh = opened(path, **changes)
     log: list[str] = []
     with jax.set_mesh(mesh):
-        fresh = steps.init().params
-        state = steps.init(start_params(config, fresh, steps.model.dims, tokenizer, log.append))
-    return config, steps, state, log
+        fresh = training.init().params
+        state = training.init(start_params(config, fresh, training.forward.model.dims, tokenizer, log.append))
+    return config, training, state, log
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -121,11 +121,11 @@ def test_to_and_from_config_json_are_inverse(kind):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_export_import_export_gives_the_same_bytes(kind, vocabulary, tmp_path):
     first = written(tmp_path / "first", kind, vocabulary)
-    config, steps, state, _ = started(first)
+    config, training, state, _ = started(first)
     architecture, fields = SHAPES[kind]
     for name, value in {**SMALL, **fields}.items():
         assert getattr(config.model, name) == value, name
-    mappings = list(param_mappings(architecture, state.params, steps.model.dims, config.model.num_layers))
+    mappings = list(param_mappings(architecture, state.params, training.forward.model.dims, config.model.num_layers))
     tensors = params_to_tensors(mappings, jax.device_get(state.params), vocabulary.pad_id + 1)
     folder.write_tensors(tmp_path / "second.safetensors", tensors)
     assert (tmp_path / "second.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
@@ -304,7 +304,7 @@ def test_configs_of_transformers_4_and_5(vocabulary, tmp_path):
 def test_a_new_vocabulary_begins_as_the_mean_of_its_pieces(vocabulary, tmp_path):
     path = written(tmp_path / "first", "bert", vocabulary)
     (tmp_path / "words").write_text("hippopotamus\n\nzebra\nzebra\n")
-    _, steps, state, _ = started(path, extend=tmp_path / "words")
+    _, training, state, _ = started(path, extend=tmp_path / "words")
     before = load_tokenizer(path)
     after = load_tokenizer(path, tmp_path / "words")
     assert after.vocab_size == before.vocab_size + 2 and after.starts_word[-2:].all()
@@ -312,7 +312,7 @@ def test_a_new_vocabulary_begins_as_the_mean_of_its_pieces(vocabulary, tmp_path)
     old = load_file(path / "model.safetensors")
     table = np.asarray(state.params["encoder"]["embeddings"]["token"])
     bias = np.asarray(state.params["head"]["decoder_bias"])
-    assert table.shape[0] == steps.abstract.params["encoder"]["embeddings"]["token"].shape[0] == after.vocab_size
+    assert table.shape[0] == training.abstract.params["encoder"]["embeddings"]["token"].shape[0] == after.vocab_size
     np.testing.assert_array_equal(table[:-2], old["bert.embeddings.word_embeddings.weight"])
     for i, word in ((-2, "hippopotamus"), (-1, "zebra")):
         pieces = before.encode([word])[0]

@@ -28,13 +28,14 @@ from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
 from flax_mlm.hf import sentence_transformers as sentence_transformers_files
 from flax_mlm.hf.weights import param_mappings, params_to_tensors
 from flax_mlm.inference import embeddings, likelihood, parity
+from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.load import LoadedModel, start_params, untied
 from flax_mlm.model import electra, heads
 from flax_mlm.objectives import masking
 from flax_mlm.objectives.keys import run_key
 from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
 from flax_mlm.objectives.vocabulary import Vocabulary
-from flax_mlm.training.step import make_steps
+from flax_mlm.training.step import build_training
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
@@ -53,9 +54,9 @@ def model_of(path: Path, **changes) -> LoadedModel:
     config = dataclasses.replace(config, model=exact)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        steps = make_steps(config, tokenizer.vocab_size, mesh)
-        params = start_params(config, steps.init().params, steps.model.dims, tokenizer, print)
-        return LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
+        forward = build_forward(config, tokenizer.vocab_size, mesh)
+        params = start_params(config, forward.init(), forward.model.dims, tokenizer, print)
+        return LoadedModel(config, mesh, forward, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
 
 
 def real_path(name: str) -> Path:
@@ -178,10 +179,10 @@ def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_
     config = build(c)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        steps = make_steps(config, vocabulary.vocab_size, mesh)
+        forward = build_forward(config, vocabulary.vocab_size, mesh)
         noise = np.random.default_rng(0)
-        params = jax.tree.map(lambda x: x + noise.normal(0, 0.05, x.shape).astype(np.float32), steps.init().params)
-        model = untied(LoadedModel(config, mesh, steps, params, vocabulary, Vocabulary.from_tokenizer(vocabulary)))
+        params = jax.tree.map(lambda x: x + noise.normal(0, 0.05, x.shape).astype(np.float32), forward.init())
+        model = untied(LoadedModel(config, mesh, forward, params, vocabulary, Vocabulary.from_tokenizer(vocabulary)))
     net, kept = electra.discriminator(config.model, vocabulary.vocab_size), jax.device_get(model.params)
     del kept["generator"]
     architecture = folder.matching_architecture(config.model, "rtd", "", "[CLS]")
@@ -247,8 +248,8 @@ def test_real_weights_give_the_stored_numbers(name):
     places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     arguments = (model.params, tokens, real, places)
     with jax.set_mesh(model.mesh):
-        hidden = np.asarray(jax.jit(model.steps.model.encode)(*arguments, token_types_BL=types))
-        scores = np.asarray(jax.jit(model.steps.model.apply)(*arguments, token_types_BL=types, predict_BK=places))
+        hidden = np.asarray(jax.jit(model.forward.model.encode)(*arguments, token_types_BL=types))
+        scores = np.asarray(jax.jit(model.forward.model.apply)(*arguments, token_types_BL=types, predict_BK=places))
     assert np.abs(hidden - stored["last_hidden"])[real > 0].max() <= LIMIT
     np.testing.assert_array_equal(scores.argmax(-1)[real > 0], stored["logits_argmax"][real > 0])
 
@@ -336,16 +337,16 @@ def test_continued_training_has_the_losses_of_torch():
 
     differences = []
     with jax.set_mesh(mesh):
-        steps = make_steps(config, tokenizer.vocab_size, mesh)
-        fresh = steps.init().params
-        state = steps.init(start_params(config, fresh, steps.model.dims, tokenizer, print))
+        training = build_training(config, tokenizer.vocab_size, mesh)
+        fresh = training.init().params
+        state = training.init(start_params(config, fresh, training.forward.model.dims, tokenizer, print))
         slots = max_predictions_per_row(config.objective, 64, config.objective.mask_rate)
         for step in range(20):
             row_ids = np.stack([np.zeros(8), np.arange(8) + 8 * step], axis=1).astype(np.uint32)
             batch = shard_batch({"tokens": tokens[step], "row_ids": row_ids}, mesh)
             rates = masking.rates(config.objective, 0.15)
             targets = make_targets(config.objective, batch, run_key(config, "mask"), vocab, rates, slots)
-            state, metrics = steps.train(state, batch, vocab)
+            state, metrics = training.step(state, batch, vocab)
 
             inputs, places, labels, used = (
                 np.asarray(x) for x in (targets.inputs_BL, targets.predict_BK, targets.labels_BK, targets.weights_BK)

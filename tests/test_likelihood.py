@@ -41,7 +41,7 @@ def log_probability(model: LoadedModel, tokens: list[int], place: int, label: in
     with jax.set_mesh(model.mesh):
         places = np.full((len(rows), 1), place, np.int32)
         rows, places = shard_rows([rows, places], model.mesh)
-        return float(model.steps.score(model.params, rows, places, model.vocab)[0, 0, label])
+        return float(model.forward.token_log_probs(model.params, rows, places, model.vocab)[0, 0, label])
 
 
 @pytest.mark.parametrize("variant", ["original", "within_word_l2r"])

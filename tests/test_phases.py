@@ -27,7 +27,8 @@ from flax_mlm.errors import UserError
 from flax_mlm.inference.config import read_config
 from flax_mlm.objectives.masking import rates_at
 from flax_mlm.optim import schedules
-from flax_mlm.training import step
+from flax_mlm.training.state import start_phase
+from flax_mlm.training.step import build_training
 
 
 def parts_of(text: str, **train) -> list[phases.Phase]:
@@ -222,12 +223,12 @@ def test_what_moves_moves_in_the_step():
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     parts, history = phases.parse_phases(config), []
     with jax.set_mesh(mesh):
-        steps = [step.make_steps(part.config, V, mesh, part) for part in parts]
-        state, rows = steps[0].init(), shard_batch(host_batch(0), mesh)
+        trainings = [build_training(part.config, V, mesh, part) for part in parts]
+        state, rows = trainings[0].init(), shard_batch(host_batch(0), mesh)
         for i in range(10):
             number = phases.index_at(parts, i, 0.0)
             before = jax.device_get(state)
-            state, values = steps[number].train(state, rows, vocabulary())
+            state, values = trainings[number].step(state, rows, vocabulary())
             history.append({name: float(value) for name, value in values.items()})
             if i == 7:
                 last = before, jax.device_get(state)
@@ -255,11 +256,11 @@ def test_the_clock_of_a_batch_moves_a_run_with_a_budget():
     config = make_config((1, 1, 1), (("train.budget_minutes", 1.0), ("optimizer.schedule", "linear")))
     mesh, history = make_mesh(config.mesh, jax.devices()[:1]), []
     with jax.set_mesh(mesh):
-        steps = step.make_steps(config, V, mesh)
-        state = steps.init()
+        training = build_training(config, V, mesh)
+        state = training.init()
         for progress in (0.1, 0.6, 0.5, 1.0):  # never back
             rows = shard_batch(host_batch(0), mesh, progress=progress)
-            state, values = steps.train(state, rows, vocabulary())
+            state, values = training.step(state, rows, vocabulary())
             history.append((float(values["progress"]), float(values["learning_rate"])))
     assert [p for p, _ in history] == pytest.approx([0.1, 0.6, 0.6, 1.0])
     expected = [0.01 * float(schedules.learning_rate(config.optimizer, b, b + 0.1)) for b in (0.0, 0.1, 0.6, 0.6)]
@@ -271,10 +272,10 @@ def test_longer_rows_begin_with_the_positions_there_are(mesh):
     config = make_config(mesh, (("optimizer.averaging", "ema"), ("model.max_positions", 64)))
     devices = make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh))])
     with jax.set_mesh(devices):
-        steps = step.make_steps(config, V, devices)
-        state, _ = steps.train(steps.init(), shard_batch(host_batch(0), devices), vocabulary())
+        training = build_training(config, V, devices)
+        state, _ = training.step(training.init(), shard_batch(host_batch(0), devices), vocabulary())
         before = jax.device_get(state)
-        after = jax.device_get(step.at_phase(state, 16, 40))
+        after = jax.device_get(start_phase(state, 16, 40))
     assert before.running.steps == 1 and after.running.steps == 0, "what is a spike is learned anew"
     for tree, old in ((after.params, before.params), (after.average, before.average)):
         table, first = tree["encoder"]["embeddings"]["position"], old["encoder"]["embeddings"]["position"]
@@ -282,7 +283,7 @@ def test_longer_rows_begin_with_the_positions_there_are(mesh):
         np.testing.assert_array_equal(table[40:], first[40:])
         np.testing.assert_array_equal(tree["encoder"]["embeddings"]["token"], old["encoder"]["embeddings"]["token"])
     with jax.set_mesh(devices):
-        again = step.at_phase(jax.tree.map(jnp.asarray, after), 40, 32)  # as long as they have been
+        again = start_phase(jax.tree.map(jnp.asarray, after), 40, 32)  # as long as they have been
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.params), after.params)
 
 

@@ -23,8 +23,8 @@ from flax_mlm.evaluation import dev_split, retrieval
 from flax_mlm.finetuning import contrastive
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.config import read_config
+from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.load import LoadedModel, load_model
-from flax_mlm.training.step import make_steps
 
 SOON = {"epochs": 2, "seeds": 1, "learning_rates": "3e-3", "batch_size": 16, "max_length": 24, "pooling": "mean"}
 
@@ -167,7 +167,7 @@ def test_texts_alone_are_told_apart_by_dropout_and_judged_by_the_loss(model, toy
         retrieval.run(model, test, train)
     dropout = dataclasses.replace(model.config.model, dropout_rate=0.1)
     dropped = model._replace(config=dataclasses.replace(model.config, model=dropout))
-    dropped = dropped._replace(steps=make_steps(dropped.config, model.tokenizer.vocab_size, model.mesh))
+    dropped = dropped._replace(forward=build_forward(dropped.config, model.tokenizer.vocab_size, model.mesh))
     dropped = with_finetune(dropped, learning_rates="1e-9,1e-3", epochs=3)
     scores = retrieval.run(dropped, test, train)[0]["dev_scores"]
     assert scores["1e-09"] < scores["0.001"] < 0, "what was learned is seen, and by a loss"

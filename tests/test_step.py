@@ -19,7 +19,8 @@ from flax_mlm.objectives.keys import run_key
 from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
 from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.optim import optimizer, spikes
-from flax_mlm.training import step
+from flax_mlm.training.state import TrainState
+from flax_mlm.training.step import build_training
 
 V, B, L = 101, 16, 32
 MODERN = {
@@ -65,30 +66,30 @@ def built(mesh_shape: tuple[int, int, int], overrides: tuple = ()):
     config = make_config(mesh_shape, overrides)
     mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh_shape))])
     with jax.set_mesh(mesh):
-        return config, mesh, step.make_steps(config, V, mesh, phases.parse_phases(config)[0])
+        return config, mesh, build_training(config, V, mesh, phases.parse_phases(config)[0])
 
 
 @functools.cache
 def train(mesh_shape: tuple[int, int, int], overrides: tuple = (), num_steps: int = 3):
     """Metrics of a few steps, and the state after them."""
-    _, mesh, steps = built(mesh_shape, overrides)
+    _, mesh, training = built(mesh_shape, overrides)
     with jax.set_mesh(mesh):
-        state, history = steps.init(), []
+        state, history = training.init(), []
         for i in range(num_steps):
             with jax.transfer_guard_device_to_host("disallow"):
-                state, metrics = steps.train(state, shard_batch(host_batch(i), mesh), vocabulary())
+                state, metrics = training.step(state, shard_batch(host_batch(i), mesh), vocabulary())
             jax.block_until_ready(state)
             history.append({k: float(v) for k, v in metrics.items()})
         return history, state
 
 
 @functools.cache
-def answers(*training):
+def answers(*case):
     """The evaluation of what `train` ends with."""
-    _, mesh, steps = built(*training[:2])
+    _, mesh, training = built(*case[:2])
     with jax.set_mesh(mesh):
         batch = shard_batch(host_batch(0), mesh)
-        return jax.device_get(steps.evaluate(train(*training)[1].weights, batch, vocabulary())[0])
+        return jax.device_get(training.forward.evaluate(train(*case)[1].weights, batch, vocabulary())[0])
 
 
 BERT = ()  # with dropout, as the only one
@@ -157,9 +158,9 @@ def test_of_scores_in_parts_one_part_is_there_at_a_time():
         config = make_config((1, 1, 1), (*CLM, ("train.logits_chunks", chunks)))
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         with jax.set_mesh(mesh):
-            steps = step.make_steps(config, 8000, mesh)
+            training = build_training(config, 8000, mesh)
             batch = abstract_batch(B, L, mesh)
-            compiled = steps.train.lower(steps.abstract, batch, vocabulary(8000)).compile()
+            compiled = training.step.lower(training.abstract, batch, vocabulary(8000)).compile()
         used.append(compiled.memory_analysis().temp_size_in_bytes)
     assert used[1] < 0.4 * used[0]
 
@@ -196,39 +197,40 @@ def test_a_reproducible_model_is_evaluated_on_any_number_of_devices():
     for devices in (2, 8):
         mesh = make_mesh(MeshConfig(-1, 1, 1), jax.devices()[:devices])
         with jax.set_mesh(mesh):
-            steps = step.make_steps(config, V, mesh)
+            training = build_training(config, V, mesh)
             batch = shard_batch(host_batch(0), mesh)
-            found.append(jax.device_get(steps.evaluate(steps.init().params, batch, vocabulary())[0]))
+            found.append(jax.device_get(training.forward.evaluate(training.init().params, batch, vocabulary())[0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
 
 
 def test_any_process_can_stop_all():
-    _, mesh, steps = built((8, 1, 1))
+    _, mesh, training = built((8, 1, 1))
     with jax.set_mesh(mesh):
         batch = shard_batch(host_batch(0), mesh)
         for wish in (False, True):
             batch["stop"] = jax.device_put(np.arange(B) // 2 == (5 if wish else -1), batch["stop"].sharding)
-            assert steps.evaluate(steps.init().params, batch, vocabulary())[1] == wish
-            assert steps.train(steps.init(), batch, vocabulary())[1]["stop"] == wish
+            assert training.forward.evaluate(training.init().params, batch, vocabulary())[1] == wish
+            assert training.step(training.init(), batch, vocabulary())[1]["stop"] == wish
 
 
 @functools.cache
 def z_loss_as_defined() -> dict[str, float]:
     """Half the mean of (log Z)², by JAX's logsumexp, beside the cross-entropy, and the norm of the gradient of both."""
-    config, mesh, steps = built((1, 1, 1))
+    config, mesh, training = built((1, 1, 1))
     with jax.set_mesh(mesh):
         slots = max_predictions_per_row(config.objective, L, 0.15)
         batch, key = shard_batch(host_batch(0), mesh), run_key(config, "mask")
         t = make_targets(config.objective, batch, key, vocabulary(), masking.rates(config.objective, 0.15), slots)
 
         def loss(params):
-            scores = steps.model.apply(params, t.inputs_BL, t.segment_ids_BL, t.positions_BL, predict_BK=t.predict_BK)
+            context = t.segment_ids_BL, t.positions_BL
+            scores = training.forward.model.apply(params, t.inputs_BL, *context, predict_BK=t.predict_BK)
             entropy = -(jax.nn.log_softmax(scores) * jax.nn.one_hot(t.labels_BK, scores.shape[-1])).sum(-1)
             squared = jnp.square(jax.nn.logsumexp(scores, axis=-1))
             entropy, z_loss = ((x * t.weights_BK).sum() / t.weights_BK.sum() for x in (entropy, 0.5 * squared))
             return entropy + z_loss, {"loss": entropy, "z_loss": z_loss}
 
-        grads, found = jax.jit(jax.grad(loss, has_aux=True))(steps.init().params)
+        grads, found = jax.jit(jax.grad(loss, has_aux=True))(training.init().params)
         return {name: float(x) for name, x in {**found, "grad_norm": optimizer.global_norm(grads)}.items()}
 
 
@@ -255,13 +257,13 @@ def test_a_spike_is_left_alone_cut_or_left_out(action):
     config = make_config((1, 1, 1), (("optimizer.spike_action", action), ("optimizer.max_grad_norm", 0.0), *averaging))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        steps = step.make_steps(config, V, mesh)
-        start = steps.init()
+        training = build_training(config, V, mesh)
+        start = training.init()
         old = jax.device_get(start.params)
         before = spikes.Running(jnp.int32(100), jnp.array([4.6, 0.01]), jnp.array([1.0, 1e-6]))
         batch = shard_batch(host_batch(0), mesh)
-        state, metrics = steps.train(start._replace(running=before), batch, vocabulary())
-        _, calm = steps.train(steps.init(), batch, vocabulary())
+        state, metrics = training.step(start._replace(running=before), batch, vocabulary())
+        _, calm = training.step(training.init(), batch, vocabulary())
     assert metrics["spike"] and not calm["spike"] and metrics["grad_norm"] == calm["grad_norm"]
     pairs = zip(jax.tree.leaves(old), jax.tree.leaves(jax.device_get(state.params)), strict=True)
     changed = any((a != b).any() for a, b in pairs)
@@ -275,7 +277,7 @@ def test_a_spike_is_left_alone_cut_or_left_out(action):
     assert state.running.mean_2[1] == pytest.approx(0.01 + 0.03 * float(counted) * 1e-3, rel=1e-3)
 
 
-def norm_of_moment(state: step.TrainState) -> float:
+def norm_of_moment(state: TrainState) -> float:
     """Of Adam's first moment, all parameters together; after one step (1 - beta1) times that of the gradient used."""
     adam = [x for x in jax.tree.leaves(state.opt_state, is_leaf=has_mu) if has_mu(x)]
     return max(float(optimizer.global_norm(x.mu)) for x in adam)
@@ -289,8 +291,8 @@ def test_the_gradient_is_cut_as_a_whole():
     config = make_config((1, 1, 1), (("optimizer.max_grad_norm", 0.05),))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        steps = step.make_steps(config, V, mesh)
-        state, metrics = steps.train(steps.init(), shard_batch(host_batch(0), mesh), vocabulary())
+        training = build_training(config, V, mesh)
+        state, metrics = training.step(training.init(), shard_batch(host_batch(0), mesh), vocabulary())
     assert metrics["grad_norm"] > 0.1, "what is logged is not cut"
     assert norm_of_moment(state) == pytest.approx(0.1 * 0.05, rel=1e-3)
 
@@ -323,14 +325,14 @@ def test_gathered_layers_are_not_kept_for_the_backward_pass(remat):
     config = make_config((2, 4, 1), (("model.remat", remat),))
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        steps = step.make_steps(config, V, mesh)
+        training = build_training(config, V, mesh)
         rows = abstract_batch(B, L, mesh)["tokens"]
 
         def loss(params, tokens):
-            return steps.model.apply(params, tokens, tokens, tokens, predict_BK=tokens).sum()
+            return training.forward.model.apply(params, tokens, tokens, tokens, predict_BK=tokens).sum()
 
         both = jax.make_jaxpr(lambda params, tokens: jax.vjp(lambda p: loss(p, tokens), params))
-        kept = [x.aval for x in both(steps.abstract.params, rows).jaxpr.outvars if hasattr(x, "aval")]
+        kept = [x.aval for x in both(training.abstract.params, rows).jaxpr.outvars if hasattr(x, "aval")]
     gathered = [x.shape for x in kept if x.sharding.spec.reduced]
     assert gathered == [(32, 32), (104, 32)]  # of the head, which has one of each; nothing of the 3 layers
 
@@ -360,9 +362,9 @@ def test_documents_of_a_row_see_each_other_only_where_asked(crosses):
     batch, other = host_batch(0), host_batch(0)
     other["tokens"][:, 1:15] = host_batch(1)["tokens"][:, 1:15]  # another first document, of the same length
     with jax.set_mesh(mesh):
-        steps = step.make_steps(config, V, mesh)
-        params = steps.init().params
-        a, b = (steps.evaluate(params, shard_batch(rows, mesh), vocabulary())[0] for rows in (batch, other))
+        training = build_training(config, V, mesh)
+        params = training.init().params
+        a, b = (training.forward.evaluate(params, shard_batch(rows, mesh), vocabulary())[0] for rows in (batch, other))
     second = slice(16, L - 4)  # what is predicted in the second document, which is the same
     assert (a.labels_BK[:-1, second] == b.labels_BK[:-1, second]).all() and a.weights_BK[:-1, second].all()
     same = a.scored.loss_BK[:-1, second] == b.scored.loss_BK[:-1, second]
@@ -371,34 +373,34 @@ def test_documents_of_a_row_see_each_other_only_where_asked(crosses):
 
 
 def test_a_batch_with_nothing_to_predict_gives_no_nan():
-    _, mesh, steps = built((1, 1, 1), (("optimizer.weight_decay", 0.0),))
+    _, mesh, training = built((1, 1, 1), (("optimizer.weight_decay", 0.0),))
     batch = host_batch(0)
     batch["tokens"][:] = 0
     with jax.set_mesh(mesh):
-        state = steps.init()
+        state = training.init()
         before = jax.device_get(state.params)
-        state, metrics = steps.train(state, shard_batch(batch, mesh), vocabulary())
+        state, metrics = training.step(state, shard_batch(batch, mesh), vocabulary())
         assert float(metrics["loss"]) == 0.0
         assert int(metrics["skipped"]) == 0
         jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
 
 
 def test_the_step_is_compiled_once():
-    _, mesh, steps = built((2, 2, 2))
+    _, mesh, training = built((2, 2, 2))
     with jax.set_mesh(mesh):
-        state = steps.init()
+        state = training.init()
         for i in range(3):
-            state, _ = steps.train(state, shard_batch(host_batch(i), mesh), vocabulary())
+            state, _ = training.step(state, shard_batch(host_batch(i), mesh), vocabulary())
             jax.block_until_ready(state)
-        assert steps.train._cache_size() == 1
-        same = jax.tree.map(lambda a, x: a.sharding.spec == x.sharding.spec, steps.abstract, state)
+        assert training.step._cache_size() == 1
+        same = jax.tree.map(lambda a, x: a.sharding.spec == x.sharding.spec, training.abstract, state)
         assert all(jax.tree.leaves(same))
 
 
 @pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.full), (4, 1, 1)], ids=str)
 def test_nothing_is_gathered_or_scattered_where_parameters_are_whole(shape):
-    _, mesh, steps = built(shape)
+    _, mesh, training = built(shape)
     with jax.set_mesh(mesh):
-        lowered = steps.train.lower(steps.abstract, abstract_batch(B, L, mesh), vocabulary())
+        lowered = training.step.lower(training.abstract, abstract_batch(B, L, mesh), vocabulary())
         text = lowered.compile().as_text()
     assert "reduce-scatter" not in text and "all-gather" not in text

@@ -20,13 +20,13 @@ from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.hf import bert, folder
 from flax_mlm.hf.weights import param_mappings, params_to_tensors, tensors_to_params
+from flax_mlm.inference.forward import build_forward
 from flax_mlm.model import electra, heads
 from flax_mlm.objectives import masking
 from flax_mlm.objectives.language_modelling import token_losses
 from flax_mlm.objectives.replaced_token_detection import corrupt, sample_tokens
 from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
 from flax_mlm.objectives.vocabulary import Vocabulary
-from flax_mlm.training import step
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
@@ -167,7 +167,7 @@ def test_hidden_states_and_scores(family, with_types, layout, one_device):
     check(np.asarray(model.apply(params, *args, predict_BK=predict, **kwargs))[real], scores, "scores")
     if not with_types:  # `score` finds segments and positions by itself, and knows one token type
         vocab = Vocabulary(*[jnp.zeros(V, jnp.int32)] * 3, pad_id=PAD, cls_id=CLS, mask_id=2)
-        got = step.make_steps(config, V, one_device).score(params, args[0], predict, vocab)
+        got = build_forward(config, V, one_device).token_log_probs(params, args[0], predict, vocab)
         check(np.asarray(got)[real], scores.log_softmax(-1), "log-probabilities")
 
 
@@ -223,8 +223,8 @@ def test_electra(embedding_sharing, one_device):
         objective=dataclasses.replace(c.objective, **fields),
         data=dataclasses.replace(c.data, seq_len=L),
     )
-    steps, noise = step.make_steps(c, V, one_device), np.random.default_rng(0)
-    params = jax.tree.map(lambda x: x + noise.normal(0, 0.1, x.shape).astype(np.float32), steps.init().params)
+    forward, noise = build_forward(c, V, one_device), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + noise.normal(0, 0.1, x.shape).astype(np.float32), forward.init())
     special = np.arange(V) < 4  # [PAD], [CLS], [SEP], [MASK]
     ordinary = jnp.arange(4, V, dtype=jnp.int32)
     vocab = Vocabulary(jnp.asarray(special), jnp.asarray(~special), ordinary, PAD, CLS, 3)
@@ -235,7 +235,7 @@ def test_electra(embedding_sharing, one_device):
     t = make_targets(c.objective, batch, jax.random.key(0), vocab, rates, slots)
 
     def loss(params):
-        return steps.loss.total(steps.loss.predict(params, t, None), steps.loss.counts(t))[0]
+        return forward.loss.total(forward.loss.predict(params, t, None), forward.loss.counts(t))[0]
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
     generator = electra.networks(c, V)[0]

@@ -18,7 +18,7 @@ from benchmarks import case  # noqa: E402
 from benchmarks.workers.serving import serve  # noqa: E402
 from flax_mlm.distributed.batches import abstract_batch, shard_batch  # noqa: E402
 from flax_mlm.distributed.mesh import make_mesh  # noqa: E402
-from flax_mlm.training.step import make_steps  # noqa: E402
+from flax_mlm.training.step import build_training  # noqa: E402
 
 
 def build(spec: dict[str, Any]) -> Callable[[], Any]:
@@ -28,10 +28,10 @@ def build(spec: dict[str, Any]) -> Callable[[], Any]:
     config = replace(config, model=replace(config.model, scan_layers=spec["scan_layers"]))
     mesh = make_mesh(config.mesh)
     jax.set_mesh(mesh)
-    steps, vocab = make_steps(config, ids.vocab_size, mesh), case.vocabulary(ids)
-    state = steps.init()
+    training, vocab = build_training(config, ids.vocab_size, mesh), case.vocabulary(ids)
+    state = training.init()
     rows = abstract_batch(config.train.global_batch_size, config.data.seq_len, mesh)
-    program = steps.train.lower(steps.abstract, rows, vocab).compile()
+    program = training.step.lower(training.abstract, rows, vocab).compile()
     arrays = np.load(folder / "batches.npz")
     batches = itertools.cycle(zip(arrays["tokens"], arrays["row_ids"], strict=True))
 

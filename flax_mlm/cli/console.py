@@ -17,15 +17,15 @@ _EXAMPLES = (
 )
 
 
-def banner(run_phases: list[Phase], mixtures: list[Any], mesh: Any, steps: Any, memory: list[Any]) -> None:
+def banner(run_phases: list[Phase], mixtures: list[Any], mesh: Any, training: Any, memory: list[Any]) -> None:
     """Prints the versions, devices, mesh, model, memory, corpora and phases of a run."""
     import jax
 
     versions = "  ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
     device = mesh.devices.flat[0]
-    num_params = sum(x.size for x in jax.tree.leaves(steps.abstract.params))
+    num_params = sum(x.size for x in jax.tree.leaves(training.abstract.params))
     first = run_phases[0].config
-    flops = steps.flops / first.train.global_batch_size / mixtures[0].seq_len
+    flops = training.flops / first.train.global_batch_size / mixtures[0].seq_len
     print(f"python {sys.version.split()[0]}  {versions}")
     print(f"devices     {mesh.size} × {device.device_kind} ({device.platform}), {jax.process_count()} process(es)")
     print(f"mesh        {dict(mesh.shape)}")

@@ -38,6 +38,12 @@ def map_groups(fn: Any, groups: int, shared: Any, batch: Any) -> Any:
     return _run_groups(fn, groups, shared, batch, lambda x: x.reshape(-1, *x.shape[2:]), PartitionSpec(BATCH))
 
 
+def gather_whole(tree: Any) -> Any:
+    """`tree` whole on every device, for elementwise code, which may round differently at another shape. The barrier
+    keeps the compiler from slicing before the arithmetic."""
+    return jax.lax.optimization_barrier(replicate(tree))
+
+
 def _run_groups(fn: Any, groups: int, shared: Any, batch: Any, combine: Any, out_spec: PartitionSpec) -> Any:
     """Each device runs its own groups one after another; `combine` maps (own groups, ...) to its part of the result."""
     own = groups // num_batch_shards(jax.sharding.get_abstract_mesh())

@@ -86,6 +86,15 @@ def param_spec(dims: str, ndim: int) -> PartitionSpec:
     return PartitionSpec(*[None] * (ndim - len(dims)), *[_AXIS_OF_DIM.get(d) for d in dims])
 
 
+def shard_params(params: Any, dims: Any) -> Any:
+    """Parameters split over the mesh as their dimensions' letters say.
+
+    Args:
+      dims: for each parameter, the letters of its trailing dimensions (`model.heads.Model.dims`).
+    """
+    return jax.tree.map(lambda x, d: jax.reshard(x, param_spec(d, x.ndim)), params, dims)
+
+
 def batch_spec(*inner: str | None) -> PartitionSpec:
     """Spec of an activation: batch dimension split over the mesh, then one dimension per letter (None: not split).
 

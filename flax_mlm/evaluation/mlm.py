@@ -14,8 +14,8 @@ from flax_mlm.data.mixture import Mixture
 from flax_mlm.data.pipeline import eval_batches
 from flax_mlm.distributed.batches import local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
+from flax_mlm.inference.forward import EvalOutput, build_forward
 from flax_mlm.inference.load import LoadedModel
-from flax_mlm.training.step import EvalOutput, make_steps
 
 OnBatch = Callable[[], bool]  # called before every batch; returns whether this process wants to stop
 
@@ -59,7 +59,7 @@ def with_eval(model: LoadedModel, seq_len: int, mask_rate: float) -> LoadedModel
         return model
     data, evaluation = dataclasses.replace(c.data, seq_len=seq_len), dataclasses.replace(c.eval, mask_rate=mask_rate)
     config = dataclasses.replace(c, data=data, eval=evaluation)
-    return model._replace(config=config, steps=make_steps(config, model.tokenizer.vocab_size, model.mesh))
+    return model._replace(config=config, forward=build_forward(config, model.tokenizer.vocab_size, model.mesh))
 
 
 def measure(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: False) -> Measurement:
@@ -98,7 +98,7 @@ def eval_outputs(model: LoadedModel, corpus: Mixture, on_batch: OnBatch) -> Iter
     ):
         with jax.set_mesh(model.mesh):
             global_batch = shard_batch(batch, model.mesh, stop=on_batch())
-            output, stop = jax.device_get(model.steps.evaluate(model.params, global_batch, model.vocab))
+            output, stop = jax.device_get(model.forward.evaluate(model.params, global_batch, model.vocab))
         if stop:
             raise Stopped
         yield batch["tokens"], output

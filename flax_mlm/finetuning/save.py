@@ -36,7 +36,7 @@ def save_encoder(workdir: gcs.AnyPath, model: LoadedModel, encoder: Any, example
     meta["fine_tuned"] = {"examples": examples}
     config = dataclasses.replace(model.config, train=dataclasses.replace(model.config.train, max_failed_saves=1))
     step = before.get("step", 0)
-    checkpoints = Checkpoints(workdir, config, meta, model.steps.fingerprint)
+    checkpoints = Checkpoints(workdir, config, meta, model.forward.fingerprint)
     state = FineTuned({**model.params, "encoder": encoder}, jnp.int32(step))
     checkpoints.save(step, state, run_meta={"totals": before.get("totals", {})})
     checkpoints.close()

@@ -77,7 +77,7 @@ def hidden_states(
     causal, has_types = model.config.objective.name == "clm", model.config.model.type_vocab_size > 1
     segments_BL = (tokens_BL != model.tokenizer.pad_id).astype(jnp.int32)
     positions_BL = reshard_like(jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1), tokens_BL)
-    states_BLD = model.steps.model.encode(
+    states_BLD = model.forward.model.encode(
         {**model.params, "encoder": params["encoder"]},
         tokens_BL,
         segments_BL,

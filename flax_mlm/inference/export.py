@@ -54,7 +54,7 @@ def export(
     if dtype == "bfloat16":
         model = model._replace(params=jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), model.params))
 
-    m, tokenizer, net = config.model, model.tokenizer, model.steps.model
+    m, tokenizer, net = config.model, model.tokenizer, model.forward.model
     chosen = matching_architecture(m, config.objective.name, architecture, tokenizer.tokens[tokenizer.cls_id])
     params = jax.device_get(model.params)
     if config.objective.name == "rtd":  # the generator is left out

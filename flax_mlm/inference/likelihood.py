@@ -91,6 +91,6 @@ def _log_probabilities(model: InferenceModel, queries: Sequence[_Query], on_batc
             with jax.set_mesh(model.mesh):
                 rows = shard_replicated_rows([tokens_BL, predict_BK, labels_BK], model.mesh)
                 tokens, predict, labels = rows
-                log_probs_BK = model.steps.score_labels(model.params, tokens, predict, labels, model.vocab)
+                log_probs_BK = model.forward.label_log_probs(model.params, tokens, predict, labels, model.vocab)
             totals[batch] = (np.asarray(log_probs_BK, np.float64) * weights_BK).sum(1)[: len(batch)]
     return totals

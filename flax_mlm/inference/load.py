@@ -17,10 +17,10 @@ from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.hf.folder import is_hf_folder, open_folder
 from flax_mlm.hf.weights import load_params, param_mappings, subtokens
+from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.model import InferenceModel
 from flax_mlm.model import electra
 from flax_mlm.objectives.vocabulary import Vocabulary
-from flax_mlm.training.step import make_steps
 
 
 class LoadedModel(InferenceModel):
@@ -60,20 +60,20 @@ def load_model(path: str, config: Config) -> LoadedModel:
 def _load_checkpoint(checkpoint: epath.Path, meta: dict[str, Any], config: Config, mesh: Mesh) -> LoadedModel:
     tokenizer = stored_tokenizer(meta)
     with jax.set_mesh(mesh):
-        steps = make_steps(config, tokenizer.vocab_size, mesh)
+        forward = build_forward(config, tokenizer.vocab_size, mesh)
         # A fine-tuned encoder was initialised with the average, and has none.
         item = "average" if config.optimizer.averages != "none" and "fine_tuned" not in meta else "params"
-        params = restore(checkpoint, meta, {item: steps.abstract.params}, steps.fingerprint)[item]
-        model = LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer), meta)
+        params = restore(checkpoint, meta, {item: forward.abstract_params}, forward.fingerprint)[item]
+        model = LoadedModel(config, mesh, forward, params, tokenizer, Vocabulary.from_tokenizer(tokenizer), meta)
         return untied(model) if config.objective.name == "rtd" else model
 
 
 def _load_folder(config: Config, mesh: Mesh) -> LoadedModel:
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
     with jax.set_mesh(mesh):
-        steps = make_steps(config, tokenizer.vocab_size, mesh)
-        params = start_params(config, steps.init().params, steps.model.dims, tokenizer, _print_to_stderr)
-        return LoadedModel(config, mesh, steps, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
+        forward = build_forward(config, tokenizer.vocab_size, mesh)
+        params = start_params(config, forward.init(), forward.model.dims, tokenizer, _print_to_stderr)
+        return LoadedModel(config, mesh, forward, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
 
 
 def _print_to_stderr(line: str) -> None:
@@ -109,5 +109,5 @@ def untied(model: LoadedModel) -> LoadedModel:
     """Returns an rtd model whose generator and discriminator have embeddings of their own: each is complete."""
     config, sharing = model.config, model.config.objective.embedding_sharing
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, embedding_sharing="none"))
-    steps = make_steps(config, model.tokenizer.vocab_size, model.mesh)
-    return model._replace(config=config, steps=steps, params=electra.untied(model.params, sharing))
+    forward = build_forward(config, model.tokenizer.vocab_size, model.mesh)
+    return model._replace(config=config, forward=forward, params=electra.untied(model.params, sharing))

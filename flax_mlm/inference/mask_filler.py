@@ -50,7 +50,8 @@ class MaskFiller:
             predict_BK[b, : len(positions[b])] = np.array(positions[b], np.int32) - shift
         tokens, predict = shard_replicated_rows([tokens_BL, predict_BK], m.mesh)
         with jax.set_mesh(m.mesh):
-            log_probs_BKV = np.array(m.steps.score(m.params, tokens, predict, m.vocab))[..., : m.tokenizer.vocab_size]
+            log_probs_BKV = np.array(m.forward.token_log_probs(m.params, tokens, predict, m.vocab))
+        log_probs_BKV = log_probs_BKV[..., : m.tokenizer.vocab_size]
         log_probs_BKV[..., m.tokenizer.is_special] = -np.inf
         return [dict(zip(row, values, strict=False)) for row, values in zip(positions, log_probs_BKV, strict=False)]
 

@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 
 from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.inference.forward import Forward
 from flax_mlm.objectives.vocabulary import Vocabulary
-from flax_mlm.training.step import Steps
 
 _LENGTH_MULTIPLE = 32
 
@@ -19,7 +19,7 @@ class InferenceModel(NamedTuple):
 
     config: Config
     mesh: Mesh
-    steps: Steps
+    forward: Forward
     params: Any
     tokenizer: Tokenizer
     vocab: Vocabulary

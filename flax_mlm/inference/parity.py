@@ -116,7 +116,7 @@ def make_forward(model: LoadedModel) -> Callable[[np.ndarray, np.ndarray], tuple
 
     It gives hidden states (B, L, D) and logits (B, L, V), with rtd (B, L), float32.
     """
-    net, objective = model.steps.model, model.config.objective.name
+    net, objective = model.forward.model, model.config.objective.name
 
     @jax.jit
     def forward(params: Any, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,13 +20,12 @@ from flax_mlm.model.attention.dispatch import resolve_attention, select_kernel
 from flax_mlm.model.attention.xla import xla
 from flax_mlm.model.heads import vocab_rows
 from flax_mlm.objectives.masking import rates_at
-from flax_mlm.objectives.targets import max_predictions_per_row
 from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.planning import cost
 from flax_mlm.planning.collectives import collectives
 from flax_mlm.planning.compile import CompiledStep, Target
 from flax_mlm.planning.hlo import Program
-from flax_mlm.training.step import inputs, make_steps
+from flax_mlm.training.step import Training, build_training, model_inputs
 
 
 def answer(request: dict[str, Any]) -> CompiledStep:
@@ -45,13 +44,14 @@ def answer(request: dict[str, Any]) -> CompiledStep:
     if t.reproducible:
         check_batch("train.batch_groups", t.batch_groups, mesh)
     with jax.set_mesh(mesh):
-        steps, vocab = make_steps(config, request["vocab_size"], mesh, phase), _abstract_vocabulary(request, mesh)
-        step = _traced(phase, request["vocab_size"], steps, mesh, vocab)
+        training = build_training(config, request["vocab_size"], mesh, phase)
+        vocab = _abstract_vocabulary(request, mesh)
+        step = _traced(phase, request["vocab_size"], training, mesh, vocab)
         step.cudnn = cudnn
         if not request["compiles"]:
             return step
         rows = abstract_batch(t.global_batch_size, config.data.seq_len, mesh, phase.num_steps is None)
-        lowered, begin = steps.train.lower(steps.abstract, rows, vocab), time.perf_counter()
+        lowered, begin = training.step.lower(training.abstract, rows, vocab), time.perf_counter()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as e:
@@ -64,7 +64,7 @@ def answer(request: dict[str, Any]) -> CompiledStep:
     return step
 
 
-def _traced(phase: Phase, vocab_size: int, steps: Any, mesh: Any, vocab: Any) -> CompiledStep:
+def _traced(phase: Phase, vocab_size: int, training: Training, mesh: Any, vocab: Any) -> CompiledStep:
     """Measures what is known before the step is compiled."""
     config, devices = phase.config, list(mesh.devices.flat)
     choice = resolve_attention(config, devices[0].platform)
@@ -74,13 +74,13 @@ def _traced(phase: Phase, vocab_size: int, steps: Any, mesh: Any, vocab: Any) ->
         devices=len(devices),
         chips=chips.count(devices),
         mesh=dict(mesh.shape),
-        parameters=sum(x.size for x in jax.tree.leaves(steps.abstract.params)),
+        parameters=sum(x.size for x in jax.tree.leaves(training.abstract.params)),
         vocab_rows=vocab_rows(config.model, vocab_size),
-        flops=steps.flops,
+        flops=training.flops,
         attention="xla" if kernel is xla else "splash",
-        parameter_bytes=_device_bytes(steps.abstract.params),
-        optimizer_bytes=_device_bytes((steps.abstract.opt_state, steps.abstract.average)),
-        activation_bytes=_activation_bytes(phase, steps, mesh, vocab),
+        parameter_bytes=_device_bytes(training.abstract.params),
+        optimizer_bytes=_device_bytes((training.abstract.opt_state, training.abstract.average)),
+        activation_bytes=_activation_bytes(phase, training, mesh, vocab),
     )
 
 
@@ -130,21 +130,20 @@ def _device_bytes(tree: Any) -> int:
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _activation_bytes(phase: Phase, steps: Any, mesh: Any, vocab: Any) -> int:
+def _activation_bytes(phase: Phase, training: Training, mesh: Any, vocab: Any) -> int:
     """Bytes that a device keeps from the forward pass of a (micro)batch for the backward pass."""
-    config = phase.config
+    config, loss = phase.config, training.forward.loss
 
     def forward(params: Any, batch: Any, vocab: Any) -> Any:
-        slots = max_predictions_per_row(config.objective, config.data.seq_len, phase.largest_mask_rate)
-        targets, keys_B = inputs(config, batch, vocab, rates_at(phase, 0.0), slots)
-        counts = steps.loss.counts(targets)
-        _, backward = jax.vjp(lambda p: steps.loss.total(steps.loss.predict(p, targets, keys_B), counts)[0], params)
+        targets, keys_B = model_inputs(config, phase, batch, vocab, rates_at(phase, 0.0))
+        counts = loss.counts(targets)
+        _, backward = jax.vjp(lambda p: loss.total(loss.predict(p, targets, keys_B), counts)[0], params)
         return backward
 
     groups_per_device = config.train.batch_groups // num_batch_shards(mesh) if config.train.reproducible else 1
     rows = config.train.global_batch_size // (config.train.gradient_accumulation_steps * groups_per_device)
     batch = abstract_batch(rows, config.data.seq_len, mesh)
-    jaxpr = jax.make_jaxpr(forward)(steps.abstract.params, batch, vocab).jaxpr
+    jaxpr = jax.make_jaxpr(forward)(training.abstract.params, batch, vocab).jaxpr
     inputs_of_jaxpr = {id(v) for v in jaxpr.invars}
     kept = {id(v): v.aval for v in jaxpr.outvars if id(v) not in inputs_of_jaxpr and hasattr(v.aval, "sharding")}
     arrays = [x for x in kept.values() if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)]

@@ -21,7 +21,8 @@ from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.training.context import RunContext
 from flax_mlm.training.logging import Logger
 from flax_mlm.training.metrics import Writers
-from flax_mlm.training.step import TrainState, at_phase, make_steps
+from flax_mlm.training.state import TrainState, start_phase
+from flax_mlm.training.step import build_training
 
 
 class Diverged(Failure):
@@ -46,7 +47,7 @@ class Run:
       progress: fraction of the run that is done, 0.0 to 1.0.
       phase: index of the phase that the last step belonged to.
       cursor: position of the next batch in its data.
-      steps_of: the jitted functions of each phase; all phases have the same parameters.
+      training_of: the jitted functions of each phase; all phases have the same parameters.
     """
 
     logger: Logger
@@ -59,26 +60,26 @@ class Run:
         mixtures = context.mixtures
         self._tokenizer = mixtures[0].tokenizer()
         self._vocab = Vocabulary.from_tokenizer(self._tokenizer)
-        self.steps_of = [make_steps(p.config, mixtures[0].vocab_size, context.mesh, p) for p in context.phases]
+        self.training_of = [build_training(p.config, mixtures[0].vocab_size, context.mesh, p) for p in context.phases]
         meta = make_meta(
             context.phases[0].config, self._tokenizer, mixture.fingerprint_of(mixtures), mixture.about_of(mixtures)
         )
         self._checkpoints = Checkpoints(
-            context.workdir, context.config, meta, self.steps_of[0].fingerprint, context.group.lost_within
+            context.workdir, context.config, meta, self.training_of[0].forward.fingerprint, context.group.lost_within
         )
         with context.group.untimed("restoring"):
-            restored = self._checkpoints.restore_latest(self.steps_of[0].abstract, context.log)
+            restored = self._checkpoints.restore_latest(self.training_of[0].abstract, context.log)
             self.state: TrainState = restored or self._initial_state()
         self.step, self.progress = int(self.state.step), float(self.state.progress)
         meta = self._checkpoints.restored_meta
         self.phase, self.cursor = meta.get("phase", 0), DataCursor(**meta.get("cursor", {}))
 
     def _initial_state(self) -> TrainState:
-        config, steps = self._context.phases[0].config, self.steps_of[0]
-        state = steps.init()
+        config, training = self._context.phases[0].config, self.training_of[0]
+        state = training.init()
         if config.init_from:
-            params = start_params(config, state.params, steps.model.dims, self._tokenizer, self._context.log)
-            return steps.init(params)
+            params = start_params(config, state.params, training.forward.model.dims, self._tokenizer, self._context.log)
+            return training.init(params)
         return state
 
     @property
@@ -92,8 +93,8 @@ class Run:
 
     def model(self) -> LoadedModel:
         """The model as it is now, with the config of the last step."""
-        config, steps = self._context.phases[self.phase].config, self.steps_of[self.phase]
-        return LoadedModel(config, self._context.mesh, steps, self.state.weights, self._tokenizer, self._vocab)
+        config, forward = self._context.phases[self.phase].config, self.training_of[self.phase].forward
+        return LoadedModel(config, self._context.mesh, forward, self.state.weights, self._tokenizer, self._vocab)
 
     def compile(self) -> list[Any]:
         """Compiles the steps of all phases to come: one that does not compile or fit into memory is known now.
@@ -109,7 +110,7 @@ class Run:
             with self._context.group.untimed("compiling"):
                 train, seq_len = self._context.phases[phase].config.train, self._context.mixtures[phase].seq_len
                 batch = abstract_batch(train.global_batch_size, seq_len, self._context.mesh, train.has_budget)
-                lowered = self.steps_of[phase].train.lower(self.steps_of[0].abstract, batch, self._vocab)
+                lowered = self.training_of[phase].step.lower(self.training_of[0].abstract, batch, self._vocab)
                 self._programs[phase] = lowered.compile()
         return self._programs[phase]
 
@@ -142,7 +143,7 @@ class Run:
         trained = max(data.seq_len for data in self._context.mixtures[: self.next_phase])
         if self._context.config.init_from:  # a folder has trained positions for all lengths
             trained = self._context.config.model.max_positions
-        self.state = at_phase(self.state, trained, after.seq_len)
+        self.state = start_phase(self.state, trained, after.seq_len)
         self.phase = self.next_phase
         self._batches.close()
         self._open_batches()
@@ -193,7 +194,7 @@ class Run:
         step, phase, cursor, metrics = pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.progress = values["progress"]
-        self.logger.train(step, phase, cursor, values, self.steps_of[phase].flops)
+        self.logger.train(step, phase, cursor, values, self.training_of[phase].flops)
         return values
 
     def _must_sync(self) -> bool:

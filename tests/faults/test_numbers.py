@@ -7,7 +7,8 @@ from test_step import V, host_batch, make_config, vocabulary
 
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
-from flax_mlm.training import step
+from flax_mlm.training.state import TrainState
+from flax_mlm.training.step import build_training
 
 
 @pytest.mark.fault(46)
@@ -16,7 +17,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(outcome, value):
     config = make_config((1, 1, 1))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
 
-    def with_kernel(state: step.TrainState, value: float) -> step.TrainState:
+    def with_kernel(state: TrainState, value: float) -> TrainState:
         """The state with one weight of the MLPs replaced."""
         params = jax.device_get(state.params)
         kernel = params["encoder"]["layers"]["mlp_in"]["kernel"] = params["encoder"]["layers"]["mlp_in"][
@@ -27,14 +28,14 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(outcome, value):
         return state._replace(params=jax.device_put(params, shardings))
 
     with jax.set_mesh(mesh):
-        steps = step.make_steps(config, V, mesh)
-        state, _ = steps.train(steps.init(), shard_batch(host_batch(0), mesh), vocabulary())
+        training = build_training(config, V, mesh)
+        state, _ = training.step(training.init(), shard_batch(host_batch(0), mesh), vocabulary())
         state = with_kernel(state, value)
         before = jax.device_get((state.params, state.opt_state))
-        state, metrics = steps.train(state, shard_batch(host_batch(1), mesh), vocabulary())
+        state, metrics = training.step(state, shard_batch(host_batch(1), mesh), vocabulary())
         assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"]), int(state.step)) == (1, 1, 2)
         jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.opt_state)))
         state = with_kernel(state, 0.0)
-        state, metrics = steps.train(state, shard_batch(host_batch(2), mesh), vocabulary())
+        state, metrics = training.step(state, shard_batch(host_batch(2), mesh), vocabulary())
         assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"]), int(state.step)) == (1, 0, 3)
     outcome("recovered")

@@ -1,0 +1,159 @@
+"""Model, loss and inference functions of one config on one mesh, shared by training, evaluation and inference."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from flax_mlm.checkpoint.fingerprint import fingerprint_tree
+from flax_mlm.config.schema import Config
+from flax_mlm.distributed.deterministic import map_groups
+from flax_mlm.distributed.mesh import bind_to_mesh, num_batch_shards, per_row, replicate, shard_params
+from flax_mlm.errors import UserError
+from flax_mlm.model import electra, encoder
+from flax_mlm.model.attention.dispatch import resolve_attention
+from flax_mlm.model.heads import Model, language_model
+from flax_mlm.objectives import masking, segments
+from flax_mlm.objectives.keys import run_key
+from flax_mlm.objectives.language_modelling import Loss, language_modelling, log_probabilities
+from flax_mlm.objectives.replaced_token_detection import replaced_token_detection
+from flax_mlm.objectives.targets import Targets, make_targets, max_predictions_per_row
+from flax_mlm.objectives.vocabulary import Vocabulary
+
+# tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,); in a run with a budget also progress float32 (B,), the
+# fraction of the run at the end of the step by each process's clock
+Batch = dict[str, jax.Array]
+
+
+class EvalOutput(NamedTuple):
+    """Losses of a batch's predicted tokens, whole on every device; K prediction slots a row."""
+
+    scored: Any  # TokenLosses; with rtd DetectionLosses
+    weights_BK: jax.Array  # float32, 1 for a slot in use
+    labels_BK: jax.Array  # int32
+    positions_BK: jax.Array  # int32, position of the predicted token in its segment
+
+
+class Forward(NamedTuple):
+    """Functions of the parameters, jitted except for those in `model` and `loss`. Call them under
+    `jax.set_mesh(mesh)`."""
+
+    model: Model
+    loss: Loss
+    init: Callable[[], Any]  # () -> new parameters
+    abstract_params: Any  # shapes, dtypes and shardings of the parameters
+    evaluate: Callable[[Any, Batch, Vocabulary], tuple[EvalOutput, jax.Array]]  # and whether to stop, bool ()
+    # (parameters, tokens (B, L), positions (B, K), Vocabulary) -> log-probabilities (B, K, V); see `_logits`
+    token_log_probs: Callable[[Any, jax.Array, jax.Array, Vocabulary], jax.Array]
+    # (parameters, tokens (B, L), positions (B, K), labels (B, K), Vocabulary) -> log-probabilities (B, K) of the labels
+    label_log_probs: Callable[[Any, jax.Array, jax.Array, jax.Array, Vocabulary], jax.Array]
+    fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see `fingerprint_tree`
+
+
+def build_forward(config: Config, vocab_size: int, mesh: Mesh) -> Forward:
+    """Builds the model and its loss, without parameters, and jits the functions of inference.
+
+    Raises:
+      UserError: `model.attention` is a kernel that the mesh's devices do not have.
+    """
+    config = _for_devices(config, mesh)
+    if config.objective.name == "rtd":
+        generator, model = electra.networks(config, vocab_size)
+        loss = replaced_token_detection(generator, model, vocab_size, config.objective)
+    else:
+        model = language_model(config.model, vocab_size)
+        loss = language_modelling(model, config.objective, config.train.logits_chunks)
+
+    def init() -> Any:
+        return shard_params(model.init(run_key(config, "init")), model.dims)
+
+    with jax.set_mesh(mesh):
+        abstract_params = bind_to_mesh(jax.eval_shape(init), mesh)
+    return Forward(
+        model,
+        loss,
+        jax.jit(init),
+        abstract_params,
+        jax.jit(_eval_step(config, loss)),
+        jax.jit(_token_log_probs(config, model)),
+        jax.jit(_label_log_probs(config, model)),
+        jax.jit(fingerprint_tree),
+    )
+
+
+def _for_devices(config: Config, mesh: Mesh) -> Config:
+    """The config with its choices that depend on the devices made: attention kernel, and whether layers are scanned."""
+    platform = mesh.devices.flat[0].platform
+    # Unrolled layers are simplified differently by XLA on one device than on several, and so rounded differently.
+    scans = config.train.reproducible or encoder.scans_layers(config.model, platform, config.mesh.fsdp)
+    model = dataclasses.replace(config.model, attention=resolve_attention(config, platform), scan_layers=scans)
+    return dataclasses.replace(config, model=model)
+
+
+def _eval_step(config: Config, loss: Loss) -> Callable[..., tuple[EvalOutput, jax.Array]]:
+    slots = max_predictions_per_row(config.objective, config.data.seq_len, config.eval.mask_rate)
+    offset = int(config.objective.name == "clm")  # a causal model predicts the token after its position
+    rates = masking.rates(config.objective, config.eval.mask_rate)
+
+    def eval_step(params: Any, batch: Batch, vocab: Vocabulary) -> tuple[EvalOutput, jax.Array]:
+        targets = make_targets(config.objective, batch, run_key(config, "eval"), vocab, rates, slots)
+
+        def predict(params: Any, targets: Targets) -> Any:
+            return loss.predict(params, targets, None)
+
+        # On more devices than there are groups the results can only be the same up to rounding.
+        shards, groups = num_batch_shards(jax.sharding.get_abstract_mesh()), config.train.batch_groups
+        if config.train.reproducible and groups % shards == 0:
+            losses = map_groups(predict, groups, params, targets)
+        else:
+            losses = predict(params, targets)
+        positions_BK = per_row(lambda t: jnp.take_along_axis(t.positions_BL, t.predict_BK, axis=1) + offset, targets)
+        output = EvalOutput(losses, targets.weights_BK, targets.labels_BK, positions_BK)
+        return replicate(output), batch["stop"].any()
+
+    return eval_step
+
+
+def _logits(config: Config, model: Model) -> Callable[..., jax.Array]:
+    causal = config.objective.name == "clm"
+
+    def logits(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: Vocabulary) -> jax.Array:
+        """Logits (B, K, V) at positions `predict_BK`; the tokens are used as they are, nothing more is masked.
+
+        Raises:
+          UserError: the objective is rtd, whose encoder has no vocabulary head.
+        """
+        if config.objective.name == "rtd":
+            raise UserError(
+                "objective.name is rtd; this encoder predicts which tokens were replaced and has no logits over the "
+                "vocabulary; use a model trained with mlm or clm"
+            )
+        segment_ids_BL, positions_BL = per_row(
+            lambda tokens, vocab: (s := segments.segment_ids(tokens, vocab), segments.positions(s)), tokens_BL, vocab
+        )
+        return model.apply(params, tokens_BL, segment_ids_BL, positions_BL, predict_BK=predict_BK, causal=causal)
+
+    return logits
+
+
+def _token_log_probs(config: Config, model: Model) -> Callable[..., jax.Array]:
+    logits = _logits(config, model)
+
+    def token_log_probs(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: Vocabulary) -> jax.Array:
+        return replicate(jax.nn.log_softmax(logits(params, tokens_BL, predict_BK, vocab), axis=-1))
+
+    return token_log_probs
+
+
+def _label_log_probs(config: Config, model: Model) -> Callable[..., jax.Array]:
+    logits = _logits(config, model)
+
+    def label_log_probs(
+        params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, labels_BK: jax.Array, vocab: Vocabulary
+    ) -> jax.Array:
+        return replicate(log_probabilities(logits(params, tokens_BL, predict_BK, vocab), labels_BK))
+
+    return label_log_probs
