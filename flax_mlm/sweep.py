@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from flax_mlm.cli import app
+from flax_mlm.cli.arguments import config_arguments
 from flax_mlm.cli.grid import parse_grid
 from flax_mlm.cli.sweep import Run, make_run, write
 from flax_mlm.cli.trainer import Trainer, failure_reason, lock_folder
@@ -37,7 +38,7 @@ def main(config: Config) -> int:
     gcs.refuse("--workdir", _WORKDIR.value)
     workdir = Path(_WORKDIR.value).expanduser()
     seeds = range(config.seed, config.seed + _SEEDS.value)
-    base = app.config_arguments(sys.argv)
+    base = config_arguments(sys.argv)
     runs = [make_run(base, setting, seed, workdir) for setting in settings for seed in seeds]
     missing = [run for run in runs if not run.result()]
     count = f"{len(settings)} settings × {len(seeds)} seeds = {len(runs)} runs, {len(runs) - len(missing)} finished"

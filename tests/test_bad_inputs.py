@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
-from flax_mlm.cli import app as command
+from flax_mlm.cli import app
 from flax_mlm.config.knobs import knobs
 from flax_mlm.distributed import environment
 
@@ -41,7 +41,7 @@ def outcome(*arguments: str) -> tuple[int, str, str]:
     with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         m.setattr(sys, "argv", ["flax_mlm.train", f"--config={base.__file__}", *arguments])
         try:
-            command.run(lambda config: None)
+            app.run(lambda config: None)
         except SystemExit as e:
             return e.code, out.getvalue(), err.getvalue()
         finally:

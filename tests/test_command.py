@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from configs import base, quickstart
-from flax_mlm.cli import app as command_lib
+from flax_mlm.cli.arguments import config_arguments, config_of
 from flax_mlm.config import reference
 from flax_mlm.config.knobs import knobs
 from flax_mlm.config.load import build, from_dict
+from flax_mlm.errors import UserError
 from flax_mlm.storage import files
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +111,15 @@ def test_wrong_options(refused, arguments, said):
 def test_wrong_config_files(refused, tmp_path, content, said):
     (tmp_path / "mine.py").write_text(content)
     assert said in refused("train", f"--config={tmp_path / 'mine.py'}", "--workdir=w")
+
+
+def test_an_override_in_a_section_that_the_file_has_deleted(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from configs import base\ndef get_config():\n    c = base.get_config()\n    del c.mesh\n    return c"
+    )
+    with pytest.raises(UserError, match=r'"mesh" was not found'):
+        config_of([f"--config={file}", "--config.mesh.fsdp=1"])
 
 
 @pytest.mark.parametrize(
@@ -244,9 +254,9 @@ def test_the_arguments_of_a_config_make_it_again(toy):
         "--config", str(ROOT / "configs" / "small.py"), "--config.train.steps", "1e6", "--noconfig.log.tensorboard",
         "--config.model.scan_layers=none", "--config.model.glu", "-config.data.source=text:a=b c#d",
     ]  # fmt: skip
-    arguments = command_lib.config_arguments(["train", "--workdir=w", *line, "--dry_run"])
+    arguments = config_arguments(["train", "--workdir=w", *line, "--dry_run"])
     assert all(argument.startswith("--config") and "=" in argument for argument in arguments)
-    assert command_lib.resolve(arguments).to_dict() == printed(toy, *line)
+    assert config_of(arguments).to_dict() == printed(toy, *line)
 
 
 def test_a_checkpoint_gives_its_config(toy, trained_run):

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
-from flax_mlm.cli import app, sweep
 from flax_mlm.cli import grid as grid_lib
+from flax_mlm.cli import sweep
+from flax_mlm.cli.arguments import config_of
 from flax_mlm.cli.trainer import failure_reason
 
 BASE = [f"--config={base.__file__}"]
@@ -82,7 +83,7 @@ def test_folders_of_other_settings_have_other_names():
 def test_each_point_is_a_config_with_its_values(grid, seed):
     for setting in grid[2][:3]:
         run = sweep.make_run(BASE, setting, seed, Path("nowhere"))
-        assert run.arguments[-1] == f"--workdir={run.workdir}" and run.config == app.resolve(run.arguments[:-1])
+        assert run.arguments[-1] == f"--workdir={run.workdir}" and run.config == config_of(run.arguments[:-1])
         for path, value in {**setting, "seed": seed}.items():
             node = run.config
             for name in path.split("."):
@@ -318,7 +319,7 @@ def test_the_table(tmp_path):
     ],
 )
 def test_losses_of_other_questions_do_not_compare(tmp_path, setting, entropy, compares):
-    first = {path: getattr(getattr(app.resolve(BASE), (p := path.split("."))[0]), p[1]) for path in setting}
+    first = {path: getattr(getattr(config_of(BASE), (p := path.split("."))[0]), p[1]) for path in setting}
     runs = [pretend(tmp_path, first, 0, {20: 3.0}), pretend(tmp_path, setting, 0, {20: 2.0}, entropy)]
     one, two = sweep.summarise(runs, {})
     assert one.is_comparable and two.is_comparable is compares and two.is_best is compares

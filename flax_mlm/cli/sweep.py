@@ -7,7 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax_mlm.cli import app, tables
+from flax_mlm.cli import tables
+from flax_mlm.cli.arguments import config_of
 from flax_mlm.cli.grid import Setting, describe, folder_name, spell
 from flax_mlm.config import phases
 from flax_mlm.config.schema import Config
@@ -57,7 +58,7 @@ def make_run(base: list[str], setting: Setting, seed: int, workdir: Path) -> Run
     arguments = [*base, *(f"--config.{path}={spell(value)}" for path, value in values.items())]
     folder = workdir / folder_name(setting, seed)
     try:
-        config = app.resolve(arguments)
+        config = config_of(arguments)
     except UserError as e:
         raise UserError(f"--grid: {describe(setting)}: {e}") from e
     run_config.check(folder, config, _FREE)
