@@ -2,7 +2,7 @@
 on the same hidden tokens of held-out rows.
 
     python -m benchmarks.equal_clock --config=configs/small.py --config.data.source='text:wiki.txt.gz' \
-        --config.data.validation_every=10 --output=runs/equal_clock
+        --config.data.validation_fraction=0.1 --output=runs/equal_clock
 
 The standard is what `run_mlm.py` does: Trainer, DataCollatorForLanguageModeling, documents put one after another and
 cut into blocks, a BertForMaskedLM of its default settings; with the best of several learning rates. Its time is that of
@@ -119,11 +119,12 @@ def documents(config: Config) -> Iterator[tuple[bool, str]]:
     """Every document, and whether it is held out."""
     from collections import Counter
 
-    from flax_mlm.data import sources
+    from flax_mlm.data.held_out import hashed
+    from flax_mlm.data.sources import open_source
 
-    parts = sources.open_source(config.data.source).chunks(Counter())
-    for number, texts in itertools.groupby(parts, lambda part: part[0]):
-        yield (number + 1) % config.data.validation_every == 0, "".join(text for _, text in texts)
+    chunks = hashed(open_source(config.data.source).chunks(Counter()))
+    for (_, value), document in itertools.groupby(chunks, lambda chunk: (chunk.document, chunk.hash)):
+        yield value < config.data.validation_fraction, "".join(chunk.text for chunk in document)
 
 
 def standard(config: Config, folder: Path, rate: float, seconds: float) -> list[dict[str, float]]:

@@ -49,9 +49,11 @@ def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
     """Seconds of what `prepare` does, one after another, by the same functions; and the bytes of text."""
     from flax_mlm.data import prepare, sources
     from flax_mlm.data.corpus import row_dtype
+    from flax_mlm.data.packing import SpecialIds
     from flax_mlm.data.tokenizer.load import load_tokenizer
     from flax_mlm.data.tokenizer.train import train_tokenizer
-    from flax_mlm.data.writer import Writer
+    from flax_mlm.data.units import make_jobs
+    from flax_mlm.data.writer import write_shard
 
     times, seconds = [time.perf_counter()], {}
 
@@ -59,23 +61,23 @@ def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
         times.append(time.perf_counter())
         seconds[what] = times[-1] - times[-2]
 
-    parts = list(sources.open_source(config.data.source).chunks(collections.Counter()))
+    chunks = list(sources.open_source(config.data.source).chunks(collections.Counter()))
     done("reading text")
-    sample = prepare._sample((part.text for part in parts), config.tokenizer.sample_bytes)
+    sample = prepare._sample((chunk.text for chunk in chunks), config.tokenizer.sample_bytes)
     train_tokenizer(sample, config.tokenizer).save(folder)
     done("training the tokenizer")
     tokenizer = load_tokenizer(folder)
     tokenizer.num_threads = 1
-    chunks = list(prepare._chunks(iter(parts)))
-    encoded = [tokenizer.encode([part.text for part in chunk]) for chunk in chunks]
+    encoded = [ids for job in make_jobs(chunks) for ids in tokenizer.encode([chunk.text for chunk in job])]
     done("tokenising")
-    writer = Writer(folder, "train", config.data.seq_len, tokenizer, config.data.packing)
-    for chunk, ids in zip(chunks, encoded, strict=True):
-        table = [[d, len(i), len(t.split()), len(t.encode())] for (_, d, t), i in zip(chunk, ids, strict=True)]
-        writer.add(np.concatenate(ids).astype(row_dtype(tokenizer.vocab_size)), np.array(table, np.int64))
-    writer.finish()
+    texts = [chunk.text for chunk in chunks]
+    sizes = [[len(ids), len(t.split()), len(t.encode())] for t, ids in zip(texts, encoded, strict=True)]
+    table = np.column_stack([[chunk.document for chunk in chunks], sizes])
+    ids = np.concatenate(encoded).astype(row_dtype(tokenizer.vocab_size))
+    special_ids = SpecialIds(tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
+    write_shard(folder / "train-00000.npy", ids, table, config.data.seq_len, special_ids, config.data.packing)
     done("packing and writing")
-    return seconds, sum(len(part.text.encode()) for part in parts)
+    return seconds, sum(len(text.encode()) for text in texts)
 
 
 def readers(corpus: Any) -> dict[str, Callable[[], float]]:

@@ -19,11 +19,11 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "builtin"  # builtin | text:GLOB | jsonl:GLOB#field | tfds:NAME[/config][:split]
     # A folder made by `prepare`, or several with weights ("wiki:0.7,books:0.3"; without weights: in proportion to their
-    # rows). It determines seq_len; source, packing and validation_every are unused then, tokenizer.path may be empty.
+    # rows). It determines seq_len; source, packing and validation_fraction are unused then; tokenizer.path is optional.
     c.data.corpus = ""
     c.data.cache_dir = "~/.cache/flax_mlm"  # where `train` keeps the corpora that it prepares itself
     c.data.seq_len = 128  # L, tokens per row, including [CLS] and [SEP]
-    c.data.validation_every = 20  # every n-th document is held out for validation
+    c.data.validation_fraction = 0.05  # of the documents, held out by a hash of their text
     c.data.packing = "best_fit"  # best_fit (least padding) | sequential (keeps the order of documents)
     c.data.num_workers = 0  # processes of `prepare`; 0: one per core. The corpus does not depend on it
 

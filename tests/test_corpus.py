@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from flax_mlm.config.schema import TokenizerConfig
 from flax_mlm.data import corpus as corpus_lib
-from flax_mlm.data import writer as writer_lib
+from flax_mlm.data import units
 from flax_mlm.data.corpus import Corpus
+from flax_mlm.data.packing import SpecialIds
 from flax_mlm.data.tokenizer.train import train_tokenizer
+from flax_mlm.data.writer import write_manifest, write_shard
 from flax_mlm.errors import UserError
 
 L = 8
@@ -29,16 +31,17 @@ def write(folder: Path, tok, seed: int = 0) -> dict[str, list[int]]:
     """A corpus of three training shards; returns the tokens of each split, sorted."""
     rng, tokens, splits = np.random.default_rng(seed), {}, {}
     folder.mkdir()
-    for split, windows in (("train", 3), ("validation", 1)):
-        writer, all_ids, document = (writer_lib.Writer(folder, split, L, tok, "best_fit"), [], 0)
-        for _ in range(windows):
+    for split, shards in (("train", 3), ("validation", 1)):
+        entries, all_ids = [], []
+        for unit in range(shards):
             lengths = rng.integers(1, 40, 9)
             ids = rng.integers(5, 280, lengths.sum()).astype(corpus_lib.row_dtype(280))
-            document += 8  # the first document of a window goes on from the one before
-            numbers = document + np.arange(9)
-            writer.add(ids, np.stack([numbers, lengths, lengths, lengths], axis=1))
+            table = np.stack([np.arange(9), lengths, lengths, lengths], axis=1)
+            file = folder / f"{split}-{unit:05d}.npy"
+            entries.append(write_shard(file, ids, table, L, SpecialIds(tok.cls_id, tok.sep_id, tok.pad_id), "best_fit"))
             all_ids += ids.tolist()
-        splits[split], tokens[split] = writer.finish(), sorted(all_ids)
+        splits[split] = units.join_entries(entries)
+        tokens[split] = sorted(all_ids)
     tok.save(folder)
     tokenizer = {"file": tok.filename, "size": len(tok.content), "sha256": tok.fingerprint}
     tokenizer |= {"vocab_size": tok.vocab_size, "pad_id": tok.pad_id}
@@ -51,13 +54,8 @@ def write(folder: Path, tok, seed: int = 0) -> dict[str, list[int]]:
         "dtype": "uint16",
         "splits": splits,
     }
-    writer_lib.write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
     return tokens
-
-
-@pytest.fixture(autouse=True)
-def small_windows(monkeypatch):
-    monkeypatch.setattr(writer_lib, "WINDOW", 1)
 
 
 @pytest.fixture
@@ -72,7 +70,7 @@ def test_what_is_written_is_read(tmp_path, tok):
     corpus.verify()
     assert (corpus.seq_len, corpus.vocab_size, corpus.source, corpus.licence) == (L, 280, "random", "none")
     assert corpus.tokenizer().fingerprint == tok.fingerprint
-    assert len(list((tmp_path / "c").glob("train-?????.npy"))) == 3
+    assert len(list((tmp_path / "c").glob("train-*.crc32.npy"))) == 3
     for name in ("train", "validation"):
         rows = corpus.split(name)
         read = rows.read(np.arange(rows.num_rows))
@@ -81,7 +79,7 @@ def test_what_is_written_is_read(tmp_path, tok):
         counts = corpus.counts[name]
         assert counts["rows"] == rows.num_rows and counts["padding"] == (read == rows.pad_id).sum()
         assert counts["tokens"] == counts["words"] == counts["bytes"] == len(tokens[name])
-    assert corpus.counts["train"]["documents"] == 25 and corpus.counts["validation"]["documents"] == 9
+    assert corpus.counts["train"]["documents"] == 27 and corpus.counts["validation"]["documents"] == 9
 
 
 @given(st.data())
@@ -122,9 +120,12 @@ def edit(folder: Path, **changes) -> None:
         (lambda f: (f / "corpus.json").write_text('{"format": 1'), "corpus.json is damaged"),
         (lambda f: (f / "corpus.json").write_text("[]"), "corpus.json is damaged"),
         (lambda f: edit(f, seq_len=None, splits={}), "corpus.json is damaged"),
-        (lambda f: edit(f, format=99), "has corpus format 99; this program reads 2"),
+        (lambda f: edit(f, format=99), "has corpus format 99; this program reads 3"),
         (lambda f: (f / "train-00001.npy").unlink(), "train-00001.npy is missing"),
-        (lambda f: (f / "train-00001.npy").write_bytes(b"x" * 150), "train-00001.npy has 150 bytes; corpus.json says"),
+        (
+            lambda f: (f / "train-00001.npy").write_bytes(b"x" * 150),
+            "train-00001.npy has 150 bytes; corpus",
+        ),
         (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model is missing"),
         (lambda f: (f / "tokenizer.model").write_bytes(b"other"), r"tokenizer.model has 5 bytes; corpus.json says"),
     ],

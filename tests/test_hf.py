@@ -349,7 +349,7 @@ def test_tokenizer_json_cuts_the_built_in_corpus_alike(model_type, normalization
     from flax_mlm.data import sources
 
     parts = sources.open_source("builtin").chunks(Counter())
-    lines = [line for _, _, text in parts for line in text.split("\n") if line.strip()]
+    lines = [line for part in parts for line in part.text.split("\n") if line.strip()]
     config = build(base.get_config()).tokenizer
     config = dataclasses.replace(config, model_type=model_type, normalization=normalization, vocab_size=4000)
     tokenizer = train_tokenizer(lines[::20], config)

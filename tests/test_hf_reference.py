@@ -69,7 +69,7 @@ def real_path(name: str) -> Path:
 def sentences(count: int) -> list[str]:
     """Real ones, from one word to some hundred."""
     parts = sources.open_source("builtin").chunks(Counter())
-    found = [s for _, _, text in parts for line in text.split("\n") for s in line.split(". ") if s.strip()]
+    found = [s for part in parts for line in part.text.split("\n") for s in line.split(". ") if s.strip()]
     return found[:: len(found) // count][:count]
 
 

@@ -190,7 +190,7 @@ def both(toy) -> str:
     text = toy.folder / "more.txt"
     text.write_text("\n\n".join(f"The {animal} {does} today. It was seen." for animal, does in toy.animals.items()) * 4)
     flags = toy.flags(data__corpus="", data__source=f"text:{text}", tokenizer__path=toy.corpus)
-    done = toy.run("prepare", *flags, "--config.data.validation_every=4", f"--output={toy.folder / 'more'}")
+    done = toy.run("prepare", *flags, "--config.data.validation_fraction=0.25", f"--output={toy.folder / 'more'}")
     assert done.returncode == 0, done.stderr
     return f"{toy.corpus}:3,{toy.folder / 'more'}:1"
 

@@ -70,8 +70,8 @@ def test_best_fit_takes_the_tightest_row():
 @pytest.mark.parametrize("seq_len", [128, 512])
 def test_little_padding_on_prose(mode, seq_len):
     documents: Counter[int] = Counter()
-    for _, document, text in sources.open_source("builtin").chunks(Counter()):
-        documents[document] += len(text.split())
+    for chunk in sources.open_source("builtin").chunks(Counter()):
+        documents[chunk.document] += len(chunk.text.split())
     lengths = np.array(list(documents.values()))
     rows = packing.pack(np.full(lengths.sum(), FIRST, np.uint16), lengths, seq_len, MARKS, mode)
     assert (rows == PAD).mean() < 0.01

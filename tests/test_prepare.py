@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,11 @@ from hypothesis import strategies as st
 from configs import base
 from flax_mlm.config.load import build
 from flax_mlm.data import prepare as prepare_lib
-from flax_mlm.data import sources, writer
+from flax_mlm.data import sources, units
 from flax_mlm.data.corpus import Corpus
+from flax_mlm.data.held_out import hashed
+from flax_mlm.data.prepare import prepare, prepare_cached
+from flax_mlm.data.sources import TextChunk
 from flax_mlm.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -46,19 +48,26 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
+UNIT_BYTES, JOB_CHARS = 300_000, 50_000
+
+
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(prepare_lib, "CHUNK", 50_000)
-    monkeypatch.setattr(writer, "WINDOW", 100_000)
+def small_units(monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", UNIT_BYTES)
+    monkeypatch.setattr(units, "JOB_CHARS", JOB_CHARS)
+
+
+def silent(line: str) -> None:
+    pass
 
 
 @pytest.fixture(scope="module")
 def undisturbed(text, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(prepare_lib, "CHUNK", 50_000)
-        m.setattr(writer, "WINDOW", 100_000)
+        m.setattr(sources, "UNIT_BYTES", UNIT_BYTES)
+        m.setattr(units, "JOB_CHARS", JOB_CHARS)
         output = tmp_path_factory.mktemp("undisturbed") / "corpus"
-        prepare_lib.prepare(make_config(data_source=f"text:{text}"), output, lambda line: None)
+        prepare(make_config(data_source=f"text:{text}"), output, silent)
         return output
 
 
@@ -66,56 +75,85 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+def split_by_hash(documents: list[str], fraction: float = 0.05) -> dict[str, list[str]]:
+    chunks = list(hashed(TextChunk(0, i, document) for i, document in enumerate(documents)))
+    return {
+        "train": [chunk.text for chunk in chunks if chunk.hash >= fraction],
+        "validation": [chunk.text for chunk in chunks if chunk.hash < fraction],
+    }
+
+
 def test_no_document_is_lost_and_none_is_in_both_splits(text, undisturbed):
     corpus = Corpus.open(undisturbed)
     corpus.verify()
     tok = corpus.tokenizer()
-    documents = text.read_text().split("\n\n")
-    held_out = documents[19::20]
-    training = [d for i, d in enumerate(documents) if i % 20 != 19]
-    for name, expected in (("train", training), ("validation", held_out)):
+    for name, expected in split_by_hash(text.read_text().split("\n\n")).items():
         rows = corpus.split(name)
         read = rows.read(np.arange(rows.num_rows))
-        found = np.sort(read[~tok.is_special[read]])
-        np.testing.assert_array_equal(found, np.sort(np.concatenate(tok.encode(expected))))
+        tokens = np.sort(read[~tok.is_special[read]])
+        np.testing.assert_array_equal(tokens, np.sort(np.concatenate(tok.encode(expected))))
         counts = corpus.counts[name]
-        assert counts["documents"] == len(expected) and counts["tokens"] == len(found)
-        assert counts["words"] == len(" ".join(expected).split()) and counts["bytes"] == len("".join(expected))
+        assert counts["documents"] == len(expected)
+        assert counts["tokens"] == len(tokens)
+        assert counts["words"] == len(" ".join(expected).split())
+        assert counts["bytes"] == len("".join(expected))
         assert counts["padding"] / read.size < 0.03
-    assert len(list(undisturbed.glob("train-*.npy"))) > 1
     assert sorted(p.name for p in undisturbed.parent.iterdir()) == ["corpus"]
 
 
+def test_each_unit_is_packed_by_itself(text, undisturbed):
+    """The shards of unit K hold the documents that begin in the K-th 300,000 bytes of the file."""
+    tok = Corpus.open(undisturbed).tokenizer()
+    documents = text.read_text().split("\n\n")
+    offsets = np.cumsum([0] + [len(document) + 2 for document in documents[:-1]])
+    assert offsets[-1] > 3 * UNIT_BYTES
+    for unit in range(offsets[-1] // UNIT_BYTES + 1):
+        own = [d for d, offset in zip(documents, offsets, strict=True) if offset // UNIT_BYTES == unit]
+        for name, expected in split_by_hash(own).items():
+            rows = np.load(undisturbed / f"{name}-{unit:05d}.npy")
+            tokens = np.sort(rows[~tok.is_special[rows]])
+            np.testing.assert_array_equal(tokens, np.sort(np.concatenate(tok.encode(expected))))
+
+
 def test_the_tokenizer_has_not_seen_validation_documents(tmp_path):
-    documents = ["seen words here " * 30] * 40
-    documents[19] = documents[39] = "qqqq zzzz " * 90
-    (tmp_path / "a").write_text("\n\n".join(documents))
+    seen = split_by_hash([f"seen words here {'a' * i} " * 30 for i in range(40)])["train"]
+    unseen = split_by_hash([f"qqqq zzzz {'a' * i} " * 90 for i in range(200)])["validation"]
+    assert unseen
+    (tmp_path / "a").write_text("\n\n".join(seen + unseen))
     config = make_config(data_source=f"text:{tmp_path / 'a'}", tokenizer_vocab_size=285)
-    tok = prepare_lib.prepare(config, tmp_path / "out", lambda line: None).tokenizer()
-    assert not {p for p in tok.tokens[261:] if set(p) & set("qz")}
+    tok = prepare(config, tmp_path / "out", silent).tokenizer()
+    assert not {token for token in tok.tokens[261:] if set(token) & set("qz")}
 
 
 def test_two_workers_write_the_same_bytes(text, undisturbed, tmp_path):
     config = make_config(data_source=f"text:{text}", data_num_workers=2)
-    prepare_lib.prepare(config, tmp_path / "corpus", lambda line: None)
+    prepare(config, tmp_path / "corpus", silent)
     assert contents(tmp_path / "corpus") == contents(undisturbed)
 
 
 SCRIPT = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import test_prepare as t
+sys.modules |= dict.fromkeys(["jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "tensorflow_datasets"])
+sys.path.insert(0, {root!r})
+from configs import base
+from flax_mlm.config.load import build
+from flax_mlm.data import sources, units
+from flax_mlm.data.prepare import prepare
 if __name__ == "__main__":
-    t.prepare_lib.CHUNK, t.writer.WINDOW = 50_000, 100_000
-    t.prepare_lib.prepare(t.make_config(data_source={source!r}, data_num_workers=2), sys.argv[1])
+    sources.UNIT_BYTES, units.JOB_CHARS = {unit_bytes}, {job_chars}
+    c = base.get_config()
+    c.data.update(seq_len=32, num_workers=2, source={source!r})
+    c.tokenizer.vocab_size = 500
+    prepare(build(c), sys.argv[1])
 """
 
 
 @pytest.fixture
 def start(text, tmp_path):
-    """Starts `prepare` in a process (and session) of its own."""
+    """Starts `prepare`, without jax and tensorflow, in a process (and session) of its own."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), source=f"text:{text}"))
+    settings = {"root": str(ROOT), "unit_bytes": UNIT_BYTES, "job_chars": JOB_CHARS, "source": f"text:{text}"}
+    script.write_text(SCRIPT.format(**settings))
     running = []
 
     def run(output: Path) -> subprocess.Popen[str]:
@@ -131,14 +169,16 @@ def start(text, tmp_path):
 
 def test_killed_and_started_again(start, undisturbed, tmp_path):
     output, work = tmp_path / "corpus", tmp_path / "corpus.tmp"
-    for seen in ("tokenizer-*", "*.npz", "corpus/train-00000.npy"):
+    for seen in ("tokenizer-*", "units-*/00001.json"):
         process = start(output)
         deadline = time.monotonic() + 60
         while not list(work.glob(seen)) and time.monotonic() < deadline:
             assert process.poll() is None
+            time.sleep(0.001)
         process.kill()
         process.communicate()
-        assert process.returncode == -signal.SIGKILL and not output.exists()
+        assert process.returncode == -signal.SIGKILL
+        assert not output.exists()
         while time.monotonic() < deadline:  # its workers leave as well
             try:
                 os.killpg(process.pid, 0)
@@ -148,32 +188,42 @@ def test_killed_and_started_again(start, undisturbed, tmp_path):
         else:
             pytest.fail("workers outlived their parent")
     process = start(output)
-    said, _ = process.communicate(timeout=60)
+    log, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "tokenizer: trained before, used again" in said and "done before and used again" in said
-    assert contents(output) == contents(undisturbed) and not work.exists()
+    assert "tokenizer: trained before, used again" in log
+    assert "units were finished before and are reused" in log
+    assert contents(output) == contents(undisturbed)
+    assert not work.exists()
 
 
-def test_two_at_once_make_one(start, undisturbed, tmp_path):
+def test_two_at_once_make_one_without_jax_or_tensorflow(start, undisturbed, tmp_path):
     processes = [start(tmp_path / "corpus") for _ in range(2)]
-    said = "".join(p.communicate(timeout=60)[0] for p in processes)
-    assert [p.returncode for p in processes] == [0, 0] and said.count("tokenizer: training") == 1
-    assert contents(tmp_path / "corpus") == contents(undisturbed) and not (tmp_path / "corpus.tmp").exists()
+    log = "".join(p.communicate(timeout=60)[0] for p in processes)
+    assert [p.returncode for p in processes] == [0, 0]
+    assert log.count("tokenizer: training") == 1
+    assert contents(tmp_path / "corpus") == contents(undisturbed)
+    assert not (tmp_path / "corpus.tmp").exists()
 
 
 def test_a_finished_output_is_kept(text, undisturbed, tmp_path):
-    said: list[str] = []
+    log: list[str] = []
     before = contents(undisturbed)
-    prepare_lib.prepare(make_config(data_source=f"text:{text}"), undisturbed, said.append)
-    assert "already prepared" in said[0] and contents(undisturbed) == before
-    for other in ({"data_seq_len": 64}, {"tokenizer_vocab_size": 501}, {"data_packing": "sequential"}):
+    prepare(make_config(data_source=f"text:{text}"), undisturbed, log.append)
+    assert "already prepared" in log[0]
+    assert contents(undisturbed) == before
+    for other in (
+        {"data_seq_len": 64},
+        {"tokenizer_vocab_size": 501},
+        {"data_packing": "sequential"},
+        {"data_validation_fraction": 0.06},
+    ):
         with pytest.raises(UserError, match="holds a corpus of other text or settings"):
-            prepare_lib.prepare(make_config(data_source=f"text:{text}", **other), undisturbed, said.append)
+            prepare(make_config(data_source=f"text:{text}", **other), undisturbed, silent)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     for taken in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex"):
         with pytest.raises(UserError, match="exists and is not a corpus"):
-            prepare_lib.prepare(make_config(data_source=f"text:{text}"), taken, said.append)
+            prepare(make_config(data_source=f"text:{text}"), taken, silent)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
@@ -184,22 +234,32 @@ def test_cached_and_with_a_given_tokenizer(text, undisturbed, tmp_path):
         data_cache_dir=str(tmp_path / "cache"),
         tokenizer_path=str(undisturbed),
     )
-    corpus = prepare_lib.prepare_cached(config, lambda line: None)
+    corpus = prepare_cached(config, silent)
     assert corpus.tokenizer().fingerprint == Corpus.open(undisturbed).tokenizer().fingerprint
     assert corpus.counts["train"]["tokens"] == Corpus.open(undisturbed).counts["train"]["tokens"]
-    said: list[str] = []
-    assert prepare_lib.prepare_cached(config, said.append).fingerprint == corpus.fingerprint
-    assert len(said) == 1 and "already prepared" in said[0]
+    log: list[str] = []
+    assert prepare_cached(config, log.append).fingerprint == corpus.fingerprint
+    assert len(log) == 1
+    assert "already prepared" in log[0]
+
+
+# Held-out documents without tokens, and one to train on.
+EMPTY = split_by_hash(["\u200b" * i for i in range(1, 100)])["validation"]
+EMPTY += split_by_hash(["few words", "some words"])["train"]
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("a\n\nb\n\nc", "data.validation_every is 20, but .* has 3 documents, .* set it to 3 or less"),
+        ("a\n\nb\n\nc", r"validation_fraction is 0.05, which holds out none of the 3 documents .* set it to 0\.\d+"),
         ("a\nb", "is one document"),
+        ("a\nb\n\na\nb", "is one document"),
         (" \n", "holds no text"),
-        ("\n\n".join(["few words"] * 30), r"tokenizer.vocab_size is 500; expected at most \d+"),
-        ("\n\n".join(["few words"] * 19 + ["\u200b"]), "its validation documents hold no text"),
+        ("\n\n".join(f"few words {'a' * i}" for i in range(99)), r"vocab_size is 500; expected at most \d+"),
+        (
+            "\n\n".join(EMPTY),
+            "its validation documents hold no text",
+        ),
     ],
 )
 def test_text_that_will_not_do(content, message, tmp_path):
@@ -207,19 +267,22 @@ def test_text_that_will_not_do(content, message, tmp_path):
     size = 270 if "\u200b" in content else 500
     config = make_config(data_source=f"text:{tmp_path / 'a'}", tokenizer_vocab_size=size)
     with pytest.raises(UserError, match=message):
-        prepare_lib.prepare(config, tmp_path / "out", lambda line: None)
+        prepare(config, tmp_path / "out", silent)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_odd_is_said(tmp_path):
-    (tmp_path / "a").write_bytes(b"\n\n".join([b"word after word "] * 30) + b"\xff")
+def test_odd_text_is_reported(tmp_path):
+    documents = [f"word after word {'a' * i}" for i in range(99)]
+    (tmp_path / "a").write_bytes("\n\n".join(documents).encode() + b"\xff")
     (tmp_path / "b").write_bytes(b"")
-    said: list[str] = []
+    log: list[str] = []
     config = make_config(data_source=f"text:{tmp_path}/?", tokenizer_vocab_size=270)
-    prepare_lib.prepare(config, tmp_path / "out", said.append)
-    assert "warning: 1 bytes in 1 files were not UTF-8 and became U+FFFD" in said
-    assert "warning: 1 empty files" in said and any("licence" in line for line in said)
-    assert any(line.startswith("validation: 1 documents, ") and "padding" in line for line in said)
+    prepare(config, tmp_path / "out", log.append)
+    assert "warning: 1 bytes in 1 files were not UTF-8 and became U+FFFD" in log
+    assert "warning: 1 empty files" in log
+    assert any("licence" in line for line in log)
+    held_out = len(split_by_hash([*documents[:-1], documents[-1] + "\ufffd"])["validation"])
+    assert any(line.startswith(f"validation: {held_out} documents, ") and "padding" in line for line in log)
 
 
 @given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 200))
@@ -232,12 +295,14 @@ def test_sample_is_bounded_and_spread(sizes, limit):
 
 
 def test_output_must_be_local():
-    with pytest.raises(UserError, match="prepare writes to a local folder"):
-        prepare_lib.prepare(make_config(), "gs://bucket/corpus")
+    with pytest.raises(UserError, match="expected a local folder"):
+        prepare(make_config(), "gs://bucket/corpus")
 
 
-def test_chunks_keep_every_part_in_order():
-    parts = [sources.TextChunk(0, i // 3, "x" * (i * 7919 % 40_000)) for i in range(50)]
-    chunks = list(prepare_lib._chunks(iter(parts)))
-    assert [p for c in chunks for p in c] == parts and len(chunks) > 3
-    assert Counter(len(c) > 0 for c in chunks) == {True: len(chunks)}
+def test_jobs_keep_every_chunk_in_order_and_end_with_their_unit():
+    chunks = [TextChunk(i // 20, i // 3, "x" * (i * 7919 % 40_000)) for i in range(50)]
+    jobs = list(units.make_jobs(iter(chunks)))
+    assert [chunk[:3] for job in jobs for chunk in job] == [chunk[:3] for chunk in chunks]
+    assert len(jobs) > 3
+    for job in jobs:
+        assert len({chunk.unit for chunk in job}) == 1

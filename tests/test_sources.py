@@ -28,9 +28,9 @@ def read(source: str) -> tuple[list[str], Counter[str]]:
     """Whole documents, and the counts."""
     counts: Counter[str] = Counter()
     texts: dict[int, str] = {}
-    for _, document, text in sources.open_source(source).chunks(counts):
-        assert len(text) <= sources.CHUNK_CHARS
-        texts[document] = texts.get(document, "") + text
+    for chunk in sources.open_source(source).chunks(counts):
+        assert len(chunk.text) <= sources.CHUNK_CHARS
+        texts[chunk.document] = texts.get(chunk.document, "") + chunk.text
     assert list(texts) == list(range(len(texts)))
     return list(texts.values()), counts
 
@@ -98,6 +98,47 @@ def test_text_round_trip(tmp_path_factory, documents):
     path = tmp_path_factory.mktemp("text") / "a"
     path.write_text("\n\n".join(documents), encoding="utf8")
     assert read(f"text:{path}")[0] == documents
+
+
+def units(source: str) -> list[int]:
+    """The unit of each document."""
+    first: dict[int, int] = {}
+    for chunk in sources.open_source(source).chunks(Counter()):
+        first.setdefault(chunk.document, chunk.unit)
+    return list(first.values())
+
+
+def test_units_follow_from_files_and_offsets(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 100)
+    for name, size in (("a", 30), ("b", 60), ("c", 20), ("e", 10)):
+        (tmp_path / name).write_text("x" * size)
+    (tmp_path / "d").write_text(("x" * 48 + "\n\n") * 5)
+    # a and b together; c alone, since d does not fit beside it; documents of d at 0, 50 | 100, 150 | 200; e alone
+    assert units(f"text:{tmp_path}/*") == [0, 0, 1, 2, 2, 3, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_units_of_compressed_files_follow_from_decompressed_offsets(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 100)
+    record = ("x" * 48 + "\n\n") if kind == "text" else '{"text": "' + "x" * 37 + '"}\n'
+    assert len(record) == 50
+    for name, pack in (("a.gz", gzip.compress), ("b.zst", zstandard.ZstdCompressor().compress)):
+        (tmp_path / name).write_bytes(pack(record.encode() * 3))
+        assert (tmp_path / name).stat().st_size <= 50  # both files are one group, of 300 bytes
+    assert units(f"{kind}:{tmp_path}/*") == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_document_longer_than_a_unit_is_in_several(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 200_000)
+    (tmp_path / "a").write_text("one\n\n" + "word " * 100_000 + "\n\ntwo")
+    chunks = list(sources.open_source(f"text:{tmp_path}/a").chunks(Counter()))
+    sizes = Counter[int]()
+    for chunk in chunks:
+        sizes[chunk.unit] += len(chunk.text)
+    assert list(sizes) == [0, 1, 2]
+    assert max(sizes.values()) <= 200_000 + sources.CHUNK_CHARS
+    assert {chunk.document for chunk in chunks if chunk.unit == 1} == {1}
+    assert chunks[-1].document == 2
 
 
 def test_jsonl(tmp_path):

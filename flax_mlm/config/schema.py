@@ -29,7 +29,7 @@ class DataConfig:
     corpus: str
     cache_dir: str
     seq_len: int = field(metadata=at_least(4))
-    validation_every: int = field(metadata=at_least(2))
+    validation_fraction: float = field(metadata=OPEN_FRACTION)
     packing: str = field(metadata=one_of("best_fit", "sequential"))
     num_workers: int = field(metadata=at_least(0))
 

@@ -25,7 +25,7 @@ from flax_mlm.data.tokenizer.load import load_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files, gcs
 
-FORMAT = 2  # raised whenever older readers would misread
+FORMAT = 3  # raised whenever older readers would misread
 MANIFEST = "corpus.json"
 SPLITS = ("train", "validation")
 COUNTS = ("rows", "documents", "tokens", "words", "bytes", "padding")  # of a split, in corpus.json

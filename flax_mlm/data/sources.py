@@ -5,7 +5,8 @@ bounded memory. Chunks of one document have the same document number.
 
 Documents are grouped into units, which `prepare` tokenises and packs one by one. Unit numbers follow from the source
 alone: files are taken in order, and share a group while their sizes on disk sum to at most `UNIT_BYTES`; in a group, a
-new unit begins at the first document after each multiple of `UNIT_BYTES` of (decompressed) bytes.
+new unit begins at the first document after each multiple of `UNIT_BYTES` of (decompressed) bytes, and in a document
+after as many characters.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import zlib
 from collections import Counter
@@ -34,11 +36,17 @@ UNIT_BYTES = 1 << 26
 
 
 class TextChunk(NamedTuple):
-    """Part of a document: whole lines or words where there are any."""
+    """Part of a document, of whole lines or words where there are any.
+
+    Attributes:
+      unit, document: numbers in the source.
+      hash: of the whole document, once `held_out.hashed` has computed it.
+    """
 
     unit: int
     document: int
     text: str
+    hash: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +114,14 @@ def _find(spec: str, pattern: str) -> list[Path]:
 
 def _numbered(texts: Iterable[tuple[int, int, str]]) -> Iterator[TextChunk]:
     """Numbers the units and documents of (group, offset of the document in the group, text)."""
-    unit = document = -1
-    last_unit = last_document = None
-    for group, offset, text in texts:
-        unit += last_unit != (last_unit := (group, offset // UNIT_BYTES))
-        document += last_document != (last_document := (group, offset))
-        yield TextChunk(unit, document, text)
+    unit = -1
+    last_unit = None
+    for document, ((group, offset), chunks) in enumerate(itertools.groupby(texts, lambda chunk: chunk[:2])):
+        size = 0
+        for _, _, text in chunks:
+            unit += last_unit != (last_unit := (group, offset // UNIT_BYTES + size // UNIT_BYTES))
+            yield TextChunk(unit, document, text)
+            size += len(text)
 
 
 def _from_files(name: str, paths: list[Path], read: _Reader, licence: str = "not stated; that of the files") -> Source:

@@ -11,10 +11,7 @@ import numpy as np
 
 from flax_mlm.data.corpus import COUNTS, MANIFEST
 from flax_mlm.data.packing import SpecialIds, pack
-from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.storage import files
-
-WINDOW = 1 << 23  # tokens that are packed together and make a shard
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -23,57 +20,34 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     files.write_bytes(folder / MANIFEST, json.dumps(sealed, indent=1).encode())
 
 
-class Writer:
-    """Packs the tokens of one split, a window at a time, and writes each window as a shard."""
+def write_shard(
+    file: Path, ids: np.ndarray, table: np.ndarray, seq_len: int, special_ids: SpecialIds, packing: str
+) -> dict[str, Any]:
+    """Packs documents into a shard.
 
-    def __init__(self, folder: Path, split: str, seq_len: int, tokenizer: Tokenizer, packing: str):
-        self.split = split
-        self._folder, self._seq_len, self._packing = folder, seq_len, packing
-        self._special_ids = SpecialIds(tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
-        self._ids: list[np.ndarray] = []
-        self._tables: list[np.ndarray] = []
-        self._last_document = -1
-        self._totals = dict.fromkeys(COUNTS, 0)
-        self._shards: list[dict[str, Any]] = []
+    Args:
+      file: the .npy file; its checksums go into a .crc32.npy file beside it.
+      ids: (T,) tokens of all documents, of `row_dtype`.
+      table: int64 (C, 4), a row per chunk: number of its document, tokens, words, bytes of text. The chunks of a
+        document follow one another.
 
-    def add(self, ids: np.ndarray, table: np.ndarray) -> None:
-        """Takes documents in order, whole or in chunks.
+    Returns:
+      The counts and the shard, as a split has them in corpus.json; no shard of no chunks.
+    """
+    if not len(table):
+        return {**dict.fromkeys(COUNTS, 0), "shards": []}
+    documents, first = np.unique(table[:, 0], return_index=True)
+    rows = pack(ids, np.add.reduceat(table[:, 1], first), seq_len, special_ids, packing)
+    crc32 = np.array([zlib.crc32(row) for row in rows], np.uint32)
+    shard = {"rows": len(rows), **_save(file, rows), "crc32": _save(file.with_suffix(".crc32.npy"), crc32)}
+    columns = table[:, 1:].sum(axis=0).tolist()
+    counts = [len(rows), len(documents), *columns, int((rows == special_ids.pad).sum())]
+    return {**dict(zip(COUNTS, counts, strict=True)), "shards": [shard]}
 
-        Args:
-          ids: (T,) of `row_dtype`.
-          table: int64 (C, 4), a row per chunk: number of its document, tokens, words, bytes of text.
-        """
-        self._ids.append(ids)
-        self._tables.append(table)
-        if sum(map(len, self._ids)) >= WINDOW:
-            self._write()
 
-    def finish(self) -> dict[str, Any]:
-        """Writes what is left; returns the split's entry in corpus.json."""
-        if any(map(len, self._tables)):
-            self._write()
-        return {**self._totals, "shards": self._shards}
-
-    def _write(self) -> None:
-        ids, table = np.concatenate(self._ids), np.concatenate(self._tables)
-        self._ids, self._tables = [], []
-        documents, first = np.unique(table[:, 0], return_index=True)
-        lengths = np.add.reduceat(table[:, 1], first)  # the chunks of a document follow one another
-        rows = pack(ids, lengths, self._seq_len, self._special_ids, self._packing)
-        name = f"{self.split}-{len(self._shards):05d}"
-        crc32 = np.array([zlib.crc32(row) for row in rows], np.uint32)
-        entry = {"rows": len(rows), **self._save(f"{name}.npy", rows), "crc32": self._save(f"{name}.crc32.npy", crc32)}
-        self._shards.append(entry)
-        columns = table[:, 1:].sum(axis=0).tolist()
-        more = len(documents) - int(documents[0] == self._last_document)
-        padding = int((rows == self._special_ids.pad).sum())
-        for key, n in zip(COUNTS, [len(rows), more, *columns, padding], strict=True):
-            self._totals[key] += n
-        self._last_document = int(documents[-1])
-
-    def _save(self, name: str, array: np.ndarray) -> dict[str, Any]:
-        buffer = io.BytesIO()
-        np.save(buffer, array)
-        data = buffer.getbuffer()
-        files.write_bytes(self._folder / name, data)
-        return {"file": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _save(file: Path, array: np.ndarray) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    data = buffer.getbuffer()
+    files.write_bytes(file, data)
+    return {"file": file.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

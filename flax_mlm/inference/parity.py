@@ -107,7 +107,7 @@ def compare_outputs(net: Any, model: LoadedModel, rows: list[list[int]]) -> tupl
 def _sample_texts() -> list[str]:
     """Returns lines of the built-in corpus, from a word to a page long."""
     chunks = sources.open_source("builtin").chunks(Counter())
-    lines = [line for _, _, text in chunks for line in text.split("\n") if line.strip()]
+    lines = [line for chunk in chunks for line in chunk.text.split("\n") if line.strip()]
     return lines[:: len(lines) // _TEXTS][:_TEXTS]
 
 
