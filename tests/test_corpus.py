@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_mlm.config.schema import TokenizerConfig
-from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.data import units
-from flax_mlm.data.corpus import Corpus
+from flax_mlm.data.corpus import FORMAT, Corpus, row_dtype
 from flax_mlm.data.packing import SpecialIds
 from flax_mlm.data.tokenizer.train import train_tokenizer
 from flax_mlm.data.writer import write_manifest, write_shard
@@ -35,7 +34,7 @@ def write(folder: Path, tok, seed: int = 0) -> dict[str, list[int]]:
         entries, all_ids = [], []
         for unit in range(shards):
             lengths = rng.integers(1, 40, 9)
-            ids = rng.integers(5, 280, lengths.sum()).astype(corpus_lib.row_dtype(280))
+            ids = rng.integers(5, 280, lengths.sum()).astype(row_dtype(280))
             table = np.stack([np.arange(9), lengths, lengths, lengths], axis=1)
             file = folder / f"{split}-{unit:05d}.npy"
             entries.append(write_shard(file, ids, table, L, SpecialIds(tok.cls_id, tok.sep_id, tok.pad_id), "best_fit"))
@@ -46,7 +45,7 @@ def write(folder: Path, tok, seed: int = 0) -> dict[str, list[int]]:
     tokenizer = {"file": tok.filename, "size": len(tok.content), "sha256": tok.fingerprint}
     tokenizer |= {"vocab_size": tok.vocab_size, "pad_id": tok.pad_id}
     manifest = {
-        "format": corpus_lib.FORMAT,
+        "format": FORMAT,
         "request": "",
         "source": {"name": "random", "licence": "none", "counts": {}},
         "tokenizer": tokenizer,
@@ -120,6 +119,7 @@ def edit(folder: Path, **changes) -> None:
         (lambda f: (f / "corpus.json").write_text('{"format": 1'), "corpus.json is damaged"),
         (lambda f: (f / "corpus.json").write_text("[]"), "corpus.json is damaged"),
         (lambda f: edit(f, seq_len=None, splits={}), "corpus.json is damaged"),
+        (lambda f: edit(f, format=2), "has corpus format 2; this program reads 3; delete it and prepare again$"),
         (lambda f: edit(f, format=99), "has corpus format 99; this program reads 3"),
         (lambda f: (f / "train-00001.npy").unlink(), "train-00001.npy is missing"),
         (
@@ -146,4 +146,4 @@ def test_one_flipped_bit_is_found_by_verify(folder):
 
 
 def test_large_vocabularies_take_four_bytes():
-    assert corpus_lib.row_dtype(65536) == np.uint16 and corpus_lib.row_dtype(65537) == np.uint32
+    assert row_dtype(65536) == np.uint16 and row_dtype(65537) == np.uint32

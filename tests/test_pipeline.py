@@ -82,11 +82,11 @@ def test_restart_gives_the_same_stream(corpora):
 def test_hosts_share_the_same_batches(hosts, corpora):
     whole = stream(Rows(37), 3, 9, stream=corpora)
     rows = Rows(37)
-    slots = np.random.default_rng(0).permutation(8).reshape(hosts, -1)  # as devices lie in a mesh
-    parts = [stream(rows, 3, 9, local_rows=own, stream=corpora) for own in slots]
+    host_rows = np.random.default_rng(0).permutation(8).reshape(hosts, -1)  # as devices lie in a mesh
+    parts = [stream(rows, 3, 9, local_rows=own, stream=corpora) for own in host_rows]
     for step, batch in enumerate(whole):
         for key in batch:
-            np.testing.assert_array_equal(batch[key][slots.ravel()], np.concatenate([p[step][key] for p in parts]))
+            np.testing.assert_array_equal(batch[key][host_rows.ravel()], np.concatenate([p[step][key] for p in parts]))
     assert len(rows.seen) == 6 * 8  # each row is read by one host only
 
 
@@ -173,7 +173,7 @@ for order, shape in (([0, 2, 3, 1], (2, 2, 1)), ([3, 0, 1, 2], (4, 1, 1)), ([0, 
 """
 
 
-def test_rows_lie_in_their_slots_wherever_in_the_mesh_the_devices_of_a_host_are():
+def test_rows_reach_their_devices_however_the_devices_of_a_host_lie_in_the_mesh():
     """The mesh of a TPU slice follows its rings, not its hosts; and with `tensor` hosts may have the same rows."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -195,8 +195,8 @@ def test_wrong_batches():
 @pytest.mark.parametrize("wanted", [range(21), [0, 4, 8, 12, 16], [3], range(5, 21)])
 def test_evaluation_sees_each_row_once(hosts, wanted):
     wanted = np.array(wanted)
-    slots = np.arange(8).reshape(hosts, -1)
-    parts = [list(pipeline.eval_batches(Rows(21), wanted, batch_size=8, local_rows=own)) for own in slots]
+    host_rows = np.arange(8).reshape(hosts, -1)
+    parts = [list(pipeline.eval_batches(Rows(21), wanted, batch_size=8, local_rows=own)) for own in host_rows]
     assert len({len(p) for p in parts}) == 1  # every host takes part in every step
     batch = {k: np.concatenate([p[s][k] for s in range(len(parts[0])) for p in parts]) for k in ("tokens", "row_ids")}
     count = len(wanted)

@@ -196,7 +196,7 @@ def test_long_text_is_encoded_as_if_at_once(text, limit):
 SMALL = train_tokenizer(TEXT, configured(vocab_size=380))
 
 
-def test_words_that_are_known_no_more_are_encoded_again(tok, monkeypatch):
+def test_words_evicted_from_the_cache_are_encoded_again(tok, monkeypatch):
     monkeypatch.setattr(sentencepiece_lib, "_CACHE_WORDS", 5)
     first = [tok.encode([text])[0].tolist() for text in TEXT]
     assert first == [ids.tolist() for ids in tok.encode(TEXT)]

@@ -34,6 +34,11 @@ Log = Callable[[str], None]
 def prepare(config: Config, output: str | Path, log: Log = print) -> Corpus:
     """Makes a corpus in the folder `output`, or opens the one that is there if it is the same.
 
+    It starts processes that import the main module, so a script that calls it needs `if __name__ == "__main__":`.
+
+    Args:
+      log: called with each line about the progress.
+
     Raises:
       UserError: the source cannot be read, or `output` holds something else.
     """
@@ -68,7 +73,7 @@ def _prepare(config: Config, source: Source, request: str, output: str | Path, l
                 raise
             shutil.rmtree(work, ignore_errors=True)
     except OSError as e:
-        raise UserError(f"cannot write {output}: {e.strerror}; fix this and rerun; finished work is reused") from e
+        raise UserError(f"cannot write {output}: {e.strerror or e}; fix this and rerun; finished work is reused") from e
     return Corpus.open(output)
 
 

@@ -17,7 +17,6 @@ import zstandard
 from etils import epath
 
 from flax_mlm.config.schema import MeshConfig
-from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.data import pipeline, writer
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.distributed.mesh import check_batch, make_mesh
@@ -390,7 +389,7 @@ class Cut:
 @pytest.mark.parametrize("mood", ["fails", "cuts"])
 @pytest.mark.parametrize("when", ["when opened", "when read"])
 def test_an_object_store_in_a_mood(copy, monkeypatch, outcome, mood, when):
-    monkeypatch.setattr(corpus_lib.epath, "Path", Store)
+    monkeypatch.setattr(epath, "Path", Store)
     monkeypatch.setattr(Store, "mood", mood if when == "when opened" else "")
     with pytest.raises(UserError) as e:
         rows = Corpus.open(copy).split("train")
