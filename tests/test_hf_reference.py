@@ -30,6 +30,7 @@ from flax_mlm.hf.weights import param_mappings, params_to_tensors
 from flax_mlm.inference import embeddings, likelihood, parity
 from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.load import LoadedModel, start_params, untied
+from flax_mlm.inference.outputs import make_outputs
 from flax_mlm.model import electra, heads
 from flax_mlm.objectives import masking
 from flax_mlm.objectives.keys import run_key
@@ -215,7 +216,7 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     ids = [vocabulary.cls_id, *vocabulary.encode_with_mask(text), vocabulary.sep_id]
     answers = transformers.pipeline("fill-mask", model=str(path), tokenizer=str(path))(text, top_k=3)
     tokens = np.array([ids], np.int32)
-    hidden, scores = parity.make_forward(model)(tokens, tokens >= 0)
+    hidden, scores = make_outputs(model)(tokens, tokens >= 0)
     at = ids.index(vocabulary.mask_id)
     assert [a["token"] for a in answers] == np.argsort(-scores[0, at])[:3].tolist()
     probabilities = np.asarray(jax.nn.softmax(scores[0, at]))
@@ -224,7 +225,7 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     pooled = sentence_transformers.SentenceTransformer(str(path), device="cpu").encode(["The dog of the people."])
     ids = [vocabulary.cls_id, *vocabulary.encode(["The dog of the people."])[0], vocabulary.sep_id]
-    hidden, _ = parity.make_forward(model)(np.array([ids], np.int32), np.ones((1, len(ids)), bool))
+    hidden, _ = make_outputs(model)(np.array([ids], np.int32), np.ones((1, len(ids)), bool))
     np.testing.assert_allclose(pooled[0], hidden[0].mean(0), atol=LIMIT)
 
     pytest.importorskip("onnxscript")
@@ -277,7 +278,7 @@ def test_a_packaged_sentence_encoder_gives_the_same_embeddings():
     model = model_of(path, reinit_head=True)
     reference = SentenceTransformer(str(path), device="cpu")
     texts = sentences(64)
-    expected, t, run = reference.encode(texts), model.tokenizer, parity.make_forward(model)
+    expected, t, run = reference.encode(texts), model.tokenizer, make_outputs(model)
     rows = [[t.cls_id, *ids[: reference.max_seq_length - 2], t.sep_id] for ids in t.encode(texts)]
     for begin in range(0, 64, 16):
         part = rows[begin : begin + 16]

@@ -1,8 +1,8 @@
-"""A SentencePiece model as `tokenizer.json`, for the `tokenizers` library of Hugging Face.
+"""Conversion of a SentencePiece model to `tokenizer.json`, for the `tokenizers` library of Hugging Face.
 
-BPE gives the same ids. Unigram does too, except where two ways to cut a word have the same score ("333": 33 3, or
-3 33), of which the two libraries may choose different ones. (Where text is not normalised, U+2581 in it, which is
-SentencePiece's own mark for a space, may be cut differently too.)
+BPE gives the same ids. Unigram does too, except where two segmentations of a word have the same score ("333": 33 3, or
+3 33): the two libraries may choose different ones. Without normalisation, U+2581 in a text, SentencePiece's mark for a
+space, may be segmented differently too.
 """
 
 import base64
@@ -13,17 +13,17 @@ from typing import Any
 from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.errors import UserError
 
-TIE = "two ways to cut it have the same score"
+TIE = "two segmentations have the same score"
 
 
 def content(tokenizer: Tokenizer, pair_type: int) -> bytes:
-    """The tokenizer.json of a tokenizer: its own file, or one made from its SentencePiece model.
+    """Returns the tokenizer.json of a tokenizer: its own file, or its SentencePiece model converted.
 
     Args:
-      pair_type: the token type of the second of two texts.
+      pair_type: token type of the second text of a pair.
 
     Raises:
-      UserError: it is a SentencePiece model of another kind than BPE and Unigram.
+      UserError: the SentencePiece model is neither BPE nor Unigram.
     """
     if tokenizer.filename == "tokenizer.json":
         return tokenizer.content
@@ -33,7 +33,7 @@ def content(tokenizer: Tokenizer, pair_type: int) -> bytes:
     kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
     if kind not in ("BPE", "UNIGRAM") or proto.trainer_spec.treat_whitespace_as_suffix:
         raise UserError(f"the tokenizer, a SentencePiece {kind} model, cannot be written as tokenizer.json")
-    spaces = any("▁" in p.piece[1:] and p.type == p.NORMAL for p in proto.pieces)  # within a piece
+    spaces = any("▁" in p.piece[1:] and p.type == p.NORMAL for p in proto.pieces)  # a piece of several words
     prefix = "first" if proto.normalizer_spec.add_dummy_prefix else "never"
     specials = [tokenizer.tokens[i] for i in (tokenizer.cls_id, tokenizer.sep_id)]
     spec = {
@@ -45,7 +45,7 @@ def content(tokenizer: Tokenizer, pair_type: int) -> bytes:
                 "id": i,
                 "content": p.piece,
                 "single_word": False,
-                "lstrip": i == tokenizer.mask_id,  # the space before a mask belongs to what is masked
+                "lstrip": i == tokenizer.mask_id,  # the space before a mask is part of the masked word
                 "rstrip": False,
                 "normalized": p.type == p.USER_DEFINED,
                 "special": p.type != p.USER_DEFINED,
@@ -75,7 +75,7 @@ def _normalizers(spec: Any) -> Iterable[dict[str, Any]]:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         yield {"type": "Precompiled", "precompiled_charsmap": charsmap}
     if spec.remove_extra_whitespaces:
-        # Not at the beginning, where a space tells a word of its own from one that goes on after a mask.
+        # Kept at the beginning: after a mask, a space there separates a new word from the rest of the masked one.
         yield {"type": "Replace", "pattern": {"Regex": r" +\z"}, "content": ""}
         yield {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
 
@@ -83,8 +83,8 @@ def _normalizers(spec: Any) -> Iterable[dict[str, Any]]:
 def _template(tokenizer: Tokenizer, specials: list[str], pair_type: int) -> dict[str, Any]:
     cls, sep = specials
 
-    def special(piece: str, type_id: int) -> dict[str, Any]:
-        return {"SpecialToken": {"id": piece, "type_id": type_id}}
+    def special(token: str, type_id: int) -> dict[str, Any]:
+        return {"SpecialToken": {"id": token, "type_id": type_id}}
 
     first = [special(cls, 0), {"Sequence": {"id": "A", "type_id": 0}}, special(sep, 0)]
     ids = {cls: tokenizer.cls_id, sep: tokenizer.sep_id}
@@ -92,14 +92,14 @@ def _template(tokenizer: Tokenizer, specials: list[str], pair_type: int) -> dict
         "type": "TemplateProcessing",
         "single": first,
         "pair": [*first, {"Sequence": {"id": "B", "type_id": pair_type}}, special(sep, pair_type)],
-        "special_tokens": {piece: {"id": piece, "ids": [i], "tokens": [piece]} for piece, i in ids.items()},
+        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in ids.items()},
     }
 
 
 def _bpe(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """SentencePiece keeps scores of pieces, not merges: a piece comes from any two that spell it, best score first."""
+    """Derives the merges, which SentencePiece does not store: all pairs that spell a piece, by its score."""
     scores = {p.piece: p.score for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED)}
-    vocab = {piece: i for i, piece in enumerate(tokenizer.tokens)}
+    vocab = {token: i for i, token in enumerate(tokenizer.tokens)}
     merges = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
@@ -131,21 +131,21 @@ def _unigram(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def differences(tokenizer: Tokenizer, converted: bytes, texts: Sequence[str]) -> list[tuple[str, str]]:
-    """The texts that `tokenizers` cuts otherwise than the tokenizer does, and `why`."""
+    """Returns the texts that the converted tokenizer encodes to other ids, each with the reason (`why`)."""
     import tokenizers
 
-    theirs = tokenizers.Tokenizer.from_str(converted.decode())
-    theirs.encode_special_tokens = True  # "[MASK]" in a text is text
-    found = theirs.encode_batch_fast(list(texts), add_special_tokens=False)
+    hf_tokenizer = tokenizers.Tokenizer.from_str(converted.decode())
+    hf_tokenizer.encode_special_tokens = True  # "[MASK]" in a text is text
+    encodings = hf_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [
-        (text, why(tokenizer, a.tolist(), b.ids))
-        for text, a, b in zip(texts, tokenizer.encode(texts), found, strict=True)
-        if a.tolist() != b.ids
+        (text, why(tokenizer, ids.tolist(), encoding.ids))
+        for text, ids, encoding in zip(texts, tokenizer.encode(texts), encodings, strict=True)
+        if ids.tolist() != encoding.ids
     ]
 
 
 def why(tokenizer: Tokenizer, ours: list[int], theirs: list[int]) -> str:
-    """Why a text became other ids in `tokenizers`: `TIE`, or the first pieces that differ, ours and theirs."""
+    """Returns why a text has other ids in `tokenizers`: `TIE`, or the first tokens that differ, ours | theirs."""
     if tokenizer.filename == "tokenizer.model":
         from sentencepiece import sentencepiece_model_pb2
 
@@ -153,12 +153,13 @@ def why(tokenizer: Tokenizer, ours: list[int], theirs: list[int]) -> str:
         scores = [sum(proto.pieces[i].score for i in ids) for ids in (ours, theirs)]
         if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM and abs(scores[0] - scores[1]) < 1e-3:
             return TIE
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return " | ".join(" ".join(tokenizer.tokens[i] for i in ids[at : at + 4]) for ids in (ours, theirs))
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    first = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    return " | ".join(" ".join(tokenizer.tokens[i] for i in ids[first : first + 4]) for ids in (ours, theirs))
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Role -> piece, as in special_tokens_map.json."""
+    """Returns role -> token, the content of special_tokens_map.json."""
     ids = {role: getattr(tokenizer, f"{role}_id") for role in ("pad", "unk", "cls", "sep", "mask")}
     tokens: dict[str, Any] = {f"{role}_token": tokenizer.tokens[i] for role, i in ids.items()}
     if tokenizer.filename == "tokenizer.model":  # as in its tokenizer.json
@@ -168,7 +169,7 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def settings(tokenizer: Tokenizer, max_positions: int) -> dict[str, Any]:
-    """The tokenizer_config.json."""
+    """Returns the content of tokenizer_config.json."""
     tokens = special_tokens(tokenizer)
     if isinstance(tokens["mask_token"], dict):
         tokens["mask_token"] = {"__type": "AddedToken", "special": True, **tokens["mask_token"]}

@@ -2,23 +2,19 @@
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from flax_mlm.data import sources
-from flax_mlm.distributed.batches import shard_rows
-from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
 from flax_mlm.hf import tokenizer_json
 from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.outputs import make_outputs
 
 _TEXTS = 64
 _BATCH = 8
-_LENGTH_MULTIPLE = 64
 CLOZES = ("The [MASK] sat on the mat.", "[MASK] barked at the mailman.", "It was un[MASK]able, and so [MASK] [MASK].")
 
 
@@ -89,7 +85,7 @@ def compare_outputs(net: Any, model: LoadedModel, rows: list[list[int]]) -> tupl
     """
     import torch
 
-    rows, hidden, logits, forward = sorted(rows, key=len), 0.0, 0.0, make_forward(model)
+    rows, hidden, logits, forward = sorted(rows, key=len), 0.0, 0.0, make_outputs(model)
     for batch in (rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)):
         tokens_BL = np.full((len(batch), len(batch[-1])), model.tokenizer.pad_id, np.int32)
         for i, row in enumerate(batch):
@@ -109,29 +105,3 @@ def _sample_texts() -> list[str]:
     chunks = sources.open_source("builtin").chunks(Counter())
     lines = [line for chunk in chunks for line in chunk.text.split("\n") if line.strip()]
     return lines[:: len(lines) // _TEXTS][:_TEXTS]
-
-
-def make_forward(model: LoadedModel) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Returns a function of tokens (B, L) and which of them are no padding (B, L), each row one segment.
-
-    It gives hidden states (B, L, D) and logits (B, L, V), with rtd (B, L), float32.
-    """
-    net, objective = model.forward.model, model.config.objective.name
-
-    @jax.jit
-    def forward(params: Any, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:
-        *tokens, predict_BL = batch
-        hidden_BLD = net.encode(params, *tokens, causal=objective == "clm")
-        head = net.head(params, hidden_BLD)
-        return hidden_BLD, head if objective == "rtd" else head(predict_BL)
-
-    def run(tokens_BL: np.ndarray, real_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows, length = tokens_BL.shape
-        padding = (0, -rows % num_batch_shards(model.mesh)), (0, -length % _LENGTH_MULTIPLE)
-        positions_BL = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BL.shape)
-        arrays = [np.pad(x, padding) for x in (tokens_BL, real_BL.astype(np.int32), positions_BL, positions_BL)]
-        with jax.set_mesh(model.mesh):
-            hidden, logits = forward(model.params, *shard_rows(arrays, model.mesh))
-        return np.asarray(hidden)[:rows, :length], np.asarray(logits)[:rows, :length]
-
-    return run
