@@ -1,0 +1,167 @@
+"""The Python interface: `flax_mlm.load` and the model that it returns."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import Config
+from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.errors import UserError
+from flax_mlm.inference import embeddings, likelihood
+from flax_mlm.inference.config import apply_folder, read_config
+from flax_mlm.inference.load import LoadedModel, load_model
+from flax_mlm.inference.mask_filler import MaskFiller
+from flax_mlm.inference.outputs import make_outputs
+
+_BATCH = 8
+
+
+def load(path: str | os.PathLike[str]) -> "Model":
+    """Loads a trained model on all devices of this process.
+
+    Nothing is written, and JAX's global settings stay as they are.
+
+    Args:
+      path: the workdir of a run (its newest sound checkpoint), WORKDIR@STEP, the folder of one checkpoint, each also in
+        a bucket (gs://...); or a Hugging Face folder.
+
+    Raises:
+      UserError: there is no checkpoint, none is sound, or the folder holds a model that our encoder cannot compute.
+    """
+    path = os.fspath(path)
+    config = read_config(path)
+    if config.init_from == path:  # a Hugging Face folder
+        apply_folder(config, as_is=True)
+    return Model(load_model(path, build(config)))
+
+
+class Model:
+    """A trained model with its tokenizer.
+
+    Attributes:
+      config: the config that it was trained with.
+      tokenizer: its tokenizer, of V tokens.
+    """
+
+    config: Config
+    tokenizer: Tokenizer
+
+    def __init__(self, model: LoadedModel):
+        self._model = model
+        self.config, self.tokenizer = model.config, model.tokenizer
+
+    def fill_mask(self, texts: str | Sequence[str], top_k: int = 5) -> list[Any]:
+        """Predicts the tokens at the masks of texts, each of them while the other masks stay masked.
+
+        The result is that of transformers' fill-mask pipeline, but special tokens are never predicted.
+
+        Args:
+          texts: a text with one or more `[MASK]`, or a list of such texts.
+          top_k: number of predictions for each mask.
+
+        Returns:
+          For a text with one mask, a list of `top_k` dicts, the likeliest first: `score` (probability), `token` (id),
+          `token_str`, and `sequence` (the text with the mask filled). For a text with several masks, a list of such
+          lists. For a list of texts, a list of these.
+
+        Raises:
+          UserError: a text has no `[MASK]`, or more tokens than the model was trained on; the list is empty; or the
+            model was not trained with objective mlm.
+        """
+        if (objective := self.config.objective.name) != "mlm":
+            raise UserError(f"objective.name is {objective}; fill_mask needs a model trained with mlm")
+        if top_k < 1:
+            raise UserError(f"top_k is {top_k}; expected at least 1")
+        filler = MaskFiller(self._model)
+        if isinstance(texts, str):
+            return filler.fill_mask(texts, top_k)
+        return [filler.fill_mask(text, top_k) for text in _checked(texts)]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeds texts as vectors of length 1, by `finetune.pooling`.
+
+        Texts of more than `finetune.max_length` tokens are cut. Vectors are meaningful for search or similarity once
+        the encoder is fine-tuned for it (`evaluate --task=retrieval --save`).
+
+        Args:
+          texts: N texts.
+
+        Returns:
+          float32 (N, D), D being `model.hidden_size`.
+
+        Raises:
+          UserError: the list is empty, or the pooling does not suit the model.
+        """
+        return embeddings.embed(self._model, _checked(texts), self._encoder)
+
+    def logits(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Computes the logits at every token of texts, special tokens included.
+
+        Args:
+          texts: N texts; `[MASK]` in a text is the mask token.
+
+        Returns:
+          N arrays, float32 (L_i, V), L_i being the number of tokens of text i with [CLS] and [SEP]. The logits of a
+          masked model at position p are those of token p, those of a causal one those of token p + 1.
+
+        Raises:
+          UserError: a text has more tokens than the model was trained on; the list is empty; or the model was trained
+            with objective rtd, and so has no logits over the vocabulary.
+        """
+        if self.config.objective.name == "rtd":
+            raise UserError("objective.name is rtd; its encoder has no logits over the vocabulary; use mlm or clm")
+        t, limit = self.tokenizer, self._model.max_length
+        rows = [[t.cls_id, *t.encode_with_mask(text), t.sep_id] for text in _checked(texts)]
+        for i, row in enumerate(rows):
+            if len(row) > limit:
+                raise UserError(f"text {i + 1} has {len(row)} tokens; expected at most {limit}")
+        results: list[Any] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for batch in (order[begin : begin + _BATCH] for begin in range(0, len(order), _BATCH)):
+            tokens_BL = np.full((_BATCH, len(rows[batch[-1]])), t.pad_id, np.int32)
+            for b, i in enumerate(batch):
+                tokens_BL[b, : len(rows[i])] = rows[i]
+            _, logits_BLV = self._outputs(tokens_BL, tokens_BL != t.pad_id)
+            for b, i in enumerate(batch):
+                results[i] = logits_BLV[b, : len(rows[i]), : t.vocab_size].copy()
+        return results
+
+    def log_likelihood(self, texts: Sequence[str]) -> np.ndarray:
+        """Computes log-likelihoods of texts in nats, special tokens not counted.
+
+        They are exact for a causal model, and pseudo-log-likelihoods for a masked one: the sum of the log-probabilities
+        of its tokens, each masked together with the rest of its word (arXiv:2305.10588).
+
+        Args:
+          texts: N texts.
+
+        Returns:
+          float64 (N,).
+
+        Raises:
+          UserError: a text is empty, or has more tokens than the model was trained on; the list is empty; or the model
+            was trained with objective rtd.
+        """
+        if self.config.objective.name == "rtd":
+            raise UserError("objective.name is rtd; its encoder has no likelihoods of tokens; use mlm or clm")
+        return likelihood.log_likelihood(self._model, _checked(texts))
+
+    @functools.cached_property
+    def _encoder(self) -> embeddings.Encoder:
+        return embeddings.make_encoder(self._model)
+
+    @functools.cached_property
+    def _outputs(self) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        return make_outputs(self._model)
+
+
+def _checked(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"texts is {type(texts).__name__}; expected a list of strings")
+    if not len(texts):
+        raise UserError("texts is empty; expected at least one text")
+    return list(texts)
