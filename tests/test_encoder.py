@@ -150,7 +150,7 @@ def test_every_way_of_computing_gives_the_same_gradients(shape, change):
 )  # fmt: skip
 def test_layers_are_scanned_where_that_pays(platform, fsdp, layers, asked, scans):
     shape = dataclasses.replace(BERT, num_layers=layers, scan_layers=asked)
-    assert encoder.scans_layers(shape, platform, fsdp) is scans
+    assert encoder.resolve_scan_layers(shape, platform, fsdp) is scans
 
 
 BLOCKS, SPLIT, CUDNN = ("splash", (1, 1, 1), 32), ("splash", (2, 2, 2), 40), ("cudnn", (2, 2, 2), 32)
@@ -320,9 +320,9 @@ def test_dropout_follows_the_row_and_not_its_place_in_the_batch():
 
 
 def test_dropout_keeps_the_mean_and_zeroes_its_share():
-    from flax_mlm.model.encoder import dropout
+    from flax_mlm.model.layers import Site, dropout
 
-    x = dropout(jnp.ones((4, 100, 100)), jax.random.split(jax.random.key(0), 4), 0.25, site=0)
+    x = dropout(jnp.ones((4, 100, 100)), jax.random.split(jax.random.key(0), 4), 0.25, Site.MLP_OUTPUT)
     assert abs(float((x == 0).mean()) - 0.25) < 0.01
     assert abs(float(x.mean()) - 1.0) < 0.02
 

@@ -88,7 +88,7 @@ def _for_devices(config: Config, mesh: Mesh) -> Config:
     """The config with its choices that depend on the devices made: attention kernel, and whether layers are scanned."""
     platform = mesh.devices.flat[0].platform
     # Unrolled layers are simplified differently by XLA on one device than on several, and so rounded differently.
-    scans = config.train.reproducible or encoder.scans_layers(config.model, platform, config.mesh.fsdp)
+    scans = config.train.reproducible or encoder.resolve_scan_layers(config.model, platform, config.mesh.fsdp)
     model = dataclasses.replace(config.model, attention=resolve_attention(config, platform), scan_layers=scans)
     return dataclasses.replace(config, model=model)
 
