@@ -10,6 +10,7 @@ import pytest
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.model import elementwise
+from flax_mlm.model.reductions import max_last_axis
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +46,15 @@ CASES = {
         norm,
         [(B, L, D), (D,)],
     ),
-    "plus": (elementwise.add_bias, jnp.add, [(B, L, 3, D), (3, D)]),
+    "add_bias": (elementwise.add_bias, jnp.add, [(B, L, 3, D), (3, D)]),
 }
 
 
 def arguments(name, shapes, dtype):
-    """The norms' scale and bias are always float32."""
-    given = [3 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
-    narrow = {"plus": 2}.get(name, 1)
-    return [x.astype(dtype) if i < narrow else x for i, x in enumerate(given)]
+    """Random arguments; the scale and bias of the norms are always float32."""
+    arrays = [3 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    narrow = {"add_bias": 2}.get(name, 1)
+    return [x.astype(dtype) if i < narrow else x for i, x in enumerate(arrays)]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -67,22 +68,22 @@ def test_values_and_gradients_are_those_of_the_definition(name, dtype, tolerance
     exact, exact_backward = jax.vjp(definition, *(x.astype(jnp.float32) for x in given))
     gradients, exact_gradients = backward(cotangent), exact_backward(cotangent.astype(jnp.float32))
     assert [g.dtype for g in gradients] == [x.dtype for x in given]
-    for found, right in zip((y, *gradients), (exact, *exact_gradients), strict=True):
-        scale = np.abs(right).max()
-        np.testing.assert_allclose(np.float32(found) / scale, right / scale, atol=tolerance)
+    for actual, expected in zip((y, *gradients), (exact, *exact_gradients), strict=True):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(np.float32(actual) / scale, expected / scale, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_more_is_kept_for_the_backward_pass_than_the_input(name):
-    """In bfloat16, though float32 stands between."""
+    """Residuals are bfloat16 like the input, not float32 like the intermediates."""
     function, _, shapes = CASES[name]
     shape = (64, 64, *shapes[0][2:])
     others = [(64, 64, *other[2:]) if other[:2] == (B, L) else other for other in shapes[1:]]
     given = arguments(name, [shape, *others], "bfloat16")
     _, backward = jax.vjp(function, *given)
-    kept = sum(x.nbytes for x in jax.tree.leaves(backward))
-    of_rows = 2 * 4 * 64 * 64  # LayerNorm's means and deviations
-    assert kept <= 2 * math.prod(shape) + of_rows + sum(x.nbytes for x in given[1:])
+    residual_bytes = sum(x.nbytes for x in jax.tree.leaves(backward))
+    row_bytes = 2 * 4 * 64 * 64  # LayerNorm's means and deviations
+    assert residual_bytes <= 2 * math.prod(shape) + row_bytes + sum(x.nbytes for x in given[1:])
 
 
 @pytest.mark.parametrize("x", [-1e4, -40.0, 0.0, 40.0, 1e4])
@@ -92,8 +93,8 @@ def test_gelu_far_out(x):
 
 
 @pytest.mark.parametrize("length", [1, 32, 33, 100, 257])
-def test_the_largest_is_found_wherever_it_is(length):
+def test_the_maximum_is_right_at_every_position(length):
     x = np.random.default_rng(0).permutation(np.arange(3 * length, dtype=np.float32)).reshape(3, length)
-    np.testing.assert_array_equal(jax.jit(elementwise.max_last_axis)(x), x.max(-1))
+    np.testing.assert_array_equal(jax.jit(max_last_axis)(x), x.max(-1))
     x = np.eye(length, dtype=np.float32)
-    np.testing.assert_array_equal(jax.jit(elementwise.max_last_axis)(x), np.ones(length))
+    np.testing.assert_array_equal(jax.jit(max_last_axis)(x), np.ones(length))

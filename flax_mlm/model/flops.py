@@ -1,23 +1,28 @@
-"""What the models compute: floating-point operations of a training step, for MFU."""
+"""Floating-point operations of a training step, for MFU."""
 
 from flax_mlm.config.schema import Config, ModelConfig
 
 
-def per_row(model: ModelConfig, seq_len: int, slots: int, vocab_rows: int) -> float:
-    """Model FLOPs of one row of a training step: 2 per multiply-add, 3 times the forward pass. Recomputation
-    (remat) does not count; windowed layers count their window."""
-    d, f = model.hidden_size, model.intermediate_size
-    matmuls = 4 * d * d + (3 if model.glu else 2) * d * f
+def per_row(model: ModelConfig, seq_len: int, num_predictions: int, vocab_rows: int) -> float:
+    """Counts the model FLOPs of one row of a training step: 2 per multiply-add, 3 times the forward pass.
+
+    Recomputation (remat) does not count; windowed layers count their window.
+    """
+    width, inner = model.hidden_size, model.intermediate_size
+    layer_matmuls = 4 * width * width + (3 if model.glu else 2) * width * inner
     num_global = -(-model.num_layers // model.global_attn_every_n_layers)
-    seen = num_global * seq_len + (model.num_layers - num_global) * min(seq_len, model.sliding_window + 1)
-    e = model.embedding_size or d
-    embed = d * e if model.embedding_size else 0
-    forward = 2 * seq_len * (embed + model.num_layers * matmuls + 2 * d * seen) + 2 * slots * (d * e + e * vocab_rows)
-    return 3.0 * forward
+    num_local = model.num_layers - num_global
+    keys = num_global * seq_len + num_local * min(seq_len, model.sliding_window + 1)  # per query, in all layers
+    embedding_width = model.embedding_size or width
+    projection = width * embedding_width if model.embedding_size else 0
+    encoder = seq_len * (projection + model.num_layers * layer_matmuls + 2 * width * keys)
+    head = num_predictions * (width * embedding_width + embedding_width * vocab_rows)
+    return 3.0 * 2 * (encoder + head)
 
 
-def per_row_of_rtd(config: Config, slots: int, vocab_rows: int) -> float:
-    """The same of replaced-token detection: generator, encoder and the encoder's head."""
-    length, d = config.data.seq_len, config.model.hidden_size
-    generator = per_row(config.generator, length, slots, vocab_rows)
-    return generator + per_row(config.model, length, 0, vocab_rows) + 3.0 * 2 * length * (d * d + d)
+def per_row_of_rtd(config: Config, num_predictions: int, vocab_rows: int) -> float:
+    """Counts `per_row` for replaced-token detection: generator, encoder and detection head."""
+    length, width = config.data.seq_len, config.model.hidden_size
+    generator = per_row(config.generator, length, num_predictions, vocab_rows)
+    detection_head = 3.0 * 2 * length * (width * width + width)
+    return generator + per_row(config.model, length, 0, vocab_rows) + detection_head
