@@ -138,7 +138,7 @@ def test_the_loss_is_the_one_of_the_paper():
             logits_BKV = generator.apply(params, t.inputs_BL, *context, predict_BK=t.predict_BK)
             corrupted_BL, _ = corrupt(t, sample_tokens(logits_BKV, t.sample_keys_B, V))
             losses = forward.loss.predict(params, t, None)
-            x_BL = discriminator.head(params, discriminator.encode(params, corrupted_BL, *context))
+            x_BL = discriminator.logits(params, discriminator.encode(params, corrupted_BL, *context))
             return losses, forward.loss.total(losses, forward.loss.counts(t)), logits_BKV, corrupted_BL, x_BL
 
         losses, (loss, means), logits_BKV, corrupted_BL, x_BL = jax.device_get(run(params))

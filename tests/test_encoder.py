@@ -1,4 +1,4 @@
-"""The encoder: segments stay apart, both directions inside one, the same numbers by every way of computing."""
+"""The encoder: attention inside segments, in both directions; the same numbers by every way of computing."""
 
 import dataclasses
 import functools
@@ -83,7 +83,7 @@ def influence(shape: ModelConfig, causal: bool) -> np.ndarray:
     """(L, L): whether output i depends on the embedding of token j, by gradients."""
     m, params = model(shape)
     tokens, segments, positions = packed_row()
-    tokens = jnp.arange(L, dtype=jnp.int32)[None] + 5  # each position its own embedding row
+    tokens = jnp.arange(L, dtype=jnp.int32)[None] + 5  # every position has an embedding row of its own
 
     def output(table: jax.Array, i: int) -> jax.Array:
         changed = {**params["encoder"]["embeddings"], "token": table}
@@ -118,9 +118,9 @@ def test_a_local_layer_sees_half_a_window_on_each_side():
     out = params["encoder"]["layers"]["attention_out"]["kernel"]
     params["encoder"]["layers"]["attention_out"]["kernel"] = out.at[0].set(0.0)
     tokens = jnp.arange(L, dtype=jnp.int32)[None] + 5
-    ones, places = jnp.ones((1, L), jnp.int32), jnp.arange(L, dtype=jnp.int32)[None]
-    before = m.encode(params, tokens, ones, places)
-    after = m.encode(params, tokens.at[0, 12].set(5), ones, places)
+    segments, positions = jnp.ones((1, L), jnp.int32), jnp.arange(L, dtype=jnp.int32)[None]
+    before = m.encode(params, tokens, segments, positions)
+    after = m.encode(params, tokens.at[0, 12].set(5), segments, positions)
     changed = np.flatnonzero(np.abs(np.asarray(after - before)).max(-1)[0] > 0)
     np.testing.assert_array_equal(changed, np.arange(10, 15))
 
@@ -142,14 +142,14 @@ def test_every_way_of_computing_gives_the_same_gradients(shape, change):
 
 
 @pytest.mark.parametrize(
-    ("platform", "fsdp", "layers", "asked", "scans"),
+    ("platform", "fsdp", "layers", "scan_layers", "scans"),
     [
         ("cpu", 8, 12, None, False), ("cpu", 1, 24, None, True), ("tpu", 1, 2, None, True), ("tpu", 1, 2, False, False),
         ("gpu", 1, 24, None, False), ("gpu", 1, 28, None, True), ("gpu", 2, 12, None, True),
     ],
 )  # fmt: skip
-def test_layers_are_scanned_where_that_pays(platform, fsdp, layers, asked, scans):
-    shape = dataclasses.replace(BERT, num_layers=layers, scan_layers=asked)
+def test_layers_are_scanned_where_that_pays(platform, fsdp, layers, scan_layers, scans):
+    shape = dataclasses.replace(BERT, num_layers=layers, scan_layers=scan_layers)
     assert encoder.resolve_scan_layers(shape, platform, fsdp) is scans
 
 
@@ -174,14 +174,14 @@ def test_kernels_compute_what_xla_attention_does(shape, how, causal, monkeypatch
     recomputed."""
     monkeypatch.setattr(splash, "splash", functools.partial(splash.splash, interpret=True))
     monkeypatch.setattr(dispatch, "cudnn", functools.partial(cudnn, implementation="xla"))
-    kernel, parts, window = how
+    kernel, mesh_shape, window = how
     shape = dataclasses.replace(shape, max_positions=256, sliding_window=window, remat="dots")
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, V, (4, 256)).astype(np.int32)
     segments = np.sort(rng.integers(1, 6, (4, 256)), axis=1).astype(np.int32)
     segments[1, 200:] = 0
     positions = (np.arange(256) - np.argmax(segments[:, :, None] == segments[:, None, :], axis=2)).astype(np.int32)
-    mesh, found = make_mesh(MeshConfig(*parts), jax.devices()[: np.prod(parts)]), {}
+    mesh, results = make_mesh(MeshConfig(*mesh_shape), jax.devices()[: np.prod(mesh_shape)]), []
     with jax.set_mesh(mesh):
         batch = shard_rows([tokens, segments, positions], mesh)
         for name in ("xla", kernel):
@@ -196,8 +196,8 @@ def test_kernels_compute_what_xla_attention_does(shape, how, causal, monkeypatch
                 hidden = m.encode(params, *batch, causal=causal) * (batch[1] > 0).astype(jnp.float32)[..., None]
                 return jnp.square(hidden - 0.1).sum(), hidden
 
-            found[name] = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
-    gradients, hidden = zip(*(found[name] for name in ("xla", kernel)), strict=True)
+            results.append(jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params)))
+    gradients, hidden = zip(*results, strict=True)
     np.testing.assert_allclose(*hidden, atol=2e-5)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(gradients[0]))  # some are 0 but for rounding
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), *gradients)
@@ -242,9 +242,10 @@ def test_xla_attention_and_its_gradients_are_those_of_the_definition(dtype, tole
     residuals = [x.nbytes for x in jax.tree.leaves(backward)]
     weights, sums = 2 * 3 * 12 * 12 * q.dtype.itemsize, 4 * 2 * 12 * 3
     assert sum(residuals) <= 4 * q.nbytes + weights * (2 if drops else 1) + sums, "none of them wider than the inputs"
-    for found, right in zip((y, *backward(g)), (exact, *exact_backward(g.astype(jnp.float32))), strict=True):
-        assert found.dtype == dtype
-        np.testing.assert_allclose(np.float32(found) / np.abs(right).max(), right / np.abs(right).max(), atol=tolerance)
+    for actual, expected in zip((y, *backward(g)), (exact, *exact_backward(g.astype(jnp.float32))), strict=True):
+        assert actual.dtype == dtype
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(np.float32(actual) / scale, expected / scale, atol=tolerance)
 
 
 def test_cudnn_is_selected_if_its_gradients_are_right(monkeypatch, capsys):
@@ -306,7 +307,7 @@ def test_bfloat16_computes_near_float32_over_float32_parameters():
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.15)
 
 
-def test_dropout_follows_the_row_and_not_its_place_in_the_batch():
+def test_dropout_follows_the_row_and_not_its_index_in_the_batch():
     m, params = model(dataclasses.replace(BERT, dropout_rate=0.3, attention_dropout_rate=0.3))
     tokens, segments, positions = (jnp.concatenate([x, x]) for x in packed_row())
     keys = jax.random.split(jax.random.key(1), 2)
@@ -319,7 +320,7 @@ def test_dropout_follows_the_row_and_not_its_place_in_the_batch():
     )
 
 
-def test_dropout_keeps_the_mean_and_zeroes_its_share():
+def test_dropout_keeps_the_mean_and_zeroes_its_fraction():
     from flax_mlm.model.layers import Site, dropout
 
     x = dropout(jnp.ones((4, 100, 100)), jax.random.split(jax.random.key(0), 4), 0.25, Site.MLP_OUTPUT)
@@ -327,16 +328,16 @@ def test_dropout_keeps_the_mean_and_zeroes_its_share():
     assert abs(float(x.mean()) - 1.0) < 0.02
 
 
-def test_rotary_scores_depend_on_distance_alone():
+def test_rotary_logits_depend_on_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 8))
 
-    def score(i: int, j: int) -> float:
+    def logit(i: int, j: int) -> float:
         table = rotary.rotary_table(jnp.array([[i, j]]), 8, 10_000.0)
-        turned = rotary.rotate(jnp.stack([q, k])[None, :, None], table)[0, :, 0]
-        return float(turned[0] @ turned[1])
+        rotated = rotary.rotate(jnp.stack([q, k])[None, :, None], table)[0, :, 0]
+        return float(rotated[0] @ rotated[1])
 
-    assert score(3, 7) == pytest.approx(score(103, 107), abs=1e-4)
-    assert score(3, 7) != pytest.approx(score(3, 8), abs=1e-3)
+    assert logit(3, 7) == pytest.approx(logit(103, 107), abs=1e-4)
+    assert logit(3, 7) != pytest.approx(logit(3, 8), abs=1e-3)
 
 
 # transformers' own counts of BertForMaskedLM and ModernBertForMaskedLM at these shapes.

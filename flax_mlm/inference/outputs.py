@@ -24,8 +24,8 @@ def make_outputs(model: LoadedModel) -> Callable[[np.ndarray, np.ndarray], tuple
     def forward(params: Any, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:
         *tokens, predict_BL = batch
         hidden_BLD = net.encode(params, *tokens, causal=objective == "clm")
-        head = net.head(params, hidden_BLD)
-        return hidden_BLD, head if objective == "rtd" else head(predict_BL)
+        logits = net.logits(params, hidden_BLD)
+        return hidden_BLD, logits if objective == "rtd" else logits(predict_BL)
 
     def run(tokens_BL: np.ndarray, real_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, length = tokens_BL.shape

@@ -1,1 +1,0 @@
-"""The encoder: attention, layers, heads."""

@@ -1,13 +1,13 @@
 """ELECTRA (arXiv:2003.10555): two encoders, of which one is kept.
 
-The generator, a small language model, fills masks; the discriminator, of the config's own shape, says of every token
-whether it is the original. What the discriminator has lies under `encoder` and `head`, as of any other model, and the
-generator under `generator`. Its token and position embeddings are (`objective.embedding_sharing`)
+The generator, a small language model, fills masks. The discriminator, of the config's own shape, tells of every token
+whether it was replaced. The discriminator's parameters lie under `encoder` and `head`, as those of any other model,
+and the generator's under `generator`. `objective.embedding_sharing` decides on the token and position embeddings:
 
-  none: its own;
-  shared: the discriminator's, and the gradients of both add up (ELECTRA §3.2);
-  gradient_disentangled: its own, and the discriminator's are stop_gradient(those) + what lies in their place, from 0
-    (DeBERTaV3, arXiv:2111.09543 §3.3).
+  none: each network has its own;
+  shared: the generator uses the discriminator's, and the gradients of both add up (ELECTRA §3.2);
+  gradient_disentangled: the generator has its own, and the discriminator uses stop_gradient(the generator's) + its
+    own, which begin at 0 (DeBERTaV3, arXiv:2111.09543 §3.3).
 """
 
 from collections.abc import Callable
@@ -18,17 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_mlm.config.schema import Config, ModelConfig
-from flax_mlm.distributed.fsdp import gather_fsdp
 from flax_mlm.distributed.mesh import reshard_like
 from flax_mlm.model.elementwise import add_bias, gelu
-from flax_mlm.model.encoder import Encoder, Linear
-from flax_mlm.model.heads import Model, functions, language_model, vocab_rows
+from flax_mlm.model.encoder import Encoder
+from flax_mlm.model.heads import Model, functional, language_model, vocab_rows
+from flax_mlm.model.layers import Linear, gathered
 
-_TABLES = ("token", "position")
+_SHARED = ("token", "position")  # the embeddings that `embedding_sharing` is about
 
 
 class DetectionHead(nnx.Module):
-    """ELECTRA's: dense, GELU, one score."""
+    """ELECTRA's discriminator head: dense, GELU, one logit."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -37,11 +37,11 @@ class DetectionHead(nnx.Module):
         self.detector_bias = nnx.Param(jnp.zeros(1), dims="1")
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        """Scores (B, L), float32: the log-odds that a token was replaced."""
+        """Computes the log-odds (B, L), float32, that a token was replaced."""
         x_BLE = gelu(self.dense("BLD,DE->BLE", x_BLD, "LE"))
         detector_1E = self.detector[...].astype(x_BLE.dtype)
-        scores_BL1 = jnp.einsum("BLE,SE->BLS", x_BLE, detector_1E, preferred_element_type=jnp.float32)
-        return add_bias(scores_BL1, self.detector_bias[...])[..., 0]
+        logits_BL1 = jnp.einsum("BLE,SE->BLS", x_BLE, detector_1E, preferred_element_type=jnp.float32)
+        return add_bias(logits_BL1, self.detector_bias[...])[..., 0]
 
 
 class Discriminator(nnx.Module):
@@ -51,71 +51,70 @@ class Discriminator(nnx.Module):
         self.encoder = Encoder(config, vocab_rows, rngs)
         self.head = DetectionHead(config, rngs)
 
-    def scores(self, x_BLD: jax.Array) -> jax.Array:
-        """Scores (B, L)."""
-        with jax.named_scope("head"):
-            head = gather_fsdp(nnx.state(self.head), x_BLD.dtype)
-            return nnx.merge(nnx.graphdef(self.head), head)(x_BLD)
+    @jax.named_scope("head")
+    def logits(self, x_BLD: jax.Array) -> jax.Array:
+        """Computes logits (B, L); see DetectionHead."""
+        return gathered(self.head, x_BLD.dtype)(x_BLD)
 
 
 def discriminator(config: ModelConfig, vocab_size: int) -> Model:
-    """What is kept of a run, without parameters."""
-    return functions(lambda rngs: Discriminator(config, vocab_rows(config, vocab_size), rngs))
+    """Builds the network that is kept after training, without parameters."""
+    return functional(lambda rngs: Discriminator(config, vocab_rows(config, vocab_size), rngs))
 
 
 def networks(config: Config, vocab_size: int) -> tuple[Model, Model]:
-    """Generator and discriminator, both functions of the parameters of both, which the discriminator's `init` makes."""
+    """Builds generator and discriminator, both as functions of the parameters of both."""
     sharing = config.objective.embedding_sharing
     small, large = language_model(config.generator, vocab_size), discriminator(config.model, vocab_size)
 
-    def join(kept: Any, generator: Any) -> Any:
+    def join(params: Any, generator: Any) -> Any:
         if sharing == "shared":
-            embeddings = {k: v for k, v in generator["encoder"]["embeddings"].items() if k not in _TABLES}
+            embeddings = {k: v for k, v in generator["encoder"]["embeddings"].items() if k not in _SHARED}
             generator = {**generator, "encoder": {**generator["encoder"], "embeddings": embeddings}}
-        return {**kept, "generator": generator}
+        return {**params, "generator": generator}
 
     def init(key: jax.Array) -> Any:
-        kept = large.init(key)
+        params = large.init(key)
         if sharing == "gradient_disentangled":
-            kept = _with_tables(kept, jax.tree.map(jnp.zeros_like, _tables(kept)))
-        return join(kept, small.init(jax.random.fold_in(key, 1)))
+            params = _with_embeddings(params, jax.tree.map(jnp.zeros_like, _shared_embeddings(params)))
+        return join(params, small.init(jax.random.fold_in(key, 1)))
 
-    def of_generator(params: Any) -> Any:
-        return untied(params, sharing)["generator"]
-
-    def of_discriminator(params: Any) -> Any:
-        return {name: tree for name, tree in untied(params, sharing).items() if name != "generator"}
-
-    def of_both(net: Model, own: Callable[[Any], Any]) -> Model:
+    def network(model: Model, select: Callable[[Any], Any]) -> Model:
         return Model(
             init,
-            encode=lambda params, *args, **kwargs: net.encode(own(params), *args, **kwargs),
-            head=lambda params, x_BLD: net.head(own(params), x_BLD),
+            encode=lambda params, *args, **kwargs: model.encode(select(untied(params, sharing)), *args, **kwargs),
+            logits=lambda params, x_BLD: model.logits(select(untied(params, sharing)), x_BLD),
             dims=join(large.dims, small.dims),
         )
 
-    return of_both(small, of_generator), of_both(large, of_discriminator)
+    return network(small, lambda params: params["generator"]), network(large, without_generator)
+
+
+def without_generator(params: Any) -> Any:
+    """Returns the discriminator's parameters."""
+    return {name: tree for name, tree in params.items() if name != "generator"}
 
 
 def untied(params: Any, sharing: str) -> Any:
-    """The same two models as parameters of `embedding_sharing = none`: each has all that it needs."""
+    """Returns the same networks' parameters for `embedding_sharing = none`: each with all embeddings that it uses."""
     generator = params["generator"]
     if sharing == "shared":
-        return {**params, "generator": _with_tables(generator, _tables(params))}
+        return {**params, "generator": _with_embeddings(generator, _shared_embeddings(params))}
     if sharing == "gradient_disentangled":
-
-        def add(base: jax.Array, change: jax.Array) -> jax.Array:
-            return reshard_like(jax.lax.stop_gradient(base), change) + change
-
-        return _with_tables(params, jax.tree.map(add, _tables(generator), _tables(params)))
+        sums = jax.tree.map(_add_constant, _shared_embeddings(params), _shared_embeddings(generator))
+        return _with_embeddings(params, sums)
     return params
 
 
-def _tables(params: Any) -> dict[str, Any]:
+def _add_constant(x: jax.Array, constant: jax.Array) -> jax.Array:
+    return reshard_like(jax.lax.stop_gradient(constant), x) + x
+
+
+def _shared_embeddings(params: Any) -> dict[str, Any]:
     embeddings = params["encoder"]["embeddings"]
-    return {name: embeddings[name] for name in _TABLES if name in embeddings}
+    return {name: embeddings[name] for name in _SHARED if name in embeddings}
 
 
-def _with_tables(params: Any, tables: dict[str, Any]) -> Any:
+def _with_embeddings(params: Any, tables: dict[str, Any]) -> Any:
     encoder = params["encoder"]
     return {**params, "encoder": {**encoder, "embeddings": {**encoder["embeddings"], **tables}}}

@@ -1,4 +1,4 @@
-"""From hidden states to vocabulary scores, and the whole language model as pure functions of its parameters."""
+"""Heads on an encoder, and the whole language model as pure functions of its parameters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +11,8 @@ from flax_mlm.config.schema import ModelConfig
 from flax_mlm.distributed.fsdp import gather_fsdp
 from flax_mlm.distributed.mesh import batch_spec
 from flax_mlm.model.elementwise import add_bias, gelu
-from flax_mlm.model.encoder import Encoder, LayerNorm, Linear
+from flax_mlm.model.encoder import Encoder
+from flax_mlm.model.layers import LayerNorm, Linear, gathered
 from flax_mlm.model.projection import project
 
 
@@ -25,10 +26,10 @@ class VocabularyHead(nnx.Module):
         self.decoder_bias = nnx.Param(jnp.zeros(vocab_rows), dims="V")
 
     def __call__(self, x_BKD: jax.Array, embedding_VE: jax.Array) -> jax.Array:
-        """Scores (B, K, V), float32."""
+        """Computes logits (B, K, V), float32."""
         x_BKE = self.norm(gelu(self.dense("BKD,DE->BKE", x_BKD, "KE")))
-        embedding_VE, spec = embedding_VE.astype(x_BKE.dtype), batch_spec("K", "V")
-        logits_BKV = project("BKE,VE->BKV", x_BKE, embedding_VE, spec, jnp.float32)
+        embedding_VE = embedding_VE.astype(x_BKE.dtype)
+        logits_BKV = project("BKE,VE->BKV", x_BKE, embedding_VE, batch_spec("K", "V"), jnp.float32)
         return add_bias(logits_BKV, self.decoder_bias[...])
 
 
@@ -39,64 +40,72 @@ class LanguageModel(nnx.Module):
         self.encoder = Encoder(config, vocab_rows, rngs)
         self.head = VocabularyHead(config, vocab_rows, rngs)
 
-    def scores(self, x_BLD: jax.Array) -> Callable[[jax.Array], jax.Array]:
-        """What gives the scores (B, K, V) at positions `predict_BK`; only these reach the vocabulary matmul."""
+    def logits(self, x_BLD: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """Returns the function `predict_BK` -> logits (B, K, V) at these positions.
+
+        It may be called for one group of positions after another; the parameters are gathered once, here.
+        """
         with jax.named_scope("head"):
-            head = gather_fsdp(nnx.state(self.head), x_BLD.dtype)
-            head = nnx.merge(nnx.graphdef(self.head), head)
+            head = gathered(self.head, x_BLD.dtype)
             embedding_VE = gather_fsdp(self.encoder.embeddings.token[...], x_BLD.dtype)
 
         @jax.named_scope("head")
-        def at(predict_BK: jax.Array) -> jax.Array:
+        def logits_at(predict_BK: jax.Array) -> jax.Array:
             return head(jnp.take_along_axis(x_BLD, predict_BK[..., None], axis=1), embedding_VE)
 
-        return at
+        return logits_at
 
 
 class Model(NamedTuple):
     """A module as pure functions. Parameters are nested dicts of arrays."""
 
     init: Callable[[jax.Array], Any]  # key -> parameters
-    encode: Callable[..., jax.Array]  # (parameters, *args of Encoder) -> hidden states (B, L, D)
-    # (parameters, hidden states) -> scores: of a language model a function of `predict_BK`, see LanguageModel.scores
-    head: Callable[..., Any]
-    dims: Any  # per parameter, the letters of its trailing dimensions
+    encode: Callable[..., jax.Array]  # (parameters, *arguments of Encoder) -> hidden states (B, L, D)
+    # (parameters, hidden states) -> `logits` of the module: LanguageModel.logits or Discriminator.logits
+    logits: Callable[..., Any]
+    dims: Any  # of each parameter, the letters of its trailing dimensions
 
     def apply(self, params: Any, *args: Any, predict_BK: jax.Array, **kwargs: Any) -> jax.Array:
-        """Scores (B, K, V) of a language model; the other arguments are those of `encode`."""
-        return self.head(params, self.encode(params, *args, **kwargs))(predict_BK)
+        """Computes a language model's logits (B, K, V); the other arguments are those of `encode`."""
+        return self.logits(params, self.encode(params, *args, **kwargs))(predict_BK)
 
 
 def vocab_rows(config: ModelConfig, vocab_size: int) -> int:
-    """Rows of the token embedding: the vocabulary, rounded up to `vocab_multiple_of`."""
+    """Counts the rows of the token embedding: the vocabulary, rounded up to `vocab_multiple_of`."""
     return -(-vocab_size // config.vocab_multiple_of) * config.vocab_multiple_of
 
 
 def language_model(config: ModelConfig, vocab_size: int) -> Model:
-    """The language model of this shape, without parameters."""
-    return functions(lambda rngs: LanguageModel(config, vocab_rows(config, vocab_size), rngs))
+    """Builds the language model of this shape, without parameters."""
+    return functional(lambda rngs: LanguageModel(config, vocab_rows(config, vocab_size), rngs))
 
 
-def functions(new: Callable[[nnx.Rngs], Any]) -> Model:
-    """Of a module with an `encoder`, and `scores` of its hidden states."""
-
-    def make(key: jax.Array) -> Any:
-        return new(nnx.Rngs(params=key))
-
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
+def functional(make: Callable[[nnx.Rngs], Any]) -> Model:
+    """Turns a module into pure functions; it has an `encoder`, and a method `logits` of the hidden states."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
     def bind(params: Any) -> Any:
-        return nnx.merge(
-            graphdef, jax.tree.map(lambda v, x: v.replace(x), abstract, nnx.State(params), is_leaf=_is_variable)
-        )
+        state = jax.tree.map(lambda v, x: v.replace(x), abstract, nnx.State(params), is_leaf=_is_variable)
+        return nnx.merge(graphdef, state)
 
     return Model(
-        init=lambda key: nnx.to_pure_dict(nnx.state(make(key))),
+        init=lambda key: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key)))),
         encode=lambda params, *args, **kwargs: bind(params).encoder(*args, **kwargs),
-        head=lambda params, x_BLD: bind(params).scores(x_BLD),
+        logits=lambda params, x_BLD: bind(params).logits(x_BLD),
         dims=nnx.to_pure_dict(abstract, lambda v: v.get_metadata("dims")),
     )
 
 
 def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
+
+
+def init_task_head(key: jax.Array, config: ModelConfig, num_outputs: int) -> dict[str, jax.Array]:
+    """Initialises a linear head for fine-tuning: kernel (D, C) and bias (C,), float32."""
+    kernel = config.initializer_range * jax.random.normal(key, (config.hidden_size, num_outputs))
+    return {"kernel": kernel, "bias": jnp.zeros(num_outputs)}
+
+
+def apply_task_head(head: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """Computes the outputs (..., C) for states (..., D)."""
+    return x @ head["kernel"] + head["bias"]

@@ -49,7 +49,7 @@ def language_modelling(model: Model, config: ObjectiveConfig, logits_chunks: int
     def predict(params: Any, t: Targets, dropout_keys_B: Any) -> TokenLosses:
         context = t.segment_ids_BL, t.positions_BL
         x_BLD = model.encode(params, t.inputs_BL, *context, causal=config.name == "clm", dropout_keys_B=dropout_keys_B)
-        logits_at = model.head(params, x_BLD)
+        logits_at = model.logits(params, x_BLD)
 
         def losses_at(predict_BK: jax.Array, labels_BK: jax.Array, weights_BK: jax.Array) -> TokenLosses:
             logits_BKV = logits_at(predict_BK)

@@ -45,7 +45,7 @@ def replaced_token_detection(generator: Model, discriminator: Model, vocab_size:
             sampled_BK = sample_tokens(logits_BKV, t.sample_keys_B, vocab_size)
         corrupted_BL, replaced_BL = corrupt(t, sampled_BK)
         x_BLD = discriminator.encode(params, corrupted_BL, *context, dropout_keys_B=dropout_keys_B)
-        logits_BL = discriminator.head(params, x_BLD)
+        logits_BL = discriminator.logits(params, x_BLD)
         with jax.named_scope("loss"):
             return DetectionLosses(
                 generator_losses,
