@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from flax_mlm.inference.embeddings import Encoder, Params, dropout_keys, hidden_states, pool
 from flax_mlm.inference.load import LoadedModel
+from flax_mlm.model.heads import apply_task_head, init_task_head
 
 
 class Head(NamedTuple):
@@ -26,12 +27,10 @@ def make_head(model: LoadedModel, num_outputs: int, per_token: bool = False, reg
       per_token: labels are int32 (B, L), -1 where a token has none; else (B,).
       regression: squared error of the one output, for float32 labels; else cross-entropy.
     """
-    shape = (model.config.model.hidden_size, num_outputs)
     dropout_rate = model.config.finetune.dropout_rate
 
     def init(key: jax.Array) -> dict[str, Any]:
-        kernel = model.config.model.initializer_range * jax.random.normal(key, shape)
-        return {"task": {"kernel": kernel, "bias": jnp.zeros(num_outputs)}}
+        return {"task": init_task_head(key, model.config.model, num_outputs)}
 
     def outputs(params: Params, tokens_BL: jax.Array, types_BL: jax.Array, keys_B: Any = None) -> jax.Array:
         x = hidden_states(model, params, tokens_BL, types_BL, keys_B)
@@ -40,7 +39,7 @@ def make_head(model: LoadedModel, num_outputs: int, per_token: bool = False, reg
         if keys_B is not None and dropout_rate:
             keep = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 99), 1 - dropout_rate, x.shape[1:]))
             x = x * keep(keys_B) / (1 - dropout_rate)
-        return x @ params["task"]["kernel"] + params["task"]["bias"]
+        return apply_task_head(params["task"], x)
 
     def loss(params: Params, tokens_BL: jax.Array, types_BL: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         logits = outputs(params, tokens_BL, types_BL, dropout_keys(key, tokens_BL[:, 0]))

@@ -8,7 +8,7 @@ ALBERT (arXiv:1909.11942): BERT with narrower embeddings and the weights of one 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +40,6 @@ def resolve_scan_layers(config: ModelConfig, platform: str, fsdp: int) -> bool:
     # perf(xla-cpu, xla-gpu): a scan copies what it keeps of each layer for the backward pass.
     max_unrolled = {"cpu": 12, "gpu": 24 if fsdp == 1 else 0}
     return config.num_layers > max_unrolled.get(platform, 0)
-
-
-class _Layers(NamedTuple):
-    """A run of layers; every array has the layers first."""
-
-    indices: Any  # int32
-    params: Any  # of `Layer`; None: all layers share the parameters of one
-    norms: Any  # of `Encoder.attention_norms`; None: these layers have none
 
 
 class Encoder(nnx.Module):
@@ -92,7 +84,7 @@ class Encoder(nnx.Module):
                 x_BLD = gathered(self.projection)("BLE,ED->BLD", x_BLD, "LD")
         attentions = self._attentions(segment_ids_BL, positions_BL, causal, dropout_keys_B is not None)
         with jax.named_scope("layers"):
-            x_BLD = self._apply_all(x_BLD, attentions, dropout_keys_B)
+            x_BLD = self._apply_layers(x_BLD, attentions, dropout_keys_B)
         return self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD
 
     def _attentions(
@@ -109,53 +101,52 @@ class Encoder(nnx.Module):
             attentions.append(LayerAttention(kernel(segment_ids_BL, causal, window), rotary))
         return [attentions[i % c.global_attn_every_n_layers > 0] for i in range(c.num_layers)]
 
-    def _apply_all(self, x_BLD: jax.Array, attentions: Sequence[LayerAttention], keys_B: jax.Array | None) -> jax.Array:
-        """Scans over whole periods of layer types, such as ModernBERT's [local, local, global].
+    def _apply_layers(
+        self, x_BLD: jax.Array, attentions: Sequence[LayerAttention], keys_B: jax.Array | None
+    ) -> jax.Array:
+        """Unrolls the first layers and scans over the others, in periods such as ModernBERT's [local, local, global].
 
-        The first layer of a pre-norm encoder (without attention norm) and an incomplete last period are unrolled.
+        Unrolled are the first layer of a pre-norm encoder, which has no attention norm, and as many as leave whole
+        periods.
         """
         c = self.config
         period = c.global_attn_every_n_layers
-        start = 1 if c.norm_position == "pre" else 0
-        periods = (c.num_layers - start) // period
-        stop = start + periods * period
-        first, scanned, last = self._split_layers((start, stop - start, c.num_layers - stop))
-        apply = functools.partial(self._apply, keys_B)
-        x_BLD, _ = apply(attentions[:start], True, x_BLD, first)
+        periods = (c.num_layers - (c.norm_position == "pre")) // period
+        unrolled = c.num_layers - periods * period
+        *first, scanned = self._split_layers([1] * unrolled + [periods * period])
+        apply = functools.partial(self._apply_run, keys_B)
+        for i, layer in enumerate(first):
+            x_BLD, _ = apply(attentions[i : i + 1], True, x_BLD, layer)
         if periods:
             scanned = jax.tree.map(lambda p: p.reshape(periods, period, *p.shape[1:]), scanned)
-            body = functools.partial(apply, attentions[start : start + period], not c.scan_layers)
+            body = functools.partial(apply, attentions[unrolled : unrolled + period], not c.scan_layers)
             x_BLD, _ = jax.lax.scan(body, x_BLD, scanned, unroll=not c.scan_layers)
-        x_BLD, _ = apply(attentions[stop:], True, x_BLD, last)
         return x_BLD
 
-    def _split_layers(self, sizes: tuple[int, int, int]) -> list[_Layers]:
-        """Splits the N layers into three runs; the first run has no attention norms."""
-        indices = np.arange(self.config.num_layers, dtype=np.int32)
-        params = None if self.config.share_layers else nnx.state(self.layers)
-        norms = nnx.state(self.attention_norms) if hasattr(self, "attention_norms") else None
-        runs = zip(_split_leading((indices, params), sizes), [None, *_split_leading(norms, sizes[1:])], strict=True)
-        return [_Layers(indices, params, norms) for (indices, params), norms in runs]
+    def _split_layers(self, sizes: Sequence[int]) -> list[tuple[Any, Any, Any]]:
+        """Splits the N layers into runs: (index, `layers`, `attention_norms`), each array with the layers first.
 
-    def _apply(
-        self,
-        keys_B: jax.Array | None,
-        attentions: Sequence[LayerAttention],
-        prevent_cse: bool,
-        x_BLD: jax.Array,
-        layers: _Layers,
+        `layers` is None if all layers share one, `attention_norms` in layer 0 and in a post-norm encoder.
+        """
+        layers = np.arange(sum(sizes), dtype=np.int32), None if self.config.share_layers else nnx.state(self.layers)
+        norms = nnx.state(self.attention_norms) if hasattr(self, "attention_norms") else None
+        runs = zip(_split(layers, sizes), [None, *_split(norms, sizes[1:])], strict=True)
+        return [(index, layer, norm) for (index, layer), norm in runs]
+
+    def _apply_run(
+        self, keys_B: Any, attentions: Sequence[LayerAttention], prevent_cse: bool, x_BLD: jax.Array, layers: Any
     ) -> tuple[jax.Array, None]:
-        """Applies a run of layers; with its first three arguments bound, the body of a scan."""
+        """Applies a run of layers. With the first three arguments bound it is the body of a scan."""
         for i, attention in enumerate(attentions):
-            step: Callable[..., jax.Array] = functools.partial(self._apply_one, i, attention, keys_B)
+            step: Callable[..., jax.Array] = functools.partial(self._apply_layer, i, attention, keys_B)
             if self.config.remat != "none" or splits_parameters():
                 # Unrolled, XLA would merge the recomputation with the forward pass: prevent_cse.
                 step = jax.checkpoint(step, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=prevent_cse)
             x_BLD = step(x_BLD, layers)
         return x_BLD, None
 
-    def _apply_one(
-        self, i: int, attention: LayerAttention, keys_B: jax.Array | None, x_BLD: jax.Array, layers: _Layers
+    def _apply_layer(
+        self, i: int, attention: LayerAttention, keys_B: Any, x_BLD: jax.Array, layers: tuple[Any, Any, Any]
     ) -> jax.Array:
         """Applies the i-th layer of a run."""
         index, params, norm_params = jax.tree.map(lambda p: jnp.squeeze(jax.lax.split(p, (1,) * len(p))[i], 0), layers)
@@ -168,7 +159,7 @@ class Encoder(nnx.Module):
         return layer(x_BLD, attention, norm, keys_B)
 
 
-def _split_leading(tree: Any, sizes: Sequence[int]) -> list[Any]:
+def _split(tree: Any, sizes: Sequence[int]) -> list[Any]:
     """Splits the leading dimension of every array into runs of these sizes."""
     leaves, structure = jax.tree.flatten(tree)
     splits = [jax.lax.split(x, sizes) for x in leaves]
