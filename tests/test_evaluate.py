@@ -83,7 +83,8 @@ def test_the_command_on_eight_devices(toy, trained_run, result, tmp_path):
     assert done.returncode == 0, done.stderr
     assert flat(json.loads((tmp_path / "x").read_text())) == pytest.approx(result, rel=1e-5)
     older = toy.run("evaluate", f"--checkpoint={trained_run}@200")
-    assert older.returncode == 0 and older.stdout != done.stdout
+    assert older.returncode == 0
+    assert older.stdout != done.stdout
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,8 @@ def test_the_command_on_eight_devices(toy, trained_run, result, tmp_path):
 def test_a_file_for_the_result_that_will_not_do_is_refused_at_the_start(toy, trained_run, tmp_path, file, message):
     done = toy.run("evaluate", f"--checkpoint={trained_run}", "--task=tagging", f"--json={file}", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
-    assert done.stderr.startswith(f"error: --json: {message}") and not list(tmp_path.iterdir())
+    assert done.stderr.startswith(f"error: --json: {message}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_row_is_counted_once(model, corpus, result):
@@ -144,9 +146,8 @@ def test_loss_accuracy_and_their_standard_errors(model, corpus, result):
         assert result[f"{name}_stderr"] == pytest.approx(bootstrap, rel=0.2)
     held_out = corpus.counts["validation"]
     bits = result["loss"] / math.log(2) * held_out["tokens"] / held_out["bytes"]
-    assert result["bits_per_byte"] == pytest.approx(bits) and result["perplexity"] == pytest.approx(
-        math.exp(result["loss"])
-    )
+    assert result["bits_per_byte"] == pytest.approx(bits)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
 
 
 def test_the_batch_size_does_not_matter_and_max_rows_does(model, corpus, result):
@@ -154,7 +155,8 @@ def test_the_batch_size_does_not_matter_and_max_rows_does(model, corpus, result)
         other = mlm.run(with_eval(model, batch_size=56), corpus)
         fewer = mlm.run(with_eval(model, max_rows=10), corpus)
     assert other == pytest.approx(result, rel=1e-5)
-    assert fewer["rows"] == 10 and fewer["predicted_tokens"] < result["predicted_tokens"]
+    assert fewer["rows"] == 10
+    assert fewer["predicted_tokens"] < result["predicted_tokens"]
 
 
 def test_the_table_says_what_the_numbers_say(result):
@@ -211,7 +213,8 @@ def test_mask_rates(toy, trained_run, tmp_path):
     assert found["rates"]["0.15"] == flat(found), "the same masks at the same rate"
     assert found["rates"]["0.5"]["predicted_tokens"] > 3 * found["predicted_tokens"]
     assert found["rates"]["0.5"]["loss"] > found["loss"]
-    assert "by mask rate:\n    15%  loss" in done.stdout and "by position in the word:" in done.stdout
+    assert "by mask rate:\n    15%  loss" in done.stdout
+    assert "by position in the word:" in done.stdout
     for rates in ("0", "1.5", "much"):
         done = toy.run("evaluate", f"--checkpoint={trained_run}", f"--mask_rates={rates}")
         assert (done.returncode, done.stderr) == (

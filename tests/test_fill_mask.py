@@ -37,7 +37,8 @@ def test_top_words_are_ranked_probabilities(filler, model, text, masks):
         assert all(0.0 <= p <= 1.0 for p in probabilities)
         assert 0.95 < sum(probabilities) <= 1.0 + 1e-5  # the rest is on special pieces, which are not shown
         special = int(model.tokenizer.is_special.sum())
-        assert all(p == 0.0 for p in probabilities[-special:]) and probabilities[-special - 1] > 0.0
+        assert all(p == 0.0 for p in probabilities[-special:])
+        assert probabilities[-special - 1] > 0.0
     for few, ranked in zip(filler.top_words(text, 4), everything, strict=True):
         assert few == ranked[:4]
 
@@ -113,7 +114,8 @@ def test_joint_filling_is_the_best_path_of_the_beam(filler, model):
         best, place, piece = max((scores[i][p], i, p) for i in masks for p in range(len(scores[i])))
         ids[place], total = int(piece), total + float(best)
     ((text, probability),) = filler.top_fillings(TWO, 1)
-    assert text == model.tokenizer.decode(ids[1:-1]) and probability == pytest.approx(math.exp(total), rel=1e-4)
+    assert text == model.tokenizer.decode(ids[1:-1])
+    assert probability == pytest.approx(math.exp(total), rel=1e-4)
 
 
 def test_joint_filling_with_a_whole_beam_is_an_exhaustive_search(filler, model):
@@ -155,10 +157,12 @@ def test_a_causal_model_is_refused(toy, causal_run):
 def test_the_command(toy, trained_run):
     done = toy.run("fill_mask", f"--checkpoint={trained_run}", "--top_k=3", ONE)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(r"( +0\.\d{4}  \S+\n){3}", done.stdout) and "  dog\n" in done.stdout.splitlines(True)[0]
+    assert re.fullmatch(r"( +0\.\d{4}  \S+\n){3}", done.stdout)
+    assert "  dog\n" in done.stdout.splitlines(True)[0]
     done = toy.run("fill_mask", f"--checkpoint={trained_run}", "--targets=cat,dog,doghouse", f"--text={ONE}", devices=8)
     words = [line.split()[1] for line in done.stdout.splitlines()]
-    assert words[0] == "dog" and set(words) == {"cat", "dog", "doghouse"}
+    assert words[0] == "dog"
+    assert set(words) == {"cat", "dog", "doghouse"}
     done = toy.run("fill_mask", f"--checkpoint={trained_run}", "--top_k=2", TWO)
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == ["[MASK] 1", "[MASK] 2", "all masks together"]

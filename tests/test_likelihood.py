@@ -91,13 +91,14 @@ def test_minimal_pairs(model, toy, trained_run, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     pairs = minimal_pairs.read(str(tmp_path))
     result = minimal_pairs.run(model, pairs, "original", lambda: False)
-    assert result["paradigms"]["does"]["accuracy"] >= 5 / 6 and result["paradigms"]["same"]["accuracy"] == 0.5
-    assert result["pairs"] == 12 and result["accuracy"] == pytest.approx(
-        (result["paradigms"]["does"]["accuracy"] + 0.5) / 2
-    )
+    assert result["paradigms"]["does"]["accuracy"] >= 5 / 6
+    assert result["paradigms"]["same"]["accuracy"] == 0.5
+    assert result["pairs"] == 12
+    assert result["accuracy"] == pytest.approx((result["paradigms"]["does"]["accuracy"] + 0.5) / 2)
     arguments = ["--task=minimal_pairs", "--variant=original", f"--data={tmp_path}", f"--json={tmp_path / 'r.json'}"]
     done = toy.run("evaluate", f"--checkpoint={trained_run}", *arguments)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("all "), done
+    assert done.returncode == 0, done
+    assert done.stdout.splitlines()[-1].startswith("all "), done
     assert json.loads((tmp_path / "r.json").read_text())["paradigms"] == result["paradigms"]
 
 
@@ -107,13 +108,18 @@ def test_clozes(model, toy, trained_run, tmp_path):
     )
     clozes = cloze.read(str(tmp_path / "clozes"))
     result = cloze.run(model, clozes)
-    assert result["top1"] == 1.0 and result["clozes"] == 2 and result["mean_reciprocal_rank"] == 1.0
+    assert result["top1"] == 1.0
+    assert result["clozes"] == 2
+    assert result["mean_reciprocal_rank"] == 1.0
     assert [a["answer"] for a in result["answers"]] == ["dog", "bird"]
     word, probability = MaskFiller(model).top_words(clozes[0][0], 1)[0][0]
-    assert word == "dog" and probability == pytest.approx(result["answers"][0]["probability"])
+    assert word == "dog"
+    assert probability == pytest.approx(result["answers"][0]["probability"])
     done = toy.run("evaluate", f"--checkpoint={trained_run}", "--task=cloze", f"--data={tmp_path / 'clozes'}")
-    assert done.returncode == 0 and "dog: rank 1, probability" in done.stdout, done
-    assert cloze.read("") == list(cloze.BUILT_IN) and all(text.count("[MASK]") == 1 for text, _ in cloze.BUILT_IN)
+    assert done.returncode == 0, done
+    assert "dog: rank 1, probability" in done.stdout, done
+    assert cloze.read("") == list(cloze.BUILT_IN)
+    assert all(text.count("[MASK]") == 1 for text, _ in cloze.BUILT_IN)
 
 
 @pytest.mark.parametrize("task", ["cloze", "minimal_pairs"])
@@ -135,7 +141,8 @@ def test_the_watch_sees_every_batch(trained_run, tmp_path, task):
     )
     line = [sys.executable, "-c", script, f"--checkpoint={trained_run}", f"--data={tmp_path / 'data.jsonl'}"]
     done = subprocess.run([*line, f"--task={task}"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("evaluating\n") >= 5, done
+    assert done.returncode == 0, done
+    assert done.stdout.count("evaluating\n") >= 5, done
 
 
 def test_lines_end_at_newlines_alone(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 
 from flax_mlm.config.load import build
-from flax_mlm.data.tables import Labelled
+from flax_mlm.data.tables import Labelled, take
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import dev_split, retrieval
@@ -77,7 +77,7 @@ def test_the_loss_is_that_of_its_formula_on_any_mesh(trained_run, model, dimensi
         unique = sorted({text for group in GROUPS for text in group if text})
         texts = embeddings.tokenize(one, unique)
         ids_BG = np.array([[unique.index(t) if t else -1 for t in g] for g in GROUPS], np.int32)
-        tokens_RL, types_RL = embeddings.pad(one, texts.take(np.maximum(ids_BG, 0).ravel().tolist()))
+        tokens_RL, types_RL = embeddings.pad(one, take(texts, np.maximum(ids_BG, 0).ravel()))
         shape = *ids_BG.shape, tokens_RL.shape[1]
         with jax.set_mesh(one.mesh):
             batch = shard_rows([tokens_RL.reshape(shape), types_RL.reshape(shape), ids_BG], one.mesh)
@@ -107,9 +107,12 @@ def test_what_belongs_together_is_learned(model, toy, hard_negatives):
     )
     before, _ = retrieval.run(model, benchmark)
     after, params = retrieval.run(model, benchmark, train, dev)
-    assert after["median"] == after["score"] >= before["score"] and after["score"] > 0.9
-    assert after["examples"] == {"test": 6, "train": 200, "dev": 30} and before["examples"] == {"test": 6}
-    assert after["dev_scores"]["0.003"] > 0.9 and set(params) == {"encoder"}
+    assert after["median"] == after["score"] >= before["score"]
+    assert after["score"] > 0.9
+    assert after["examples"] == {"test": 6, "train": 200, "dev": 30}
+    assert before["examples"] == {"test": 6}
+    assert after["dev_scores"]["0.003"] > 0.9
+    assert set(params) == {"encoder"}
     again, _ = retrieval.run(model, benchmark, train, dev)
     assert again == after, "the same seed, the same result"
 
@@ -136,7 +139,8 @@ def test_search_numbers_by_their_definitions():
         for k, values in recall.items():
             values.append(len(relevant & set(order[:k])) / len(relevant))
         reciprocal.append(max([1 / (r + 1) for r, d in enumerate(order[:10]) if d in relevant], default=0))
-    assert found["each"] == pytest.approx(ndcg) and found["score"] == pytest.approx(np.mean(ndcg))
+    assert found["each"] == pytest.approx(ndcg)
+    assert found["score"] == pytest.approx(np.mean(ndcg))
     assert found["recall@10"] == pytest.approx(np.mean(recall[10]))
     assert found["recall@100"] == pytest.approx(np.mean(recall[100]))
     assert found["mrr@10"] == pytest.approx(np.mean(reciprocal))
@@ -147,7 +151,8 @@ def test_similarity(model):
     part = Labelled([texts[0]] * 3, texts, ["5.0", "3.0", "1.0"])
     result, _ = retrieval.run(model, part)
     cosines = np.array(result["predictions"])
-    assert cosines[0] == pytest.approx(1.0, abs=1e-5) and (np.abs(cosines) <= 1.00001).all()
+    assert cosines[0] == pytest.approx(1.0, abs=1e-5)
+    assert (np.abs(cosines) <= 1.00001).all()
     assert result["score"] == pytest.approx(scipy.stats.spearmanr(cosines, [5, 3, 1])[0])
 
 
@@ -176,7 +181,8 @@ def test_texts_alone_are_told_apart_by_dropout_and_judged_by_the_loss(model, toy
 def test_a_query_is_on_one_side_with_all_its_positives():
     queries = [f"q{i // 3}" for i in range(60)]
     train, dev = dev_split.hold_out_queries(queries)
-    assert sorted(train + dev) == list(range(60)) and len(dev) == 6
+    assert sorted(train + dev) == list(range(60))
+    assert len(dev) == 6
     assert not {queries[i] for i in train} & {queries[i] for i in dev}
 
 
@@ -188,9 +194,8 @@ def test_vectors_that_are_all_the_same_rank_nothing(value):
 
 def test_normal_of_nothing():
     zeros = embeddings.normalize(np.zeros((1, 4), np.float32))
-    assert (zeros == 0).all() and np.isfinite(
-        jax.grad(lambda x: embeddings.normalize(x).sum())(jnp.zeros((1, 4)))
-    ).all()
+    assert (zeros == 0).all()
+    assert np.isfinite(jax.grad(lambda x: embeddings.normalize(x).sum())(jnp.zeros((1, 4)))).all()
 
 
 # Files
@@ -285,7 +290,8 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
     settings = [f"--config.finetune.{k}={v}" for k, v in SOON.items()]
     line = [f"--checkpoint={trained_run}", "--task=retrieval", f"--test={folder}", f"--json={tmp_path / 'r.json'}"]
     done = toy.run("evaluate", *line, *settings, f"--train={tmp_path / 'pairs.jsonl'}", f"--save={tmp_path / 'kept'}")
-    assert done.returncode == 0 and "ndcg@10" in done.stdout, done
+    assert done.returncode == 0, done
+    assert "ndcg@10" in done.stdout, done
     tuned = json.loads((tmp_path / "r.json").read_text())
 
     line[0] = f"--checkpoint={tmp_path / 'kept'}"
@@ -296,7 +302,8 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(documents.values()))
     line = [f"--checkpoint={tmp_path / 'kept'}", f"--input={tmp_path / 'texts.txt'}"]
     done = toy.run("embed", *line, f"--output={tmp_path / 'v.npy'}")
-    assert done.returncode == 0 and "6 vectors of 32" in done.stdout, done
+    assert done.returncode == 0, done
+    assert "6 vectors of 32" in done.stdout, done
     vectors_ND = np.load(tmp_path / "v.npy")
     np.testing.assert_allclose(np.linalg.norm(vectors_ND, axis=1), 1.0, atol=1e-5)
     kept = load_model(str(tmp_path / "kept"), build(read_config(str(tmp_path / "kept"))))
@@ -306,7 +313,8 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
 
     done = toy.run("embed", *line, f"--output={tmp_path / 'v.parquet'}", "--dimensions=8")
     table = pq.read_table(tmp_path / "v.parquet")
-    assert done.returncode == 0 and table.column("text").to_pylist() == list(documents.values())
+    assert done.returncode == 0
+    assert table.column("text").to_pylist() == list(documents.values())
     cut = embeddings.normalize(vectors_ND[:, :8])
     np.testing.assert_allclose(np.stack(table.column("vector").to_pylist()), cut, atol=1e-5)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("v")) == ["v.npy", "v.parquet"]
@@ -318,7 +326,8 @@ def test_numpy_files_are_written_without_pyarrow(trained_run, tmp_path):
     script += "app.run(embed.main, from_checkpoint=True)"
     options = [f"--checkpoint={trained_run}", f"--input={tmp_path / 't.txt'}", f"--output={tmp_path / 'v.npy'}"]
     done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True)
-    assert done.returncode == 0 and "1 vectors of 32" in done.stdout, done
+    assert done.returncode == 0, done
+    assert "1 vectors of 32" in done.stdout, done
 
 
 @pytest.mark.parametrize(
@@ -351,6 +360,8 @@ def test_what_the_commands_refuse(toy, trained_run, tmp_path, command, flags, me
     (tmp_path / "t.txt").write_text("The dog.\n")
     (tmp_path / "mixed.jsonl").write_text('{"text": "a", "x": 1}\n{"text": "b", "x": "one"}')
     done = toy.run(command, f"--checkpoint={trained_run}", *flags, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("error: "), done
+    assert done.stderr.count("\n") == 1, done
     assert message in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"mixed.jsonl", "t.jsonl", "t.txt"}

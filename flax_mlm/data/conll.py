@@ -1,7 +1,6 @@
 """Tagged sentences in CoNLL format: a token a line, its tag in the last column, a blank line between sentences."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +13,6 @@ class Tagged(NamedTuple):
 
     words: list[list[str]]
     tags: list[list[str]]
-
-    def take(self, indices: Iterable[int]) -> "Tagged":
-        """Selects sentences by index."""
-        rows = list(indices)
-        return Tagged([self.words[i] for i in rows], [self.tags[i] for i in rows])
 
 
 def read(path: str) -> Tagged:

@@ -24,11 +24,11 @@ class Labelled(NamedTuple):
     pairs: list[str] | None  # second texts
     labels: list[str]
 
-    def take(self, indices: Iterable[int]) -> "Labelled":
-        """Selects examples by index."""
-        rows = list(indices)
-        pairs = None if self.pairs is None else [self.pairs[i] for i in rows]
-        return Labelled([self.texts[i] for i in rows], pairs, [self.labels[i] for i in rows])
+
+def take(columns: Any, indices: Iterable[int]) -> Any:
+    """Selects rows of a NamedTuple of columns; columns that are None stay so."""
+    rows = list(indices)
+    return type(columns)(*(None if column is None else [column[i] for i in rows] for column in columns))
 
 
 def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labelled:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_mlm.data.tables import Labelled
+from flax_mlm.data.tables import Labelled, take
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import dev_split, metrics, report
 from flax_mlm.finetuning.batches import Batch, epoch_indices, num_batches
@@ -58,7 +58,7 @@ def run(
     is_regression = metric in metrics.REGRESSION
     if dev is None:
         labels_N = [] if is_regression else [[label] for label in train.labels]
-        train, dev = map(train.take, dev_split.hold_out(len(train.texts), labels_N))
+        train, dev = (take(train, i) for i in dev_split.hold_out(len(train.texts), labels_N))
     classes = [] if is_regression else sorted(set(train.labels))
     if len(classes) == 1:
         raise UserError(f"all labels of the training set are '{classes[0]}'; classification needs at least two")
@@ -71,16 +71,16 @@ def run(
         return metrics.evaluate(metric, labels["dev"], predict(outputs, is_regression), len(classes))
 
     if model.config.finetune.method == "probe":
-        found = _probe(model, examples, is_regression, dev_score, on_batch)
+        searched = _probe(model, examples, is_regression, dev_score, on_batch)
     else:
-        found = _fine_tune(model, examples, len(classes), dev_score, log, on_batch)
-    predictions = [predict(outputs, is_regression) for outputs in found.outcomes]
+        searched = _fine_tune(model, examples, len(classes), dev_score, log, on_batch)
+    predictions = [predict(outputs, is_regression) for outputs in searched.outcomes]
     scores = [metrics.evaluate(metric, labels["test"], one, len(classes)) for one in predictions]
     median = predictions[report.median_run(scores)]
     names = np.array(classes) if classes else None
     return {
         "metric": metric,
-        **report.summary(scores, found, {name: len(part.texts) for name, part in parts.items()}, test is None),
+        **report.summary(scores, searched, {name: len(part.texts) for name, part in parts.items()}, test is None),
         "stderr": metrics.stderr(metric, labels["test"], median, len(classes)),
         "classes": classes,
         "predictions": (median if names is None else names[median]).tolist(),
@@ -126,7 +126,7 @@ def _fine_tune(
 
     def epoch(rng: np.random.Generator) -> Iterator[Batch]:
         for indices in epoch_indices([len(tokens) for tokens in train.texts.tokens], batch_size, rng):
-            yield *embeddings.pad(model, train.texts.take(indices)), train.labels[indices]
+            yield *embeddings.pad(model, take(train.texts, indices)), train.labels[indices]
 
     def outputs(params: Params, name: str) -> list[np.ndarray]:
         return embeddings.run_batches(model, head.outputs, params, examples[name].texts, on_batch)

@@ -162,7 +162,7 @@ def _row_metrics(sums_R4: np.ndarray, num_tokens: float, num_bytes: float) -> di
 
 
 def breakdown(measurement: Measurement, starts_word_V: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
-    """Groups predicted tokens by frequency rank in the held-out rows, place in the word, and position in the segment.
+    """Groups predicted tokens by frequency rank in the held-out rows, by position in the word and in the segment.
 
     Args:
       starts_word_V: bool, whether a token begins a word.

@@ -6,14 +6,11 @@ Tasks are imported only when they run, since they import JAX.
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from flax_mlm.distributed.processes import ProcessGroup
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import headline
-
-if TYPE_CHECKING:
-    from flax_mlm.distributed.processes import ProcessGroup
-    from flax_mlm.inference.load import LoadedModel
 
 Answer = tuple[dict[str, Any], list[str]]  # result, and its table as lines of text
 
@@ -27,7 +24,7 @@ class Task(NamedTuple):
     headline: Callable[[dict[str, Any]], headline.HeadlineMetric]  # result -> what `compare` compares
 
 
-def on_batch(group: "ProcessGroup") -> Callable[[], bool]:
+def on_batch(group: ProcessGroup) -> Callable[[], bool]:
     """Builds the function that reports progress before every batch."""
 
     def report() -> bool:
@@ -37,7 +34,7 @@ def on_batch(group: "ProcessGroup") -> Callable[[], bool]:
     return report
 
 
-def _mlm(model: "LoadedModel", group: "ProcessGroup", mask_rates: str) -> Answer:
+def _mlm(model: Any, group: ProcessGroup, mask_rates: str) -> Answer:
     from flax_mlm.data.open import open_corpus
     from flax_mlm.distributed.mesh import check_batch
     from flax_mlm.evaluation import mlm, rtd
@@ -81,14 +78,14 @@ def _parse_rates(text: str) -> list[float]:
     return rates
 
 
-def _cloze(model: "LoadedModel", group: "ProcessGroup", data: str) -> Answer:
+def _cloze(model: Any, group: ProcessGroup, data: str) -> Answer:
     from flax_mlm.evaluation import cloze
 
     result = cloze.run(model, cloze.read(data), on_batch(group))
     return result, cloze.table(result)
 
 
-def _minimal_pairs(model: "LoadedModel", group: "ProcessGroup", data: str, variant: str) -> Answer:
+def _minimal_pairs(model: Any, group: ProcessGroup, data: str, variant: str) -> Answer:
     from flax_mlm.evaluation import minimal_pairs
 
     _require("data", data, "a .jsonl file of pairs, or a folder of such files")
@@ -97,7 +94,7 @@ def _minimal_pairs(model: "LoadedModel", group: "ProcessGroup", data: str, varia
 
 
 def _classification(
-    model: "LoadedModel", group: "ProcessGroup", train: str, dev: str, test: str, metric: str, **columns: str
+    model: Any, group: ProcessGroup, train: str, dev: str, test: str, metric: str, **columns: str
 ) -> Answer:
     from flax_mlm.data import tables
     from flax_mlm.evaluation import classification, report
@@ -109,7 +106,7 @@ def _classification(
     return result, report.table(result)
 
 
-def _tagging(model: "LoadedModel", group: "ProcessGroup", train: str, dev: str, test: str) -> Answer:
+def _tagging(model: Any, group: ProcessGroup, train: str, dev: str, test: str) -> Answer:
     from flax_mlm.data import conll
     from flax_mlm.evaluation import report, tagging
 
@@ -119,9 +116,7 @@ def _tagging(model: "LoadedModel", group: "ProcessGroup", train: str, dev: str, 
     return result, report.table(result)
 
 
-def _retrieval(
-    model: "LoadedModel", group: "ProcessGroup", train: str, dev: str, test: str, save: str, **columns: str
-) -> Answer:
+def _retrieval(model: Any, group: ProcessGroup, train: str, dev: str, test: str, save: str, **columns: str) -> Answer:
     from flax_mlm.data import tables
     from flax_mlm.evaluation import retrieval
     from flax_mlm.finetuning.save import save_encoder

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_mlm.data import tables
-from flax_mlm.data.tables import Labelled
+from flax_mlm.data.tables import Labelled, take
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import classification, dev_split, metrics, report
 from flax_mlm.finetuning import contrastive
@@ -137,14 +137,14 @@ def run(
     if isinstance(test, Labelled):
         _similarity_labels(test)
     encoder = embeddings.make_encoder(model)
-    found = SearchResult("", {}, [model.params])
+    searched = SearchResult("", {}, [model.params])
     if train is not None:
         if dev is None:
-            train, dev = map(train.take, dev_split.hold_out_queries(train.queries))
+            train, dev = (take(train, i) for i in dev_split.hold_out_queries(train.queries))
         if any(train.negatives) and not model.config.finetune.hard_negatives:
             log("note: the negatives of --train are not used; set finetune.hard_negatives to use them")
         problem = contrastive.make_problem(model, train, dev, encoder, on_batch)
-        found = search(model, problem, lambda params: params, log, on_batch)
+        searched = search(model, problem, lambda params: params, log, on_batch)
 
     def evaluated(params: Params) -> dict[str, Any]:
         def embed(texts: list[str]) -> np.ndarray:
@@ -152,13 +152,13 @@ def run(
 
         return _similarity(embed, test) if isinstance(test, Labelled) else _search(embed, test, on_batch)
 
-    results = [evaluated(params) for params in found.outcomes]
+    results = [evaluated(params) for params in searched.outcomes]
     scores = [result["score"] for result in results]
     median = report.median_run(scores)
     examples = {"test": len(test.texts if isinstance(test, Labelled) else test.relevance)}
     if train and dev:
         examples |= {"train": len(train.queries), "dev": len(dev.queries)}
-    return {**results[median], **report.summary(scores, found, examples)}, found.outcomes[median]
+    return {**results[median], **report.summary(scores, searched, examples)}, searched.outcomes[median]
 
 
 def _similarity_labels(test: Labelled) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_mlm.data.conll import Tagged
+from flax_mlm.data.tables import take
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import dev_split, metrics, report
 from flax_mlm.finetuning.batches import Batch, epoch_indices, num_batches
@@ -47,7 +48,7 @@ def run(
     from seqeval.metrics import classification_report, f1_score
 
     if dev is None:
-        train, dev = map(train.take, dev_split.hold_out(len(train.words), train.tags))
+        train, dev = (take(train, i) for i in dev_split.hold_out(len(train.words), train.tags))
     parts = {"train": train, "dev": dev, "test": test or dev}
     tags = sorted({tag for sentence in train.tags for tag in sentence} | {"O"})
     rows = {name: split_sentences(model, part, tags, name) for name, part in parts.items()}
@@ -64,15 +65,15 @@ def run(
         steps_per_epoch=num_batches(len(rows["train"].labels), model.config.finetune.batch_size),
         dev_score=lambda params: float(f1_score(parts["dev"].tags, predict(params, "dev"), zero_division=0)),
     )
-    found = search(model, problem, lambda params: predict(params, "test"), log, on_batch)
+    searched = search(model, problem, lambda params: predict(params, "test"), log, on_batch)
     labels = parts["test"].tags
-    scores = [float(f1_score(labels, predictions, zero_division=0)) for predictions in found.outcomes]
-    median = found.outcomes[report.median_run(scores)]
+    scores = [float(f1_score(labels, predictions, zero_division=0)) for predictions in searched.outcomes]
+    median = searched.outcomes[report.median_run(scores)]
     counts_N3 = metrics.entity_counts(labels, median)
     kinds = classification_report(labels, median, output_dict=True, zero_division=0)
     return {
         "metric": "f1",
-        **report.summary(scores, found, {name: len(part.words) for name, part in parts.items()}, test is None),
+        **report.summary(scores, searched, {name: len(part.words) for name, part in parts.items()}, test is None),
         "stderr": metrics.bootstrap_stderr(lambda i: metrics.entity_f1(counts_N3[i]), len(labels), draws=1000),
         "kinds": {kind: {key: float(value) for key, value in values.items()} for kind, values in kinds.items()},
         "predictions": median,
@@ -138,7 +139,7 @@ def _make_epoch(model: LoadedModel, rows: Rows) -> Callable[[np.random.Generator
     def epoch(rng: np.random.Generator) -> Iterator[Batch]:
         lengths = [len(tokens) for tokens in rows.texts.tokens]
         for indices in epoch_indices(lengths, model.config.finetune.batch_size, rng):
-            tokens_BL, types_BL = embeddings.pad(model, rows.texts.take(indices))
+            tokens_BL, types_BL = embeddings.pad(model, take(rows.texts, indices))
             labels_BL = np.full_like(tokens_BL, _NONE)
             for b, i in enumerate(indices):
                 labels_BL[b, : len(rows.labels[i])] = rows.labels[i]

@@ -6,7 +6,7 @@ arXiv:2104.08821); the development loss then chooses the epoch. With Matryoshka 
 dimensions alone are trained on the same loss.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_mlm.data.tables import take
 from flax_mlm.distributed.batches import merge_rows, shard_rows, unmerge_rows
 from flax_mlm.distributed.mesh import replicate, reshard_like
 from flax_mlm.errors import UserError
@@ -32,11 +33,6 @@ class Pairs(NamedTuple):
     queries: list[str]
     positives: list[str]
     negatives: list[list[str]]
-
-    def take(self, indices: Iterable[int]) -> "Pairs":
-        """Selects pairs by index."""
-        rows = [(self.queries[i], self.positives[i], self.negatives[i]) for i in indices]
-        return Pairs(*map(list, zip(*rows, strict=True)))
 
     @property
     def are_single_texts(self) -> bool:
@@ -107,7 +103,7 @@ def _make_epoch(model: LoadedModel, pairs: Pairs) -> Callable[[np.random.Generat
                 hard = rng.permutation(pairs.negatives[i])[: config.hard_negatives]
                 group = [index_of[str(text)] for text in (pairs.queries[i], pairs.positives[i], *hard)]
                 ids_BG[b, : len(group)] = group
-            tokens_RL, types_RL = embeddings.pad(model, texts.take(np.maximum(ids_BG, 0).ravel().tolist()))
+            tokens_RL, types_RL = embeddings.pad(model, take(texts, np.maximum(ids_BG, 0).ravel()))
             shape = *ids_BG.shape, tokens_RL.shape[1]
             yield tokens_RL.reshape(shape), types_RL.reshape(shape), ids_BG
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_mlm.data.tables import take
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import check_batch, replicate, reshard_like
 from flax_mlm.errors import UserError
@@ -25,10 +26,6 @@ class TokenizedTexts(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def take(self, indices: Sequence[int]) -> "TokenizedTexts":
-        """Selects texts by index."""
-        return TokenizedTexts([self.tokens[i] for i in indices], [self.token_types[i] for i in indices])
 
 
 def tokenize(model: InferenceModel, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenizedTexts:
@@ -147,7 +144,7 @@ def run_batches(
             on_batch()
             indices = order[begin : begin + size]
             filled = indices + [indices[-1]] * (size - len(indices))
-            tokens, types = shard_rows(list(pad(model, texts.take(filled))), model.mesh)
+            tokens, types = shard_rows(list(pad(model, take(texts, filled))), model.mesh)
             rows = np.asarray(replicate(encoder(params, tokens, types)))
             for i, row in zip(indices, rows, strict=False):
                 results[i] = row
