@@ -3,9 +3,9 @@
     python -m flax_mlm.train --config=configs/bert_base.py --workdir=runs/bert_base \
         --config.data.corpus=corpora/wiki
 
-Made for a TPU slice of 16 chips or a node of 8 GPUs. Prepare the corpus once, beforehand, with the same config
+For a TPU slice of 16 chips or a node of 8 GPUs. Prepare the corpus first, with the same config
 (`python -m flax_mlm.prepare --config=configs/bert_base.py --config.data.source=... --output=...`).
-Not yet run to its end: no time or loss is claimed.
+Not trained to the end here, so without expected time and loss.
 """
 
 from ml_collections import ConfigDict
@@ -26,8 +26,8 @@ def get_config() -> ConfigDict:
     c.model.vocab_multiple_of = 128  # 30,592 rows
     c.model.dtype = "bfloat16"
 
-    # One million steps of 256 rows in the paper; as many rows in larger batches, with a rate of 7e-4, gave a lower
-    # perplexity (RoBERTa, arXiv:1907.11692, table 3), which is also where beta2 = 0.98 is from.
+    # The paper trains for one million steps of 256 rows. The same rows in larger batches at a learning rate of 7e-4
+    # gave a lower perplexity in RoBERTa (arXiv:1907.11692, table 3), which also uses beta2 = 0.98.
     c.optimizer.learning_rate = 7e-4
     c.train.global_batch_size = 2048
     c.train.steps = 125_000

@@ -1,10 +1,10 @@
-"""ELECTRA-small (arXiv:2003.10555): 13.5M parameters that are kept, trained to tell replaced tokens from the original.
+"""ELECTRA-small (arXiv:2003.10555): an encoder of 13.5M parameters trained with replaced-token detection.
 
     python -m flax_mlm.train --config=configs/electra_small.py --workdir=runs/electra_small \
         --config.data.corpus=corpora/wiki
 
-The sizes and settings of the paper's table 6, where one GPU took four days. Not yet run to its end: no time or loss is
-claimed.
+Sizes and settings from table 6 of the paper, where it trained for four days on one GPU. Not trained to the end here, so
+without expected time and loss.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
 
     c.objective.name = "rtd"
     c.objective.mask_rate = 0.15
-    c.objective.mask_replace_prob = 0.85  # the other 15% are shown unchanged, as in the authors' code
+    c.objective.mask_replace_prob = 0.85  # the other 15% stay unchanged, as in the authors' code
     c.objective.random_replace_prob = 0.0
     c.objective.generator_size = 0.25
     c.objective.generator_depth = 1.0

@@ -3,8 +3,9 @@
     python -m flax_mlm.train --config=configs/modernbert_base.py --workdir=runs/modernbert_base \
         --config.data.corpus=corpora/web
 
-Optimizer, batch, rate and masks of the paper's first phase, at a twentieth of its length and with a decay at its end.
-Made for a TPU slice of 16 chips or a node of 8 GPUs. Not yet run to its end: no time or loss is claimed.
+Optimizer, batch, learning rate and masks of the paper's first phase, for a twentieth of its length and with a decay at
+the end. For a TPU slice of 16 chips or a node of 8 GPUs. Not trained to the end here, so without expected time and
+loss.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +31,7 @@ def get_config() -> ConfigDict:
     c.model.type_vocab_size = 0
     c.model.global_attn_every_n_layers = 3
     c.model.sliding_window = 128
-    c.model.rope_theta_global = 10_000.0  # 160,000 from the paper's second phase, at 8,192 tokens, on
+    c.model.rope_theta_global = 10_000.0  # 160,000 from the paper's second phase on, at 8,192 tokens
     c.model.rope_theta_local = 10_000.0
     c.model.dropout_rate = 0.0
     c.model.attention_dropout_rate = 0.0
@@ -40,12 +41,12 @@ def get_config() -> ConfigDict:
     c.objective.mask_rate = 0.3
 
     c.optimizer.name = "stable_adamw"
-    c.optimizer.max_grad_norm = 0.0  # it clips by itself
+    c.optimizer.max_grad_norm = 0.0  # stable_adamw clips each tensor's update
     c.optimizer.learning_rate = 8e-4
     c.optimizer.schedule = "wsd"
     c.optimizer.warmup_fraction = 0.01
     c.optimizer.decay_fraction = 0.1
-    c.optimizer.weight_decay = 0.0125  # 1e-5 a step at the peak, as the authors have it
+    c.optimizer.weight_decay = 0.0125  # 1e-5 per step at the peak, as in the paper
     c.train.global_batch_size = 4608
     c.train.gradient_accumulation_steps = 2
     c.train.steps = 20_000

@@ -3,7 +3,7 @@
     python -m flax_mlm.train --config=configs/modernbert_large.py --workdir=runs/modernbert_large \
         --config.data.corpus=corpora/web --config.mesh.fsdp=16
 
-Made for a TPU slice of 64 chips or four nodes of 8 GPUs. Not yet run to its end: no time or loss is claimed.
+For a TPU slice of 64 chips or four nodes of 8 GPUs. Not trained to the end here, so without expected time and loss.
 """
 
 from ml_collections import ConfigDict

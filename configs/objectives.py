@@ -1,9 +1,9 @@
-"""The same small encoder trained with four objectives, to be compared: same text, same order, same number of steps.
+"""Trains the same small encoder with one of four objectives, on the same rows in the same order, to compare them.
 
     bash launch/compare_objectives.sh
     python -m flax_mlm.train --config=configs/objectives.py:clm --workdir=runs/clm
 
-After the colon comes the objective: `mlm_15` and `mlm_30` (masked, 15% and 30% of the tokens predicted), `clm` (next
+The objective follows the colon: `mlm_15` and `mlm_30` (masked, 15% and 30% of the tokens predicted), `clm` (next
 token), `clm_mlm` (biphasic, arXiv:2507.00994: next token for half of the steps, then masked at 30%).
 15 to 25 minutes each on two CPU cores.
 """
@@ -25,7 +25,7 @@ def get_config(objective: str = "mlm_15") -> ConfigDict:
     c.objective.mask_rate = 0.15 if objective == "mlm_15" else 0.3
     c.train.phases = "50%: objective.name=mlm" if objective == "clm_mlm" else ""
     if objective not in OBJECTIVES:
-        raise ValueError(f"'{objective}' is none of {', '.join(OBJECTIVES)}")
+        raise ValueError(f"the objective is '{objective}'; expected one of {', '.join(OBJECTIVES)}")
 
     c.train.steps = 1200
     c.train.global_batch_size = 64

@@ -1,9 +1,9 @@
-"""The main job: a small encoder on the built-in corpus, about five minutes on two CPU cores.
+"""Quickstart: a small encoder on the built-in corpus, about five minutes on two CPU cores.
 
     bash launch/local.sh
 
-A ModernBERT in small, with Muon (what each is worth at this size is in benchmarks/RESULTS.md). Expect a held-out loss
-of 3.04 nats, where the unigram entropy is 6.59.
+A small ModernBERT trained with Muon; benchmarks/RESULTS.md shows the effect of each choice at this size. Expected
+held-out loss: 3.04 nats (unigram entropy: 6.59).
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     c.model.num_heads = 2
     c.model.intermediate_size = 352
 
-    c.train.phases = ""  # at this length a mask rate that stays is better than one that falls
+    c.train.phases = ""  # in a run this short a constant mask rate is better than a falling one
 
     c.train.steps = 2200
     c.train.log_every = 100

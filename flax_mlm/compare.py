@@ -125,12 +125,12 @@ def find(path: str) -> Checkpoint:
     if not is_hf_folder(path):
         newest, meta = newest_meta(path)
         return Checkpoint(os.fspath(newest), meta["sha256"])
-    found, root = hashlib.sha256(), Path(path).expanduser()
+    digest, root = hashlib.sha256(), Path(path).expanduser()
     for file in sorted([*root.glob("*"), *root.glob("*/config.json")]):
         if file.suffix in (".json", ".model", ".safetensors", ".txt") and file.is_file():
             with file.open("rb") as content:
-                found.update(hashlib.file_digest(content, "sha256").digest())
-    return Checkpoint(path, found.hexdigest())
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return Checkpoint(path, digest.hexdigest())
 
 
 def result_of(spec: Spec, name: str, checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
@@ -196,11 +196,9 @@ def compared(task: str, results: dict[str, dict[str, Any]], draws: int) -> list[
             other = headlines[name]
             if other.examples != reference.examples:
                 continue
-            rng = np.random.default_rng(0)
-            size = reference.num_examples
+            rng, size = np.random.default_rng(0), reference.num_examples
             picks = (rng.integers(0, size, size) for _ in range(draws))
-            drawn = [other.resample(pick) - reference.resample(pick) for pick in picks]
-            low, high = np.percentile(drawn, [2.5, 97.5])
+            low, high = np.percentile([other.resample(i) - reference.resample(i) for i in picks], [2.5, 97.5])
             row.differences[name] = Difference(other.value - reference.value, float(low), float(high))
     return list(rows.values())
 

@@ -66,7 +66,7 @@ def refused(toy, tmp_path):
         ),
         (["--config.train.phases=50%"], "train.phases: cannot parse '50%'; expected FROM: field=value"),
         (["--config.train.phases=half: objective.name=mlm"], "cannot parse 'half: objective.name=mlm'"),
-        (["--config.train.phases=50%: name=mlm"], "'name' cannot change within a run"),
+        (["--config.train.phases=50%: name=mlm"], "config has no field 'name'; did you mean"),
         (["--config.train.phases=50%: optimizer.name=adamw"], "'optimizer.name' cannot change within a run"),
         (["--config.model.attention=flash"], "expected one of auto, xla, splash, cudnn"),
         (

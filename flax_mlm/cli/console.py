@@ -54,8 +54,8 @@ def banner(run_phases: list[Phase], mixtures: list[Any], mesh: Any, training: An
 def _print_corpora(mixture: Any, rows: int) -> None:
     """Prints the corpora of a mixture, with the epochs in this many rows; 0: unknown."""
     for (name, corpus), epochs in zip(mixture.corpora.items(), mixture.stream().epochs(rows), strict=True):
-        counts, share = corpus.counts["train"], mixture.fractions[name]
-        read = f", {share:.1%} of the rows" * (share < 1) + f" ({epochs:.2f} epochs)" * bool(rows)
+        counts, fraction = corpus.counts["train"], mixture.fractions[name]
+        read = f", {fraction:.1%} of the rows" * (fraction < 1) + f" ({epochs:.2f} epochs)" * bool(rows)
         print(f"corpus      {corpus.path} ({corpus.source})")
         print(
             f"            {counts['rows']:,} rows of {mixture.seq_len}, {counts['tokens']:,} tokens, vocabulary "

@@ -133,27 +133,22 @@ def write(workdir: Path, runs: list[Run], errors: dict[str, str]) -> None:
 def table(rows: list[Row]) -> str:
     """Formats the rows as Markdown, the best loss in bold."""
 
-    def cell(row: Row, name: str, form: str) -> str:
-        if name not in row.mean:
+    def cell(values: list[float], form: str, sign: str = "") -> str:
+        if not values:
             return "–"
-        spread = f" ± {row.sd[name]:{form}}" if row.sd.get(name) else ""
-        return f"{row.mean[name]:{form}}{spread}"
-
-    def difference(row: Row) -> str:
-        if row is rows[0] or not row.difference:
-            return "–"
-        spread = f" ± {statistics.stdev(row.difference):.4f}" if len(row.difference) > 1 else ""
-        return f"{statistics.fmean(row.difference):+.4f}{spread}"
+        sd = statistics.stdev(values) if len(values) > 1 else 0.0
+        return f"{statistics.fmean(values):{sign}{form}}" + f" ± {sd:{form}}" * (sd > 0)
 
     fields, lines = list(rows[0].setting), []
     for row in rows:
-        loss = cell(row, "loss", ".4f")
-        finished = sum("loss" in entry for entry in row.runs)
+        columns = {name: [run[name] for run in row.runs if name in run] for name in _NUMBERS}
+        loss = cell(columns["loss"], ".4f")
         lines.append([
             *map(spell, row.setting.values()),
-            f"**{loss}**" if row.is_best else loss, difference(row), cell(row, "accuracy", ".4f"),
-            cell(row, "bits_per_byte", ".3f"), cell(row, "tokens_seen", ",.0f"), cell(row, "train_seconds", ",.1f"),
-            cell(row, "tokens_per_second", ",.0f"), f"{finished}/{len(row.runs)}",
+            f"**{loss}**" if row.is_best else loss, cell([] if row is rows[0] else row.difference, ".4f", "+"),
+            cell(columns["accuracy"], ".4f"), cell(columns["bits_per_byte"], ".3f"),
+            cell(columns["tokens_seen"], ",.0f"), cell(columns["train_seconds"], ",.1f"),
+            cell(columns["tokens_per_second"], ",.0f"), f"{len(columns['loss'])}/{len(row.runs)}",
         ])  # fmt: skip
     header = [
         *fields, "held-out loss", "vs. first", "accuracy", "bits/byte", "tokens", "seconds", "tokens/s", "seeds",

@@ -1,4 +1,4 @@
-"""The values that a config field may have, as metadata of its dataclass field."""
+"""Metadata of the config's fields: the values that a field may have, and whether phases of a run may change it."""
 
 import functools
 import math
@@ -50,3 +50,5 @@ POSITIVE_FRACTION = within("(0, 1]")
 RATE = within("[0, 1)")
 OPEN_FRACTION = within("(0, 1)")
 POSITIVE = within("(0, inf)")
+CHANGEABLE = {"in_phases": "changeable"}
+INTERPOLATED = {"in_phases": "interpolated"}  # also by `a->b`

@@ -18,6 +18,7 @@ class Knob(NamedTuple):
     type: type
     optional: bool  # may be None
     allowed: Interval | tuple[str, ...] | None  # None: every value of the type
+    in_phases: str  # "changeable", "interpolated" (also by `a->b`), or "" for fields that phases cannot change
 
 
 @functools.cache
@@ -31,7 +32,8 @@ def knobs() -> dict[str, Knob]:
                 result |= section(f.type, f"{f.name}.")
             else:
                 options = typing.get_args(f.type) or (f.type,)
-                result[prefix + f.name] = Knob(options[0], types.NoneType in options, f.metadata.get("allowed"))
+                allowed, in_phases = f.metadata.get("allowed"), f.metadata.get("in_phases", "")
+                result[prefix + f.name] = Knob(options[0], types.NoneType in options, allowed, in_phases)
         return result
 
     return section(Config, "")
@@ -58,8 +60,8 @@ def parse(path: str, text: str) -> Any:
     Raises:
       UserError: there is no such field, or the text is not of its type.
     """
-    kind, optional, _ = knob(path)
-    if optional and text.lower() == "none":
+    kind = knob(path).type
+    if knob(path).optional and text.lower() == "none":
         return None
     try:
         if kind is bool:

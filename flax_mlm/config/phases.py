@@ -15,32 +15,10 @@ from typing import Any, NamedTuple
 
 from flax_mlm.config import validate
 from flax_mlm.config.grammar import split
-from flax_mlm.config.knobs import parse, value_of
+from flax_mlm.config.knobs import knob, knobs, parse, value_of
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 
-_INTERPOLATED = (
-    "objective.mask_rate",
-    "objective.mask_replace_prob",
-    "objective.random_replace_prob",
-    "optimizer.learning_rate",
-    "optimizer.weight_decay",
-)
-_CHANGEABLE = (
-    *_INTERPOLATED,
-    "objective.",
-    "train.global_batch_size",
-    "train.gradient_accumulation_steps",
-    "data.corpus",
-    "data.seq_len",
-    "model.rope_theta_global",
-    "model.rope_theta_local",
-    "model.sliding_window",
-    "model.dropout_rate",
-    "model.attention_dropout_rate",
-    "model.attention",
-    "model.remat",
-)
 _FIXED_WITH_RTD = ("name", "generator_size", "generator_depth", "embedding_sharing")  # parameters depend on them
 _NUMBER = r"\d+(?:_?\d)*(?:\.\d+)?(?:e[+-]?\d+)?"
 
@@ -157,13 +135,13 @@ def _next_phase(before: Phase, begin: float, text: str) -> Phase:
     config, final_values = _with_values(before.config, before.final_values), dict[str, float]()
     changes = _parse_changes(text)
     for path, first, final in changes:
-        if not path.startswith(_CHANGEABLE):
+        if not knob(path).in_phases:
             raise _error(f"'{path}' cannot change within a run")
         if first is not None:
             config = _with_values(config, {path: parse(path, first)})
         if final is not None:
-            if path not in _INTERPOLATED:
-                can = ", ".join(_INTERPOLATED)
+            if knob(path).in_phases != "interpolated":
+                can = ", ".join(name for name, other in knobs().items() if other.in_phases == "interpolated")
                 raise _error(f"'{path}' cannot be interpolated with '->'; these can: {can}")
             final_values[path] = parse(path, final)
     if config.data.corpus and "data.seq_len" in [change.path for change in changes]:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from flax_mlm.config.allowed import (
+    CHANGEABLE,
+    INTERPOLATED,
     OPEN_FRACTION,
     POSITIVE,
     POSITIVE_FRACTION,
@@ -26,9 +28,9 @@ from flax_mlm.errors import UserError
 @dataclass(frozen=True)
 class DataConfig:
     source: str
-    corpus: str
+    corpus: str = field(metadata=CHANGEABLE)
     cache_dir: str
-    seq_len: int = field(metadata=at_least(4))
+    seq_len: int = field(metadata=at_least(4) | CHANGEABLE)
     validation_fraction: float = field(metadata=OPEN_FRACTION)
     packing: str = field(metadata=one_of("best_fit", "sequential"))
     num_workers: int = field(metadata=at_least(0))
@@ -93,34 +95,34 @@ class ModelConfig:
     embedding_size: int = field(metadata=at_least(0))
     share_layers: bool
     global_attn_every_n_layers: int = field(metadata=at_least(1))
-    sliding_window: int = field(metadata=at_least(2))
-    attention: str = field(metadata=one_of("auto", "xla", "splash", "cudnn"))
-    rope_theta_global: float = field(metadata=within("(1, inf)"))
-    rope_theta_local: float = field(metadata=within("(1, inf)"))
-    dropout_rate: float = field(metadata=RATE)
-    attention_dropout_rate: float = field(metadata=RATE)
+    sliding_window: int = field(metadata=at_least(2) | CHANGEABLE)
+    attention: str = field(metadata=one_of("auto", "xla", "splash", "cudnn") | CHANGEABLE)
+    rope_theta_global: float = field(metadata=within("(1, inf)") | CHANGEABLE)
+    rope_theta_local: float = field(metadata=within("(1, inf)") | CHANGEABLE)
+    dropout_rate: float = field(metadata=RATE | CHANGEABLE)
+    attention_dropout_rate: float = field(metadata=RATE | CHANGEABLE)
     initializer_range: float = field(metadata=POSITIVE_FRACTION)
     vocab_multiple_of: int = field(metadata=at_least(1))
     dtype: str = field(metadata=one_of("float32", "bfloat16"))
     scan_layers: bool | None
-    remat: str = field(metadata=one_of("none", "dots", "full"))
+    remat: str = field(metadata=one_of("none", "dots", "full") | CHANGEABLE)
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    name: str = field(metadata=one_of("mlm", "clm", "rtd"))
-    masking: str = field(metadata=one_of("token", "whole_word", "span"))
-    mask_rate: float = field(metadata=POSITIVE_FRACTION)
-    mask_replace_prob: float = field(metadata=PROBABILITY)
-    random_replace_prob: float = field(metadata=PROBABILITY)
-    span_stop: float = field(metadata=POSITIVE_FRACTION)
-    span_max_words: int = field(metadata=at_least(1))
-    attend_across_documents: bool
-    z_loss: float = field(metadata=at_least(0))
-    generator_size: float = field(metadata=POSITIVE_FRACTION)
-    generator_depth: float = field(metadata=POSITIVE_FRACTION)
-    embedding_sharing: str = field(metadata=one_of("none", "shared", "gradient_disentangled"))
-    discriminator_weight: float = field(metadata=POSITIVE)
+    name: str = field(metadata=one_of("mlm", "clm", "rtd") | CHANGEABLE)
+    masking: str = field(metadata=one_of("token", "whole_word", "span") | CHANGEABLE)
+    mask_rate: float = field(metadata=POSITIVE_FRACTION | INTERPOLATED)
+    mask_replace_prob: float = field(metadata=PROBABILITY | INTERPOLATED)
+    random_replace_prob: float = field(metadata=PROBABILITY | INTERPOLATED)
+    span_stop: float = field(metadata=POSITIVE_FRACTION | CHANGEABLE)
+    span_max_words: int = field(metadata=at_least(1) | CHANGEABLE)
+    attend_across_documents: bool = field(metadata=CHANGEABLE)
+    z_loss: float = field(metadata=at_least(0) | CHANGEABLE)
+    generator_size: float = field(metadata=POSITIVE_FRACTION | CHANGEABLE)
+    generator_depth: float = field(metadata=POSITIVE_FRACTION | CHANGEABLE)
+    embedding_sharing: str = field(metadata=one_of("none", "shared", "gradient_disentangled") | CHANGEABLE)
+    discriminator_weight: float = field(metadata=POSITIVE | CHANGEABLE)
 
     @property
     def masking_signature(self) -> list[Any]:
@@ -134,7 +136,7 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     name: str = field(metadata=one_of("adamw", "stable_adamw", "schedule_free", "lamb", "muon"))
-    learning_rate: float = field(metadata=POSITIVE)
+    learning_rate: float = field(metadata=POSITIVE | INTERPOLATED)
     schedule: str = field(metadata=one_of("linear", "cosine", "wsd", "constant"))
     warmup_fraction: float = field(metadata=PROBABILITY)
     decay_fraction: float = field(metadata=PROBABILITY)
@@ -142,7 +144,7 @@ class OptimizerConfig:
     beta1: float = field(metadata=RATE)
     beta2: float = field(metadata=RATE)
     eps: float = field(metadata=OPEN_FRACTION)
-    weight_decay: float = field(metadata=at_least(0))
+    weight_decay: float = field(metadata=at_least(0) | INTERPOLATED)
     max_grad_norm: float = field(metadata=at_least(0))
     max_skipped_steps: int = field(metadata=at_least(1))
     spike_action: str = field(metadata=one_of("none", "clip", "skip"))
@@ -167,8 +169,8 @@ class TrainConfig:
     tokens: float = field(metadata=at_least(0))
     budget_minutes: float = field(metadata=at_least(0))
     phases: str
-    global_batch_size: int = field(metadata=at_least(1))
-    gradient_accumulation_steps: int = field(metadata=at_least(1))
+    global_batch_size: int = field(metadata=at_least(1) | CHANGEABLE)
+    gradient_accumulation_steps: int = field(metadata=at_least(1) | CHANGEABLE)
     logits_chunks: int = field(metadata=at_least(1))
     reproducible: bool
     batch_groups: int = field(metadata=at_least(1))

@@ -48,7 +48,8 @@ class Lease:
           UserError: another job holds the lease, or the workdir cannot be written.
         """
         try:
-            self._file.make_folder()
+            if isinstance(self._workdir, Path):  # buckets have no folders
+                self._workdir.mkdir(parents=True, exist_ok=True)
             while True:
                 content = self._file.read()
                 if content is not None:

@@ -24,10 +24,6 @@ class LocalFile:
     def __init__(self, path: Path):
         self._path = path
 
-    def make_folder(self) -> None:
-        """Makes the folder of the file unless it exists."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-
     def read(self) -> bytes | None:
         """Reads the first 64 KiB; None if there is no file. Raises OSError for a link, and does not wait for a pipe."""
         try:
@@ -113,9 +109,6 @@ class GcsFile:
 
     def __init__(self, path: AnyPath):
         self._path = path
-
-    def make_folder(self) -> None:
-        """Does nothing: buckets have no folders."""
 
     def read(self) -> bytes | None:
         """Reads the object; None if there is none."""
