@@ -1,8 +1,8 @@
 """ELECTRA (arXiv:2003.10555): two encoders, of which one is kept.
 
-The generator, a small language model, fills masks. The discriminator, of the config's own shape, tells of every token
-whether it was replaced. The discriminator's parameters lie under `encoder` and `head`, as those of any other model,
-and the generator's under `generator`. `objective.embedding_sharing` decides on the token and position embeddings:
+The generator, a small language model, fills masks. The discriminator, of the config's own shape, predicts for every
+token whether it was replaced. The discriminator's parameters lie under `encoder` and `head`, like those of any other
+model, and the generator's under `generator`. `objective.embedding_sharing` decides on token and position embeddings:
 
   none: each network has its own;
   shared: the generator uses the discriminator's, and the gradients of both add up (ELECTRA §3.2);

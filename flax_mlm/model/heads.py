@@ -43,7 +43,7 @@ class LanguageModel(nnx.Module):
     def logits(self, x_BLD: jax.Array) -> Callable[[jax.Array], jax.Array]:
         """Returns the function `predict_BK` -> logits (B, K, V) at these positions.
 
-        It may be called for one group of positions after another; the parameters are gathered once, here.
+        The parameters are gathered once, so that the function may be called for several groups of positions.
         """
         with jax.named_scope("head"):
             head = gathered(self.head, x_BLD.dtype)
@@ -81,7 +81,7 @@ def language_model(config: ModelConfig, vocab_size: int) -> Model:
 
 
 def functional(make: Callable[[nnx.Rngs], Any]) -> Model:
-    """Turns a module into pure functions; it has an `encoder`, and a method `logits` of the hidden states."""
+    """Turns a module with an `encoder` and a method `logits` (of hidden states) into pure functions."""
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
     def bind(params: Any) -> Any:

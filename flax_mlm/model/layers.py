@@ -129,10 +129,10 @@ class Embeddings(nnx.Module):
 
 
 class LayerAttention(NamedTuple):
-    """What the layers of one type (global or local) share."""
+    """Attention of one layer type, global or local."""
 
     attend: Attend
-    rotary: Rotary | None  # None: positions are learned embeddings
+    rotary: Rotary | None  # None: position embeddings are learned
 
 
 class Layer(nnx.Module):
@@ -153,7 +153,7 @@ class Layer(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, attention: LayerAttention, norm: LayerNorm | None, keys_B: jax.Array | None
     ) -> jax.Array:
-        """Returns the hidden states (B, L, D) after this layer.
+        """Computes the hidden states (B, L, D) after this layer.
 
         Args:
           norm: With `norm_position = pre`: the norm before attention; None: x_BLD is normalised already.
