@@ -14,14 +14,15 @@ def abstract_batch(
     batch_size: int, seq_len: int, mesh: Mesh, has_progress: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the result of `shard_batch`."""
-    split = NamedSharding(mesh, PartitionSpec(BATCH))
-    progress = {"progress": jax.ShapeDtypeStruct((batch_size,), np.float32, sharding=split)} if has_progress else {}
-    return {
-        **progress,
-        "tokens": jax.ShapeDtypeStruct((batch_size, seq_len), np.int32, sharding=split),
-        "row_ids": jax.ShapeDtypeStruct((batch_size, 2), np.uint32, sharding=split),
-        "stop": jax.ShapeDtypeStruct((batch_size,), np.bool_, sharding=split),
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "tokens": ((batch_size, seq_len), np.int32),
+        "row_ids": ((batch_size, 2), np.uint32),
+        "stop": ((batch_size,), np.bool_),
     }
+    if has_progress:
+        shapes["progress"] = ((batch_size,), np.float32)
+    split = NamedSharding(mesh, PartitionSpec(BATCH))
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=split) for name, shape in shapes.items()}
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

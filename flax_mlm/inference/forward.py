@@ -1,6 +1,7 @@
 """Model, loss and inference functions of one config on one mesh, shared by training, evaluation and inference."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from flax_mlm.objectives import masking, segments
 from flax_mlm.objectives.keys import run_key
 from flax_mlm.objectives.language_modelling import Loss, language_modelling, log_probabilities
 from flax_mlm.objectives.replaced_token_detection import replaced_token_detection
-from flax_mlm.objectives.targets import Targets, make_targets, max_predictions_per_row
+from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
 from flax_mlm.objectives.vocabulary import Vocabulary
 
 # tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,); in a run with a budget also progress float32 (B,), the
@@ -77,10 +78,10 @@ def build_forward(config: Config, vocab_size: int, mesh: Mesh) -> Forward:
         loss,
         jax.jit(init),
         abstract_params,
-        jax.jit(_eval_step(config, loss)),
-        jax.jit(_token_log_probs(config, model)),
-        jax.jit(_label_log_probs(config, model)),
-        jax.jit(fingerprint_tree),
+        evaluate=jax.jit(functools.partial(_evaluate, config, loss)),
+        token_log_probs=jax.jit(functools.partial(_token_log_probs, config, model)),
+        label_log_probs=jax.jit(functools.partial(_label_log_probs, config, model)),
+        fingerprint=jax.jit(fingerprint_tree),
     )
 
 
@@ -93,67 +94,46 @@ def _for_devices(config: Config, mesh: Mesh) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def _eval_step(config: Config, loss: Loss) -> Callable[..., tuple[EvalOutput, jax.Array]]:
-    slots = max_predictions_per_row(config.objective, config.data.seq_len, config.eval.mask_rate)
-    offset = int(config.objective.name == "clm")  # a causal model predicts the token after its position
-    rates = masking.rates(config.objective, config.eval.mask_rate)
-
-    def eval_step(params: Any, batch: Batch, vocab: Vocabulary) -> tuple[EvalOutput, jax.Array]:
-        targets = make_targets(config.objective, batch, run_key(config, "eval"), vocab, rates, slots)
-
-        def predict(params: Any, targets: Targets) -> Any:
-            return loss.predict(params, targets, None)
-
-        # On more devices than there are groups the results can only be the same up to rounding.
-        shards, groups = num_batch_shards(jax.sharding.get_abstract_mesh()), config.train.batch_groups
-        if config.train.reproducible and groups % shards == 0:
-            losses = map_groups(predict, groups, params, targets)
-        else:
-            losses = predict(params, targets)
-        positions_BK = per_row(lambda t: jnp.take_along_axis(t.positions_BL, t.predict_BK, axis=1) + offset, targets)
-        output = EvalOutput(losses, targets.weights_BK, targets.labels_BK, positions_BK)
-        return replicate(output), batch["stop"].any()
-
-    return eval_step
+def _evaluate(config: Config, loss: Loss, params: Any, batch: Batch, vocab: Vocabulary) -> tuple[EvalOutput, jax.Array]:
+    o, seq_len, groups = config.objective, config.data.seq_len, config.train.batch_groups
+    rates, slots = masking.rates(o, config.eval.mask_rate), max_predictions_per_row(o, seq_len, config.eval.mask_rate)
+    targets = make_targets(o, batch, run_key(config, "eval"), vocab, rates, slots)
+    # On more devices than there are groups the losses can only be the same up to rounding.
+    if config.train.reproducible and groups % num_batch_shards(jax.sharding.get_abstract_mesh()) == 0:
+        losses = map_groups(lambda params, group: loss.predict(params, group, None), groups, params, targets)
+    else:
+        losses = loss.predict(params, targets, None)
+    offset = int(o.name == "clm")  # a causal model predicts the token after its position
+    positions_BK = per_row(lambda t: jnp.take_along_axis(t.positions_BL, t.predict_BK, axis=1) + offset, targets)
+    return replicate(EvalOutput(losses, targets.weights_BK, targets.labels_BK, positions_BK)), batch["stop"].any()
 
 
-def _logits(config: Config, model: Model) -> Callable[..., jax.Array]:
-    causal = config.objective.name == "clm"
+def _token_log_probs(config: Config, model: Model, params: Any, *inputs: Any) -> jax.Array:
+    return replicate(jax.nn.log_softmax(_logits(config, model, params, *inputs), axis=-1))
 
-    def logits(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: Vocabulary) -> jax.Array:
-        """Logits (B, K, V) at positions `predict_BK`; the tokens are used as they are, nothing more is masked.
 
-        Raises:
-          UserError: the objective is rtd, whose encoder has no vocabulary head.
-        """
-        if config.objective.name == "rtd":
-            raise UserError(
-                "objective.name is rtd; this encoder predicts which tokens were replaced and has no logits over the "
-                "vocabulary; use a model trained with mlm or clm"
-            )
-        segment_ids_BL, positions_BL = per_row(
-            lambda tokens, vocab: (s := segments.segment_ids(tokens, vocab), segments.positions(s)), tokens_BL, vocab
+def _label_log_probs(
+    config: Config, model: Model, params: Any, tokens_BL: Any, predict_BK: Any, labels_BK: Any, vocab: Vocabulary
+) -> jax.Array:
+    logits_BKV = _logits(config, model, params, tokens_BL, predict_BK, vocab)
+    return replicate(log_probabilities(logits_BKV, labels_BK))
+
+
+def _logits(
+    config: Config, model: Model, params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: Vocabulary
+) -> jax.Array:
+    """Logits (B, K, V) at positions `predict_BK`; the tokens are used as they are, nothing more is masked.
+
+    Raises:
+      UserError: the objective is rtd, whose encoder has no vocabulary head.
+    """
+    if config.objective.name == "rtd":
+        raise UserError(
+            "objective.name is rtd; this encoder predicts which tokens were replaced and has no logits over the "
+            "vocabulary; use a model trained with mlm or clm"
         )
-        return model.apply(params, tokens_BL, segment_ids_BL, positions_BL, predict_BK=predict_BK, causal=causal)
-
-    return logits
-
-
-def _token_log_probs(config: Config, model: Model) -> Callable[..., jax.Array]:
-    logits = _logits(config, model)
-
-    def token_log_probs(params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, vocab: Vocabulary) -> jax.Array:
-        return replicate(jax.nn.log_softmax(logits(params, tokens_BL, predict_BK, vocab), axis=-1))
-
-    return token_log_probs
-
-
-def _label_log_probs(config: Config, model: Model) -> Callable[..., jax.Array]:
-    logits = _logits(config, model)
-
-    def label_log_probs(
-        params: Any, tokens_BL: jax.Array, predict_BK: jax.Array, labels_BK: jax.Array, vocab: Vocabulary
-    ) -> jax.Array:
-        return replicate(log_probabilities(logits(params, tokens_BL, predict_BK, vocab), labels_BK))
-
-    return label_log_probs
+    segment_ids_BL, positions_BL = per_row(
+        lambda tokens, vocab: (s := segments.segment_ids(tokens, vocab), segments.positions(s)), tokens_BL, vocab
+    )
+    causal = config.objective.name == "clm"
+    return model.apply(params, tokens_BL, segment_ids_BL, positions_BL, predict_BK=predict_BK, causal=causal)

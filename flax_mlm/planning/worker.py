@@ -135,7 +135,7 @@ def _activation_bytes(phase: Phase, training: Training, mesh: Any, vocab: Any) -
     config, loss = phase.config, training.forward.loss
 
     def forward(params: Any, batch: Any, vocab: Any) -> Any:
-        targets, keys_B = model_inputs(config, phase, batch, vocab, rates_at(phase, 0.0))
+        targets, keys_B = model_inputs(phase, batch, vocab, rates_at(phase, 0.0))
         counts = loss.counts(targets)
         _, backward = jax.vjp(lambda p: loss.total(loss.predict(p, targets, keys_B), counts)[0], params)
         return backward

@@ -11,16 +11,17 @@ from flax_mlm.config.schema import TrainConfig
 from flax_mlm.distributed.batches import split_microbatches
 from flax_mlm.distributed.deterministic import sum_groups
 from flax_mlm.objectives.language_modelling import Loss
+from flax_mlm.training.state import Metrics
 
 # (parameters, counts over the global batch, (Targets, dropout keys)) -> (gradient, metrics); both are sums over the
 # rows of terms that are divided by the counts, so that the results of parts of the batch add up
-Gradient = Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
+Gradient = Callable[[Any, Any, Any], tuple[Any, Metrics]]
 
 
 def choose_gradient(config: TrainConfig, loss: Loss) -> Gradient:
     """Gradient of `loss` in the way that the config asks for."""
 
-    def mean_loss(params: Any, counts: Any, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def mean_loss(params: Any, counts: Any, rows: Any) -> tuple[jax.Array, Metrics]:
         return loss.total(loss.predict(params, *rows), counts)
 
     whole_batch: Gradient = jax.grad(mean_loss, has_aux=True)

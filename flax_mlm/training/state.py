@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from flax_mlm.optim import spikes
 
+Metrics = dict[str, jax.Array]  # scalars by name
+
 
 class TrainState(NamedTuple):
     """Everything that continues a run. It holds no random keys: they follow from the seed and the rows' numbers."""

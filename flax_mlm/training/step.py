@@ -1,5 +1,6 @@
 """The train step: masks a batch, takes the gradient of the loss, updates the parameters."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,13 +17,12 @@ from flax_mlm.inference.forward import Batch, Forward, build_forward
 from flax_mlm.model import flops
 from flax_mlm.model.heads import vocab_rows
 from flax_mlm.objectives.keys import row_keys, run_key
-from flax_mlm.objectives.language_modelling import Loss
 from flax_mlm.objectives.masking import Rates, rates_at
 from flax_mlm.objectives.targets import Targets, make_targets, max_predictions_per_row
 from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.optim import optimizer
 from flax_mlm.training.gradients import choose_gradient
-from flax_mlm.training.state import TrainState, new_state
+from flax_mlm.training.state import Metrics, TrainState, new_state
 from flax_mlm.training.update import StepContext, gradient_params, update
 
 
@@ -40,8 +40,7 @@ def build_training(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | N
     """Builds model, loss and optimizer, and jits the train step.
 
     Args:
-      config: that of the phase.
-      phase: part of a run that the step belongs to; None: the run has one phase.
+      phase: part of a run that the step belongs to, with this config; None: the run has one phase.
 
     Raises:
       UserError: `model.attention` is a kernel that the mesh's devices do not have.
@@ -56,40 +55,35 @@ def build_training(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | N
 
     with jax.set_mesh(mesh):
         abstract = bind_to_mesh(jax.eval_shape(init), mesh)
-    context = StepContext(config, phase, tx, mesh.devices.flat[0].platform)
-    step = jax.jit(_train_step(context, forward.loss), donate_argnums=0)
-    return Training(forward, jax.jit(init), abstract, step, _flops(config, phase, vocab_size))
+    gradient = choose_gradient(config.train, forward.loss)
+    context = StepContext(phase, forward.loss, gradient, tx, mesh.devices.flat[0].platform)
+    step = jax.jit(functools.partial(_train_step, context), donate_argnums=0)
+    return Training(forward, jax.jit(init), abstract, step, _flops(phase, vocab_size))
 
 
-def _train_step(context: StepContext, loss: Loss) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    config, phase = context.config, context.phase
-    gradient = choose_gradient(config.train, loss)
-
-    def train_step(state: TrainState, batch: Batch, vocab: Vocabulary) -> tuple[TrainState, dict[str, jax.Array]]:
-        end = progress_after(phase, state, batch)
-        fraction = jnp.clip((state.progress - phase.begin) / (phase.end - phase.begin), 0.0, 1.0)
-        rates = rates_at(phase, fraction)
-        targets, dropout_keys_B = model_inputs(config, phase, batch, vocab, rates)
-        counts = loss.counts(targets)  # over the global batch, also where the gradient is computed in parts
-        params = gradient_params(context, state)
-        grads, means = gradient(params, counts, (targets, dropout_keys_B))
-        state, update_metrics = update(context, state, grads, means["loss"], fraction, end)
-        metrics = {
-            **means,
-            **update_metrics,
-            "mask_rate": jnp.float32(rates.mask),
-            "predicted_tokens": counts[0],
-            "tokens": (targets.segment_ids_BL > 0).sum(),
-            "progress": end,
-            "skipped": state.skipped,
-            "skipped_in_a_row": state.skipped_in_a_row,
-            # The same on any number of devices and hosts, and after any restart.
-            "batch_fingerprint": fingerprint_scalar((targets.inputs_BL, targets.predict_BK, targets.labels_BK)),
-            "stop": batch["stop"].any(),
-        }
-        return state, metrics
-
-    return train_step
+def _train_step(context: StepContext, state: TrainState, batch: Batch, vocab: Vocabulary) -> tuple[TrainState, Metrics]:
+    phase, loss = context.phase, context.loss
+    end = progress_after(phase, state, batch)
+    fraction = jnp.clip((state.progress - phase.begin) / (phase.end - phase.begin), 0.0, 1.0)
+    rates = rates_at(phase, fraction)
+    targets, dropout_keys_B = model_inputs(phase, batch, vocab, rates)
+    counts = loss.counts(targets)  # over the global batch, also where the gradient is computed in parts
+    params = gradient_params(context, state)
+    grads, means = context.gradient(params, counts, (targets, dropout_keys_B))
+    state, update_metrics = update(context, state, grads, means["loss"], fraction, end)
+    return state, {
+        **means,
+        **update_metrics,
+        "mask_rate": jnp.float32(rates.mask),
+        "predicted_tokens": counts[0],
+        "tokens": (targets.segment_ids_BL > 0).sum(),
+        "progress": end,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        # The same on any number of devices and hosts, and after any restart.
+        "batch_fingerprint": fingerprint_scalar((targets.inputs_BL, targets.predict_BK, targets.labels_BK)),
+        "stop": batch["stop"].any(),
+    }
 
 
 def progress_after(phase: Phase, state: TrainState, batch: Batch) -> jax.Array:
@@ -100,26 +94,24 @@ def progress_after(phase: Phase, state: TrainState, batch: Batch) -> jax.Array:
     return phase.begin + (phase.end - phase.begin) * (steps_done / phase.num_steps)
 
 
-def model_inputs(
-    config: Config, phase: Phase, batch: Batch, vocab: Vocabulary, rates: Rates
-) -> tuple[Targets, jax.Array | None]:
+def model_inputs(phase: Phase, batch: Batch, vocab: Vocabulary, rates: Rates) -> tuple[Targets, jax.Array | None]:
     """Inputs and targets of a training batch, and the rows' dropout keys (B,), None without dropout."""
-    targets = make_targets(config.objective, batch, run_key(config, "mask"), vocab, rates, _slots(config, phase))
+    config = phase.config
+    targets = make_targets(config.objective, batch, run_key(config, "mask"), vocab, rates, _slots(phase))
     if config.model.dropout_rate == config.model.attention_dropout_rate == 0.0:
         return targets, None
     return targets, row_keys(run_key(config, "dropout"), batch["row_ids"])
 
 
-def _slots(config: Config, phase: Phase) -> int:
+def _slots(phase: Phase) -> int:
     """K, prediction slots of a row."""
-    return max_predictions_per_row(config.objective, config.data.seq_len, phase.largest_mask_rate)
+    return max_predictions_per_row(phase.config.objective, phase.config.data.seq_len, phase.largest_mask_rate)
 
 
-def _flops(config: Config, phase: Phase, vocab_size: int) -> float:
+def _flops(phase: Phase, vocab_size: int) -> float:
     """Model FLOPs of one step."""
-    slots, rows = _slots(config, phase), vocab_rows(config.model, vocab_size)
+    config, slots = phase.config, _slots(phase)
+    rows = vocab_rows(config.model, vocab_size)
     if config.objective.name == "rtd":
-        per_row = flops.per_row_of_rtd(config, slots, rows)
-    else:
-        per_row = flops.per_row(config.model, config.data.seq_len, slots, rows)
-    return config.train.global_batch_size * per_row
+        return config.train.global_batch_size * flops.per_row_of_rtd(config, slots, rows)
+    return config.train.global_batch_size * flops.per_row(config.model, config.data.seq_len, slots, rows)
