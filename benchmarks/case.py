@@ -164,11 +164,12 @@ class Case:
 
 def real_rows(case: Case, config: Config) -> tuple[Any, np.ndarray]:
     """A tokenizer of real text and rows for a case, of the source that the config names."""
-    from flax_mlm.data.prepare import prepare_cached
+
+    from flax_mlm.data.prepare import prepare
 
     data = dataclasses.replace(config.data, seq_len=case.length)
     tokenizer = dataclasses.replace(config.tokenizer, vocab_size=case.vocab)
-    corpus = prepare_cached(dataclasses.replace(config, data=data, tokenizer=tokenizer), turns.say)
+    corpus = prepare(dataclasses.replace(config, data=data, tokenizer=tokenizer), log=turns.say)
     return corpus.tokenizer(), full_rows(corpus.split("train"), BATCHES * case.rows, Ids.of(corpus.tokenizer()))
 
 

@@ -75,7 +75,7 @@ def write_case(config: Config, folder: Path) -> None:
     import jax
 
     from flax_mlm.data.mixture import Mixture
-    from flax_mlm.data.prepare import prepare_cached
+    from flax_mlm.data.prepare import prepare
     from flax_mlm.distributed.batches import shard_rows
     from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.hf import tokenizer_json
@@ -85,7 +85,7 @@ def write_case(config: Config, folder: Path) -> None:
     from flax_mlm.objectives.vocabulary import Vocabulary
 
     config = phases.parse_phases(config)[-1].config  # ours is evaluated with the objective that it ends with
-    corpus = prepare_cached(config, turns.say)
+    corpus = prepare(config, log=turns.say)
     tokenizer, length, o = corpus.tokenizer(), config.data.seq_len, config.objective
     parts: dict[bool, list[int]] = {False: [], True: []}
     for is_held_out, text in documents(config):

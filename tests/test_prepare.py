@@ -18,7 +18,7 @@ from flax_mlm.data import prepare as prepare_lib
 from flax_mlm.data import sources, units
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.held_out import hashed
-from flax_mlm.data.prepare import prepare, prepare_cached
+from flax_mlm.data.prepare import prepare
 from flax_mlm.data.sources import TextChunk
 from flax_mlm.errors import UserError
 
@@ -169,7 +169,7 @@ def start(text, tmp_path):
 
 def test_killed_and_started_again(start, undisturbed, tmp_path):
     output, work = tmp_path / "corpus", tmp_path / "corpus.tmp"
-    for seen in ("tokenizer-*", "units-*/00001.json"):
+    for seen in ("*/tokenizer", "*/units/00001.json"):
         process = start(output)
         deadline = time.monotonic() + 60
         while not list(work.glob(seen)) and time.monotonic() < deadline:
@@ -190,7 +190,7 @@ def test_killed_and_started_again(start, undisturbed, tmp_path):
     process = start(output)
     log, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "tokenizer: trained before, used again" in log
+    assert "tokenizer: made before, used again" in log
     assert "units were finished before and are reused" in log
     assert contents(output) == contents(undisturbed)
     assert not work.exists()
@@ -234,11 +234,11 @@ def test_cached_and_with_a_given_tokenizer(text, undisturbed, tmp_path):
         data_cache_dir=str(tmp_path / "cache"),
         tokenizer_path=str(undisturbed),
     )
-    corpus = prepare_cached(config, silent)
+    corpus = prepare(config, log=silent)
     assert corpus.tokenizer().fingerprint == Corpus.open(undisturbed).tokenizer().fingerprint
     assert corpus.counts["train"]["tokens"] == Corpus.open(undisturbed).counts["train"]["tokens"]
     log: list[str] = []
-    assert prepare_cached(config, log.append).fingerprint == corpus.fingerprint
+    assert prepare(config, log=log.append).fingerprint == corpus.fingerprint
     assert len(log) == 1
     assert "already prepared" in log[0]
 

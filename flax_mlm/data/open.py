@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from flax_mlm.config.schema import Config
 from flax_mlm.data.mixture import Mixture
-from flax_mlm.data.prepare import prepare_cached
+from flax_mlm.data.prepare import prepare
 from flax_mlm.data.tokenizer.load import load_tokenizer
 from flax_mlm.errors import UserError
 
@@ -17,7 +17,7 @@ def open_corpus(config: Config, log: Callable[[str], None] = print) -> Mixture:
       UserError: also when `data.corpus` was made with another tokenizer than `tokenizer.path`.
     """
     if not config.data.corpus:
-        corpus = prepare_cached(config, log)
+        corpus = prepare(config, log=log)
         return Mixture({corpus.path.name: corpus})
     mixture = Mixture.open(config.data)
     tokenizer = config.tokenizer

@@ -31,30 +31,23 @@ from flax_mlm.errors import UserError
 Log = Callable[[str], None]
 
 
-def prepare(config: Config, output: str | Path, log: Log = print) -> Corpus:
-    """Makes a corpus in the folder `output`, or opens the one that is there if it is the same.
+def prepare(config: Config, output: str | Path | None = None, log: Log = print) -> Corpus:
+    """Makes the corpus that a config describes, or opens it where it is made already.
 
     It starts processes that import the main module, so a script that calls it needs `if __name__ == "__main__":`.
 
     Args:
+      output: folder of the corpus; None: one in `data.cache_dir`, named after the source and a hash of the settings.
       log: called with each line about the progress.
 
     Raises:
-      UserError: the source cannot be read, or `output` holds something else.
+      UserError: the source cannot be read, or `output` holds something else or cannot be written.
     """
     source = open_source(config.data.source)
-    return _prepare(config, source, _request(config, source), output, log)
-
-
-def prepare_cached(config: Config, log: Log = print) -> Corpus:
-    """Opens the corpus that the config describes in data.cache_dir, after making it there if it is missing."""
-    source = open_source(config.data.source)
     request = _request(config, source)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", config.data.source).strip("-")[:40]
-    return _prepare(config, source, request, Path(config.data.cache_dir) / f"{name}-{request[:16]}", log)
-
-
-def _prepare(config: Config, source: Source, request: str, output: str | Path, log: Log) -> Corpus:
+    if output is None:
+        name = re.sub(r"[^A-Za-z0-9]+", "-", config.data.source).strip("-")[:40]
+        output = Path(config.data.cache_dir) / f"{name}-{request[:16]}"
     if "://" in str(output):
         raise UserError(f"the output is {output}; expected a local folder, which you can copy there")
     output = Path(output).expanduser().absolute()
@@ -66,9 +59,9 @@ def _prepare(config: Config, source: Source, request: str, output: str | Path, l
         with _lock(work, log):
             try:
                 if not _is_done(output, request):  # another process may have made it during the wait for the lock
-                    _build(config, source, request, output, work, log)
+                    _build(config, source, request, output, work / request[:16], log)
             except UserError:
-                if not any(work.glob("units-*/*.json")):  # only finished units are worth keeping
+                if not any(work.glob("*/units/*.json")):  # only finished units are worth keeping
                     shutil.rmtree(work, ignore_errors=True)
                 raise
             shutil.rmtree(work, ignore_errors=True)
@@ -129,11 +122,12 @@ def _build(config: Config, source: Source, request: str, output: Path, work: Pat
     log(f"source: {source.name}; licence: {source.licence}")
     data, counts = config.data, Counter[str]()
     check_fraction(source, data.validation_fraction)
+    work.mkdir(exist_ok=True)
     tokenizer_path = _tokenizer(config, source, work, log)
     tokenizer = load_tokenizer(tokenizer_path)
-    folder, finished = work / f"corpus-{request[:16]}", work / f"units-{request[:16]}"
+    folder = work / "corpus"
     chunks = with_progress("tokenising", source, counts, log)
-    splits = make_units(chunks, folder, finished, tokenizer_path, data, log)
+    splits = make_units(chunks, folder, work / "units", tokenizer_path, data, log)
     for name, split in splits.items():
         if not split["rows"]:
             raise UserError(f"data.source is '{data.source}'; its {name} documents hold no text")
@@ -183,28 +177,27 @@ def summary(manifest: dict[str, Any]) -> list[str]:
 
 
 def _tokenizer(config: Config, source: Source, work: Path, log: Log) -> Path:
-    """Returns a folder with the tokenizer: the given one, one trained before a kill, or one trained now."""
-    t, fraction = config.tokenizer, config.data.validation_fraction
+    """Returns a folder with the tokenizer, which is the given one, or is trained unless that was done before a kill."""
+    t, folder = config.tokenizer, work / "tokenizer"
+    if folder.exists():
+        log("tokenizer: made before, used again")
+        return folder
     if t.path:
         log(f"tokenizer: {t.path}{f' with the words of {t.extra_tokens_file}' * bool(t.extra_tokens_file)}")
-        folder = work / "tokenizer.given"
-        folder.mkdir(exist_ok=True)
-        load_tokenizer(t.path, t.extra_tokens_file).save(folder)
-        return folder
-    folder = work / f"tokenizer-{_hash([source.version, _tokenizer_options(config), fraction])[:16]}"
-    if folder.exists():
-        log("tokenizer: trained before, used again")
-        return folder
-    chunks = hashed(with_progress("sampling text", source, Counter(), log))
-    sample = _sample((chunk.text for chunk in chunks if chunk.hash >= fraction), t.sample_bytes)
-    size = sum(len(text.encode()) for text in sample)
-    log(f"tokenizer: training {t.model_type}, vocabulary {t.vocab_size:,}, on {size:,} bytes")
-    start = time.monotonic()
+        tokenizer = load_tokenizer(t.path, t.extra_tokens_file)
+    else:
+        chunks = hashed(with_progress("sampling text", source, Counter(), log))
+        training_texts = (chunk.text for chunk in chunks if chunk.hash >= config.data.validation_fraction)
+        sample = _sample(training_texts, t.sample_bytes)
+        size = sum(len(text.encode()) for text in sample)
+        log(f"tokenizer: training {t.model_type}, vocabulary {t.vocab_size:,}, on {size:,} bytes")
+        start = time.monotonic()
+        tokenizer = train_tokenizer(sample, t)
+        log(f"tokenizer: trained in {time.monotonic() - start:.1f} s")
     new = work / "tokenizer.new"
     new.mkdir(exist_ok=True)
-    train_tokenizer(sample, t).save(new)
+    tokenizer.save(new)
     new.rename(folder)
-    log(f"tokenizer: trained in {time.monotonic() - start:.1f} s")
     return folder
 
 
