@@ -1,8 +1,10 @@
 """Whole runs: they finish, learn, go on elsewhere, and prove that they do. What they survive is in tests/faults."""
 
+import dataclasses
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -12,10 +14,13 @@ from faults.runs import arrays, assert_same_run, finish, metrics_of
 
 from flax_mlm.checkpoint.format import newest_meta, stored_config
 from flax_mlm.checkpoint.store import saved_steps
+from flax_mlm.cli.arguments import config_of
 from flax_mlm.config.load import build, from_dict
+from flax_mlm.errors import Failure, UserError
 from flax_mlm.finetuning.save import save_encoder
 from flax_mlm.inference.config import read_config
 from flax_mlm.inference.load import load_model
+from flax_mlm.train import train
 
 STEPS = 60
 SHORT = {"train__steps": STEPS, "train__checkpoint_every": 10, "train__eval_every": 20, "model__vocab_multiple_of": 2}
@@ -42,6 +47,23 @@ def test_a_finished_run_says_so_and_stays_as_it_is(toy, trained_run):
     assert done.returncode == 0, done.stderr
     assert "this run is finished: 300 steps are done" in done.stdout
     assert before == {p: p.read_bytes() for p in trained_run.rglob("*") if p.is_file()}
+
+
+def test_train_is_a_function_that_can_be_called_twice(toy, tmp_path):
+    config = config_of(toy.flags(train__steps=6, train__eval_every=4, eval__max_rows=16))
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    first = train(config, tmp_path / "first")
+    second = train(config, str(tmp_path / "second"))
+    assert first == second == json.loads((tmp_path / "first" / "result.json").read_text())
+    assert train(config, tmp_path / "first") == first, "a finished run returns its result"
+    other = config_of(toy.flags(train__steps=7))
+    with pytest.raises(UserError, match=r"holds a run with train\.steps = 6"):
+        train(other, tmp_path / "first")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert jax.sharding.get_abstract_mesh().empty
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30))
+    with pytest.raises(Failure, match="Try a lower optimizer"):
+        train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=60)), tmp_path / "diverged")
 
 
 @pytest.fixture(scope="module")

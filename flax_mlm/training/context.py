@@ -1,4 +1,4 @@
-"""What a run is made of, the same from its first step to its last."""
+"""Parts of a run that stay the same from its first step to its last."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: lines on the console and in metrics.jsonl."""
+"""Reports of a run in training: lines on the console and in metrics.jsonl."""
 
 import contextlib
 from collections.abc import Iterator

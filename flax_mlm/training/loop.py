@@ -209,7 +209,7 @@ class Run:
 
     @property
     def save_is_due(self) -> bool:
-        """Whether the state is to be saved now: on schedule, at the end, or once to learn what time a save takes."""
+        """True if the state is to be saved now: on schedule, at the end, or once to learn what time a save takes."""
         every = self._context.config.train.checkpoint_every
         return self.is_over or self._times_next_save or is_multiple(self.step, every)
 
@@ -255,5 +255,5 @@ class Run:
 
 
 def is_multiple(step: int, every: int) -> bool:
-    """Whether something done every so many steps (0: never) is due."""
+    """True if something done every `every` steps (0: never) is due after `step` steps."""
     return every > 0 and step > 0 and step % every == 0
