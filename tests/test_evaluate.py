@@ -19,7 +19,8 @@ from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import mlm
 from flax_mlm.inference.config import read_config
 from flax_mlm.inference.forward import build_forward
-from flax_mlm.inference.load import LoadedModel, load_model
+from flax_mlm.inference.load import load_model
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.objectives.vocabulary import Vocabulary
 
 EXACT = ("rows", "predicted_tokens", "unigram_entropy", "majority_accuracy")

@@ -23,7 +23,8 @@ from flax_mlm.evaluation import classification, dev_split, metrics, report, tagg
 from flax_mlm.finetuning import batches
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.config import read_config
-from flax_mlm.inference.load import LoadedModel, load_model
+from flax_mlm.inference.load import load_model
+from flax_mlm.inference.model import LoadedModel
 
 SOON = {"epochs": 4, "seeds": 2, "learning_rates": "3e-3,1e-2", "batch_size": 16, "dropout_rate": 0.0, "max_length": 24}
 

@@ -28,8 +28,10 @@ from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
 from flax_mlm.hf import sentence_transformers as sentence_transformers_files
 from flax_mlm.hf.weights import param_mappings, params_to_tensors
 from flax_mlm.inference import embeddings, likelihood, parity
+from flax_mlm.inference.api import Model
 from flax_mlm.inference.forward import build_forward
-from flax_mlm.inference.load import LoadedModel, start_params, untied
+from flax_mlm.inference.load import start_params, untied
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.inference.outputs import make_outputs
 from flax_mlm.model import electra, heads
 from flax_mlm.objectives import masking
@@ -221,6 +223,11 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     assert [a["token"] for a in answers] == np.argsort(-scores[0, at])[:3].tolist()
     probabilities = np.asarray(jax.nn.softmax(scores[0, at]))
     np.testing.assert_allclose([a["score"] for a in answers], np.sort(probabilities)[::-1][:3], rtol=1e-4)
+    ours = Model(model).fill_mask(text, top_k=3)
+    assert [a["token"] for a in ours] == [a["token"] for a in answers]
+    assert [a["token_str"] for a in ours] == [a["token_str"] for a in answers]
+    assert [a["sequence"] for a in ours] == [a["sequence"] for a in answers]
+    np.testing.assert_allclose([a["score"] for a in ours], [a["score"] for a in answers], rtol=1e-4)
 
     sentence_transformers = pytest.importorskip("sentence_transformers")
     pooled = sentence_transformers.SentenceTransformer(str(path), device="cpu").encode(["The dog of the people."])

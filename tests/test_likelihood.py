@@ -15,8 +15,9 @@ from flax_mlm.errors import UserError
 from flax_mlm.evaluation import cloze, minimal_pairs
 from flax_mlm.inference import likelihood
 from flax_mlm.inference.config import read_config
-from flax_mlm.inference.load import LoadedModel, load_model
+from flax_mlm.inference.load import load_model
 from flax_mlm.inference.mask_filler import MaskFiller
+from flax_mlm.inference.model import LoadedModel
 
 TEXTS = ["The dog barks in the garden today.", "Fish.", "The cat sleeps near the river. The cow eats all day."] * 3
 

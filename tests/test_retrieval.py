@@ -24,7 +24,8 @@ from flax_mlm.finetuning import contrastive
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.config import read_config
 from flax_mlm.inference.forward import build_forward
-from flax_mlm.inference.load import LoadedModel, load_model
+from flax_mlm.inference.load import load_model
+from flax_mlm.inference.model import LoadedModel
 
 SOON = {"epochs": 2, "seeds": 1, "learning_rates": "3e-3", "batch_size": 16, "max_length": 24, "pooling": "mean"}
 

@@ -16,7 +16,7 @@ from flax_mlm.finetuning.heads import make_head
 from flax_mlm.finetuning.loop import Log, Problem, SearchResult, search
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.embeddings import OnBatch, Params, TokenizedTexts
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 
 _PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from flax_mlm.errors import UserError
-from flax_mlm.inference.load import LoadedModel
 from flax_mlm.inference.mask_filler import MaskFiller
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.storage import files
 
 Cloze = tuple[str, tuple[str, ...]]  # text, answers

@@ -14,7 +14,7 @@ import numpy as np
 from flax_mlm.data import tables
 from flax_mlm.errors import UserError
 from flax_mlm.inference import likelihood
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 
 Pair = tuple[str, str]  # good sentence, bad sentence
 

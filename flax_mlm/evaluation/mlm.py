@@ -15,7 +15,7 @@ from flax_mlm.data.pipeline import eval_batches
 from flax_mlm.distributed.batches import local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.inference.forward import EvalOutput, build_forward
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 
 OnBatch = Callable[[], bool]  # called before every batch; returns whether this process wants to stop
 

@@ -20,7 +20,7 @@ from flax_mlm.finetuning.contrastive import Pairs
 from flax_mlm.finetuning.loop import Log, SearchResult, search
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.embeddings import OnBatch, Params
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 
 _QUERY = ("query", "anchor", "question", "sentence1", "premise", "sentence", "text")
 _POSITIVE = ("positive", "pos", "answer", "document", "passage", "context")

@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_mlm.data.mixture import Mixture
 from flax_mlm.evaluation import mlm
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 
 
 class Measurement(NamedTuple):

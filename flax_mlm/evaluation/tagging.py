@@ -18,7 +18,7 @@ from flax_mlm.finetuning.heads import make_head
 from flax_mlm.finetuning.loop import Log, Problem, search
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.embeddings import OnBatch, Params, TokenizedTexts
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 
 _NONE = -1  # label of tokens that do not begin a word
 

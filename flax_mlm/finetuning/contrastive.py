@@ -22,7 +22,7 @@ from flax_mlm.finetuning.batches import Batch, epoch_indices, num_batches
 from flax_mlm.finetuning.loop import Problem
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.embeddings import Encoder, OnBatch, Params, normalize
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 
 _NONE = -1  # text index where an example has fewer hard negatives than others
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_mlm.inference.embeddings import Encoder, Params, dropout_keys, hidden_states, pool
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.model.heads import apply_task_head, init_task_head
 
 

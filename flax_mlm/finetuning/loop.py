@@ -17,7 +17,7 @@ from flax_mlm.distributed.mesh import reshard_like
 from flax_mlm.errors import UserError
 from flax_mlm.finetuning.batches import Batch
 from flax_mlm.inference.embeddings import OnBatch, Params, check_batches
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.optim import optimizer
 
 Log = Callable[[str], None]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from flax_mlm.checkpoint.format import make_meta
 from flax_mlm.checkpoint.manager import Checkpoints
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.storage import gcs
 
 

@@ -78,6 +78,32 @@ class Architecture:
     unused: tuple[str, ...]
 
 
+_SIZES = {  # field of ModelConfig -> key of config.json, in all architectures
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
+
+
+def sizes_from_hf(config: HfConfig) -> dict[str, int]:
+    """Returns the fields of `ModelConfig` that all architectures have. Raises ValueError where one is not positive."""
+    return {field: number(config, key) for field, key in _SIZES.items()}
+
+
+def sizes_to_hf(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
+    """Returns the keys of config.json that all architectures have."""
+    return {
+        **{key: getattr(model, field) for field, key in _SIZES.items()},
+        "initializer_range": model.initializer_range,
+        "tie_word_embeddings": True,
+        "pad_token_id": ids.pad_id,
+        "bos_token_id": ids.cls_id,
+        "eos_token_id": ids.sep_id,
+    }
+
+
 def number(config: HfConfig, key: str, kind: type = int, default: Any = None) -> Any:
     """Returns a positive number, int or float, of a config.json. Raises ValueError where the value is none."""
     value = config.get(key, default)

@@ -16,18 +16,18 @@ from flax_mlm.hf.architecture import (
     linear,
     number,
     position_offset,
+    sizes_from_hf,
+    sizes_to_hf,
     weight,
 )
+
+_QKV = ("query", "key", "value")
 
 
 def _from_bert(config: HfConfig) -> dict[str, Any]:
     expect(config, hidden_act="gelu", position_embedding_type="absolute", tie_word_embeddings=True)
     return {
-        "num_layers": number(config, "num_hidden_layers"),
-        "hidden_size": number(config, "hidden_size"),
-        "num_heads": number(config, "num_attention_heads"),
-        "intermediate_size": number(config, "intermediate_size"),
-        "max_positions": number(config, "max_position_embeddings"),
+        **sizes_from_hf(config),
         "norm_eps": number(config, "layer_norm_eps", float, 1e-12),
         "type_vocab_size": number(config, "type_vocab_size", int, 2),
         "position_embedding": "learned",
@@ -42,23 +42,14 @@ def _from_bert(config: HfConfig) -> dict[str, Any]:
 
 def _to_bert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
     return {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_heads,
-        "intermediate_size": model.intermediate_size,
-        "max_position_embeddings": model.max_positions,
+        **sizes_to_hf(model, ids),
         "layer_norm_eps": model.norm_eps,
         "type_vocab_size": model.type_vocab_size,
         "hidden_dropout_prob": model.dropout_rate,
         "attention_probs_dropout_prob": model.attention_dropout_rate,
-        "initializer_range": model.initializer_range,
         "hidden_act": "gelu",
         "position_embedding_type": "absolute",
-        "tie_word_embeddings": True,
         "is_decoder": False,
-        "pad_token_id": ids.pad_id,
-        "bos_token_id": ids.cls_id,
-        "eos_token_id": ids.sep_id,
     }
 
 
@@ -79,12 +70,7 @@ BERT = Architecture(
         weight("encoder/embeddings/position", "bert.embeddings.position_embeddings.weight"),
         weight("encoder/embeddings/token_type", "bert.embeddings.token_type_embeddings.weight"),
         weight("encoder/embeddings/norm", "bert.embeddings.LayerNorm"),
-        linear(
-            "encoder/layers/qkv",
-            "bert.encoder.layer.{}.attention.self.query",
-            "bert.encoder.layer.{}.attention.self.key",
-            "bert.encoder.layer.{}.attention.self.value",
-        ),
+        linear("encoder/layers/qkv", *(f"bert.encoder.layer.{{}}.attention.self.{name}" for name in _QKV)),
         linear("encoder/layers/attention_out", "bert.encoder.layer.{}.attention.output.dense"),
         weight("encoder/layers/attention_norm", "bert.encoder.layer.{}.attention.output.LayerNorm"),
         linear("encoder/layers/mlp_in", "bert.encoder.layer.{}.intermediate.dense"),
@@ -176,12 +162,7 @@ ALBERT = dataclasses.replace(
     weights=(
         *_with_prefix("albert.", BERT.weights[:4]),
         linear("encoder/projection", "albert.encoder.embedding_hidden_mapping_in"),
-        linear(
-            "encoder/layers/qkv",
-            f"{_ALBERT_LAYER}.attention.query",
-            f"{_ALBERT_LAYER}.attention.key",
-            f"{_ALBERT_LAYER}.attention.value",
-        ),
+        linear("encoder/layers/qkv", *(f"{_ALBERT_LAYER}.attention.{name}" for name in _QKV)),
         linear("encoder/layers/attention_out", f"{_ALBERT_LAYER}.attention.dense"),
         weight("encoder/layers/attention_norm", f"{_ALBERT_LAYER}.attention.LayerNorm"),
         linear("encoder/layers/mlp_in", f"{_ALBERT_LAYER}.ffn"),

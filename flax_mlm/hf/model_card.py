@@ -55,7 +55,7 @@ _SHARING = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ModelCard:
     """A card, Markdown with Hugging Face's metadata at its head.
 
@@ -115,17 +115,9 @@ It knows what its text says, with that text's errors and prejudices. \
 {"What it writes may be false." if is_causal else "It understands rather than writes."}
 """
 
-    @property
-    def _corpus(self) -> dict[str, Any] | None:
-        return self.meta.get("text")
-
-    @property
-    def _fine_tuned(self) -> dict[str, Any] | None:
-        return self.meta.get("fine_tuned")
-
-    @property
-    def _mask(self) -> str:
-        return self.tokenizer.tokens[self.tokenizer.mask_id]
+    def __post_init__(self) -> None:
+        self._corpus, self._fine_tuned = self.meta.get("text"), self.meta.get("fine_tuned")
+        self._mask = self.tokenizer.tokens[self.tokenizer.mask_id]
 
     def _metadata(self) -> str:
         from huggingface_hub import EvalResult, ModelCardData

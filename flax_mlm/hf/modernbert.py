@@ -4,7 +4,17 @@ import dataclasses
 from typing import Any
 
 from flax_mlm.config.schema import ModelConfig
-from flax_mlm.hf.architecture import Architecture, HfConfig, SpecialIds, expect, linear, number, weight
+from flax_mlm.hf.architecture import (
+    Architecture,
+    HfConfig,
+    SpecialIds,
+    expect,
+    linear,
+    number,
+    sizes_from_hf,
+    sizes_to_hf,
+    weight,
+)
 
 _BIASES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
 
@@ -17,11 +27,7 @@ def _from_modernbert(config: HfConfig) -> dict[str, Any]:
             raise ValueError(f"{key} = {value!r}; expected a bool, the same for {', '.join(_BIASES)}")
     theta = _rope_theta(config, "full_attention", "global_rope_theta", 160_000.0)
     return {
-        "num_layers": number(config, "num_hidden_layers"),
-        "hidden_size": number(config, "hidden_size"),
-        "num_heads": number(config, "num_attention_heads"),
-        "intermediate_size": number(config, "intermediate_size"),
-        "max_positions": number(config, "max_position_embeddings"),
+        **sizes_from_hf(config),
         "norm_eps": number(config, "norm_eps", float, 1e-5),
         "use_bias": use_bias,
         "global_attn_every_n_layers": _global_period(config),
@@ -60,11 +66,7 @@ def _rope_theta(config: HfConfig, layer_type: str, key: str, default: float, if_
 
 def _to_modernbert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
     return {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_heads,
-        "intermediate_size": model.intermediate_size,
-        "max_position_embeddings": model.max_positions,
+        **sizes_to_hf(model, ids),
         "norm_eps": model.norm_eps,
         **dict.fromkeys(_BIASES, model.use_bias),
         "global_attn_every_n_layers": model.global_attn_every_n_layers,
@@ -74,14 +76,9 @@ def _to_modernbert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
         "mlp_dropout": model.dropout_rate,
         "embedding_dropout": model.dropout_rate,
         "attention_dropout": model.attention_dropout_rate,
-        "initializer_range": model.initializer_range,
         "hidden_activation": "gelu",
         "classifier_activation": "gelu",
         "decoder_bias": True,
-        "tie_word_embeddings": True,
-        "pad_token_id": ids.pad_id,
-        "bos_token_id": ids.cls_id,
-        "eos_token_id": ids.sep_id,
         "cls_token_id": ids.cls_id,
         "sep_token_id": ids.sep_id,
     }
@@ -125,12 +122,7 @@ def _to_decoder(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
 
 
 _DECODER_RULES = {
-    "encoder/layers/qkv": linear(
-        "encoder/layers/qkv",
-        "model.layers.{}.attn.q_proj",
-        "model.layers.{}.attn.k_proj",
-        "model.layers.{}.attn.v_proj",
-    ),
+    "encoder/layers/qkv": linear("encoder/layers/qkv", *(f"model.layers.{{}}.attn.{x}_proj" for x in "qkv")),
     "head/dense": linear("head/dense", "lm_head.dense"),
     "head/norm": weight("head/norm", "lm_head.norm"),
 }

@@ -13,8 +13,9 @@ from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.inference import embeddings, likelihood
 from flax_mlm.inference.config import apply_folder, read_config
-from flax_mlm.inference.load import LoadedModel, load_model
+from flax_mlm.inference.load import load_model
 from flax_mlm.inference.mask_filler import MaskFiller
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.inference.outputs import make_outputs
 
 _BATCH = 8

@@ -11,7 +11,7 @@ from flax_mlm.data.tables import take
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import check_batch, replicate, reshard_like
 from flax_mlm.errors import UserError
-from flax_mlm.inference.model import InferenceModel
+from flax_mlm.inference.model import LoadedModel
 
 Params = Any  # a dict with the parameters of the encoder under "encoder"
 OnBatch = Callable[[], Any]  # called before every batch
@@ -28,7 +28,7 @@ class TokenizedTexts(NamedTuple):
         return len(self.tokens)
 
 
-def tokenize(model: InferenceModel, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenizedTexts:
+def tokenize(model: LoadedModel, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenizedTexts:
     """Builds `[CLS] text [SEP]`, or `[CLS] text [SEP] pair [SEP]`, of at most `finetune.max_length` tokens.
 
     A pair that is too long is shortened at its longer text first.
@@ -48,7 +48,7 @@ def tokenize(model: InferenceModel, texts: Sequence[str], pairs: Sequence[str] |
     return rows
 
 
-def pad(model: InferenceModel, texts: TokenizedTexts) -> tuple[np.ndarray, np.ndarray]:
+def pad(model: LoadedModel, texts: TokenizedTexts) -> tuple[np.ndarray, np.ndarray]:
     """Pads texts to tokens and token types, both int32 (B, L)."""
     shape = len(texts), model.padded_length(max(map(len, texts.tokens)))
     tokens_BL, types_BL = np.full(shape, model.tokenizer.pad_id, np.int32), np.zeros(shape, np.int32)
@@ -64,7 +64,7 @@ def dropout_keys(key: jax.Array, rows_B: jax.Array) -> jax.Array:
 
 
 def hidden_states(
-    model: InferenceModel, params: Params, tokens_BL: jax.Array, types_BL: jax.Array, keys_B: jax.Array | None = None
+    model: LoadedModel, params: Params, tokens_BL: jax.Array, types_BL: jax.Array, keys_B: jax.Array | None = None
 ) -> jax.Array:
     """Computes hidden states, float32 (B, L, D), of rows that hold one segment each. Call it inside `jax.jit`.
 
@@ -86,7 +86,7 @@ def hidden_states(
     return states_BLD.astype(jnp.float32)
 
 
-def pool(model: InferenceModel, states_BLD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+def pool(model: LoadedModel, states_BLD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
     """Pools hidden states to (B, D) by `finetune.pooling`: first token (`cls`), last token (`last`), or `mean`.
 
     Raises:
@@ -106,7 +106,7 @@ def pool(model: InferenceModel, states_BLD: jax.Array, tokens_BL: jax.Array) -> 
     return (states_BLD * weight_BL1).sum(1) / jnp.maximum(weight_BL1.sum(1), 1.0)
 
 
-def make_encoder(model: InferenceModel) -> Encoder:
+def make_encoder(model: LoadedModel) -> Encoder:
     """Builds the jitted function (params, tokens, token types) -> pooled hidden states (B, D)."""
 
     def encode(params: Params, tokens_BL: jax.Array, types_BL: jax.Array) -> jax.Array:
@@ -115,7 +115,7 @@ def make_encoder(model: InferenceModel) -> Encoder:
     return jax.jit(encode)
 
 
-def check_batches(model: InferenceModel) -> None:
+def check_batches(model: LoadedModel) -> None:
     """Raises UserError with several processes, or where devices cannot divide `finetune.batch_size` evenly."""
     if jax.process_count() > 1:
         raise UserError(
@@ -125,7 +125,7 @@ def check_batches(model: InferenceModel) -> None:
 
 
 def run_batches(
-    model: InferenceModel, encoder: Encoder, params: Params, texts: TokenizedTexts, on_batch: OnBatch
+    model: LoadedModel, encoder: Encoder, params: Params, texts: TokenizedTexts, on_batch: OnBatch
 ) -> list[np.ndarray]:
     """Applies a jitted function to batches of texts of similar length.
 
@@ -159,7 +159,7 @@ def normalize(x_ND: Any) -> Any:
 
 
 def embed(
-    model: InferenceModel,
+    model: LoadedModel,
     texts: Sequence[str],
     encoder: Encoder | None = None,
     params: Params | None = None,

@@ -18,7 +18,8 @@ from flax_mlm.hf import sentence_transformers, tokenizer_json
 from flax_mlm.hf.folder import WEIGHTS, config_json, matching_architecture, write_tensors
 from flax_mlm.hf.model_card import ModelCard
 from flax_mlm.hf.weights import param_mappings, params_to_tensors
-from flax_mlm.inference.load import LoadedModel, load_model
+from flax_mlm.inference.load import load_model
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.model import electra, heads
 from flax_mlm.storage import gcs
 
@@ -65,12 +66,6 @@ def export(
     )
     if dtype == "bfloat16":
         tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
-    contents: dict[str, Any] = {
-        "config.json": config_json(chosen, m, heads.vocab_rows(m, tokenizer.vocab_size), tokenizer, dtype),
-        "tokenizer_config.json": tokenizer_json.settings(tokenizer, m.max_positions),
-        "special_tokens_map.json": tokenizer_json.special_tokens(tokenizer),
-        **(sentence_transformers.files(config) if "fine_tuned" in model.meta else {}),
-    }
     card = ModelCard(
         name=output.name,
         architecture=chosen,
@@ -82,11 +77,26 @@ def export(
         licence=licence,
         language=language,
     )
-    files = {name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n") for name, content in contents.items()}
-    binary = {name: text.encode() for name, text in {**files, "README.md": card.text()}.items()}
-    binary["tokenizer.json"] = tokenizer_json.content(tokenizer, min(1, max(0, m.type_vocab_size - 1)))
-    _write(output, binary, tensors)
+    config_file = config_json(chosen, m, heads.vocab_rows(m, tokenizer.vocab_size), tokenizer, dtype)
+    _write(output, {**_files(model, config, config_file), "README.md": card.text().encode()}, tensors)
     return model
+
+
+def _files(model: LoadedModel, config: Config, config_file: dict[str, Any]) -> dict[str, bytes]:
+    """Returns the contents of all files but the card and the weights."""
+    tokenizer, m = model.tokenizer, config.model
+    contents: dict[str, Any] = {
+        "config.json": config_file,
+        "tokenizer_config.json": tokenizer_json.settings(tokenizer, m.max_positions),
+        "special_tokens_map.json": tokenizer_json.special_tokens(tokenizer),
+        **(sentence_transformers.files(config) if "fine_tuned" in model.meta else {}),
+    }
+    files = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in contents.items()}
+    pair_type = min(1, max(0, m.type_vocab_size - 1))
+    return {
+        **{name: text.encode() for name, text in files.items()},
+        "tokenizer.json": tokenizer_json.content(tokenizer, pair_type),
+    }
 
 
 def _write(output: Path, files: dict[str, bytes], tensors: dict[str, Any]) -> None:

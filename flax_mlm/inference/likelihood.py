@@ -14,7 +14,7 @@ import numpy as np
 from flax_mlm.distributed.batches import shard_replicated_rows
 from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
-from flax_mlm.inference.model import InferenceModel
+from flax_mlm.inference.model import LoadedModel
 
 _BATCH_TOKENS = 8192
 
@@ -29,7 +29,7 @@ class _Query(NamedTuple):
 
 
 def log_likelihood(
-    model: InferenceModel,
+    model: LoadedModel,
     texts: Sequence[str],
     variant: str = "within_word_l2r",
     on_batch: Callable[[], Any] = lambda: None,
@@ -68,7 +68,7 @@ def _mask_in_turn(
         yield _Query(text, tokens[:i] + [mask_id] * (end - i) + tokens[end:], [i], [tokens[i]])
 
 
-def _log_probabilities(model: InferenceModel, queries: Sequence[_Query], on_batch: Callable[[], Any]) -> np.ndarray:
+def _log_probabilities(model: LoadedModel, queries: Sequence[_Query], on_batch: Callable[[], Any]) -> np.ndarray:
     """Computes the sum of each query's log-probabilities, float64 (len(queries),)."""
     totals, shards = np.zeros(len(queries)), num_batch_shards(model.mesh)
     indices_of: dict[tuple[int, int], list[int]] = {}  # (L, K) -> indices of queries

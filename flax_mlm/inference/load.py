@@ -18,15 +18,9 @@ from flax_mlm.errors import UserError
 from flax_mlm.hf.folder import is_hf_folder, open_folder
 from flax_mlm.hf.weights import load_params, param_mappings, subtokens
 from flax_mlm.inference.forward import build_forward
-from flax_mlm.inference.model import InferenceModel
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.model import electra
 from flax_mlm.objectives.vocabulary import Vocabulary
-
-
-class LoadedModel(InferenceModel):
-    """A model loaded from a checkpoint or a Hugging Face folder."""
-
-    __slots__ = ()
 
 
 def load_model(path: str, config: Config) -> LoadedModel:

@@ -10,13 +10,13 @@ import numpy as np
 from flax_mlm.distributed.batches import shard_replicated_rows
 from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
-from flax_mlm.inference.model import InferenceModel
+from flax_mlm.inference.model import LoadedModel
 
 
 class MaskFiller:
     """Fills masks with a trained model; a causal model predicts from the text to the left of a mask."""
 
-    def __init__(self, model: InferenceModel):
+    def __init__(self, model: LoadedModel):
         self._model = model
 
     def encode(self, text: str) -> list[int]:

@@ -14,7 +14,7 @@ from flax_mlm.objectives.vocabulary import Vocabulary
 _LENGTH_MULTIPLE = 32
 
 
-class InferenceModel(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model with its parameters on a mesh. Use it under `jax.set_mesh(mesh)`."""
 
     config: Config

@@ -8,7 +8,7 @@ import numpy as np
 
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import num_batch_shards
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 
 _LENGTH_MULTIPLE = 64  # of the padded length, since each length is compiled
 

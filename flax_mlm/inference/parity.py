@@ -10,7 +10,7 @@ import numpy as np
 from flax_mlm.data import sources
 from flax_mlm.errors import UserError
 from flax_mlm.hf import tokenizer_json
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.inference.outputs import make_outputs
 
 _TEXTS = 64

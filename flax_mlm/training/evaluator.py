@@ -5,7 +5,7 @@ from typing import Protocol
 
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.evaluation import cloze, mlm, rtd
-from flax_mlm.inference.load import LoadedModel
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.training.context import RunContext
 from flax_mlm.training.logging import Logger
 

@@ -16,7 +16,8 @@ from flax_mlm.data.pipeline import train_batches
 from flax_mlm.distributed.batches import abstract_batch, local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.errors import Failure
-from flax_mlm.inference.load import LoadedModel, start_params
+from flax_mlm.inference.load import start_params
+from flax_mlm.inference.model import LoadedModel
 from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.training.context import RunContext
 from flax_mlm.training.logging import Logger
