@@ -164,7 +164,6 @@ class Case:
 
 def real_rows(case: Case, config: Config) -> tuple[Any, np.ndarray]:
     """A tokenizer of real text and rows for a case, of the source that the config names."""
-
     from flax_mlm.data.prepare import prepare
 
     data = dataclasses.replace(config.data, seq_len=case.length)

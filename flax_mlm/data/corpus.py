@@ -2,9 +2,10 @@
 
     corpus.json  tokenizer.model  train-00000.npy  train-00000.crc32.npy  train-00001.npy ...  validation-00000.npy ...
 
-A shard is an array (rows, L), uint16 when the vocabulary fits and uint32 otherwise; beside it lie the CRC-32 of its
-rows, uint32 (rows,). corpus.json has the size and SHA-256 of every file, and its own SHA-256. Every row is compared
-with its checksum whenever it is read, so a damaged row is an error that names it, never a batch.
+A shard holds the rows of one unit of the source (see `sources.py`): an array (rows, L), uint16 when the vocabulary fits
+and uint32 otherwise; beside it lie the CRC-32 of its rows, uint32 (rows,). corpus.json has the size and SHA-256 of
+every file, and its own SHA-256. Every row is compared with its checksum whenever it is read, so a damaged row is an
+error that names it, never a batch.
 """
 
 import dataclasses

@@ -33,7 +33,7 @@ def make_units(
     data: DataConfig,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Makes those units that are not finished yet.
+    """Tokenises, packs and writes the units that are not finished yet.
 
     Args:
       chunks: all chunks of the source.
