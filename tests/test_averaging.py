@@ -57,7 +57,7 @@ def test_ema_forgets_the_start_and_keeps_what_does_not_change():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 6))
 def test_lawa_is_the_mean_of_the_latest_snapshots(total, every, count):
-    """Of `lawa_count` at the end, of 1 to `lawa_count` before; the newest weights until there is a snapshot."""
+    """The mean of `lawa_count` at the end, of 1 to `lawa_count` before; the newest weights until there is one."""
     config = dataclasses.replace(OPTIMIZER, averaging="lawa", lawa_every=every, lawa_count=count)
     weights = np.random.default_rng(total).normal(size=total)
     history = averages(config, 100.0, weights)

@@ -1,21 +1,22 @@
-"""An independent check of masking: its laws over masked batches, in plain NumPy and without code of masking.py."""
+"""An independent check of masking, in plain NumPy and without code of masking.py."""
 
 import numpy as np
 
 from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.objectives.masking import Masked
 
-BROKEN = "broken: "  # prefix of the counts that are 0 unless a law is broken
+BROKEN = "broken: "  # prefix of the counts of violations
 
 
 def measure(
     tokens_BL: np.ndarray, masked: Masked, tokenizer: Tokenizer, strategy: str, mask_rate: float
 ) -> dict[str, int]:
-    """Counts of one masked batch, by the name that the audit prints.
+    """Counts of one masked batch; those whose names begin with `BROKEN` are 0 unless a law is broken.
 
     Args:
       tokens_BL: int32, before masking.
       strategy: `objective.masking`.
+      mask_rate: fraction of the maskable tokens to predict.
     """
     inputs_BL, positions_BK, labels_BK, weights_BK = map(np.asarray, masked)
     used_BK = weights_BK > 0

@@ -2,7 +2,7 @@
 
 A row is masked in three steps:
 
-1. units: `token_units`, `word_units` or `span_units` groups the tokens that are selected together;
+1. units: `token_units`, `word_units` or `span_units` divides the row into masking units: tokens selected together;
 2. selection: `select_units` takes units in random order until the row has its number of predictions;
 3. replacement: `replace` shows a selected token as [MASK], as a random token, or unchanged.
 
@@ -45,7 +45,7 @@ class Masked(NamedTuple):
 
 
 class Units(NamedTuple):
-    """The unit that each token belongs to; the tokens of a unit are selected together."""
+    """The masking unit that each token belongs to."""
 
     start_L: jax.Array  # int32, index of the unit's first token
     length_L: jax.Array  # int32, number of the unit's tokens
