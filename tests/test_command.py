@@ -103,7 +103,7 @@ def test_wrong_options(refused, arguments, said):
         ),
         (
             "from configs import base\ndef get_config():\n c = base.get_config()\n c.model.depth = 1\n return c",
-            "'depth'",
+            "'model.depth'",
         ),
     ],
     ids=["raises", "no Python", "no get_config", "extra", "lacking", "extra in a section"],

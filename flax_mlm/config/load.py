@@ -25,21 +25,15 @@ def build(config_dict: ConfigDict) -> Config:
       UserError: a field is missing or unknown, or has a value that is not allowed.
     """
     values = config_dict.to_dict()
-    sections = {}
-    for field in fields(Config):
-        if field.name not in values:
-            raise UserError(f"config has no '{field.name}'; start from configs/base.py")
-        value = values.pop(field.name)
-        if is_dataclass(field.type):
-            names = {f.name for f in fields(field.type)}
-            for wrong, verb in ((names - value.keys(), "lacks"), (value.keys() - names, "has an unknown field")):
-                if wrong:
-                    raise UserError(f"config section '{field.name}' {verb} '{min(wrong)}'; see configs/base.py")
-            value = typing.cast(Any, field.type)(**value)
-        sections[field.name] = value
-    if values:
-        raise UserError(f"config has an unknown section '{min(values)}'; see configs/base.py")
-    config = Config(**sections)
+    names = flatten(values).keys()
+    if missing := knobs().keys() - names:
+        raise UserError(f"config has no field '{min(missing)}'; start from configs/base.py")
+    if unknown := names - knobs().keys():
+        raise UserError(f"config has an unknown field '{min(unknown)}'; see configs/base.py")
+    for section in fields(Config):
+        if is_dataclass(section.type):
+            values[section.name] = typing.cast(Any, section.type)(**values[section.name])
+    config = Config(**values)
     validate.check(config)
     parse_phases(config)
     return config
@@ -53,14 +47,13 @@ def base() -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> ConfigDict:
     """The ConfigDict of a config stored as JSON, the inverse of `Config.to_dict`; fields that did not exist when it
     was stored get their default."""
-    stored = dict(values)
+    merged = dict(values)
     for name, default in base().items():
-        value = stored.get(name, default)
-        stored[name] = default | value if isinstance(default, dict) else value
-    config = ConfigDict(stored)
+        merged[name] = default | values.get(name, {}) if isinstance(default, dict) else values.get(name, default)
+    config = ConfigDict(merged)
     for path, knob in knobs().items():
         section, _, name = path.rpartition(".")
-        if knob.optional and section in config and config[section].get(name) is None:
+        if knob.optional and config[section][name] is None:
             config[section][name] = placeholder(knob.type)
     return config
 

@@ -49,9 +49,7 @@ class DataConfig:
             return dict.fromkeys(filter(None, [self.corpus]), "")
         weights: dict[str, str] = {}
         for item in split(self.corpus, ","):
-            match = re.fullmatch(r"(.*?)(?::([+-]?(?:[\d.]+(?:e[+-]?\d+)?|nan|inf)))?", item, re.I | re.S)
-            assert match
-            path, weight = match[1], match[2] or ""
+            path, weight = re.findall(r"^(.*?)(?::([+-]?(?:[\d.]+(?:e[+-]?\d+)?|nan|inf)))?$", item, re.I | re.S)[0]
             if not path:
                 raise wrong(f"'{self.corpus}' has an empty item")
             if path in weights:

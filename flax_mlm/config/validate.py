@@ -1,6 +1,7 @@
 """Checks a config: each value against what its field allows, and the rules across fields."""
 
 import math
+from typing import Any
 
 from flax_mlm.config.allowed import Interval
 from flax_mlm.config.knobs import knobs, value_of
@@ -48,6 +49,13 @@ def _need_value(c: Config, path: str, ok: bool, expected: str) -> None:
     _need(ok, f"{path} is {value_of(c, path)}; expected {expected}")
 
 
+def _need_equal(c: Config, why: str, **expected: Any) -> None:
+    """Checks fields, written as section__name."""
+    for name, value in expected.items():
+        path = name.replace("__", ".")
+        _need_value(c, path, value_of(c, path) == value, f"{value} {why}")
+
+
 def _need_divisible(c: Config, path: str, by: str, hint: str = "") -> None:
     divisor = value_of(c, by)
     _need_value(c, path, value_of(c, path) % divisor == 0, f"a number divisible by {by}, {divisor}{hint}")
@@ -92,11 +100,11 @@ def _check_attention(c: Config) -> None:
     kernel = c.model.attention
     if kernel not in ("splash", "cudnn"):
         return
-    tile, why = (2 if kernel == "cudnn" else 128), f" with model.attention={kernel}"
-    _need_value(c, "data.seq_len", c.data.seq_len % tile == 0, f"a multiple of {tile}{why}")
-    _need_value(c, "model.dtype", kernel != "cudnn" or c.model.dtype == "bfloat16", f"bfloat16{why}")
-    _need_value(c, "model.attention_dropout_rate", c.model.attention_dropout_rate == 0.0, f"0{why}")
-    _need_value(c, "train.reproducible", not c.train.reproducible, f"False{why}")
+    tile, why = (2 if kernel == "cudnn" else 128), f"with model.attention={kernel}"
+    _need_value(c, "data.seq_len", c.data.seq_len % tile == 0, f"a multiple of {tile} {why}")
+    _need_equal(c, why, model__attention_dropout_rate=0, train__reproducible=False)
+    if kernel == "cudnn":
+        _need_equal(c, why, model__dtype="bfloat16")
 
 
 def _check_mesh(c: Config) -> None:
@@ -116,9 +124,7 @@ def _check_generator(c: Config) -> None:
         "empty",
     )
     _need(c.train.cloze_every == 0, "rtd encoders cannot fill masks; set train.cloze_every=0")
-    _need_value(
-        c, "train.logits_chunks", c.train.logits_chunks == 1, "1 with rtd, which samples from the generator's logits"
-    )
+    _need_equal(c, "with rtd, which samples from the generator's logits", train__logits_chunks=1)
     _need_value(
         c, "model.embedding_size", m.embedding_size != m.hidden_size, "0 with rtd for embeddings of model.hidden_size"
     )
@@ -141,18 +147,12 @@ def _check_generator(c: Config) -> None:
 
 
 def _check_reproducible(c: Config) -> None:
-    m, t = c.model, c.train
-    why = " with train.reproducible"
-    _need_value(c, "model.scan_layers", m.scan_layers is not False, f"True{why}, because rounding differs otherwise")
-    _need_value(c, "model.remat", m.remat == "none", f"none{why}, because rounding differs otherwise")
-    _need_value(c, "train.logits_chunks", t.logits_chunks == 1, f"1{why}, because rounding differs otherwise")
-    _need_value(
-        c,
-        "train.gradient_accumulation_steps",
-        t.gradient_accumulation_steps == 1,
-        f"1{why}, which already splits the batch into train.batch_groups",
-    )
-    _need_value(c, "mesh.tensor", c.mesh.tensor == 1, f"1{why}")
+    why = "with train.reproducible"
+    rounding = f"{why}, because rounding differs otherwise"
+    _need_value(c, "model.scan_layers", c.model.scan_layers is not False, f"True {rounding}")
+    _need_equal(c, rounding, model__remat="none", train__logits_chunks=1)
+    _need_equal(c, f"{why}, which splits the batch into train.batch_groups", train__gradient_accumulation_steps=1)
+    _need_equal(c, why, mesh__tensor=1)
     for path in ("train.global_batch_size", "eval.batch_size"):
         _need_divisible(c, path, by="train.batch_groups")
 
@@ -182,10 +182,10 @@ def _check_optimizer(c: Config) -> None:
             "train.tokens",
         )
     if o.name == "schedule_free":
-        why = " with optimizer.name=schedule_free"
-        _need_value(c, "optimizer.schedule", o.schedule == "constant", f"constant{why}")
-        _need_value(c, "optimizer.averaging", o.averaging == "none", f"none{why}, which averages the weights itself")
-        _need_value(c, "optimizer.beta1", o.beta1 > 0.0, f"above 0{why}")
+        why = "with optimizer.name=schedule_free"
+        _need_equal(c, why, optimizer__schedule="constant")
+        _need_equal(c, f"{why}, which averages the weights itself", optimizer__averaging="none")
+        _need_value(c, "optimizer.beta1", o.beta1 > 0.0, f"above 0 {why}")
     changing = o.warmup_fraction + o.decay_fraction
     _need(
         o.schedule != "wsd" or changing <= 1.0,
