@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from flax_mlm.distributed import environment
 environment.prepare()
 
 import jax  # noqa: E402  (only now that the environment is set)
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is most of what the tests do; what is compiled is keyed by the program and by jaxlib's version.
@@ -118,6 +120,17 @@ class Toy:
         process = self.start(command, *arguments, devices=devices, cwd=cwd)
         out, err = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def no_compilation_cache() -> Iterator[None]:
+    """Compiles every program: fine-tuning steps from the cache deadlock in their collectives on simulated devices."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

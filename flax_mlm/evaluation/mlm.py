@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,10 +14,9 @@ from flax_mlm.data.mixture import Mixture
 from flax_mlm.data.pipeline import eval_batches
 from flax_mlm.distributed.batches import local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
+from flax_mlm.inference.embeddings import OnBatch
 from flax_mlm.inference.forward import EvalOutput, build_forward
 from flax_mlm.inference.model import LoadedModel
-
-OnBatch = Callable[[], bool]  # called before every batch; returns whether this process wants to stop
 
 
 class Measurement(NamedTuple):
@@ -30,7 +29,7 @@ class Measurement(NamedTuple):
     counts_V: np.ndarray  # int64, occurrences of each token id in the rows; 0 for special tokens
 
 
-def run(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: False) -> dict[str, float]:
+def run(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: None) -> dict[str, float]:
     """Evaluates on the held-out rows of all corpora, each row once.
 
     Masks follow from the seed and the row's number, so that every call, on any number of devices, predicts the same
@@ -38,10 +37,10 @@ def run(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: False) 
 
     Args:
       corpus: its validation splits are used.
-      on_batch: called before every batch; returns whether this process wants to stop.
+      on_batch: called before every batch; a true result stops all processes.
 
     Raises:
-      Stopped: one of the processes wants to stop.
+      Stopped: `on_batch` of one of the processes returned true.
 
     Returns:
       loss (nats per predicted token) and accuracy with their standard errors over rows, perplexity, bits_per_byte
@@ -62,7 +61,7 @@ def with_eval(model: LoadedModel, seq_len: int, mask_rate: float) -> LoadedModel
     return model._replace(config=config, forward=build_forward(config, model.tokenizer.vocab_size, model.mesh))
 
 
-def measure(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: False) -> Measurement:
+def measure(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: None) -> Measurement:
     """Sums what `summary` and `breakdown` are computed from. Arguments and errors are those of `run`."""
     is_special_V = np.asarray(model.vocab.is_special)
     counts_V, token_V4 = np.zeros(len(is_special_V), np.int64), np.zeros((len(is_special_V), 4))
@@ -97,7 +96,7 @@ def eval_outputs(model: LoadedModel, corpus: Mixture, on_batch: OnBatch) -> Iter
         local_rows=local_rows(model.mesh, config.eval.batch_size),
     ):
         with jax.set_mesh(model.mesh):
-            global_batch = shard_batch(batch, model.mesh, stop=on_batch())
+            global_batch = shard_batch(batch, model.mesh, stop=bool(on_batch()))
             output, stop = jax.device_get(model.forward.evaluate(model.params, global_batch, model.vocab))
         if stop:
             raise Stopped

@@ -3,6 +3,7 @@
 Tasks are imported only when they run, since they import JAX.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +25,9 @@ class Task(NamedTuple):
     headline: Callable[[dict[str, Any]], headline.HeadlineMetric]  # result -> what `compare` compares
 
 
-def on_batch(group: ProcessGroup) -> Callable[[], bool]:
+def on_batch(group: ProcessGroup) -> Callable[[], None]:
     """Builds the function that reports progress before every batch."""
-
-    def report() -> bool:
-        group.progress("evaluating")
-        return False
-
-    return report
+    return functools.partial(group.progress, "evaluating")
 
 
 def _mlm(model: Any, group: ProcessGroup, mask_rates: str) -> Answer:
@@ -44,7 +40,7 @@ def _mlm(model: Any, group: ProcessGroup, mask_rates: str) -> Answer:
     with group.untimed("opening the corpus"):
         corpus = open_corpus(config)
     if corpus.tokenizer().fingerprint != model.tokenizer.fingerprint:
-        raise UserError(f"data.corpus is {corpus}, which has another tokenizer than the checkpoint")
+        raise UserError(f"data.corpus is {corpus}, which was made with another tokenizer than the checkpoint")
     if model.meta and model.meta["corpus"] != corpus.fingerprint and not config.train.phases:
         print("note: not the corpus this model was validated on; its rows may have been trained on", file=sys.stderr)
     model = mlm.with_eval(model, corpus.seq_len, config.eval.mask_rate)

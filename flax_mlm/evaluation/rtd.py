@@ -11,6 +11,7 @@ import numpy as np
 
 from flax_mlm.data.mixture import Mixture
 from flax_mlm.evaluation import mlm
+from flax_mlm.inference.embeddings import OnBatch
 from flax_mlm.inference.model import LoadedModel
 
 
@@ -28,7 +29,7 @@ class Measurement(NamedTuple):
     generator_correct: np.ndarray
 
 
-def run(model: LoadedModel, corpus: Mixture, on_batch: mlm.OnBatch = lambda: False) -> dict[str, float]:
+def run(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: None) -> dict[str, float]:
     """Evaluates on the held-out rows, each row once. Arguments and errors are those of `mlm.run`.
 
     Returns:
@@ -41,7 +42,7 @@ def run(model: LoadedModel, corpus: Mixture, on_batch: mlm.OnBatch = lambda: Fal
     return summary(measure(model, corpus, on_batch), corpus)
 
 
-def measure(model: LoadedModel, corpus: Mixture, on_batch: mlm.OnBatch = lambda: False) -> Measurement:
+def measure(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: None) -> Measurement:
     """Sums what `summary` is computed from."""
     rows: list[np.ndarray] = []
     for _, output in mlm.eval_outputs(model, corpus, on_batch):

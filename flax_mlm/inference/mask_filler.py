@@ -77,8 +77,8 @@ class MaskFiller:
         """Ranks the k likeliest tokens as transformers' fill-mask pipeline does.
 
         Returns:
-          dicts with score (probability), token (id), token_str and sequence (the filled text); with several [MASK]s a
-          list of such lists.
+          dicts with score (probability), token (id), token_str and sequence (the filled text, without other masks);
+          with several [MASK]s a list of such lists.
         """
         t = self._model.tokenizer
         ids, top = self._top(text, k)
