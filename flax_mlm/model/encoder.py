@@ -106,8 +106,7 @@ class Encoder(nnx.Module):
     ) -> jax.Array:
         """Unrolls the first layers and scans over the others, in periods such as ModernBERT's [local, local, global].
 
-        Unrolled are the first layer of a pre-norm encoder, which has no attention norm, and as many as leave whole
-        periods.
+        Unrolled are layer 0 of a pre-norm encoder, which has no attention norm, and layers that do not fill a period.
         """
         c = self.config
         period = c.global_attn_every_n_layers
@@ -116,9 +115,10 @@ class Encoder(nnx.Module):
         *first, scanned = self._split_layers([1] * unrolled + [periods * period])
         apply = functools.partial(self._apply_run, keys_B)
         for i, layer in enumerate(first):
-            x_BLD, _ = apply(attentions[i : i + 1], True, x_BLD, layer)
-        if periods:
+            x_BLD, _ = apply(attentions[i : i + 1], True, x_BLD, jax.tree.map(lambda p: p[0], layer))
+        if period > 1:
             scanned = jax.tree.map(lambda p: p.reshape(periods, period, *p.shape[1:]), scanned)
+        if periods:
             body = functools.partial(apply, attentions[unrolled : unrolled + period], not c.scan_layers)
             x_BLD, _ = jax.lax.scan(body, x_BLD, scanned, unroll=not c.scan_layers)
         return x_BLD
@@ -136,9 +136,14 @@ class Encoder(nnx.Module):
     def _apply_run(
         self, keys_B: Any, attentions: Sequence[LayerAttention], prevent_cse: bool, x_BLD: jax.Array, layers: Any
     ) -> tuple[jax.Array, None]:
-        """Applies a run of layers. With the first three arguments bound it is the body of a scan."""
+        """Applies a run of layers. With the first three arguments bound it is the body of a scan.
+
+        Args:
+          layers: See `_split_layers`; a single layer is without the leading dimension.
+        """
         for i, attention in enumerate(attentions):
-            step: Callable[..., jax.Array] = functools.partial(self._apply_layer, i, attention, keys_B)
+            position = i if len(attentions) > 1 else None
+            step: Callable[..., jax.Array] = functools.partial(self._apply_layer, position, attention, keys_B)
             if self.config.remat != "none" or splits_parameters():
                 # Unrolled, XLA would merge the recomputation with the forward pass: prevent_cse.
                 step = jax.checkpoint(step, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=prevent_cse)
@@ -146,10 +151,12 @@ class Encoder(nnx.Module):
         return x_BLD, None
 
     def _apply_layer(
-        self, i: int, attention: LayerAttention, keys_B: Any, x_BLD: jax.Array, layers: tuple[Any, Any, Any]
+        self, i: int | None, attention: LayerAttention, keys_B: Any, x_BLD: jax.Array, layers: tuple[Any, Any, Any]
     ) -> jax.Array:
-        """Applies the i-th layer of a run."""
-        index, params, norm_params = jax.tree.map(lambda p: jnp.squeeze(jax.lax.split(p, (1,) * len(p))[i], 0), layers)
+        """Applies the i-th layer of a run, or a single layer."""
+        if i is not None:
+            layers = jax.tree.map(lambda p: jnp.squeeze(jax.lax.split(p, (1,) * len(p))[i], 0), layers)
+        index, params, norm_params = layers
         if self.config.share_layers:
             params = jax.tree.map(lambda p: p[0], nnx.state(self.layers))
         layer = nnx.merge(nnx.graphdef(self.layers), gather_fsdp(params, self.config.dtype))
@@ -162,5 +169,5 @@ class Encoder(nnx.Module):
 def _split(tree: Any, sizes: Sequence[int]) -> list[Any]:
     """Splits the leading dimension of every array into runs of these sizes."""
     leaves, structure = jax.tree.flatten(tree)
-    splits = [jax.lax.split(x, sizes) for x in leaves]
+    splits = [[x] if len(sizes) == 1 else jax.lax.split(x, sizes) for x in leaves]
     return [jax.tree.unflatten(structure, [split[i] for split in splits]) for i in range(len(sizes))]
