@@ -27,8 +27,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import case, turns
-from flax_mlm.cli import app as command
-from flax_mlm.cli import tables
+from flax_mlm.cli import app, tables
 from flax_mlm.cli.arguments import config_arguments
 from flax_mlm.config import phases
 from flax_mlm.config.schema import Config
@@ -230,4 +229,4 @@ def plot(file: Path, curves: dict[str, list[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    app.run(main)

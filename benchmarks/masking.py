@@ -18,8 +18,7 @@ from absl import flags
 
 from benchmarks import case as case_lib
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm.cli import app as command
-from flax_mlm.cli import tables
+from flax_mlm.cli import app, tables
 from flax_mlm.config.schema import Config
 from flax_mlm.storage import files
 
@@ -94,4 +93,4 @@ def report(workers: turns.Workers, shapes: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    app.run(main)

@@ -16,8 +16,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import case, turns
-from flax_mlm.cli import app as command
-from flax_mlm.cli import tables
+from flax_mlm.cli import app, tables
 from flax_mlm.config.schema import Config
 from flax_mlm.storage import files
 
@@ -88,4 +87,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    app.run(main)

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from flax_mlm.cli import app as command
+from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "rounds of each kind", lower_bound=2)
@@ -99,4 +99,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    app.run(main)

@@ -18,8 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import turns  # first, for the environment as it was
-from flax_mlm.cli import app as command
-from flax_mlm.cli import tables
+from flax_mlm.cli import app, tables
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure
 from flax_mlm.storage import files
@@ -117,4 +116,4 @@ def asked(config: Config) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    app.run(main)

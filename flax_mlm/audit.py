@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flax_mlm.cli import app as command
+from flax_mlm.cli import app
 from flax_mlm.config import phases
 from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer.base import Tokenizer
@@ -171,4 +171,4 @@ def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    app.run(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from flax_mlm.cli import app as command
+from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import gcs
@@ -60,4 +60,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, from_checkpoint=True)
+    app.run(main, from_checkpoint=True)
