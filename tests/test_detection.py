@@ -14,7 +14,7 @@ import pytest
 from faults.runs import assert_same_run, finish, metrics_of
 from test_hf import started
 from test_step import MODERN, STILL, V, host_batch, make_config, vocabulary
-from test_step import answers as answers_of
+from test_step import evaluated
 from test_step import train as train_steps
 
 from configs import electra_small
@@ -233,7 +233,7 @@ def test_every_mesh_trains_as_one_device(mesh, overrides):
     for a, b in zip(expected, got, strict=True):
         assert a == pytest.approx(b, rel=5e-5, abs=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state.params, sharded.params)
-    both = answers_of((1, 1, 1), overrides), answers_of(mesh, overrides)
+    both = evaluated((1, 1, 1), overrides), evaluated(mesh, overrides)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5), *both)
 
 
@@ -257,7 +257,7 @@ def test_a_reproducible_run_has_the_same_bits_on_every_mesh():
     got, other = train_steps((2, 4, 1), overrides)
     assert got == expected
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state, other)))
-    both = answers_of((1, 1, 1), overrides), answers_of((2, 4, 1), overrides)
+    both = evaluated((1, 1, 1), overrides), evaluated((2, 4, 1), overrides)
     jax.tree.map(np.testing.assert_array_equal, *both)
 
 

@@ -62,7 +62,7 @@ def host_batch(i: int) -> dict[str, np.ndarray]:
 
 @functools.lru_cache(maxsize=4)  # more compiled programs than a process can map crash XLA's compiler
 def built(mesh_shape: tuple[int, int, int], overrides: tuple = ()):
-    """The config, the mesh, and what is jitted for them: compiled once for tests that follow each other."""
+    """Config, mesh and train functions, built once for tests that follow each other."""
     config = make_config(mesh_shape, overrides)
     mesh = make_mesh(config.mesh, jax.devices()[: int(np.prod(mesh_shape))])
     with jax.set_mesh(mesh):
@@ -71,7 +71,7 @@ def built(mesh_shape: tuple[int, int, int], overrides: tuple = ()):
 
 @functools.cache
 def train(mesh_shape: tuple[int, int, int], overrides: tuple = (), num_steps: int = 3):
-    """Metrics of a few steps, and the state after them."""
+    """Metrics of the first steps, and the state after them."""
     _, mesh, training = built(mesh_shape, overrides)
     with jax.set_mesh(mesh):
         state, history = training.init(), []
@@ -84,15 +84,15 @@ def train(mesh_shape: tuple[int, int, int], overrides: tuple = (), num_steps: in
 
 
 @functools.cache
-def answers(*case):
-    """The evaluation of what `train` ends with."""
+def evaluated(*case):
+    """EvalOutput of the state after `train`."""
     _, mesh, training = built(*case[:2])
     with jax.set_mesh(mesh):
         batch = shard_batch(host_batch(0), mesh)
         return jax.device_get(training.forward.evaluate(train(*case)[1].weights, batch, vocabulary())[0])
 
 
-BERT = ()  # with dropout, as the only one
+BERT = ()  # the only case with dropout
 STILL = (("model.dropout_rate", 0.0), ("model.attention_dropout_rate", 0.0))
 MUON = (("optimizer.name", "muon"), *MODERN.items(), *STILL)
 STABLE = (("optimizer.name", "stable_adamw"), ("optimizer.averaging", "ema"), *STILL)
@@ -120,17 +120,18 @@ def test_every_mesh_trains_as_one_device(mesh, overrides):
         assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
     # Adam divides by the root of squares near 0 in the first steps, which enlarges rounding.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), state.params, sharded.params)
-    both = answers((1, 1, 1), overrides), answers(mesh, overrides)
+    both = evaluated((1, 1, 1), overrides), evaluated(mesh, overrides)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), *both)
     if (average := sharded.average) is not None:
-        assert specs(average) == specs(sharded.params), "as large as the parameters, and split like them"
+        assert specs(average) == specs(sharded.params), "the average is split like the parameters"
         assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (average, sharded.params)), strict=True))
 
 
-@pytest.mark.parametrize(("mesh", "parts"), [((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
-def test_accumulation_is_the_whole_batch_whose_parts_have_unequal_counts(mesh, parts):
-    assert len({int((host_batch(0)["tokens"][m::parts] > 4).sum()) for m in range(parts)}) > 1
-    for a, b in zip(train(mesh)[0], train(mesh, (("train.gradient_accumulation_steps", parts),))[0], strict=True):
+@pytest.mark.parametrize(("mesh", "microbatches"), [((1, 1, 1), 4), ((2, 2, 2), 2)], ids=str)
+def test_accumulation_over_unequal_microbatches_equals_the_whole_batch(mesh, microbatches):
+    assert len({int((host_batch(0)["tokens"][m::microbatches] > 4).sum()) for m in range(microbatches)}) > 1
+    accumulated, _ = train(mesh, (("train.gradient_accumulation_steps", microbatches),))
+    for a, b in zip(train(mesh)[0], accumulated, strict=True):
         assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
 
 
@@ -142,17 +143,17 @@ CLM = (("objective.name", "clm"), ("objective.z_loss", 0.1))
     [((1, 1, 1), 2, BERT), ((2, 2, 2), 3, CLM), ((1, 1, 1), 4, (*CLM, ("train.gradient_accumulation_steps", 2)))],
     ids=["mlm", "clm-all", "clm-gradient_accumulation_steps"],
 )
-def test_scores_in_parts_train_as_all_at_once(mesh, chunks, overrides):
-    """Also where the slots, here 31 and 5, are no multiple of the parts."""
-    in_parts = (*overrides, ("train.logits_chunks", chunks))
-    for a, b in zip(train(mesh, overrides)[0], train(mesh, in_parts)[0], strict=True):
+def test_logits_in_chunks_train_as_all_at_once(mesh, chunks, overrides):
+    """Also where the number of prediction slots, here 31 and 5, is no multiple of the chunks."""
+    in_chunks = (*overrides, ("train.logits_chunks", chunks))
+    for a, b in zip(train(mesh, overrides)[0], train(mesh, in_chunks)[0], strict=True):
         assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
-    both = answers(mesh, overrides), answers(mesh, in_parts)
+    both = evaluated(mesh, overrides), evaluated(mesh, in_chunks)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *both)
 
 
-def test_of_scores_in_parts_one_part_is_there_at_a_time():
-    """8,000 pieces, and each position predicts one: 16 rows have 16 MB of scores."""
+def test_one_chunk_of_logits_is_in_memory_at_a_time():
+    """With a vocabulary of 8,000, the logits of 16 rows of 31 predictions take 16 MB."""
     used = []
     for chunks in (1, 8):
         config = make_config((1, 1, 1), (*CLM, ("train.logits_chunks", chunks)))
@@ -186,21 +187,21 @@ def test_a_reproducible_run_has_the_same_bits_on_every_mesh(overrides, meshes):
         got, other = train(mesh, overrides, 5)
         assert got == expected
         jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state, other)))
-        both = answers((1, 1, 1), overrides, 5), answers(mesh, overrides, 5)
+        both = evaluated((1, 1, 1), overrides, 5), evaluated(mesh, overrides, 5)
         jax.tree.map(np.testing.assert_array_equal, *both)
 
 
 def test_a_reproducible_model_is_evaluated_on_any_number_of_devices():
-    """On more than there are groups it is the same up to rounding."""
+    """On more devices than groups the output is the same up to rounding."""
     config = make_config((8, 1, 1), (("train.reproducible", True), ("train.batch_groups", 2)))
-    found = []
+    outputs = []
     for devices in (2, 8):
         mesh = make_mesh(MeshConfig(-1, 1, 1), jax.devices()[:devices])
         with jax.set_mesh(mesh):
             training = build_training(config, V, mesh)
             batch = shard_batch(host_batch(0), mesh)
-            found.append(jax.device_get(training.forward.evaluate(training.init().params, batch, vocabulary())[0]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
+            outputs.append(jax.device_get(training.forward.evaluate(training.init().params, batch, vocabulary())[0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *outputs)
 
 
 def test_any_process_can_stop_all():
@@ -230,8 +231,8 @@ def z_loss_as_defined() -> dict[str, float]:
             entropy, z_loss = ((x * t.weights_BK).sum() / t.weights_BK.sum() for x in (entropy, 0.5 * squared))
             return entropy + z_loss, {"loss": entropy, "z_loss": z_loss}
 
-        grads, found = jax.jit(jax.grad(loss, has_aux=True))(training.init().params)
-        return {name: float(x) for name, x in {**found, "grad_norm": optimizer.global_norm(grads)}.items()}
+        grads, means = jax.jit(jax.grad(loss, has_aux=True))(training.init().params)
+        return {name: float(x) for name, x in {**means, "grad_norm": optimizer.global_norm(grads)}.items()}
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def z_loss_as_defined() -> dict[str, float]:
     ],
     ids=["tensor", "gradient_accumulation_steps", "reproducible"],
 )
-def test_z_loss_is_trained_on_and_told_apart(mesh, way):
+def test_z_loss_is_trained_on_and_reported_separately(mesh, way):
     (metrics,), _ = train(mesh, (("objective.z_loss", 0.5), *STILL, *way), 1)
     expected = z_loss_as_defined()
     assert expected["z_loss"] > 5
@@ -251,8 +252,8 @@ def test_z_loss_is_trained_on_and_told_apart(mesh, way):
 
 
 @pytest.mark.parametrize("action", ["none", "clip", "skip"])
-def test_a_spike_is_left_alone_cut_or_left_out(action):
-    """Statistics are given that make every gradient a spike."""
+def test_a_spike_is_ignored_clipped_or_skipped(action):
+    """The statistics given make every gradient a spike."""
     averaging = (("optimizer.averaging", "ema"),) if action == "skip" else ()
     config = make_config((1, 1, 1), (("optimizer.spike_action", action), ("optimizer.max_grad_norm", 0.0), *averaging))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
@@ -264,10 +265,13 @@ def test_a_spike_is_left_alone_cut_or_left_out(action):
         batch = shard_batch(host_batch(0), mesh)
         state, metrics = training.step(start._replace(running=before), batch, vocabulary())
         _, calm = training.step(training.init(), batch, vocabulary())
-    assert metrics["spike"] and not calm["spike"] and metrics["grad_norm"] == calm["grad_norm"]
+    assert metrics["spike"]
+    assert not calm["spike"]
+    assert metrics["grad_norm"] == calm["grad_norm"]
     pairs = zip(jax.tree.leaves(old), jax.tree.leaves(jax.device_get(state.params)), strict=True)
     changed = any((a != b).any() for a, b in pairs)
-    assert changed == (action != "skip") and int(metrics["skipped"]) == (action == "skip")
+    assert changed == (action != "skip")
+    assert int(metrics["skipped"]) == (action == "skip")
     if averaging:
         jax.tree.map(np.testing.assert_array_equal, old, jax.device_get(state.average))
     z = (metrics["grad_norm"] - 0.01) / 1e-3
@@ -287,13 +291,13 @@ def has_mu(x) -> bool:
     return hasattr(x, "mu")
 
 
-def test_the_gradient_is_cut_as_a_whole():
+def test_the_gradient_is_clipped_by_its_global_norm():
     config = make_config((1, 1, 1), (("optimizer.max_grad_norm", 0.05),))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         training = build_training(config, V, mesh)
         state, metrics = training.step(training.init(), shard_batch(host_batch(0), mesh), vocabulary())
-    assert metrics["grad_norm"] > 0.1, "what is logged is not cut"
+    assert metrics["grad_norm"] > 0.1, "the logged norm is not clipped"
     assert norm_of_moment(state) == pytest.approx(0.1 * 0.05, rel=1e-3)
 
 
@@ -316,8 +320,8 @@ def test_every_leaf_is_split_as_its_dimensions_say():
     assert {n.rsplit("'", 2)[1] for n in params.keys() - split} <= {"bias", "scale", "decoder_bias"}
     # Adam's moments inherit their parameter's spec: nothing is silently replicated.
     for moment in ("mu", "nu"):
-        held = {k.split(f".{moment}")[1]: v for k, v in specs(state.opt_state).items() if f".{moment}" in k}
-        assert held == params
+        moments = {k.split(f".{moment}")[1]: v for k, v in specs(state.opt_state).items() if f".{moment}" in k}
+        assert moments == params
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -343,7 +347,9 @@ def test_metrics_count_real_tokens_and_predictions():
     maskable = (tokens > 4).sum(1)
     assert first["tokens"] == (tokens > 0).sum()
     assert first["predicted_tokens"] == np.maximum(1, np.floor(0.15 * maskable + 0.5)).sum()
-    np.testing.assert_array_equal(answers((1, 1, 1)).weights_BK.sum(1), np.maximum(1, np.floor(0.15 * maskable + 0.5)))
+    np.testing.assert_array_equal(
+        evaluated((1, 1, 1)).weights_BK.sum(1), np.maximum(1, np.floor(0.15 * maskable + 0.5))
+    )
     assert first["loss"] == pytest.approx(np.log(V), abs=0.3)
     assert first["mask_rate"] == pytest.approx(0.15)
 
@@ -356,7 +362,7 @@ def test_the_mask_rate_moves_over_the_run():
 
 
 @pytest.mark.parametrize("crosses", [False, True])
-def test_documents_of_a_row_see_each_other_only_where_asked(crosses):
+def test_documents_of_a_row_see_each_other_only_with_attend_across_documents(crosses):
     config = make_config((1, 1, 1), (("objective.name", "clm"), ("objective.attend_across_documents", crosses)))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     batch, other = host_batch(0), host_batch(0)
@@ -366,7 +372,8 @@ def test_documents_of_a_row_see_each_other_only_where_asked(crosses):
         params = training.init().params
         a, b = (training.forward.evaluate(params, shard_batch(rows, mesh), vocabulary())[0] for rows in (batch, other))
     second = slice(16, L - 4)  # what is predicted in the second document, which is the same
-    assert (a.labels_BK[:-1, second] == b.labels_BK[:-1, second]).all() and a.weights_BK[:-1, second].all()
+    assert (a.labels_BK[:-1, second] == b.labels_BK[:-1, second]).all()
+    assert a.weights_BK[:-1, second].all()
     same = a.scored.loss_BK[:-1, second] == b.scored.loss_BK[:-1, second]
     assert not same.any() if crosses else same.all()
     assert a.positions_BK[0, 16] == (17 if crosses else 1)
@@ -403,4 +410,5 @@ def test_nothing_is_gathered_or_scattered_where_parameters_are_whole(shape):
     with jax.set_mesh(mesh):
         lowered = training.step.lower(training.abstract, abstract_batch(B, L, mesh), vocabulary())
         text = lowered.compile().as_text()
-    assert "reduce-scatter" not in text and "all-gather" not in text
+    assert "reduce-scatter" not in text
+    assert "all-gather" not in text
