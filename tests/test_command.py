@@ -149,10 +149,10 @@ def test_a_vocabulary_that_the_text_does_not_support(refused, toy, tmp_path):
 @pytest.mark.parametrize(
     "changes, devices, said",
     [
-        ({"train__global_batch_size": 12}, 8, "train.global_batch_size is 12; it must be divisible by 8"),
-        ({"train__gradient_accumulation_steps": 4}, 8, "it must be divisible by 32"),
-        ({"eval__batch_size": 12}, 8, "eval.batch_size is 12; it must be divisible by 8"),
-        ({"mesh__data": 16}, 8, "but there are 8 devices"),
+        ({"train__global_batch_size": 12}, 8, "train.global_batch_size is 12; expected a multiple of 8"),
+        ({"train__gradient_accumulation_steps": 4}, 8, "expected a multiple of 32"),
+        ({"eval__batch_size": 12}, 8, "eval.batch_size is 12; expected a multiple of 8"),
+        ({"mesh__data": 16}, 8, "expected 8, the number of devices"),
     ],
 )
 def test_a_mesh_that_does_not_fit(refused, toy, changes, devices, said):

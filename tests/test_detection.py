@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from faults.runs import assert_same_run, finish, metrics_of
 from test_hf import started
-from test_step import MODERN, STILL, V, host_batch, make_config, vocabulary
-from test_step import evaluated
+from test_step import MODERN, STILL, V, evaluated, host_batch, make_config, vocabulary
 from test_step import train as train_steps
 
 from configs import electra_small

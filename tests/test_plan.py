@@ -405,7 +405,7 @@ def test_the_command_plans_for_cpus_and_gpus(toy, tmp_path):
     ("arguments", "message"),
     [
         (["--topology=gpu:abacus"], "--topology has GPU 'abacus'; expected one of a100, h100"),
-        (["--topology=cpu:3"], "train.global_batch_size is 16; it must be divisible by 3"),
+        (["--topology=cpu:3"], "train.global_batch_size is 16; expected a multiple of 3"),
         (["--topology=cpu", "--sweep"], "expected a TPU, since only those have estimates"),
         (["--topology=cpu", "--slices=2"], "only TPUs have slices"),
         (["--json=/nowhere/at/all.json"], "--json"),

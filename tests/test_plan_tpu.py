@@ -163,7 +163,7 @@ def test_a_sweep_names_the_best(toy):
         (["--topology=v5e:5x3"], "--topology=v5e:5x3: "),
         (["--topology=v9z:2x2"], "--topology=v9z:2x2: "),
         (["--topology=v5e:2x2", "--sweep", "--meshes=3x1x1"], "with a product of 4"),
-        (["--topology=v5e:2x2", "--slices=2", "--config.mesh.fsdp=8"], "mesh.data is 1, with 2 TPU slices"),
+        (["--topology=v5e:2x2", "--slices=2", "--config.mesh.fsdp=8"], "mesh.data is 1; expected a multiple of 2"),
     ],
 )
 def test_mistakes_are_answered_with_a_line(toy, arguments, message):

@@ -39,8 +39,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     data = config.data if config.data != -1 else max(1, len(devices) // inner)
     if data * inner != len(devices):
         raise UserError(
-            f"mesh.data × mesh.fsdp × mesh.tensor is {data} × {config.fsdp} × {config.tensor} = {data * inner}, "
-            f"but there are {len(devices)} devices; the product must equal that"
+            f"mesh.data × mesh.fsdp × mesh.tensor is {data} × {config.fsdp} × {config.tensor} = {data * inner}; "
+            f"expected {len(devices)}, the number of devices"
         )
     axis_types = (AxisType.Explicit,) * 3
     is_tpu = devices[0].platform == "tpu"  # on other platforms each machine counts as a slice
@@ -51,8 +51,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         return Mesh(grid, AXES, axis_types)
     if data % slices:
         raise UserError(
-            f"mesh.data is {data}, with {slices} TPU slices; it must be a multiple of the slices, "
-            "because each slice holds whole copies of the model and only gradients cross the network between slices"
+            f"mesh.data is {data}; expected a multiple of {slices}, the number of TPU slices, because a slice holds "
+            "whole copies of the model, and only gradients cross the network between slices"
         )
     within, between = (data // slices, config.fsdp, config.tensor), (slices, 1, 1)
     grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
@@ -74,7 +74,7 @@ def check_batch(name: str, size: int, mesh: Mesh, gradient_accumulation_steps: i
     if size % divisor:
         each = f" × {gradient_accumulation_steps} microbatches" if gradient_accumulation_steps > 1 else ""
         raise UserError(
-            f"{name} is {size}; it must be divisible by {divisor} "
+            f"{name} is {size}; expected a multiple of {divisor} "
             f"(mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']}{each})"
         )
 

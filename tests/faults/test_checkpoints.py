@@ -311,7 +311,7 @@ def test_restored_on_another_mesh(saved, tmp_path, outcome, mesh):
 @pytest.mark.fault(35)
 @pytest.mark.parametrize("mesh", [(3, 1, 1), (16, 1, 1), (-1, 3, 1)], ids=str)
 def test_a_mesh_that_does_not_fit_the_devices(outcome, mesh):
-    with pytest.raises(UserError, match=r"mesh.data × mesh.fsdp × mesh.tensor is .* but there are 8 devices"):
+    with pytest.raises(UserError, match=r"mesh.data × mesh.fsdp × mesh.tensor is [^;]+; expected 8"):
         make_mesh(MeshConfig(*mesh))
     outcome("detected")
 

@@ -199,7 +199,7 @@ def test_any_number_of_hosts_gets_the_same_batches(toy, outcome, start):
 @pytest.mark.parametrize("parts", [3, 5, 6])
 def test_a_batch_that_devices_cannot_share(outcome, parts):
     mesh = make_mesh(MeshConfig(parts, 1, 1), jax.devices()[:parts])
-    with pytest.raises(UserError, match=f"train.global_batch_size is 16; it must be divisible by {parts}"):
+    with pytest.raises(UserError, match=f"train.global_batch_size is 16; expected a multiple of {parts}"):
         check_batch("train.global_batch_size", 16, mesh)
     outcome("detected")
 
