@@ -1,6 +1,7 @@
 """`flax_mlm.load`: a run, one of its steps, and an exported folder give the numbers of the commands."""
 
 import json
+import platform
 import re
 import signal
 import subprocess
@@ -55,6 +56,7 @@ def test_fill_mask_of_several_masks_and_texts(model):
     two = model.fill_mask("The [MASK] barks in the [MASK] today.", top_k=2)
     assert [len(answers) for answers in two] == [2, 2]
     assert two[0][0]["token_str"] == "dog"
+    assert two[0][0]["sequence"] == "The dog barks in the [MASK] today."
     assert two[1][0]["token_str"] == "garden"
     assert model.fill_mask([TEXT, TEXT], top_k=2) == [model.fill_mask(TEXT, top_k=2)] * 2
 
@@ -175,6 +177,14 @@ assert "ynn" in os.environ["XLA_FLAGS"] or not jax.__version__.startswith("0.10"
     assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         flax_mlm.__getattr__("lode")
+
+
+def test_a_backend_that_runs_without_the_flag_is_reported():
+    code = "import jax; jax.devices(); import flax_mlm; flax_mlm.load"
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "JAX has started without --xla_cpu" in done.stderr or platform.machine() != "x86_64"
 
 
 def test_the_example_of_the_readme_runs(trained_run, capsys):

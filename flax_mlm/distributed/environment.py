@@ -6,6 +6,7 @@ import mmap
 import os
 import platform
 import sys
+import warnings
 from pathlib import Path
 
 # On x86 CPUs jaxlib 0.10.2 fuses reductions through YNNPACK and silently returns a wrong sum under jit
@@ -36,6 +37,10 @@ def prepare(reproducible: int = 0) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         if flag.split("=")[0] not in flags and _jaxlib_knows(flag):
             os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+            if _backend_runs():
+                warnings.warn(
+                    f"JAX has started without {flag}; use flax_mlm before the first computation", stacklevel=3
+                )
     _keep_freed_memory()
 
 
@@ -53,6 +58,12 @@ def prepare_paths() -> None:
     patience = {"CONNECT_TIMEOUT_SECONDS": "10", "LOW_SPEED_TIME_SECONDS": "60", "LOW_SPEED_LIMIT_BYTES": "1"}
     for name, value in patience.items():
         os.environ.setdefault(f"TENSORSTORE_CURL_{name}", value)
+
+
+def _backend_runs() -> bool:
+    """Whether JAX has started a backend, which has read XLA_FLAGS."""
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bridge is not None and bridge.backends_are_initialized()
 
 
 def _jaxlib_knows(flag: str) -> bool:

@@ -67,7 +67,7 @@ class Model:
         Returns:
           For a text with one mask, a list of `top_k` dicts, the likeliest first: `score` (probability), `token` (id),
           `token_str`, and `sequence` (the text with the mask filled). For a text with several masks, a list of such
-          lists. For a list of texts, a list of these.
+          lists, in whose sequences the other masks are kept. For a list of texts, a list of these.
 
         Raises:
           UserError: a text has no `[MASK]`, or more tokens than the model was trained on; the list is empty; or the

@@ -92,11 +92,11 @@ def start_params(config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, lo
     new_tokens = subtokens(load_tokenizer(config.tokenizer.path), tokenizer)
     params = load_params(folder, mappings, new_tokens, config.reinit_head, log)
 
-    def place(path: Any, leaf: jax.Array) -> jax.Array:
+    def start(path: Any, leaf: jax.Array) -> jax.Array:
         array = params.get(tuple(key.key for key in path))
         return leaf if array is None else jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: array[i])
 
-    return jax.tree_util.tree_map_with_path(place, fresh)
+    return jax.tree_util.tree_map_with_path(start, fresh)
 
 
 def untied(model: LoadedModel) -> LoadedModel:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_mlm.data.tokenizer.base import MASK_TEXT
 from flax_mlm.distributed.batches import shard_replicated_rows
 from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
@@ -77,17 +78,22 @@ class MaskFiller:
         """Ranks the k likeliest tokens as transformers' fill-mask pipeline does.
 
         Returns:
-          dicts with score (probability), token (id), token_str and sequence (the filled text, without other masks);
-          with several [MASK]s a list of such lists.
+          dicts with score (probability), token (id), token_str and sequence (the filled text); with several [MASK]s a
+          list of such lists, in whose sequences the other masks are kept.
         """
         t = self._model.tokenizer
         ids, top = self._top(text, k)
+        between = text.split(MASK_TEXT)
 
-        def entry(position: int, token: int, probability: float) -> dict[str, Any]:
-            sequence = t.decode([*ids[1:position], token, *ids[position + 1 : -1]])
-            return {"score": probability, "token": token, "token_str": t.decode([token]), "sequence": sequence}
+        def entry(index: int, position: int, token: int, probability: float) -> dict[str, Any]:
+            word = t.decode([token])
+            if len(top) == 1:
+                sequence = t.decode([*ids[1:position], token, *ids[position + 1 : -1]])
+            else:
+                sequence = word.join(MASK_TEXT.join(p) for p in (between[: index + 1], between[index + 1 :]))
+            return {"score": probability, "token": token, "token_str": word, "sequence": sequence}
 
-        results = [[entry(i, *candidate) for candidate in tokens] for i, tokens in top.items()]
+        results = [[entry(n, i, *candidate) for candidate in tokens] for n, (i, tokens) in enumerate(top.items())]
         return results[0] if len(results) == 1 else results
 
     def top_fillings(self, text: str, k: int) -> list[tuple[str, float]]:
