@@ -125,7 +125,7 @@ def test_an_override_in_a_section_that_the_file_has_deleted(tmp_path):
 @pytest.mark.parametrize(
     "source, said",
     [
-        ("books", "data.source is 'books'; it can be builtin, text:GLOB"),
+        ("books", "data.source is 'books'; expected builtin, text:GLOB"),
         ("text:none/*.txt", "no file matches 'none/*.txt'"),
         ("tfds:no_such_set", "'no_such_set' is not prepared"),
         ("text:{folder}/empty.txt", "holds no text"),
@@ -191,12 +191,12 @@ def test_a_corpus_of_another_tokenizer(refused, toy, trained_run, other_corpus, 
     both = toy.flags(tokenizer__path=other_corpus / "tokenizer.model")
     assert "was made with another tokenizer than" in refused("train", f"--workdir={tmp_path / 'w2'}", *both)
     line = refused("evaluate", f"--checkpoint={trained_run}", f"--config.data.corpus={other_corpus}", "--json=out.json")
-    assert "was made with another tokenizer than" in line
+    assert "has another tokenizer than the checkpoint" in line
 
 
 def test_a_corpus_with_rows_longer_than_the_positions(refused, toy, tmp_path):
     flags = toy.flags(data__seq_len=16, model__max_positions=16)
-    assert "rows of 32 tokens, longer than model.max_positions, 16" in refused(
+    assert "model.max_positions is 16; expected at least 32, the row length of data.corpus" in refused(
         "train", f"--workdir={tmp_path / 'w'}", *flags
     )
 
