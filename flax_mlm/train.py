@@ -18,8 +18,8 @@ from flax_mlm.cli import app, console
 from flax_mlm.config import phases
 from flax_mlm.config.load import flatten
 from flax_mlm.config.schema import Config
-from flax_mlm.distributed import preemption, processes
-from flax_mlm.distributed.processes import ClusterConfig
+from flax_mlm.distributed import environment, preemption, processes
+from flax_mlm.distributed.cluster import ClusterConfig
 from flax_mlm.errors import PREEMPTED, Preempted, UserError
 from flax_mlm.storage import files, gcs
 
@@ -45,6 +45,7 @@ def train(
     workdir = gcs.parse("--workdir", str(workdir)) or Path(workdir).expanduser().absolute()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(preemption.Stop())
+        environment.prepare(config.train.batch_groups if config.train.reproducible else 0)
 
         import jax  # heavy imports wait until the config is known to be right
 

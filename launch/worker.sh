@@ -142,7 +142,7 @@ arguments=()
 while IFS= read -r -d '' argument; do arguments+=("$argument"); done <job/arguments
 # Google's network lets machines of a project reach each other at these ports, but not everywhere at JAX's own choice.
 export JAX_COORDINATOR_PORT=8476
-line=(python -m flax_mlm.train --service_port=8470 --initialization_timeout=1800 "${arguments[@]}")
+line=(python -m flax_mlm.train --initialization_timeout=1800 "${arguments[@]}")
 export JAX_COMPILATION_CACHE_DIR="$home/compiled" TPU_STDERR_LOG_LEVEL=2 TPU_MIN_LOG_LEVEL=2
 # A stalled transfer of a checkpoint is tried again, and not waited for.
 export TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS=60 TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES=1024

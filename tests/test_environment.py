@@ -15,6 +15,34 @@ def test_sums_are_right_under_jit():
     assert float(jax.jit(jnp.sum)(x)) == float(np.sum(np.asarray(x, np.float64)))
 
 
+def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    """Runs code after `from flax_mlm.distributed import environment as e`, in a process without XLA_FLAGS."""
+    code = "from flax_mlm.distributed import environment as e; " + code
+    env = {**{k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}, **env}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+START = "import jax; jax.devices(); "
+
+
+def test_a_second_call_after_the_backend_has_started_says_nothing():
+    done = run(f"e.prepare(8); {START} e.prepare(); e.prepare(8)")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_backend_that_was_started_before_is_warned_of():
+    done = run(f"{START} e.prepare()")
+    assert done.returncode == 0
+    assert "import flax_mlm first" in done.stderr or os.uname().machine != "x86_64"
+
+
+def test_reproducible_is_refused_when_the_backend_runs_with_other_settings():
+    done = run(f"e.prepare(); {START} e.prepare(8)")
+    assert "UserError: train.reproducible is True, but JAX has started its backend" in done.stderr
+    done = run(f"e.prepare(8); {START} e.prepare(4)")
+    assert "UserError: train.reproducible is True" in done.stderr
+
+
 def test_flags_are_added_to_the_users_own():
     code = "import os; from flax_mlm.distributed import environment as e; e.prepare(); e.prepare(); "
     code += "print(os.environ['XLA_FLAGS'])"

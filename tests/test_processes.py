@@ -1,5 +1,6 @@
 """Groups of real processes on this machine; this file is also the program that they run."""
 
+import contextlib
 import json
 import os
 import socket
@@ -88,13 +89,21 @@ def program() -> None:
         sys.exit(1)
 
 
+def free_ports() -> int:
+    """A port of this machine that is free, and so is the next one."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", 0)) as first:
+            port = first.getsockname()[1]
+            with socket.create_server(("127.0.0.1", port + 1)):
+                return port
+
+
 class Group:
     """Processes of one run."""
 
     def __init__(self, count: int = 2):
         self.count, self.started = count, list[subprocess.Popen]()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_ports()}"
 
     def start(self, id: int | None, *flags: str, env: dict[str, str] | None = None) -> subprocess.Popen:
         """Starts process `id`; None: it is not told about the others."""

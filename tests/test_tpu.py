@@ -558,7 +558,7 @@ def test_a_preempted_run_is_made_anew_and_ends_as_one_that_was_left_alone(desk, 
             name = f"corpora/toy/{file.relative_to(toy.corpus)}"
             desk.cloud.gcs.put(BUCKET, name, file.read_bytes())
     flags = [f for f in flags if "data.corpus" not in f and "cache_dir" not in f]
-    flags += ["--config.data.corpus=gs://bucket/corpora/toy", "--service_port=0"]
+    flags += ["--config.data.corpus=gs://bucket/corpora/toy"]
     desk.cloud.machine_env |= {"PYTHONUNBUFFERED": "1", "WORKER_EVERY": "5"}
     desk.run("submit", "--", *flags)
     babysitter = desk.start("babysit", POLL="3")

@@ -2,12 +2,11 @@
 
 from absl import flags
 
-from flax_mlm.distributed.processes import ClusterConfig
+from flax_mlm.distributed.cluster import ClusterConfig
 
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0; empty: detected (TPU, Slurm, Open MPI)")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "number of processes; 0: detected, else 1", lower_bound=0)
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "index of this process, from 0; -1: detected", lower_bound=-1)
-_SERVICE_PORT = flags.DEFINE_integer("service_port", 0, "port of process 0 for JAX's service; 0: any free one")
 _TIMEOUT = flags.DEFINE_integer(
     "initialization_timeout", 600, "seconds to wait until all processes have connected", lower_bound=1
 )
@@ -24,5 +23,4 @@ def from_flags() -> ClusterConfig:
         process_id=_PROCESS_ID.value,
         initialization_timeout=_TIMEOUT.value,
         heartbeat=_HEARTBEAT.value,
-        service_port=_SERVICE_PORT.value,
     )

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, from their makers' data sheets.
+"""Peak numbers of accelerators, from their makers' data sheets.
 
 TPUs: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and tpu7x. GPUs: NVIDIA's data sheets, SXM forms,
 without sparsity.
@@ -12,17 +12,17 @@ import numpy as np
 
 
 class Chip(NamedTuple):
-    """One chip, which JAX may show as one device or as several."""
+    """Peak numbers of one chip, which JAX may show as one device or as several."""
 
     name: str
-    kind: str  # a part of JAX's `device_kind`, in lower case
+    kind: str  # substring of JAX's `device_kind`, in lower case
     flops: float  # bfloat16, dense, FLOP/s
     memory: float  # bytes of HBM
-    bandwidth: float  # of HBM, bytes/s
-    link: float = 0.0  # of one link to a neighbour in the slice (ICI), each way, bytes/s
-    network: float = 0.0  # to other slices, bytes/s each way
-    wraps: int = 0  # a dimension of a slice is a ring if it is a multiple of this, else a line
-    together: bool = False  # and only if all of them are
+    bandwidth: float  # HBM, bytes/s
+    link: float = 0.0  # one link to a neighbour in the slice (ICI), bytes/s in each direction
+    network: float = 0.0  # to other slices, bytes/s in each direction
+    wraps: int = 0  # a dimension of a slice is a ring if its size is a multiple of this, else a line
+    together: bool = False  # rings exist only if the sizes of all dimensions are such multiples
 
 
 _G = 2**30
@@ -42,19 +42,19 @@ CHIPS = (
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip of a device; None if it is not known."""
+    """Returns the chip with a `device_kind` of JAX; None if it is unknown."""
     kind = device_kind.lower()
     return next((chip for chip in CHIPS if re.search(rf"\b{chip.kind}\b", kind)), None)
 
 
 def count(devices: Sequence[Any] | np.ndarray) -> int:
-    """Chips that these devices are on: some TPUs show two devices a chip."""
-    if devices[0].platform != "tpu":  # a GPU's coordinates are within its process
+    """Counts the chips of these devices: some TPUs show two devices per chip."""
+    if devices[0].platform != "tpu":  # coordinates of a GPU are unique only within its process
         return len(devices)
     return len({(getattr(device, "slice_index", 0), *device.coords) for device in devices})
 
 
 def peak_flops(devices: Sequence[Any] | np.ndarray) -> float | None:
-    """bfloat16 peak of all the devices' chips, FLOP/s; None where it is not known."""
+    """Sums the bfloat16 peak of the devices' chips, FLOP/s; None if the chip is unknown."""
     chip = of_kind(devices[0].device_kind)
     return chip.flops * count(devices) if chip else None

@@ -1,4 +1,4 @@
-"""Process settings that must be in place before JAX starts its backend, with the reason for each."""
+"""Process settings that JAX, tensorstore and etils read once, with the reason for each. Imports no JAX."""
 
 import ctypes
 import importlib.util
@@ -9,65 +9,86 @@ import sys
 import warnings
 from pathlib import Path
 
+from flax_mlm.errors import UserError
+
 # On x86 CPUs jaxlib 0.10.2 fuses reductions through YNNPACK and silently returns a wrong sum under jit
-# (jax-ml/jax#39103: float32, 32,769 elements). Without its reductions the answer is right, at the same speed.
-_YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+# (jax-ml/jax#39103: float32, 32,769 elements). Without its reductions the sum is right, at the same speed.
+_RIGHT_SUMS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+
+# Otherwise some of XLA's GPU kernels add with atomics, in any order.
+_FIXED_ORDER = "--xla_gpu_deterministic_ops=true"
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # <malloc.h>
 
 
-# Without it some of XLA's GPU kernels add with atomics, in whatever order they come.
-_GPU_FLAG = "--xla_gpu_deterministic_ops=true"
-
-
 def prepare(reproducible: int = 0) -> None:
-    """Makes CPU results right and CPU steps fast. Call before anything imports jax; safe to call twice.
+    """Makes CPU results right and CPU steps fast. Safe to call again, and in a notebook.
+
+    XLA reads its flags when JAX starts a backend. If one runs already without the flag for right sums, a warning says
+    so.
 
     Args:
-      reproducible: when positive, results are the same on up to so many devices of a kind.
+      reproducible: if positive, results are the same on up to this number of devices of a kind.
+
+    Raises:
+      UserError: `reproducible` needs settings that the running backend was started without.
     """
     prepare_paths()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    wanted = [_YNN_FLAG] if platform.machine() in ("x86_64", "AMD64") else []
-    if reproducible:
-        wanted.append(_GPU_FLAG)
-        # XLA:CPU cuts a large matmul by the number of its threads, which else is that of cores or of devices.
-        os.environ["NPROC"] = str(reproducible)
-    for flag in wanted:
-        flags = os.environ.get("XLA_FLAGS", "")
-        if flag.split("=")[0] not in flags and _jaxlib_knows(flag):
-            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
-            if _backend_runs():
-                warnings.warn(
-                    f"JAX has started without {flag}; use flax_mlm before the first computation", stacklevel=3
-                )
     _keep_freed_memory()
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    if is_x86 and not _add_flag(_RIGHT_SUMS):
+        warnings.warn(
+            "JAX has started its backend before flax_mlm was imported: sums of more than 32,768 numbers on x86 CPUs "
+            "may be wrong (jax-ml/jax#39103); import flax_mlm first",
+            stacklevel=3,
+        )
+    if reproducible:
+        # XLA:CPU cuts a large matmul by the number of its threads, by default that of cores or of devices.
+        threads = str(reproducible)
+        is_new = os.environ.get("NPROC") != threads
+        if (is_new and _backend_runs()) or not _add_flag(_FIXED_ORDER):
+            raise UserError(
+                "train.reproducible is True, but JAX has started its backend with other settings; set it in the first "
+                f"run of a process, or start Python with NPROC={threads} XLA_FLAGS={_FIXED_ORDER}"
+            )
+        os.environ["NPROC"] = threads
 
 
 def prepare_paths() -> None:
-    """Has etils.epath reach buckets through gcsfs. Call before anything uses a path of its: it decides once.
+    """Lets etils.epath reach buckets through gcsfs, and bounds tensorstore's patience. Call before any use of epath.
 
-    Else it goes through TensorFlow where that is installed: an import of seconds, with its own credentials, caches and
-    retries, and without a way to be pointed at a stand-in.
+    By default epath goes through TensorFlow where that is installed: an import of seconds, with credentials, caches
+    and retries of its own, and no way to be pointed at a stand-in.
     """
     os.environ["EPATH_USE_TF"] = "0"
-    # Else gcsfs asks another service, in another protocol, of what kind each bucket is. Zonal ones need that; the
-    # others, hierarchical ones too, are served by the one that tensorstore uses.
+    # By default gcsfs asks another service of what kind each bucket is. Only zonal buckets need that.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    # tensorstore would wait for ever for a server that accepts a connection and then is silent.
+    # By default tensorstore waits without end for a server that accepts a connection and is then silent.
     patience = {"CONNECT_TIMEOUT_SECONDS": "10", "LOW_SPEED_TIME_SECONDS": "60", "LOW_SPEED_LIMIT_BYTES": "1"}
     for name, value in patience.items():
         os.environ.setdefault(f"TENSORSTORE_CURL_{name}", value)
 
 
+def _add_flag(flag: str) -> bool:
+    """Adds a flag to XLA_FLAGS, unless the user has set it or this jaxlib has no such flag; False if it is too late."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag.split("=")[0] in flags or not _jaxlib_knows(flag):
+        return True
+    if _backend_runs():
+        return False
+    os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+    return True
+
+
 def _backend_runs() -> bool:
-    """Whether JAX has started a backend, which has read XLA_FLAGS."""
+    """True if JAX has started a backend in this process."""
     bridge = sys.modules.get("jax._src.xla_bridge")
-    return bridge is not None and bridge.backends_are_initialized()
+    return bool(bridge and getattr(bridge, "backends_are_initialized", lambda: False)())
 
 
 def _jaxlib_knows(flag: str) -> bool:
-    """Whether this jaxlib has the flag; an unknown one in XLA_FLAGS would abort the process."""
+    """True if this jaxlib has the flag; an unknown one in XLA_FLAGS would abort the process."""
     spec = importlib.util.find_spec("jaxlib")
     name = flag.lstrip("-").split("=")[0].encode()
     for folder in spec.submodule_search_locations or [] if spec else []:
@@ -79,8 +100,9 @@ def _jaxlib_knows(flag: str) -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """XLA:CPU allocates and frees its temporaries every step; giving them back to the system each time costs
-    a page fault per 4 KiB, up to 30% of a step (glibc only)."""
+    """Keeps freed memory in the process (glibc only)."""
+    # perf(xla-cpu): XLA allocates and frees its temporaries every step; giving them back to the system each time costs
+    # a page fault per 4 KiB, up to 30% of a step.
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

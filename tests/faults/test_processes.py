@@ -34,7 +34,7 @@ def lose(processes: list[subprocess.Popen], victim: int, how: signal.Signals, *t
 @pytest.mark.fault(10)
 @TWO_OR_THREE
 def test_peer_is_killed(group, outcome, count):
-    lose(group(count).start_all(FOR_EVER), 1, signal.SIGKILL, "is gone", "thread stacks above")
+    lose(group(count).start_all(FOR_EVER), 1, signal.SIGKILL, "is lost: no heartbeat", "thread stacks above")
     outcome("detected", kills=1)
 
 
@@ -46,7 +46,7 @@ def test_peer_is_killed_while_the_other_works_alone(group, outcome):
     wait_for(second, "step 2")
     time.sleep(0.5)  # by now process 0 is in no collective
     second.kill()
-    ends(first, 1, f"stopped: process 1 ({HOST}) is gone", within=PROMISE)
+    ends(first, 1, f"stopped: process 1 ({HOST}) is lost", within=PROMISE)
     outcome("detected", kills=1)
 
 
@@ -60,7 +60,7 @@ def test_peer_is_killed_while_nobody_reads_the_log(group, outcome, color):
     time.sleep(1)
     second.kill()
     assert first.wait(timeout=PROMISE) == 1
-    assert color == "black" or f"stopped: process 1 ({HOST}) is gone" in first.stderr.read()
+    assert color == "black" or f"stopped: process 1 ({HOST}) is lost" in first.stderr.read()
     outcome("detected", kills=1)
 
 
@@ -87,14 +87,14 @@ def test_peer_is_killed_when_it_has_finished(group, outcome, then):
     wait_for(second, "step 2" if then == "hang" else "run_id")
     time.sleep(0.3)
     second.kill()
-    ends(first, 1, f"stopped: process 1 ({HOST}) is gone", within=PROMISE)
+    ends(first, 1, f"stopped: process 1 ({HOST}) is lost", within=PROMISE)
     outcome("detected", kills=1)
 
 
 @pytest.mark.fault(11)
 @TWO_OR_THREE
 def test_coordinator_is_killed(group, outcome, count):
-    lose(group(count).start_all(FOR_EVER), 0, signal.SIGKILL, "is gone", "thread stacks above")
+    lose(group(count).start_all(FOR_EVER), 0, signal.SIGKILL, "is lost: no heartbeat", "thread stacks above")
     outcome("detected", kills=1)
 
 
@@ -129,7 +129,7 @@ def test_coordinator_is_killed_when_the_other_has_finished(group, outcome):
     first, second = group().start_all(_0="--then=linger")
     wait_for(second, "run_id")
     first.kill()
-    ends(second, 1, f"stopped: process 0 ({HOST}) is gone", within=PROMISE)
+    ends(second, 1, f"stopped: process 0 ({HOST}) is lost", within=PROMISE)
     outcome("detected", kills=1)
 
 
@@ -141,9 +141,9 @@ def test_coordinator_is_killed_when_the_other_has_finished(group, outcome):
 @pytest.mark.parametrize(("count", "victim"), [(2, 1), (3, 2), (2, 0), (3, 0)])
 def test_process_is_frozen(group, outcome, count, victim):
     processes = group(count).start_all(FOR_EVER)
-    lose(processes, victim, signal.SIGSTOP, f"said nothing for {HEARTBEAT} s", "thread stacks above")
+    lose(processes, victim, signal.SIGSTOP, f"no heartbeat for {HEARTBEAT} s", "thread stacks above")
     processes[victim].send_signal(signal.SIGCONT)  # when it wakes up, it leaves as well
-    ends(processes[victim], 1, f"stopped: process {victim} ({HOST}) said nothing")
+    ends(processes[victim], 1, f"stopped: process {victim} ({HOST}) is lost: no heartbeat")
     outcome("detected")
 
 
@@ -198,8 +198,8 @@ def test_one_process_is_stuck(group, outcome):
 @pytest.mark.fault(15)
 def test_a_process_that_never_comes_is_named_by_all(group, outcome):
     three = group(3)
-    for process in [three.start(i, "--initialization_timeout=3") for i in (0, 2)]:
-        ends(process, 1, "stopped: process 1 of 3 did not come within 3 s", within=PROMISE)
+    for process in [three.start(i, "--initialization_timeout=6") for i in (0, 2)]:
+        ends(process, 1, "stopped: process 1 of 3 did not come within 6 s", within=PROMISE)
     outcome("detected")
 
 
@@ -264,47 +264,38 @@ def test_one_comes_late(group, outcome, late):
 
 NONSENSE = [
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(range(256)) * 4,
     bytes(range(256)) * 4,
     b"\n",
-    b"5\nnull\n[]\n{}\n",
-    b'{"kind": 5}\n',
-    b"[" * 60_000 + b"\n",  # deeper than Python's stack
-    b"9" * 60_000 + b"\n",
+    b"SSH-2.0-OpenSSH_9.2\r\n",
     b"x" * 300_000,  # and no end of the line
-    b'{"kind": "hello"}\n',
-    b'{"kind": "hello", "id": true, "count": 2, "host": "x", "pid": 1, "identity": {}}\n',
-    b'{"kind": "hello", "id": -1, "count": 2, "host": "x", "pid": 1, "identity": {}}\n',
-    b'{"kind": "end", "code": 1, "reason": "x"}\n',
-    b'{"kind": "lost", "code": 1, "reason": "x"}\n',
     b"",  # a connection that says nothing
 ]
 
 
 @pytest.mark.fault(15)
 @FULL
-def test_strangers_are_sent_away(group, outcome):
-    """Port scanners and the like, before and during the run."""
+def test_strangers_do_no_harm(group, outcome):
+    """Port scanners and the like, before and during the run, at the store and at JAX's own service."""
     two = group()
     host, port = two.address.split(":")
 
-    def visit() -> None:
-        visitors = [socket.create_connection((host, int(port)), timeout=PROMISE) for _ in NONSENSE]
-        for visitor, text in zip(visitors, NONSENSE, strict=True):
-            with contextlib.suppress(ConnectionError):
-                visitor.sendall(text)
-        for visitor in visitors:
-            with contextlib.suppress(ConnectionError):
-                assert visitor.recv(1) == b""  # nothing said, and closed
-            visitor.close()
+    def visit(ports: list[int]) -> None:
+        for each in ports:
+            visitors = [socket.create_connection((host, each), timeout=PROMISE) for _ in NONSENSE]
+            for visitor, text in zip(visitors, NONSENSE, strict=True):
+                with contextlib.suppress(ConnectionError):
+                    visitor.sendall(text)
+                visitor.close()
 
     first = two.start(0, "--steps=300")
     wait_for(first, "host 1 of 2")
-    visit()
+    visit([int(port)])
     second = two.start(1, "--steps=300")
     wait_for(second, "step 3")
-    visit()
+    visit([int(port), int(port) + 1])
     assert {r["sum"] for r in results([first, second])} == {10}
-    outcome("harmless", count=2 * len(NONSENSE))
+    outcome("harmless", count=3 * len(NONSENSE))
 
 
 # Wrongly told
@@ -322,7 +313,7 @@ def test_strangers_are_sent_away(group, outcome):
         ),
         pytest.param("--heartbeat=5", ["--heartbeat is 5 on process 1", f"and {HEARTBEAT} on process 0"], marks=FULL),
         pytest.param("--num_processes=3", ["--num_processes is 3 on process 1", "and 2 on process 0"], marks=FULL),
-        pytest.param("--process_id=7", ["--process_id is 7", "it takes 0 to 1"], marks=FULL),
+        pytest.param("--process_id=7", ["--process_id is 7", "expected 0 to 1"], marks=FULL),
     ],
 )
 def test_processes_are_told_different_things(group, outcome, flags, texts):
@@ -377,11 +368,11 @@ def test_late_twin_is_refused_and_the_run_goes_on(group, outcome):
     [
         ("--process_id=1", {}, "several processes need all of --coordinator, --num_processes and --process_id"),
         ("--num_processes=2", {}, "several processes need all of"),
-        ("--num_processes=1 --process_id=3", {}, "--process_id is 3; with --num_processes=1 it takes 0 to 0"),
-        ("--coordinator=here --num_processes=2 --process_id=0", {}, "--coordinator is 'here'; it takes HOST:PORT"),
-        ("--coordinator=here:99999 --num_processes=2 --process_id=0", {}, "it takes HOST:PORT"),
-        ("", {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; it takes a whole number"),
-        ("", {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1'; it takes a whole number"),
+        ("--num_processes=1 --process_id=3", {}, "--process_id is 3; with --num_processes=1 expected 0 to 0"),
+        ("--coordinator=here --num_processes=2 --process_id=0", {}, "--coordinator is 'here'; expected HOST:PORT"),
+        ("--coordinator=here:99999 --num_processes=2 --process_id=0", {}, "expected HOST:PORT"),
+        ("", {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; expected a whole number"),
+        ("", {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1'; expected a whole number"),
     ],
 )
 def test_settings_make_no_sense(group, outcome, flags, env, text):
@@ -392,5 +383,5 @@ def test_settings_make_no_sense(group, outcome, flags, env, text):
 @pytest.mark.fault(16)
 @FULL
 def test_impossible_id_and_no_coordinator(group, outcome):
-    ends(group().start(2), 2, "error: --process_id is 2; with --num_processes=2 it takes 0 to 1", within=PROMISE)
+    ends(group().start(2), 2, "error: --process_id is 2; with --num_processes=2 expected 0 to 1", within=PROMISE)
     outcome("detected")

@@ -202,7 +202,11 @@ def test_sigkill_of_one_of_two(toy, together, tmp_path, outcome, which, moment, 
     codes, _ = run.finish()
     assert codes[which] == -signal.SIGKILL and codes[survivor] == 1, run.err
     last = run.err[survivor].splitlines()[-1]
-    assert last.startswith(f"stopped: process {which} (") and "is gone" in last and "Thread 0x" in run.err[survivor]
+    assert (
+        last.startswith(f"stopped: process {which} (")
+        and "is lost: no heartbeat" in last
+        and "Thread 0x" in run.err[survivor]
+    )
     finish(toy, workdir, *flags, processes=2, devices=2)
     assert_same_run(workdir, together, 60)
     outcome("recovered", kills=1)
