@@ -39,8 +39,8 @@ def prepare(reproducible: int = 0) -> None:
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     if is_x86 and not _add_flag(_RIGHT_SUMS):
         warnings.warn(
-            "JAX has started its backend before flax_mlm was imported: sums of more than 32,768 numbers on x86 CPUs "
-            "may be wrong (jax-ml/jax#39103); import flax_mlm first",
+            f"JAX has started without {_RIGHT_SUMS}, so sums of more than 32,768 numbers on x86 CPUs may be wrong "
+            "(jax-ml/jax#39103); use flax_mlm before the first computation",
             stacklevel=3,
         )
     if reproducible:
