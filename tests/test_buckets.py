@@ -221,7 +221,7 @@ def test_without_gcsfs_it_is_named(toy, tmp_path):
 def test_what_is_written_to_folders_alone(toy, straight, command, flag):
     done = toy.run(*command.split(), f"--checkpoint={straight}", f"{flag}=gs://bucket/out")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert f"{flag}: 'gs://bucket/out' cannot be written; name a folder or file here" in done.stderr
+    assert f"{flag}: 'gs://bucket/out' cannot be written; name a local file or folder" in done.stderr
 
 
 def test_a_bucket_that_fails_now_and_then(toy, straight, gcs, tmp_path):
