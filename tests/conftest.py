@@ -4,7 +4,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,10 @@ from flax_mlm.distributed import environment
 environment.prepare()
 
 import jax  # noqa: E402  (only now that the environment is set)
-from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Compiling is most of what the tests do; what is compiled is keyed by the program and by jaxlib's version.
-COMPILED = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flax_mlm" / "test-xla"
-jax.config.update("jax_compilation_cache_dir", str(COMPILED))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# Steps of fine-tuning that come from the cache deadlock in their collectives on simulated devices.
+jax.config.update("jax_compilation_cache_dir", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,13 +74,13 @@ _TIMES = ("today", "at night", "every morning", "all day")
 
 class Toy:
     """A small text that can be learned: what an animal does, and where, follows from the animal. `folder` holds
-    text.txt and a corpus made from it."""
+    text.txt, a corpus made from it, and a cache of compiled programs that all commands share."""
 
     animals = _ANIMALS
-    compiled = COMPILED
 
     def __init__(self, folder: Path):
         self.folder, self.text, self.corpus = folder, folder / "text.txt", folder / "corpus"
+        self.compiled = folder / "compiled"
         rng = random.Random(0)
         sentences = [f"The {a} {does} {when}." for a, does in _ANIMALS.items() for when in _TIMES]
         documents = [" ".join(rng.choices(sentences, k=rng.randint(2, 8))) for _ in range(400)]
@@ -109,7 +105,7 @@ class Toy:
     def start(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen:
         """Starts `python -m flax_mlm.COMMAND` in a process of its own."""
         env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {_QUICKLY}"}
-        env |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
+        env |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(self.compiled)}
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "2"}
         env |= {"TF_ENABLE_ONEDNN_OPTS": "0"}
         line = [sys.executable, "-m", f"flax_mlm.{command}", *map(str, arguments)]
@@ -120,17 +116,6 @@ class Toy:
         process = self.start(command, *arguments, devices=devices, cwd=cwd)
         out, err = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-@pytest.fixture(scope="module")
-def no_compilation_cache() -> Iterator[None]:
-    """Compiles every program: fine-tuning steps from the cache deadlock in their collectives on simulated devices."""
-    folder = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

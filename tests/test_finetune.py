@@ -26,7 +26,6 @@ from flax_mlm.inference.config import read_config
 from flax_mlm.inference.load import load_model
 from flax_mlm.inference.model import LoadedModel
 
-pytestmark = pytest.mark.usefixtures("no_compilation_cache")
 SOON = {"epochs": 4, "seeds": 2, "learning_rates": "3e-3,1e-2", "batch_size": 16, "dropout_rate": 0.0, "max_length": 24}
 
 

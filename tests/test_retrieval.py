@@ -27,7 +27,6 @@ from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.load import load_model
 from flax_mlm.inference.model import LoadedModel
 
-pytestmark = pytest.mark.usefixtures("no_compilation_cache")
 SOON = {"epochs": 2, "seeds": 1, "learning_rates": "3e-3", "batch_size": 16, "max_length": 24, "pooling": "mean"}
 
 

@@ -1,1 +1,0 @@
-"""From documents to batches: sources -> tokenizer -> packing -> corpus on disk -> pipeline."""

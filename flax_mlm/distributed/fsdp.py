@@ -29,7 +29,7 @@ def gather_fsdp(tree: Any, dtype: Any = None) -> Any:
 
 
 def splits_parameters() -> bool:
-    """Whether `fsdp` has more than one device, so that layers have to gather their parameters."""
+    """True if `fsdp` has more than one device: layers then gather their parameters."""
     return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
 
 
