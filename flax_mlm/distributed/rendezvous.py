@@ -149,6 +149,7 @@ def _refuse(guests: _Guests, error: UserError | Lost) -> NoReturn:
     while guests.store.read("hello/") and guests.present() and time.monotonic() < end:
         guests.refresh()
         time.sleep(_POLL)
+    time.sleep(_POLL)  # for the last one to disconnect
     raise error
 
 
@@ -191,6 +192,7 @@ def _attend(cluster: ClusterConfig, address: str, count: int, index: int, identi
             continue
         if answer["kind"] == "start" and token in answer["tokens"]:
             return Meeting(store, answer["run_id"], answer["hosts"], ("", ""))
+        store.close()  # else JAX writes an error of its own when process 0 ends
         if answer["kind"] == "start":
             whole = f"the run of process 0 ({answer['hosts'][0]}) has all its processes"
             raise UserError(f"--process_id={index} is taken: {whole}; was this one started twice?")
