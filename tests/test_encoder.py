@@ -209,7 +209,7 @@ def test_a_window_taken_in_blocks_is_that_of_whole_rows(length, window, causal):
     rng = np.random.default_rng(length)
     segments = np.sort(rng.integers(0, 4, (2, length)), axis=1)[:, ::-1].astype(np.int32)  # padding at the end
     q, k, v = rng.standard_normal((3, 2, length, 2, 4), np.float32)
-    traced = str(jax.make_jaxpr(xla(segments, causal, window))(q, k, v))
+    traced = str(jax.make_jaxpr(lambda *qkv: xla(segments, causal, [window])(0, *qkv))(q, k, v))
     whole = f"f32[2,2,{length},{length}]"  # logits of all queries and all keys
     assert (whole not in traced) is (length % (2 * (window // 2)) == 0), "which it is"
     distance = np.arange(length)[:, None] - np.arange(length)
@@ -218,7 +218,7 @@ def test_a_window_taken_in_blocks_is_that_of_whole_rows(length, window, causal):
         logits = np.where(mask[:, None], np.einsum("BLHd,BMHd->BHLM", q, k) / 2, -np.inf)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         expected = np.einsum("BHLM,BMHd->BLHd", weights / weights.sum(-1, keepdims=True), v)
-        np.testing.assert_allclose(xla(segments, causal, reach)(q, k, v), expected, atol=1e-5)
+        np.testing.assert_allclose(xla(segments, causal, [reach])(0, q, k, v), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("drops", [False, True])
@@ -234,9 +234,9 @@ def test_xla_attention_and_its_gradients_are_those_of_the_definition(dtype, tole
         logits = jnp.where((segments[:, :, None] == segments[:, None])[:, None], logits, -1e30)
         return jnp.einsum("BHLM,BMHd->BLHd", jax.nn.softmax(logits) * (kept if drops else 1.0), v)
 
-    attend = xla(segments, False, None)
+    attend = xla(segments, False, [None])
     drop = (lambda weights: weights * kept.astype(dtype)) if drops else None
-    y, backward = jax.vjp(lambda *qkv: attend(*qkv, drop), q, k, v)
+    y, backward = jax.vjp(lambda *qkv: attend(0, *qkv, drop), q, k, v)
     exact, exact_backward = jax.vjp(definition, *(x.astype(jnp.float32) for x in (q, k, v)))
     assert y.dtype == dtype
     residuals = [x.nbytes for x in jax.tree.leaves(backward)]

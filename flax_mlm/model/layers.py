@@ -18,7 +18,6 @@ from flax_mlm.config.schema import ModelConfig
 from flax_mlm.distributed.fsdp import gather_fsdp
 from flax_mlm.distributed.mesh import batch_spec, replicate
 from flax_mlm.model.attention.rotary import Rotary, rotate
-from flax_mlm.model.attention.types import Attend
 from flax_mlm.model.elementwise import add_bias, geglu, gelu, layer_norm
 from flax_mlm.model.projection import project
 
@@ -129,9 +128,9 @@ class Embeddings(nnx.Module):
 
 
 class LayerAttention(NamedTuple):
-    """Attention of one layer type, global or local."""
+    """Attention of a layer: global, or local with a sliding window."""
 
-    attend: Attend
+    attend: Callable[..., jax.Array]  # (q, k, v, drop) -> (B, L, H, d), see `attention.types.Attend`
     rotary: Rotary | None  # None: position embeddings are learned
 
 
@@ -151,7 +150,11 @@ class Layer(nnx.Module):
         self.mlp_norm = LayerNorm(c)
 
     def __call__(
-        self, x_BLD: jax.Array, attention: LayerAttention, norm: LayerNorm | None, keys_B: jax.Array | None
+        self,
+        x_BLD: jax.Array,
+        attention: LayerAttention,
+        norm: Callable[[jax.Array], jax.Array] | None,
+        keys_B: jax.Array | None,
     ) -> jax.Array:
         """Computes the hidden states (B, L, D) after this layer.
 

@@ -92,11 +92,11 @@ def _cudnn_works(head_width: int) -> bool:
 def _test_gradients(kernel: Kernel, head_width: int) -> jax.Array:
     """Computes a kernel's gradients with respect to random q, k and v: bfloat16 (3, 2, 128, 2, head_width)."""
     segment_ids_BL = jax.reshard(jnp.broadcast_to(jnp.arange(128) // 48, (2, 128)), batch_spec(None))
-    attend = kernel(segment_ids_BL, False, None)
+    attend = kernel(segment_ids_BL, False, [None])
 
     def loss(qkv: jax.Array) -> jax.Array:
         q, k, v = (jax.reshard(x_BLHd, batch_spec(None, "H", None)) for x_BLHd in qkv)
-        return jnp.square(attend(q, k, v).astype(jnp.float32)).mean()
+        return jnp.square(attend(0, q, k, v).astype(jnp.float32)).mean()
 
     qkv = jax.random.normal(jax.random.key(0), (3, 2, 128, 2, head_width), jnp.bfloat16)
     return jax.jit(jax.grad(loss))(qkv)

@@ -1,7 +1,8 @@
 """Types that the attention kernels share."""
 
-from collections.abc import Callable
-from typing import Protocol
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 
@@ -11,11 +12,30 @@ Drop = Callable[[jax.Array], jax.Array]  # zeroes entries at random and scales t
 
 
 class Attend(Protocol):
-    """Attention of one layer type, its mask already bound."""
+    """Attention of every layer type, with their masks bound."""
 
-    def __call__(self, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop | None = None) -> jax.Array:
-        """Returns softmax(q·k / sqrt(d)) · v, (B, L, H, d), with `drop` applied to the probabilities."""
+    def __call__(
+        self, layer_type: Any, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop | None = None
+    ) -> jax.Array:
+        """Returns softmax(q·k / sqrt(d)) · v, (B, L, H, d), with `drop` applied to the probabilities.
+
+        Args:
+          layer_type: index into the windows that the kernel was built with, an int or int32 ().
+        """
 
 
-# (segment ids int32 (B, L), causal, window or None) -> Attend; see masks.attention_mask for the three
-Kernel = Callable[[jax.Array, bool, int | None], Attend]
+# (segment ids int32 (B, L), causal, window or None of each layer type) -> Attend; see masks.attention_mask
+Kernel = Callable[[jax.Array, bool, Sequence[int | None]], Attend]
+
+
+def switch_layer_type(build: Callable[[int | None], Callable[..., jax.Array]], windows: Sequence[int | None]) -> Attend:
+    """Builds the attention of each layer type by itself, and chooses one at run time."""
+    attends = [build(window) for window in windows]
+
+    def attend(
+        layer_type: Any, q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop | None = None
+    ) -> jax.Array:
+        branches = [functools.partial(attend, drop=drop) for attend in attends]
+        return jax.lax.switch(layer_type, branches, q_BLHd, k_BLHd, v_BLHd)
+
+    return attend

@@ -1,18 +1,22 @@
 """Attention as XLA compiles it: any device, any mask, with dropout."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 
 from flax_mlm.model.attention.masks import layer_mask, split_blocks
-from flax_mlm.model.attention.types import Attend, Drop
+from flax_mlm.model.attention.types import Attend, Drop, switch_layer_type
 from flax_mlm.model.reductions import max_last_axis
 
 
-def xla(segment_ids_BL: jax.Array, causal: bool, window: int | None) -> Attend:
+def xla(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None]) -> Attend:
     """Builds softmax(q·k / sqrt(d)) · v, the softmax in float32. Arguments: see `attention_mask`."""
-    mask = layer_mask(segment_ids_BL, causal, window)
+    return switch_layer_type(lambda window: _attend_within(layer_mask(segment_ids_BL, causal, window)), windows)
 
-    def attend(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop | None = None) -> jax.Array:
+
+def _attend_within(mask: jax.Array) -> Callable[..., jax.Array]:
+    def attend(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, drop: Drop | None) -> jax.Array:
         q, k, v = split_blocks(q_BLHd, k_BLHd, v_BLHd, mask)
         *rows, length, heads, _ = q.shape
         factors = drop(jnp.ones((*rows, heads, length, k.shape[-3]), q.dtype)) if drop else None
