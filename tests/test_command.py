@@ -191,7 +191,7 @@ def test_a_corpus_of_another_tokenizer(refused, toy, trained_run, other_corpus, 
     both = toy.flags(tokenizer__path=other_corpus / "tokenizer.model")
     assert "was made with another tokenizer than" in refused("train", f"--workdir={tmp_path / 'w2'}", *both)
     line = refused("evaluate", f"--checkpoint={trained_run}", f"--config.data.corpus={other_corpus}", "--json=out.json")
-    assert "has another tokenizer than the checkpoint" in line
+    assert "was made with another tokenizer than the checkpoint" in line
 
 
 def test_a_corpus_with_rows_longer_than_the_positions(refused, toy, tmp_path):

@@ -245,7 +245,7 @@ def breakages():
     yield "no layers", config(num_hidden_layers=0), "num_hidden_layers = 0; expected a positive number"
     yield "a text for a number", config(hidden_size="32"), "hidden_size = '32'; expected a positive number"
     yield "a size left out", config(hidden_size="absent"), "hidden_size = None; expected a positive number"
-    yield "heads that do not divide", config(num_attention_heads=3), "must be divisible by model.num_heads, 3"
+    yield "heads that do not divide", config(num_attention_heads=3), "expected a number divisible by model.num_heads, 3"
     yield "more layers than weights", config(num_hidden_layers=4), "lacks bert.encoder.layer.3.attention"
     yield (
         "fewer layers",
