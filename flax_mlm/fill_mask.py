@@ -23,7 +23,7 @@ def main(config: Config) -> None:
     from flax_mlm.inference.mask_filler import MaskFiller
 
     if config.objective.name != "mlm":
-        raise UserError(f"this checkpoint was trained with objective {config.objective.name}; filling masks needs mlm")
+        raise UserError(f"objective.name is {config.objective.name}; expected mlm, the objective that fills masks")
     filler = MaskFiller(load_model(_CHECKPOINT.value, config))
     text, k = _TEXT.value, _TOP_K.value
     masks = [filler.rank_words(text, _TARGETS.value)] if _TARGETS.value else filler.top_words(text, k)

@@ -152,7 +152,7 @@ def test_texts_that_are_refused(filler):
 def test_a_causal_model_is_refused(toy, causal_run):
     done = toy.run("fill_mask", f"--checkpoint={causal_run}", ONE)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: this checkpoint was trained with objective clm; filling masks needs mlm\n"
+    assert done.stderr == "error: objective.name is clm; expected mlm, the objective that fills masks\n"
 
 
 def test_the_command(toy, trained_run):
