@@ -13,7 +13,6 @@ from flax_mlm.distributed.processes import ProcessGroup
 from flax_mlm.storage.gcs import AnyPath
 from flax_mlm.storage.lease import Lease
 from flax_mlm.training.budget import Budget
-from flax_mlm.training.metrics import Writers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +23,7 @@ class RunContext:
       phases: those of `config`.
       mixtures: the corpora of each phase.
       log: prints on process 0, and nothing elsewhere.
-      lease, writers: of process 0 alone.
-      budget: of process 0 alone, where the clock ends the run.
+      lease, budget: of process 0 alone; `budget` only where the clock ends the run.
     """
 
     config: Config
@@ -38,4 +36,3 @@ class RunContext:
     log: Callable[[str], None]
     lease: Lease | None
     budget: Budget | None
-    writers: Writers | None = None
