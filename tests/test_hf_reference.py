@@ -404,7 +404,7 @@ def test_similarity_of_real_pairs_is_that_of_sentence_transformers():
     some = labelled.take(labelled.read(str(pairs), text="6", pair="7", label="5"), range(0, 1500, 5))
     model = model_of(path, reinit_head=True)
     assert model.config.finetune.pooling == "mean", "as the folder says"
-    found = retrieval.run(model, None, None, some, print, lambda: None)[0]
+    found, _ = retrieval.run(model, some)
     reference = SentenceTransformer(str(path), device="cpu")
     scores = [float(label) for label in some.labels]
     evaluator = EmbeddingSimilarityEvaluator(some.texts, some.pairs, scores, main_similarity="cosine")
