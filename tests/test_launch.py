@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_mlm.distributed.slurm import gpus_of_task
+from flax_mlm.distributed.cluster import slurm_gpus
 from flax_mlm.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -210,13 +210,13 @@ EIGHT = "0,1,2,3,4,5,6,7"
 def test_slurm_tasks_see_their_gpus(tasks, node, place, visible, on_node, own):
     env = {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node), "SLURM_LOCALID": str(place)}
     env |= {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node}
-    assert gpus_of_task(env) == own
+    assert slurm_gpus(env) == own
 
 
 def test_gpus_that_cannot_be_shared_evenly_are_refused():
     env = {"SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": EIGHT}
     with pytest.raises(UserError, match="--ntasks-per-node is 3, with 8 GPUs"):
-        gpus_of_task(env)
+        slurm_gpus(env)
 
 
 # Dry runs of what runs here; those of tpu.sh and gke.sh have files of their own

@@ -1,7 +1,9 @@
-"""Where the processes of a run are: settings, environment variables, or what JAX detects."""
+"""Addresses of the processes of a run: settings, environment variables, or what JAX detects; GPUs of a Slurm task."""
 
 import dataclasses
 import os
+import re
+from collections.abc import Mapping
 
 from flax_mlm.errors import UserError
 
@@ -39,10 +41,11 @@ def resolve(cluster: ClusterConfig) -> tuple[str, int, int]:
     count = cluster.num_processes or _integer("JAX_NUM_PROCESSES")
     index = cluster.process_id if cluster.process_id >= 0 else _integer("JAX_PROCESS_ID")
     if count != 1 and (address is None or count is None or index is None):
-        from flax_mlm.distributed import coordination
+        from jax._src.clusters import ClusterEnv  # as jax.distributed.initialize does
 
+        detect, timeout = ClusterEnv.auto_detect_unset_distributed_params, cluster.initialization_timeout
         try:
-            address, count, index = coordination.detect(address, count, index, cluster.initialization_timeout)
+            address, count, index, _ = detect(address, count, index, [], None, timeout)
         except Exception as e:
             raise UserError(
                 f"the settings of this cluster cannot be read ({type(e).__name__}: {e}); give --coordinator, "
@@ -70,3 +73,32 @@ def _integer(variable: str) -> int | None:
     if text and not text.isdecimal():
         raise UserError(f"{variable} is '{text}'; expected a whole number")
     return int(text) if text else None
+
+
+def slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
+    """Local GPU indices of this Slurm task, among the GPUs it can see; None: all of them.
+
+    Every task of a node gets an equal part of the node's GPUs. JAX alone would give each task the one GPU of its
+    number, and so leave a single task on a node with only the first.
+
+    Args:
+      env: the task's environment; SLURM_* and CUDA_VISIBLE_DEVICES are read.
+
+    Raises:
+      UserError: the node's GPUs do not divide evenly among its tasks.
+    """
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))  # 8(x2),4
+    tasks_per_node = [int(tasks) for tasks, nodes in counts for _ in range(int(nodes or 1))]
+    tasks = tasks_per_node[int(env.get("SLURM_NODEID", "0"))] if tasks_per_node else 1
+    visible = len([gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu])
+    on_node = int(env.get("SLURM_GPUS_ON_NODE") or visible)
+    divided_by_slurm = 0 < visible < on_node  # --gpus-per-task
+    if tasks == 1 or on_node == 0 or divided_by_slurm:
+        return None
+    if on_node % tasks:
+        raise UserError(
+            f"--ntasks-per-node is {tasks}, with {on_node} GPUs on a node; expected 1 or a divisor of {on_node}"
+        )
+    per_task = on_node // tasks
+    first = int(env.get("SLURM_LOCALID", "0")) * per_task
+    return list(range(first, first + per_task))

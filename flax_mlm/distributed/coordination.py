@@ -18,10 +18,10 @@ import threading
 from collections.abc import Callable
 from typing import Any, Self
 
-from flax_mlm.distributed import slurm
+from flax_mlm.distributed import cluster
 from flax_mlm.errors import UserError
 
-_NEVER = 10**6  # seconds: the store's clients have no heartbeat of JAX's, which would abort the process
+_NEVER = 10**6  # seconds: the store's clients have no timeouts of JAX's, which would abort the process
 
 
 class Unreachable(Exception):
@@ -31,22 +31,15 @@ class Unreachable(Exception):
 class Store:
     """Key-value store of strings that all processes of a run share; process 0 serves it."""
 
-    def __init__(self, client: Any, patience: float, service: Any = None):
+    def __init__(self, client: Any, patience: float):
+        """`patience`: seconds to wait for the answer to a request."""
         self._client = client
         self._patience = patience
-        self._service = service
-        self._requests = queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None]()
-        self._thread = threading.Thread(target=self._serve_requests, name="store", daemon=True)
-        self._thread.start()
+        self._service: Any = None
 
     @classmethod
     def serve(cls, address: str, patience: float) -> Self:
-        """Starts the store in this process.
-
-        Args:
-          address: IP:PORT, which must be free: gRPC itself would share a port with another process.
-          patience: seconds to wait for the answer to a request.
-        """
+        """Starts the store in this process, at an IP:PORT from `check_free`."""
         from jaxlib import _jax
 
         # A recoverable service accepts any number of clients for its only node, so that none has to wait for others.
@@ -54,127 +47,91 @@ class Store:
             address, 1, heartbeat_timeout=_NEVER, shutdown_timeout=1, recoverable=True
         )
         store = cls.connect(address, _NEVER, patience)
-        assert store
         store._service = service
         return store
 
     @classmethod
-    def connect(cls, address: str, timeout: float, patience: float) -> Self | None:
-        """Connects to the store at HOST:PORT; returns None if there is none within `timeout` seconds."""
+    def connect(cls, address: str, timeout: float, patience: float) -> Self:
+        """Connects to the store at HOST:PORT. Raises Unreachable if there is none within `timeout` seconds."""
         from jaxlib import _jax
 
+        _bypass_proxies(address)
         client = _jax.get_distributed_runtime_client(
             address,
             0,
-            init_timeout=_NEVER,  # when JAX's time is over it aborts the process
+            init_timeout=_NEVER,
             heartbeat_timeout=_NEVER,
             shutdown_on_destruction=False,
             use_compression=True,
         )
-        connected = threading.Event()
-
-        def connect() -> None:
-            client.connect()
-            connected.set()
-
-        threading.Thread(target=connect, name="connect", daemon=True).start()
-        return cls(client, patience) if connected.wait(timeout) else None
+        _call(client.connect, timeout)
+        return cls(client, patience)
 
     def set(self, key: str, value: str) -> None:
-        """Sets or overwrites a key."""
-        self._call(lambda: self._client.key_value_set(key, value, True))
+        """Sets or overwrites a key. Raises Unreachable."""
+        _call(lambda: self._client.key_value_set(key, value, True), self._patience)
 
-    def set_once(self, key: str, value: str) -> None:
-        """Sets a key that no process has set yet; else keeps its value."""
-        try:
-            self._call(lambda: self._client.key_value_set(key, value, False))
-        except Unreachable as e:
-            if "ALREADY_EXISTS" not in str(e):
-                raise
-
-    def delete(self, key: str) -> None:
-        """Removes a key."""
-        self._call(lambda: self._client.key_value_delete(key))
+    def set_first(self, key: str, value: str) -> str:
+        """Sets a key unless another process has done so, and returns its value. Raises Unreachable."""
+        with contextlib.suppress(Unreachable):  # it is set already
+            _call(lambda: self._client.key_value_set(key, value, False), self._patience)
+        return _call(lambda: self._client.key_value_try_get(key), self._patience)
 
     def read(self, folder: str) -> dict[str, str]:
-        """Reads all keys below `folder`, which ends in a slash, with their values."""
-        return dict(self._call(lambda: self._client.key_value_dir_get(folder)))
-
-    def exchange(self, key: str, value: str, folder: str) -> dict[str, str]:
-        """Sets a key and reads a folder, as one request."""
-
-        def exchange() -> list[tuple[str, str]]:
-            self._client.key_value_set(key, value, True)
-            return self._client.key_value_dir_get(folder)
-
-        return dict(self._call(exchange))
+        """Reads all keys below `folder`, which ends in a slash, with their values. Raises Unreachable."""
+        return dict(_call(lambda: self._client.key_value_dir_get(folder), self._patience))
 
     def close(self) -> None:
         """Disconnects, and ends the store where it is served."""
         with contextlib.suppress(Unreachable):
-            self._call(self._client.shutdown)
-        self._requests.put(None)
-        self._thread.join(self._patience)
+            _call(self._client.shutdown, self._patience)
         if self._service:
             self._service.shutdown()
 
-    def _call(self, request: Callable[[], Any]) -> Any:
-        """Calls `request` in the store's thread, which may be stuck: JAX waits without end for a frozen process."""
-        answers = queue.SimpleQueue[Any]()
-        self._requests.put((request, answers))
+
+def _call(request: Callable[[], Any], timeout: float) -> Any:
+    """Calls `request` in a thread that may be given up: JAX waits without end for a process that is frozen."""
+    answers = queue.SimpleQueue[Any]()
+
+    def answer() -> None:
         try:
-            answer = answers.get(timeout=self._patience)
-        except queue.Empty as e:
-            raise Unreachable(f"no answer within {self._patience} s") from e
-        if isinstance(answer, Exception):
-            raise Unreachable(str(answer)) from answer
-        return answer
+            answers.put(request())
+        except Exception as e:
+            answers.put(e)
 
-    def _serve_requests(self) -> None:
-        while entry := self._requests.get():
-            request, answers = entry
-            try:
-                answers.put(request())
-            except Exception as e:
-                answers.put(e)
+    threading.Thread(target=answer, name="store", daemon=True).start()
+    try:
+        result = answers.get(timeout=timeout)
+    except queue.Empty as e:
+        raise Unreachable(f"no answer within {timeout} s") from e
+    if isinstance(result, Exception):
+        raise Unreachable(str(result)) from result
+    return result
 
 
-def check_free(host: str, port: int) -> str:
-    """Returns IP:PORT of this machine, after a check that nobody listens there.
+def check_free(address: str) -> str:
+    """Returns IP:PORT of this machine for HOST:PORT; gRPC itself would share a port with another process, and crash
+    at the address of another machine.
 
     Raises:
       UserError: the address belongs to another machine, or the port is in use.
     """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        socket.create_server(address[:2], family=family).close()
-    except OSError as e:
-        raise UserError(f"--coordinator={join_address(host, port)}: process 0 cannot listen there: {e.strerror}") from e
-    return join_address(str(address[0]), port)
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Splits HOST:PORT."""
     host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
+    try:
+        family, kind, _, _, (ip, *more) = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((ip, *more))
+    except OSError as e:
+        raise UserError(f"--coordinator={address}: process 0 cannot listen there: {e.strerror}") from e
+    return f"[{ip}]:{port}" if family == socket.AF_INET6 else f"{ip}:{port}"
 
 
-def join_address(host: str, port: int) -> str:
-    """Joins HOST:PORT, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def detect(address: str | None, count: int | None, index: int | None, timeout: int) -> tuple[Any, Any, Any]:
-    """Detects coordinator, number of processes and index, as `jax.distributed.initialize` does."""
-    from jax._src.clusters import ClusterEnv
-
-    return ClusterEnv.auto_detect_unset_distributed_params(address, count, index, [], None, timeout)[:3]
-
-
-def bypass_proxies(host: str) -> None:
-    """Lets gRPC connect to `host` directly: it would ask a proxy for hosts of ours, and wait for it without end."""
+def _bypass_proxies(address: str) -> None:
+    """Lets gRPC connect to `address` directly: it would ask a proxy for hosts of ours, and wait for it without end."""
     variable = "no_grpc_proxy"
     before = os.environ.get(variable) or os.environ.get("no_proxy")
+    host = address.rpartition(":")[0].strip("[]")
     os.environ[variable] = f"{before},{host}" if before else host
 
 
@@ -198,29 +155,46 @@ def hold_aborts(for_ever: bool) -> None:
         faulthandler.enable()  # hands on to the handler that was there before
 
 
-def initialize_jax(address: str, bind: str, count: int, index: int, timeout: int, heartbeat: int) -> None:
+def initialize_jax(address: str, count: int, index: int, timeout: int, heartbeat: int) -> None:
     """Starts `jax.distributed`.
 
     Args:
-      address: of JAX's own service in process 0.
-      bind: the same, as an address of this machine.
+      address: HOST:PORT of JAX's own service in process 0.
       timeout: seconds to wait for all processes.
       heartbeat: seconds, of our own watch; JAX gets three times as much, since it aborts without naming a host.
     """
     import jax
 
+    _bypass_proxies(address)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which preemption.py handles
-    jax.config.update("jax_check_proxy_envs", False)  # see bypass_proxies
+    jax.config.update("jax_check_proxy_envs", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     is_slurm = "SLURM_STEP_TASKS_PER_NODE" in os.environ and not os.environ.get("JAX_LOCAL_DEVICE_IDS")
     jax.distributed.initialize(
         coordinator_address=address,
         num_processes=count,
         process_id=index,
-        local_device_ids=slurm.gpus_of_task(os.environ) if is_slurm else None,
-        cluster_detection_method="deactivate" if is_slurm else None,  # see slurm.py
-        coordinator_bind_address=bind,
+        local_device_ids=cluster.slurm_gpus(os.environ) if is_slurm else None,
+        cluster_detection_method="deactivate" if is_slurm else None,  # it would take only one GPU
+        coordinator_bind_address=check_free(address) if index == 0 else None,
         initialization_timeout=timeout,
         heartbeat_timeout_seconds=max(10, 3 * heartbeat),
         shutdown_timeout_seconds=max(10, 3 * heartbeat),
     )
+
+
+def gather(name: str, value: str, count: int, index: int) -> list[str]:
+    """Exchanges the values of all processes, by index. Needs `initialize_jax`; `name` is used only once."""
+    from jax._src.distributed import global_state
+
+    client: Any = global_state.client
+    client.key_value_set(f"flax_mlm/{name}/{index}", value)
+    return [client.blocking_key_value_get(f"flax_mlm/{name}/{i}", 1000 * _NEVER) for i in range(count)]
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until all processes have called this with the same `name`, which is used only once."""
+    from jax._src.distributed import global_state
+
+    client: Any = global_state.client
+    client.wait_at_barrier(f"flax_mlm/{name}", 1000 * _NEVER)

@@ -48,13 +48,12 @@ def join(cluster: ClusterConfig, identity: dict[str, Any], stall_timeout: float)
     hosts, run_id, store = [socket.gethostname()], secrets.token_hex(8), None
     if count > 1:
         values = {name: str(value) for name, value in identity.items()} | {"--heartbeat": str(cluster.heartbeat)}
-        store, run_id, hosts, (service, bind) = meet(cluster, address, count, index, values)
+        store, run_id, hosts, address = meet(cluster, address, count, index, values)
         coordination.hold_aborts(for_ever=False)
     group = ProcessGroup(index, hosts, run_id, store, cluster.heartbeat, stall_timeout)
     try:
         if count > 1:
-            timeout = cluster.initialization_timeout
-            coordination.initialize_jax(service, bind, count, index, timeout, cluster.heartbeat)
+            coordination.initialize_jax(address, count, index, cluster.initialization_timeout, cluster.heartbeat)
         group.progress("starting")
         yield group
     except BaseException as e:
@@ -115,14 +114,11 @@ class ProcessGroup:
         Raises:
           UserError: `value` differs between a process and process 0.
         """
-        members = self._watch.members
-        self._watch.me.values = {**self._watch.me.values, name: value}
-        self._watch.wait(lambda: all(name in member.values for member in members))
-        first = members[0]
-        for member in members:
-            if member.values[name] != first.values[name]:
-                values = f"{member.values[name]} on {member.name} and {first.values[name]} on {first.name}"
-                raise UserError(f"{name} is {values}")
+        if self.count > 1:
+            members, values = self._watch.members, coordination.gather(name, value, self.count, self.index)
+            for member, theirs in zip(members, values, strict=True):
+                if theirs != values[0]:
+                    raise UserError(f"{name} is {theirs} on {member.name} and {values[0]} on {members[0].name}")
 
     def at_leave(self, action: Callable[[], None]) -> None:
         """Registers an action for the case that the process ends without leaving the block of `join`. Another thread
@@ -138,13 +134,12 @@ class ProcessGroup:
         """Waits until all have finished, and stops the watch."""
         watch = self._watch
         watch.me.done = True
-        if watch.others:
-            watch.wait(lambda: all(member.done for member in watch.members))
+        if self.count > 1:
+            coordination.wait_for_all("finished")
             watch.wait_for_signs_of_life()  # one that had finished may be lost since
-            watch.me.left = True
-            watch.wait(lambda: True)
+            coordination.wait_for_all("leaving")
         watch.stop()
-        watch.join()
+        watch.join()  # a thread that is inside of JAX aborts the interpreter when that ends
         if store := watch.store:
             import jax
 
@@ -185,32 +180,22 @@ class ProcessGroup:
         how = "stopped after a preemption" if code == PREEMPTED else f"left with exit code {code}"
         return f"{self._watch.me.name} {how}" + (f": {' '.join(reason.split())[:1000]}" if reason else "")
 
-    def _announce(self, kind: str, code: int, reason: str) -> dict[str, Any]:
-        """Writes why this process leaves, unless another has written first, and returns the reason that holds for all.
-        The thread that comes second waits here for the end of the process."""
+    def _announce(self, kind: str, code: int, reason: str) -> tuple[str, int, str]:
+        """Writes why this process leaves, unless another has written first, and returns what holds for all. The
+        thread that comes second waits here for the end of the process."""
         if not self._leaving.acquire(blocking=False):
             threading.Event().wait()
-        end = {"kind": kind, "code": code, "reason": reason}
+        end = (kind, code, reason)
         if store := self._watch.store:
             with contextlib.suppress(Unreachable):
-                store.set_once("run/end", json.dumps(end))
-                end = json.loads(store.read("run/")["run/end"])
-                store.set(f"run/left/{self.index}", "")
+                end = json.loads(store.set_first("run/end", json.dumps(end)))
                 if self.index == 0:
-                    self._await_departures(store)
+                    time.sleep(self._watch.period + 1)  # the others read it from the store of this process
         return end
 
-    def _await_departures(self, store: Store) -> None:
-        """Keeps the store open until the others have read why, but not for those that are silent already."""
-        present = {i for i, member in enumerate(self._watch.members) if not self._watch.is_silent(member)} - {0}
-        end = time.monotonic() + LINGER
-        while present - {int(key.split("/")[-1]) for key in store.read("run/left/")} and time.monotonic() < end:
-            time.sleep(0.05)
-
     def _end(self, kind: str, code: int, reason: str) -> NoReturn:
-        end = self._announce(kind, code, reason)
-        code = PREEMPTED if end["code"] == PREEMPTED else 1
-        _exit(code, end["reason"], self._at_leave, stacks=end["kind"] == "lost")
+        kind, code, reason = self._announce(kind, code, reason)
+        _exit(PREEMPTED if code == PREEMPTED else 1, reason, self._at_leave, stacks=kind == "lost")
 
 
 def _exit(code: int, reason: str = "", actions: Sequence[Callable[[], None]] = (), stacks: bool = False) -> NoReturn:

@@ -1,5 +1,6 @@
 """Heartbeats of the processes of a run: who is there, how far each is, which one is lost or stuck."""
 
+import dataclasses
 import json
 import threading
 import time
@@ -11,47 +12,43 @@ from flax_mlm.distributed.coordination import Store, Unreachable
 _IN_FLIGHT = 3  # heartbeats of a process that may still arrive when it is gone: written, on their way, or both
 
 
+@dataclasses.dataclass
 class Member:
     """State of one process, as its last heartbeat gave it.
 
     Attributes:
       name: index and host.
       beats: number of heartbeats so far.
-      heard: when the last one arrived, by the clock of this process.
       doing: current phase of the main loop.
       step: last finished step.
       since: start of that phase; None: it may take any time.
       done: true after the last step.
-      left: true when it sends no more heartbeats, in agreement with all.
-      values: see `ProcessGroup.check_same`.
+      heard: when the last heartbeat arrived; all times are by the clock of this process.
     """
 
-    def __init__(self, index: int, host: str):
-        self.name = f"process {index} ({host})"
-        self.beats = 0
-        self.heard = time.monotonic()
-        self.doing = "starting"
-        self.step = 0
-        self.since: float | None = None
-        self.done = False
-        self.left = False
-        self.values: dict[str, str] = {}
+    name: str
+    beats: int = 0
+    doing: str = "starting"
+    step: int = 0
+    since: float | None = None
+    done: bool = False
+    heard: float = dataclasses.field(default_factory=time.monotonic)
 
     def to_json(self) -> str:
         """Encodes a heartbeat, with the age of the phase instead of its start: clocks differ."""
         age = None if self.since is None else time.monotonic() - self.since
-        return json.dumps([self.beats, self.doing, self.step, age, self.done, self.left, self.values])
+        return json.dumps([self.beats, self.doing, self.step, age, self.done])
 
     def update(self, heartbeat: str) -> None:
         """Takes over a heartbeat of another process, if it is new."""
-        beats, self.doing, self.step, age, self.done, self.left, self.values = json.loads(heartbeat)
+        beats, self.doing, self.step, age, self.done = json.loads(heartbeat)
         if beats != self.beats:
             self.beats = beats
             self.heard = time.monotonic()
             self.since = None if age is None else self.heard - age
 
 
-class Watch:
+class Watch(threading.Thread):
     """Thread that exchanges heartbeats through the store, and ends the process when another is lost or stuck.
 
     Attributes:
@@ -59,6 +56,7 @@ class Watch:
       me: this process; its attributes may be set from any thread.
       others: all processes but this one.
       store: of the run; None for a single process, or when it is lost.
+      period: seconds between two heartbeats.
     """
 
     def __init__(
@@ -76,80 +74,62 @@ class Watch:
           stall_timeout: seconds without progress of any process after which the run is stuck; 0.0: never.
           end: ends this process; takes "lost" or "end", an exit code and the reason.
         """
-        self.members = [Member(i, host) for i, host in enumerate(hosts)]
+        super().__init__(name="processes", daemon=True)
+        self.members = [Member(f"process {i} ({host})") for i, host in enumerate(hosts)]
         self.me = self.members[index]
         self.others = [member for member in self.members if member is not self.me]
         self.store = store
+        self.period = min(heartbeat / 5, 3.0)  # within the time that coordination.hold_aborts gives
         self._index = index
         self._heartbeat = heartbeat
-        self._period = min(heartbeat / 5, 3.0)  # within the time that coordination.hold_aborts gives
         self._stall_timeout = stall_timeout
         self._end = end
-        self._stopped = threading.Event()
+        self._stopped = False
         self._hurry = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="processes", daemon=True)
-
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
 
     def stop(self) -> None:
         """Asks the thread to end."""
-        self._stopped.set()
+        self._stopped = True
         self._hurry.set()
-
-    def join(self) -> None:
-        """Waits until the thread has ended: one that is inside of JAX aborts the interpreter when that ends."""
-        self._thread.join()
-
-    def wait(self, condition: Callable[[], bool]) -> None:
-        """Waits until the heartbeats of all processes fulfil `condition`, and the others know what `me` is."""
-        written = self.me.beats + 2
-        self._hurry.set()
-        while not (self.me.beats >= written and condition()):
-            time.sleep(0.01)
-        self._hurry.clear()
 
     def wait_for_signs_of_life(self) -> None:
-        """Waits until each of the others has sent new heartbeats, or has left in order; the thread ends the process if
-        one is lost."""
+        """Waits until each of the others has sent new heartbeats; the thread ends the process if one is lost."""
         beats = [other.beats + _IN_FLIGHT for other in self.others]
-        self.wait(lambda: all(o.left or o.beats >= n for o, n in zip(self.others, beats, strict=True)))
-
-    def is_silent(self, member: Member) -> bool:
-        """Returns true when the last heartbeat is too old."""
-        return time.monotonic() - member.heard > self._heartbeat
+        self._hurry.set()
+        while any(o.beats < n for o, n in zip(self.others, beats, strict=True)):
+            time.sleep(0.01)
+        self._hurry.clear()
 
     def exchange(self) -> None:
         """Writes a heartbeat and reads those of the others; ends this process if another has announced the end."""
         self.me.beats += 1
         if not self.store:
             return
-        entries = self.store.exchange(f"run/beat/{self._index}", self.me.to_json(), "run/")
+        self.store.set(f"run/beat/{self._index}", self.me.to_json())
+        entries = self.store.read("run/")
         for i, member in enumerate(self.members):
             if member is not self.me and (heartbeat := entries.get(f"run/beat/{i}")):
                 member.update(heartbeat)
         if "run/end" in entries:
-            end = json.loads(entries["run/end"])
-            self._end(end["kind"], end["code"], end["reason"])
+            self._end(*json.loads(entries["run/end"]))
 
-    def _run(self) -> None:
+    def run(self) -> None:
         """Runs in the thread until `stop`."""
         last = awake = time.monotonic()
         awaited: list[int] = []  # after a freeze of this process: heartbeats that prove the others to be there
         while True:
-            if self._hurry.wait(self._period):
+            if self._hurry.wait(self.period):
                 time.sleep(0.05)
-            if self._stopped.is_set():
+            if self._stopped:
                 return
             now = time.monotonic()
-            if now - last > self._period + self._heartbeat / 2:  # this process was frozen, not the others
+            if now - last > self.period + self._heartbeat / 2:  # this process was frozen, not the others
                 awake = now
                 awaited = [other.beats + _IN_FLIGHT for other in self.others]
             try:
                 self.exchange()
             except Unreachable:
-                if self._stopped.is_set():
+                if self._stopped:
                     return
                 self.store = None
                 self._lose(self.me if awaited else self.members[0])
@@ -157,7 +137,7 @@ class Watch:
             if any(other.beats >= n for other, n in zip(self.others, awaited, strict=False)):
                 awaited = []
             for other in self.others:
-                if not other.left and now - max(other.heard, awake) > self._heartbeat + self._period:
+                if now - max(other.heard, awake) > self._heartbeat + self.period:
                     self._lose(self.me if awaited else other)
             if self._stall_timeout and self._index == 0:
                 self._judge(now, awake)
