@@ -2,14 +2,32 @@
 
 import difflib
 import functools
+import math
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
-from flax_mlm.config.allowed import Interval
-from flax_mlm.config.schema import Config
+from flax_mlm.config.schema import CHANGEABLE, INTERPOLATED, Config
 from flax_mlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An interval of numbers, written as in mathematics: `[0, 1)` contains 0 but not 1."""
+
+    text: str
+    low: float
+    high: float
+
+    def __contains__(self, value: Any) -> bool:
+        is_inside = self.low < value < self.high
+        return is_inside or (self.text[0] == "[" and value == self.low) or (self.text[-1] == "]" and value == self.high)
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"in {self.text}"
+        return f"at least {self.low:g}" if self.text[0] == "[" else f"above {self.low:g}"
 
 
 class Knob(NamedTuple):
@@ -18,25 +36,35 @@ class Knob(NamedTuple):
     type: type
     optional: bool  # may be None
     allowed: Interval | tuple[str, ...] | None  # None: every value of the type
-    in_phases: str  # "changeable", "interpolated" (also by `a->b`), or "" for fields that phases cannot change
+    in_phases: str  # CHANGEABLE, INTERPOLATED, or "" for fields that phases cannot change
 
 
 @functools.cache
 def knobs() -> dict[str, Knob]:
     """Every field of the config, by its dotted name, in the order of the dataclasses."""
+    result: dict[str, Knob] = {}
+    for f in fields(Config):
+        if is_dataclass(f.type):
+            result |= {f"{f.name}.{inner.name}": _knob(inner.type) for inner in fields(f.type)}
+        else:
+            result[f.name] = _knob(f.type)
+    return result
 
-    def section(cls: Any, prefix: str) -> dict[str, Knob]:
-        result: dict[str, Knob] = {}
-        for f in fields(cls):
-            if is_dataclass(f.type):
-                result |= section(f.type, f"{f.name}.")
-            else:
-                options = typing.get_args(f.type) or (f.type,)
-                allowed, in_phases = f.metadata.get("allowed"), f.metadata.get("in_phases", "")
-                result[prefix + f.name] = Knob(options[0], types.NoneType in options, allowed, in_phases)
-        return result
 
-    return section(Config, "")
+def _knob(annotation: Any) -> Knob:
+    """Reads a field's annotation, such as `Annotated[float, "[0, 1)", CHANGEABLE]`."""
+    kind, *notes = typing.get_args(annotation) if hasattr(annotation, "__metadata__") else [annotation]
+    options = typing.get_args(kind) or (kind,)
+    allowed: Interval | tuple[str, ...] | None = None
+    in_phases = ""
+    for note in notes:
+        if note in (CHANGEABLE, INTERPOLATED):
+            in_phases = note
+        elif note[0] in "[(":
+            allowed = Interval(note, *map(float, note[1:-1].split(",")))
+        else:
+            allowed = tuple(note.split(" | "))
+    return Knob(options[0], types.NoneType in options, allowed, in_phases)
 
 
 def knob(path: str) -> Knob:
@@ -79,3 +107,8 @@ def parse(path: str, text: str) -> Any:
         expected = {bool: "true or false", float: "a number", int: "a whole number"}[kind]
         raise UserError(f"--config.{path} is '{text}'; expected {expected}") from None
     return text
+
+
+def spell(value: Any) -> str:
+    """A value as the command line spells it, the inverse of `parse`."""
+    return "none" if value is None else str(value)

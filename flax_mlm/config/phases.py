@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from flax_mlm.config import validate
 from flax_mlm.config.grammar import split
 from flax_mlm.config.knobs import knob, knobs, parse, value_of
-from flax_mlm.config.schema import Config
+from flax_mlm.config.schema import INTERPOLATED, Config
 from flax_mlm.errors import UserError
 
 _FIXED_WITH_RTD = ("name", "generator_size", "generator_depth", "embedding_sharing")  # parameters depend on them
@@ -56,14 +56,6 @@ class Phase(NamedTuple):
     def largest_mask_rate(self) -> float:
         """The mask rate that the number of prediction slots K is sized for."""
         return max(self.config.objective.mask_rate, self.final_values.get("objective.mask_rate", 0.0))
-
-
-class _Change(NamedTuple):
-    """One change as written: `field=first`, `field->final` or `field=first->final`."""
-
-    path: str
-    first: str | None
-    final: str | None
 
 
 def single_phase(config: Config) -> Phase:
@@ -110,23 +102,23 @@ def _parse_statement(text: str, length: float, unit: str) -> tuple[float, str]:
     return begin, match[3].strip()
 
 
-def _parse_changes(text: str) -> list[_Change]:
-    """Parses `field=value, field=a->b, ...`."""
+def _parse_changes(text: str) -> list[tuple[str, str | None, str | None]]:
+    """Parses `field=first, field->final, field=first->final, ...`. Returns field, first and final value of each."""
     items: list[str] = []
     for item in split(text, ","):
         if "=" in item or "->" in item or not items:
             items.append(item)
         else:  # the comma belongs to a value, such as several corpora
             items[-1] += f",{item}"
-    changes: list[_Change] = []
+    changes: list[tuple[str, str | None, str | None]] = []
     for item in items:
         match = re.fullmatch(r"([^=>]*?)\s*(?:=(.*?))?(?:->(.*))?", item, re.S)
         if not match or (match[2] is None and match[3] is None):
             raise _error(f"cannot parse '{item}'; expected field=value or field=a->b")
         path, first, final = match.groups()
-        if path in [change.path for change in changes]:
+        if path in [changed for changed, *_ in changes]:
             raise _error(f"'{text}' changes {path} twice")
-        changes.append(_Change(path, first and first.strip(), final and final.strip()))
+        changes.append((path, first and first.strip(), final and final.strip()))
     return changes
 
 
@@ -140,11 +132,11 @@ def _next_phase(before: Phase, begin: float, text: str) -> Phase:
         if first is not None:
             config = _with_values(config, {path: parse(path, first)})
         if final is not None:
-            if knob(path).in_phases != "interpolated":
-                can = ", ".join(name for name, other in knobs().items() if other.in_phases == "interpolated")
+            if knob(path).in_phases != INTERPOLATED:
+                can = ", ".join(name for name, other in knobs().items() if other.in_phases == INTERPOLATED)
                 raise _error(f"'{path}' cannot be interpolated with '->'; these can: {can}")
             final_values[path] = parse(path, final)
-    if config.data.corpus and "data.seq_len" in [change.path for change in changes]:
+    if config.data.corpus and "data.seq_len" in [path for path, *_ in changes]:
         raise _error("data.seq_len comes from data.corpus; name a corpus prepared with that data.seq_len")
     _check_phase(before, begin, config, final_values, text)
     return Phase(config, begin, 1.0, final_values, text)

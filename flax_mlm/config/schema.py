@@ -1,39 +1,33 @@
-"""The config as frozen dataclasses: each field with its type and, as metadata, the values that it may have.
+"""The config as frozen dataclasses: each field with its type, its allowed values, and whether phases change it.
 
-`configs/base.py` gives each field its default and explains it. Rules across fields are in `validate.py`.
+`configs/base.py` gives each field its default and explains it. A text in an annotation is an interval of numbers, such
+as `[0, 1)`, which contains 0 but not 1, or lists choices, such as `a | b`. Rules across fields are in `validate.py`.
 """
 
+import contextlib
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
-from flax_mlm.config.allowed import (
-    CHANGEABLE,
-    INTERPOLATED,
-    OPEN_FRACTION,
-    POSITIVE,
-    POSITIVE_FRACTION,
-    PROBABILITY,
-    RATE,
-    at_least,
-    one_of,
-    within,
-)
 from flax_mlm.config.grammar import split
 from flax_mlm.errors import UserError
+
+CHANGEABLE = "phases of a run may change it"
+INTERPOLATED = "phases may change it, also by `a->b`"
 
 
 @dataclass(frozen=True)
 class DataConfig:
     source: str
-    corpus: str = field(metadata=CHANGEABLE)
+    corpus: Annotated[str, CHANGEABLE]
     cache_dir: str
-    seq_len: int = field(metadata=at_least(4) | CHANGEABLE)
-    validation_fraction: float = field(metadata=OPEN_FRACTION)
-    packing: str = field(metadata=one_of("best_fit", "sequential"))
-    num_workers: int = field(metadata=at_least(0))
+    seq_len: Annotated[int, "[4, inf)", CHANGEABLE]
+    validation_fraction: Annotated[float, "(0, 1)"]
+    packing: Annotated[str, "best_fit | sequential"]
+    num_workers: Annotated[int, "[0, inf)"]
 
     def folders(self) -> dict[str, str]:
         """Corpora of `corpus`: folder or gs:// path -> weight as written, "" for all of them if none has a weight.
@@ -70,57 +64,57 @@ class DataConfig:
 class TokenizerConfig:
     path: str
     extra_tokens_file: str
-    model_type: str = field(metadata=one_of("bpe", "unigram"))
-    vocab_size: int = field(metadata=at_least(1))
-    normalization: str = field(metadata=one_of("nmt_nfkc", "nmt_nfkc_cf", "identity"))
-    character_coverage: float = field(metadata=POSITIVE_FRACTION)
-    sample_bytes: int = field(metadata=at_least(1))
+    model_type: Annotated[str, "bpe | unigram"]
+    vocab_size: Annotated[int, "[1, inf)"]
+    normalization: Annotated[str, "nmt_nfkc | nmt_nfkc_cf | identity"]
+    character_coverage: Annotated[float, "(0, 1]"]
+    sample_bytes: Annotated[int, "[1, inf)"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    num_layers: int = field(metadata=at_least(1))
-    hidden_size: int = field(metadata=at_least(1))
-    num_heads: int = field(metadata=at_least(1))
-    intermediate_size: int = field(metadata=at_least(1))
-    max_positions: int = field(metadata=at_least(1))
-    position_embedding: str = field(metadata=one_of("learned", "rope"))
-    norm_position: str = field(metadata=one_of("post", "pre"))
-    norm_eps: float = field(metadata=OPEN_FRACTION)
+    num_layers: Annotated[int, "[1, inf)"]
+    hidden_size: Annotated[int, "[1, inf)"]
+    num_heads: Annotated[int, "[1, inf)"]
+    intermediate_size: Annotated[int, "[1, inf)"]
+    max_positions: Annotated[int, "[1, inf)"]
+    position_embedding: Annotated[str, "learned | rope"]
+    norm_position: Annotated[str, "post | pre"]
+    norm_eps: Annotated[float, "(0, 1)"]
     use_bias: bool
     glu: bool
-    type_vocab_size: int = field(metadata=at_least(0))
-    embedding_size: int = field(metadata=at_least(0))
+    type_vocab_size: Annotated[int, "[0, inf)"]
+    embedding_size: Annotated[int, "[0, inf)"]
     share_layers: bool
-    global_attn_every_n_layers: int = field(metadata=at_least(1))
-    sliding_window: int = field(metadata=at_least(2) | CHANGEABLE)
-    attention: str = field(metadata=one_of("auto", "xla", "splash", "cudnn") | CHANGEABLE)
-    rope_theta_global: float = field(metadata=within("(1, inf)") | CHANGEABLE)
-    rope_theta_local: float = field(metadata=within("(1, inf)") | CHANGEABLE)
-    dropout_rate: float = field(metadata=RATE | CHANGEABLE)
-    attention_dropout_rate: float = field(metadata=RATE | CHANGEABLE)
-    initializer_range: float = field(metadata=POSITIVE_FRACTION)
-    vocab_multiple_of: int = field(metadata=at_least(1))
-    dtype: str = field(metadata=one_of("float32", "bfloat16"))
+    global_attn_every_n_layers: Annotated[int, "[1, inf)"]
+    sliding_window: Annotated[int, "[2, inf)", CHANGEABLE]
+    attention: Annotated[str, "auto | xla | splash | cudnn", CHANGEABLE]
+    rope_theta_global: Annotated[float, "(1, inf)", CHANGEABLE]
+    rope_theta_local: Annotated[float, "(1, inf)", CHANGEABLE]
+    dropout_rate: Annotated[float, "[0, 1)", CHANGEABLE]
+    attention_dropout_rate: Annotated[float, "[0, 1)", CHANGEABLE]
+    initializer_range: Annotated[float, "(0, 1]"]
+    vocab_multiple_of: Annotated[int, "[1, inf)"]
+    dtype: Annotated[str, "float32 | bfloat16"]
     scan_layers: bool | None
-    remat: str = field(metadata=one_of("none", "dots", "full") | CHANGEABLE)
+    remat: Annotated[str, "none | dots | full", CHANGEABLE]
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    name: str = field(metadata=one_of("mlm", "clm", "rtd") | CHANGEABLE)
-    masking: str = field(metadata=one_of("token", "whole_word", "span") | CHANGEABLE)
-    mask_rate: float = field(metadata=POSITIVE_FRACTION | INTERPOLATED)
-    mask_replace_prob: float = field(metadata=PROBABILITY | INTERPOLATED)
-    random_replace_prob: float = field(metadata=PROBABILITY | INTERPOLATED)
-    span_stop: float = field(metadata=POSITIVE_FRACTION | CHANGEABLE)
-    span_max_words: int = field(metadata=at_least(1) | CHANGEABLE)
-    attend_across_documents: bool = field(metadata=CHANGEABLE)
-    z_loss: float = field(metadata=at_least(0) | CHANGEABLE)
-    generator_size: float = field(metadata=POSITIVE_FRACTION | CHANGEABLE)
-    generator_depth: float = field(metadata=POSITIVE_FRACTION | CHANGEABLE)
-    embedding_sharing: str = field(metadata=one_of("none", "shared", "gradient_disentangled") | CHANGEABLE)
-    discriminator_weight: float = field(metadata=POSITIVE | CHANGEABLE)
+    name: Annotated[str, "mlm | clm | rtd", CHANGEABLE]
+    masking: Annotated[str, "token | whole_word | span", CHANGEABLE]
+    mask_rate: Annotated[float, "(0, 1]", INTERPOLATED]
+    mask_replace_prob: Annotated[float, "[0, 1]", INTERPOLATED]
+    random_replace_prob: Annotated[float, "[0, 1]", INTERPOLATED]
+    span_stop: Annotated[float, "(0, 1]", CHANGEABLE]
+    span_max_words: Annotated[int, "[1, inf)", CHANGEABLE]
+    attend_across_documents: Annotated[bool, CHANGEABLE]
+    z_loss: Annotated[float, "[0, inf)", CHANGEABLE]
+    generator_size: Annotated[float, "(0, 1]", CHANGEABLE]
+    generator_depth: Annotated[float, "(0, 1]", CHANGEABLE]
+    embedding_sharing: Annotated[str, "none | shared | gradient_disentangled", CHANGEABLE]
+    discriminator_weight: Annotated[float, "(0, inf)", CHANGEABLE]
 
     @property
     def masking_signature(self) -> list[Any]:
@@ -133,24 +127,24 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = field(metadata=one_of("adamw", "stable_adamw", "schedule_free", "lamb", "muon"))
-    learning_rate: float = field(metadata=POSITIVE | INTERPOLATED)
-    schedule: str = field(metadata=one_of("linear", "cosine", "wsd", "constant"))
-    warmup_fraction: float = field(metadata=PROBABILITY)
-    decay_fraction: float = field(metadata=PROBABILITY)
-    final_lr_fraction: float = field(metadata=PROBABILITY)
-    beta1: float = field(metadata=RATE)
-    beta2: float = field(metadata=RATE)
-    eps: float = field(metadata=OPEN_FRACTION)
-    weight_decay: float = field(metadata=at_least(0) | INTERPOLATED)
-    max_grad_norm: float = field(metadata=at_least(0))
-    max_skipped_steps: int = field(metadata=at_least(1))
-    spike_action: str = field(metadata=one_of("none", "clip", "skip"))
-    spike_threshold: float = field(metadata=POSITIVE)
-    averaging: str = field(metadata=one_of("none", "ema", "lawa"))
-    ema_decay: float = field(metadata=OPEN_FRACTION)
-    lawa_every: int = field(metadata=at_least(1))
-    lawa_count: int = field(metadata=at_least(1))
+    name: Annotated[str, "adamw | stable_adamw | schedule_free | lamb | muon"]
+    learning_rate: Annotated[float, "(0, inf)", INTERPOLATED]
+    schedule: Annotated[str, "linear | cosine | wsd | constant"]
+    warmup_fraction: Annotated[float, "[0, 1]"]
+    decay_fraction: Annotated[float, "[0, 1]"]
+    final_lr_fraction: Annotated[float, "[0, 1]"]
+    beta1: Annotated[float, "[0, 1)"]
+    beta2: Annotated[float, "[0, 1)"]
+    eps: Annotated[float, "(0, 1)"]
+    weight_decay: Annotated[float, "[0, inf)", INTERPOLATED]
+    max_grad_norm: Annotated[float, "[0, inf)"]
+    max_skipped_steps: Annotated[int, "[1, inf)"]
+    spike_action: Annotated[str, "none | clip | skip"]
+    spike_threshold: Annotated[float, "(0, inf)"]
+    averaging: Annotated[str, "none | ema | lawa"]
+    ema_decay: Annotated[float, "(0, 1)"]
+    lawa_every: Annotated[int, "[1, inf)"]
+    lawa_count: Annotated[int, "[1, inf)"]
 
     @property
     def averages(self) -> str:
@@ -163,23 +157,23 @@ LENGTHS = ("tokens", "budget_minutes")  # fields that replace train.steps as the
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = field(metadata=at_least(1))
-    tokens: float = field(metadata=at_least(0))
-    budget_minutes: float = field(metadata=at_least(0))
+    steps: Annotated[int, "[1, inf)"]
+    tokens: Annotated[float, "[0, inf)"]
+    budget_minutes: Annotated[float, "[0, inf)"]
     phases: str
-    global_batch_size: int = field(metadata=at_least(1) | CHANGEABLE)
-    gradient_accumulation_steps: int = field(metadata=at_least(1) | CHANGEABLE)
-    logits_chunks: int = field(metadata=at_least(1))
+    global_batch_size: Annotated[int, "[1, inf)", CHANGEABLE]
+    gradient_accumulation_steps: Annotated[int, "[1, inf)", CHANGEABLE]
+    logits_chunks: Annotated[int, "[1, inf)"]
     reproducible: bool
-    batch_groups: int = field(metadata=at_least(1))
-    log_every: int = field(metadata=at_least(1))
-    eval_every: int = field(metadata=at_least(0))
-    cloze_every: int = field(metadata=at_least(0))
-    checkpoint_every: int = field(metadata=at_least(1))
-    max_to_keep: int = field(metadata=at_least(1))
-    keep_period: int = field(metadata=at_least(0))
-    max_failed_saves: int = field(metadata=at_least(1))
-    stall_timeout: float = field(metadata=at_least(0))
+    batch_groups: Annotated[int, "[1, inf)"]
+    log_every: Annotated[int, "[1, inf)"]
+    eval_every: Annotated[int, "[0, inf)"]
+    cloze_every: Annotated[int, "[0, inf)"]
+    checkpoint_every: Annotated[int, "[1, inf)"]
+    max_to_keep: Annotated[int, "[1, inf)"]
+    keep_period: Annotated[int, "[0, inf)"]
+    max_failed_saves: Annotated[int, "[1, inf)"]
+    stall_timeout: Annotated[float, "[0, inf)"]
 
     @property
     def unit(self) -> str:
@@ -199,59 +193,53 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    batch_size: int = field(metadata=at_least(1))
-    max_rows: int = field(metadata=at_least(0))
-    mask_rate: float = field(metadata=POSITIVE_FRACTION)
+    batch_size: Annotated[int, "[1, inf)"]
+    max_rows: Annotated[int, "[0, inf)"]
+    mask_rate: Annotated[float, "(0, 1]"]
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    method: str = field(metadata=one_of("full", "probe"))
-    pooling: str = field(metadata=one_of("cls", "mean", "last"))
+    method: Annotated[str, "full | probe"]
+    pooling: Annotated[str, "cls | mean | last"]
     learning_rates: str
-    epochs: int = field(metadata=at_least(1))
-    patience: int = field(metadata=at_least(1))
-    batch_size: int = field(metadata=at_least(1))
-    seeds: int = field(metadata=at_least(1))
-    max_length: int = field(metadata=at_least(4))
-    dropout_rate: float = field(metadata=RATE)
-    warmup_fraction: float = field(metadata=PROBABILITY)
-    weight_decay: float = field(metadata=at_least(0))
-    temperature: float = field(metadata=POSITIVE)
-    hard_negatives: int = field(metadata=at_least(0))
+    epochs: Annotated[int, "[1, inf)"]
+    patience: Annotated[int, "[1, inf)"]
+    batch_size: Annotated[int, "[1, inf)"]
+    seeds: Annotated[int, "[1, inf)"]
+    max_length: Annotated[int, "[4, inf)"]
+    dropout_rate: Annotated[float, "[0, 1)"]
+    warmup_fraction: Annotated[float, "[0, 1]"]
+    weight_decay: Annotated[float, "[0, inf)"]
+    temperature: Annotated[float, "(0, inf)"]
+    hard_negatives: Annotated[int, "[0, inf)"]
     matryoshka_dims: str
 
     def sizes(self, hidden_size: int) -> list[int]:
         """The numbers of leading dimensions that Matryoshka training uses, `hidden_size` last. Raises UserError."""
-        try:
-            sizes = [int(item) for item in split(self.matryoshka_dims, ",") if item]
-            if not all(0 < size < hidden_size for size in sizes):
-                raise ValueError
-        except ValueError:
-            raise UserError(
-                f"finetune.matryoshka_dims is '{self.matryoshka_dims}'; expected numbers below model.hidden_size, "
-                f"{hidden_size}, such as 32,64"
-            ) from None
-        return [*sizes, hidden_size]
+        items = filter(None, split(self.matryoshka_dims, ","))
+        expected = f"numbers below model.hidden_size, {hidden_size}, such as 32,64"
+        return [*self._numbers("matryoshka_dims", int, items, hidden_size, expected), hidden_size]
 
     def rates(self) -> list[float]:
         """The learning rates to try. Raises UserError."""
-        try:
-            rates = [float(item) for item in split(self.learning_rates, ",")]
-            if not all(0 < rate < 1 for rate in rates):
-                raise ValueError
-        except ValueError:
-            raise UserError(
-                f"finetune.learning_rates is '{self.learning_rates}'; expected numbers such as 2e-5,5e-5"
-            ) from None
-        return rates
+        items = split(self.learning_rates, ",")
+        return self._numbers("learning_rates", float, items, 1, "numbers such as 2e-5,5e-5")
+
+    def _numbers(self, name: str, kind: type, items: Iterable[str], end: int, expected: str) -> list[Any]:
+        """Converts the items of a field to numbers between 0 and `end`."""
+        with contextlib.suppress(ValueError):
+            numbers = [kind(item) for item in items]
+            if all(0 < number < end for number in numbers):
+                return numbers
+        raise UserError(f"finetune.{name} is '{getattr(self, name)}'; expected {expected}")
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     data: int
-    fsdp: int = field(metadata=at_least(1))
-    tensor: int = field(metadata=at_least(1))
+    fsdp: Annotated[int, "[1, inf)"]
+    tensor: Annotated[int, "[1, inf)"]
 
 
 @dataclass(frozen=True)
@@ -264,7 +252,7 @@ class LogConfig:
 class Config:
     """The config of a run. `load.build` checks each one that it builds."""
 
-    seed: int = field(metadata=at_least(0))
+    seed: Annotated[int, "[0, inf)"]
     init_from: str
     reinit_head: bool
     data: DataConfig

@@ -3,8 +3,7 @@
 import math
 from typing import Any
 
-from flax_mlm.config.allowed import Interval
-from flax_mlm.config.knobs import knobs, value_of
+from flax_mlm.config.knobs import Interval, knobs, value_of
 from flax_mlm.config.schema import LENGTHS, Config, OptimizerConfig
 from flax_mlm.errors import UserError
 
@@ -23,8 +22,7 @@ def check(c: Config) -> None:
         _check_generator(c)
     if c.train.reproducible:
         _check_reproducible(c)
-    _check_length(c)
-    _check_optimizer(c)
+    _check_training(c)
 
 
 def _check_values(c: Config) -> None:
@@ -157,11 +155,6 @@ def _check_reproducible(c: Config) -> None:
         _need_divisible(c, path, by="train.batch_groups")
 
 
-def _check_length(c: Config) -> None:
-    lengths = [f"train.{name}" for name in LENGTHS if getattr(c.train, name)]
-    _need(len(lengths) < 2, f"{' and '.join(lengths)} are set; set only one length")
-
-
 def check_snapshots(o: OptimizerConfig, steps: int) -> None:
     """Raises UserError if a run of this many steps is too short for the snapshots that `lawa` averages."""
     _need(
@@ -171,8 +164,10 @@ def check_snapshots(o: OptimizerConfig, steps: int) -> None:
     )
 
 
-def _check_optimizer(c: Config) -> None:
+def _check_training(c: Config) -> None:
     o, t = c.optimizer, c.train
+    lengths = [f"train.{name}" for name in LENGTHS if getattr(t, name)]
+    _need(len(lengths) < 2, f"{' and '.join(lengths)} are set; set only one length")
     if t.unit == "steps":
         check_snapshots(o, t.steps)
     for setting, value in (("name", "schedule_free"), ("averaging", "lawa")):
