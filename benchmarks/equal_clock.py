@@ -28,7 +28,6 @@ from absl import flags
 
 from benchmarks import case, turns
 from flax_mlm.cli import app, tables
-from flax_mlm.cli.arguments import config_arguments
 from flax_mlm.config import phases
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
@@ -176,7 +175,7 @@ def ours(config: Config, folder: Path, seconds: float) -> list[dict[str, float]]
         return curve
     shutil.rmtree(workdir, ignore_errors=True)
     budget = f"--config.train.budget_minutes={seconds / 60!r}"
-    line = [sys.executable, "-m", "flax_mlm.train", *config_arguments(sys.argv), budget]
+    line = [sys.executable, "-m", "flax_mlm.train", *app.config_arguments(sys.argv), budget]
     code = subprocess.run([*line, f"--workdir={workdir}"], stdout=sys.stderr, env=turns.ENVIRONMENT).returncode
     if code:
         raise Failure(f"our training failed ({code})")

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from flax_mlm.cli import app, tables
-from flax_mlm.cli.arguments import config_arguments
 from flax_mlm.config.grammar import split
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
@@ -60,7 +59,7 @@ class Difference(NamedTuple):
 
 
 def main(config: Config) -> None:
-    paths, overrides = parse_checkpoints(_CHECKPOINTS.value), config_arguments(sys.argv)
+    paths, overrides = parse_checkpoints(_CHECKPOINTS.value), app.config_arguments(sys.argv)
     if overrides and overrides[0].startswith("--config="):
         raise UserError(f"{overrides[0]} is not used, checkpoints have configs; use --config.section.field=value")
     tasks = parse_tasks(_TASKS.value)

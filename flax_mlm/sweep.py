@@ -4,21 +4,27 @@
         --grid='optimizer.name=adamw,muon; objective.mask_rate=0.15,0.3'
 
 Each training is a `python -m flax_mlm.train` process with its own folder in --workdir; they run one after another. The
-same command continues after a kill, and with more settings or seeds it runs only the missing ones. cli/grid.py explains
---grid.
+same command continues after a kill, and with more settings or seeds it runs only the missing ones. cli/sweep.py
+explains --grid.
 """
 
+import contextlib
+import ctypes
+import fcntl
+import os
+import re
 import shlex
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from flax_mlm.cli import app
-from flax_mlm.cli.arguments import config_arguments
-from flax_mlm.cli.grid import parse_grid
-from flax_mlm.cli.sweep import Run, make_run, write
-from flax_mlm.cli.trainer import Trainer, failure_reason, lock_folder
+from flax_mlm.cli.sweep import Run, make_run, parse_grid, write
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import PREEMPTED, UserError
 from flax_mlm.storage import gcs
@@ -30,6 +36,11 @@ _SEEDS = flags.DEFINE_integer("seeds", 1, "runs per setting, with seeds from con
 _WORKDIR = flags.DEFINE_string("workdir", "", "folder of the runs, sweep.md, sweep.json and sweep.png")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the training commands and run none")
 
+# The environment before environment.prepare changes it for the base config: each run prepares its own.
+_ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
+_LOG = "train.log"  # the output of all starts of a run
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # <sys/prctl.h>
+
 
 def main(config: Config) -> int:
     settings = parse_grid(_GRID.value)
@@ -38,7 +49,7 @@ def main(config: Config) -> int:
     gcs.refuse("--workdir", _WORKDIR.value)
     workdir = Path(_WORKDIR.value).expanduser()
     seeds = range(config.seed, config.seed + _SEEDS.value)
-    base = config_arguments(sys.argv)
+    base = app.config_arguments(sys.argv)
     runs = [make_run(base, setting, seed, workdir) for setting in settings for seed in seeds]
     missing = [run for run in runs if not run.result()]
     count = f"{len(settings)} settings × {len(seeds)} seeds = {len(runs)} runs, {len(runs) - len(missing)} finished"
@@ -50,6 +61,73 @@ def main(config: Config) -> int:
     with lock_folder(workdir) as lock:
         print(f"{count}; each run's output goes to its train.log", flush=True)
         return run_all(runs, Trainer(lock), workdir)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[int]:
+    """Makes a folder and locks it. Processes that inherit the yielded descriptor hold the lock too.
+
+    Raises:
+      UserError: the folder is locked, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise UserError(f"--workdir: '{folder}' cannot be used: {e.strerror}") from e
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks; train has a lease
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--workdir: '{folder}' is in use by another sweep, or by a run of one") from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class Trainer:
+    """Runs `train` in a subprocess and passes SIGTERM and SIGINT on to it: it saves, and exits with 75.
+
+    Attributes:
+      stopped: True after such a signal.
+    """
+
+    def __init__(self, lock: int):
+        """Handles the signals; runs inherit the descriptor `lock`."""
+        self.stopped, self._lock = False, lock
+        self._process: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number: int, _: Any) -> None:
+        self.stopped = True
+        name = signal.Signals(number).name
+        print(f"{name}: the run saves and stops; a second signal stops it at once", file=sys.stderr)
+        if self._process:
+            self._process.send_signal(number)
+
+    def train(self, workdir: Path, arguments: list[str]) -> int:
+        """Trains to the end, with the output in WORKDIR/train.log. Returns the exit code."""
+        if self.stopped:
+            return PREEMPTED
+        workdir.mkdir(exist_ok=True)
+        line = [sys.executable, "-m", "flax_mlm.train", *arguments]
+        with (workdir / _LOG).open("a") as log:
+            print(f"$ {shlex.join(line)}", file=log, flush=True)
+            self._process = process = subprocess.Popen(
+                line, env=_ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self._lock],
+                start_new_session=True,  # otherwise Ctrl-C reaches it twice
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )  # fmt: skip
+            if self.stopped:  # the signal came before there was a process
+                process.terminate()
+            return process.wait()
+
+
+def _end_with_parent() -> None:
+    """Asks Linux to send this process SIGTERM when the sweep is killed."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_all(runs: list[Run], trainer: Trainer, workdir: Path) -> int:
@@ -73,6 +151,17 @@ def run_all(runs: list[Run], trainer: Trainer, workdir: Path) -> int:
             write(workdir, runs, errors)
     print(f"\n{(workdir / 'sweep.md').read_text()}\nwritten to {workdir}: sweep.md  sweep.json  sweep.png")
     return 1 if errors else 0
+
+
+def failure_reason(workdir: Path, code: int) -> str:
+    """The signal that ended a run, or the error message in its log."""
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    log = workdir / _LOG
+    last_start = re.split(r"^\$ .*\n", log.read_text(errors="replace"), flags=re.MULTILINE)[-1]
+    lines = [line.strip() for line in last_start.splitlines() if line.strip()] or ["no output"]
+    messages = [line for line in lines if line.startswith(("error: ", "stopped: "))] or lines
+    return f"{re.sub('^(error|stopped): ', '', messages[-1])} (exit code {code}; {log})"
 
 
 if __name__ == "__main__":

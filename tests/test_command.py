@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs import base, quickstart
-from flax_mlm.cli.arguments import config_arguments, config_of
+from flax_mlm.cli.app import config_arguments, config_of
 from flax_mlm.config import load
 from flax_mlm.config.knobs import knobs
 from flax_mlm.config.load import build, from_dict

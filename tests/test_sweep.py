@@ -16,10 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
-from flax_mlm.cli import grid as grid_lib
 from flax_mlm.cli import sweep
-from flax_mlm.cli.arguments import config_of
-from flax_mlm.cli.trainer import failure_reason
+from flax_mlm.cli.app import config_of
+from flax_mlm.sweep import failure_reason
 
 BASE = [f"--config={base.__file__}"]
 TEXTS = st.text(st.characters(codec="utf8", exclude_characters='"\n', exclude_categories=("C", "Z")), max_size=20)
@@ -60,21 +59,21 @@ def grids(draw) -> tuple[str, list[int], list[dict]]:
 @given(grids())
 def test_a_grid_is_the_product_of_its_lists(grid):
     text, sizes, expected = grid
-    found = grid_lib.parse_grid(text)
+    found = sweep.parse_grid(text)
     assert found == expected and len(found) == math.prod(sizes)
-    names = {grid_lib.folder_name(setting, seed) for setting in found for seed in range(2)}
+    names = {sweep.folder_name(setting, seed) for setting in found for seed in range(2)}
     assert len(names) == 2 * len(found) and all(re.fullmatch(r"[\w.+-]{1,200}", name, re.ASCII) for name in names)
 
 
 def test_a_value_in_quotes_may_go_over_several_lines():
     text = "0%: objective.mask_rate=0.3;\n 50%: objective.mask_rate=0.15"
-    assert grid_lib.parse_grid(f'train.phases=,"{text}"')[1] == {"train.phases": text}
+    assert sweep.parse_grid(f'train.phases=,"{text}"')[1] == {"train.phases": text}
 
 
 def test_folders_of_other_settings_have_other_names():
     texts = ["a/b", "a_b", "a b", "a  b", "A_b", "", "x" * 300, "x" * 301, "ä", "../..", "1+train.steps-2"]
-    found = [grid_lib.folder_name({"data.source": text}, 0) for text in texts]
-    found.append(grid_lib.folder_name({"data.source": "1", "train.steps": 2}, 0))
+    found = [sweep.folder_name({"data.source": text}, 0) for text in texts]
+    found.append(sweep.folder_name({"data.source": "1", "train.steps": 2}, 0))
     assert len(set(found)) == len(found) and all(re.fullmatch(r"data\.source-[\w.+-]{1,190}", name) for name in found)
 
 

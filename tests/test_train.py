@@ -14,7 +14,7 @@ from faults.runs import arrays, assert_same_run, finish, metrics_of
 
 from flax_mlm.checkpoint.format import newest_meta, stored_config
 from flax_mlm.checkpoint.store import saved_steps
-from flax_mlm.cli.arguments import config_of
+from flax_mlm.cli.app import config_of
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.finetuning.save import save_encoder

@@ -1,20 +1,34 @@
 """Runs a command: flags and a config in, one line of error and an exit code out.
 
+The config comes from `--config=FILE.py` or `--checkpoint=PATH`, and from `--config.section.field=value`.
+
 Exit codes: 0 success, 1 failure, 2 user error (one line, no traceback), 75 stopped by a preemption after saving (run
 the same command again).
 """
 
 import json
 import os
+import re
+import runpy
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from absl import app, flags
+from ml_collections import ConfigDict
 
-from flax_mlm.cli import arguments
+from flax_mlm.config.knobs import knob, parse, spell
+from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import environment
 from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError
+from flax_mlm.hf.folder import is_hf_folder
+from flax_mlm.inference.config import apply_folder, read_config
+
+_ROOT = Path(__file__).parents[2]
+_OVERRIDE = re.compile(r"--?(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
 
 
 def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, positional: str = "") -> None:
@@ -54,14 +68,14 @@ def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, pos
 
 def _parse(argv: list[str], from_checkpoint: bool, positional: str) -> Config:
     """Sets the flags and builds the config. Raises UserError."""
-    source, overrides, rest = arguments.split(argv, "--checkpoint" if from_checkpoint else "--config")
+    source, overrides, rest = _split(argv, "--checkpoint" if from_checkpoint else "--config")
     if from_checkpoint:
         if not source:
             raise UserError("--checkpoint is missing; name the workdir of a run, a checkpoint or a Hugging Face folder")
-        config = arguments.config_from_checkpoint(source, overrides)
+        config = _config_from_checkpoint(source, overrides)
         rest.insert(1, f"--checkpoint={source}")
     else:
-        config = arguments.config_from_file(source, overrides)
+        config = _config_from_file(source, overrides)
     try:
         bare = flags.FLAGS(rest)[1:]
     except flags.Error as e:
@@ -83,3 +97,86 @@ def _help(from_checkpoint: bool) -> None:
         app.run(lambda _: None)
     except SystemExit:  # absl exits with 1
         sys.exit(0)
+
+
+def _split(argv: list[str], source_flag: str = "--config") -> tuple[str | None, dict[str, Any], list[str]]:
+    """Separates what determines the config from the other arguments.
+
+    Returns:
+      The value of `source_flag`, the fields and their values, and the other arguments.
+
+    Raises:
+      UserError: an override names no field, or its value is not of the field's type.
+    """
+    source, overrides, rest = None, dict[str, Any](), list[str]()
+    arguments = iter(argv)
+    for argument in arguments:
+        if match := _OVERRIDE.fullmatch(argument):
+            negated, path, text = match.groups()
+            if text is None and knob(path).type is bool:
+                text = "false" if negated else "true"
+            elif text is None and (text := next(arguments, None)) is None:
+                raise UserError(f"--config.{path} has no value; write --config.{path}=VALUE")
+            overrides[path] = parse(path, text)
+        elif argument == source_flag:
+            source = next(arguments, "")
+        elif argument.startswith(f"{source_flag}="):
+            source = argument.removeprefix(f"{source_flag}=")
+        else:
+            rest.append(argument)
+    return source, overrides, rest
+
+
+def config_arguments(argv: list[str]) -> list[str]:
+    """The arguments of a command line that determine its config; `config_of` builds the same config from them."""
+    source, overrides, _ = _split(argv)
+    named = [] if source is None else [f"--config={source}"]
+    return named + [f"--config.{path}={spell(value)}" for path, value in overrides.items()]
+
+
+def config_of(arguments: list[str]) -> Config:
+    """Builds the config that a command makes from `--config=FILE.py` and `--config.section.field=value`.
+
+    Raises:
+      UserError: as the command does.
+    """
+    source, overrides, _ = _split(arguments)
+    return _config_from_file(source, overrides)
+
+
+def _config_from_file(path: str | None, overrides: dict[str, Any]) -> Config:
+    """Builds the config of a config file, the quickstart's by default. Raises UserError."""
+    config = _load_file(str(_ROOT / "configs" / "quickstart.py") if path is None else path)
+    try:
+        config.update_from_flattened_dict(overrides)
+    except KeyError as e:  # the file has deleted the section
+        raise UserError(f"--config: {e.args[0]} Start the config from configs/base.py") from e
+    if config.get("init_from"):
+        apply_folder(config, overrides.keys())
+    return build(config)
+
+
+def _config_from_checkpoint(path: str, overrides: dict[str, Any]) -> Config:
+    """Builds the config of a checkpoint or a Hugging Face folder. Raises UserError."""
+    config = read_config(path)
+    config.update_from_flattened_dict(overrides)
+    if is_hf_folder(path):
+        apply_folder(config, overrides.keys(), as_is=True)
+    return build(config)
+
+
+def _load_file(path_and_argument: str) -> ConfigDict:
+    """Calls `get_config` of a config file, with the text after a colon as its argument."""
+    path, _, argument = path_and_argument.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--config: no file '{path}'; try configs/quickstart.py")
+    sys.path.insert(0, str(_ROOT))  # lets a config say `from configs import base`
+    try:
+        module = SimpleNamespace(**runpy.run_path(path))
+        return module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"--config: {path} cannot be loaded: {type(e).__name__}: {e}") from e
+    finally:
+        sys.path.pop(0)

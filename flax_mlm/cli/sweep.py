@@ -1,24 +1,96 @@
-"""The runs of a sweep, and their report: sweep.md, sweep.json and sweep.png."""
+"""The settings of a sweep, its runs, and their report: sweep.md, sweep.json and sweep.png.
 
+Settings are every combination of some values of some fields: `optimizer.name=adamw,muon; objective.mask_rate=0.15,0.3`
+is four. Fields joined by & change together: `optimizer.name&optimizer.learning_rate=adamw&1e-3,muon&6e-3` is two
+settings. Values that contain , ; or & are written in double quotes:
+`train.phases=,"50%: objective.name=mlm, objective.mask_rate=0.3"` is two settings, the first with an empty text.
+"""
+
+import hashlib
 import itertools
 import json
 import os
+import re
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax_mlm.cli import tables
-from flax_mlm.cli.arguments import config_of
-from flax_mlm.cli.grid import Setting, describe, folder_name, spell
+from flax_mlm.cli import app, tables
 from flax_mlm.config import phases
+from flax_mlm.config.grammar import split, unquote
+from flax_mlm.config.knobs import parse, spell
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files
 from flax_mlm.training import metrics, run_config
 
+Setting = dict[str, Any]  # field -> value
+
 # Fields that may differ from those of an earlier start: as in train, except for what changes the evaluated rows.
 _FREE = ("eval.batch_size", *(name for name in run_config.FREE if name != "eval."))
-_NUMBERS = ("loss", "accuracy", "bits_per_byte", "tokens_seen", "train_seconds", "tokens_per_second")
+_NUMBERS = {  # of a run, with their format in the table
+    "loss": ".4f",
+    "accuracy": ".4f",
+    "bits_per_byte": ".3f",
+    "tokens_seen": ",.0f",
+    "train_seconds": ",.1f",
+    "tokens_per_second": ",.0f",
+}
+
+
+def parse_grid(text: str) -> list[Setting]:
+    """The settings of `--grid`: every combination, the last field changing fastest. Raises UserError."""
+    if text.count('"') % 2:
+        raise UserError(f"--grid: a double quote is not closed in '{text}'")
+    axes, fields = list[list[Setting]](), list[str]()
+    for statement in filter(None, split(text, ";")):
+        names, axis = _parse_axis(statement)
+        axes.append(axis)
+        fields += names
+    if not fields:
+        raise UserError("--grid is missing; expected field=value,value; ... such as 'optimizer.name=adamw,muon'")
+    if twice := [path for path in fields if fields.count(path) > 1]:
+        raise UserError(f"--grid names {twice[0]} twice")
+    if "seed" in fields:
+        raise UserError("--grid cannot vary seed; use --seeds=3 to repeat each setting with several seeds")
+    return [{path: value for part in parts for path, value in part.items()} for parts in itertools.product(*axes)]
+
+
+def _parse_axis(statement: str) -> tuple[list[str], list[Setting]]:
+    """One field, or several that change together, and their values."""
+    left, equals, right = statement.partition("=")
+    if not equals:
+        raise UserError(f"--grid: '{statement}' has no values; expected field=value,value; field=value,...")
+    fields = split(left, "&")
+    axis: list[Setting] = []
+    for item in split(right, ","):
+        values = split(item, "&")
+        if len(values) != len(fields):
+            raise UserError(
+                f"--grid: '{item}' has {len(values)} of the {len(fields)} values of {left.strip()}; separate them by &"
+            )
+        try:
+            setting = {path: parse(path, unquote(value)) for path, value in zip(fields, values, strict=True)}
+        except UserError as e:
+            raise UserError(f"--grid: {e}") from e
+        if setting in axis:
+            raise UserError(f"--grid names {describe(setting)} twice")
+        axis.append(setting)
+    return fields, axis
+
+
+def describe(setting: Setting) -> str:
+    """A setting for people, such as `optimizer.name=muon, seed=0`."""
+    return ", ".join(f"{path}={spell(value)}" for path, value in setting.items())
+
+
+def folder_name(setting: Setting, seed: int) -> str:
+    """A folder name that shows the values, different for every setting and seed."""
+    parts = [f"{path}-{spell(value)}" for path, value in sorted(setting.items())] + [f"seed-{seed}"]
+    exact, plain = "+".join(parts), "+".join(re.sub(r"[^\w.-]+", "_", part, flags=re.ASCII) for part in parts)
+    if plain != exact or len(plain) > 200:
+        plain = f"{plain[:180]}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+    return plain
 
 
 class Run(NamedTuple):
@@ -58,7 +130,7 @@ def make_run(base: list[str], setting: Setting, seed: int, workdir: Path) -> Run
     arguments = [*base, *(f"--config.{path}={spell(value)}" for path, value in values.items())]
     folder = workdir / folder_name(setting, seed)
     try:
-        config = config_of(arguments)
+        config = app.config_of(arguments)
     except UserError as e:
         raise UserError(f"--grid: {describe(setting)}: {e}") from e
     run_config.check(folder, config, _FREE)
@@ -79,43 +151,41 @@ class Row(NamedTuple):
 
 def summarise(runs: list[Run], errors: dict[str, str]) -> list[Row]:
     """The rows of the table, one per setting. `errors`: name of a failed run -> reason."""
-    settings = [(setting, list(group)) for setting, group in itertools.groupby(runs, lambda run: run.setting)]
-    entries = {run.name: _entry(run, errors.get(run.name)) for run in runs}
-    definitions = [_loss_definition(group) for _, group in settings]
-    reference = next(filter(None, definitions), None)
-    first_losses = {run.seed: entries[run.name].get("loss") for run in settings[0][1]}
-    rows = []
-    for (setting, group), definition in zip(settings, definitions, strict=True):
+    results = {run.name: run.result() for run in runs}
+    entries = {run.name: _entry(run, results[run.name], errors.get(run.name)) for run in runs}
+    rows: list[Row] = []
+    reference, first_losses = None, dict[int, float]()
+    for setting, some in itertools.groupby(runs, lambda run: run.setting):
+        group = list(some)
         all_entries = [entries[run.name] for run in group]
         finished = [entry for entry in all_entries if "loss" in entry]
+        definitions = [_loss_definition(run.config, result) for run in group if (result := results[run.name])]
+        reference = reference or next(iter(definitions[-1:]), None)
+        is_comparable = bool(definitions) and definitions[-1] == reference
+        if not rows:
+            first_losses = {entry["seed"]: entry["loss"] for entry in finished}
         numbers = {name: [entry[name] for entry in finished if name in entry] for name in _NUMBERS}
         mean = {name: statistics.fmean(values) for name, values in numbers.items() if values}
         sd = {name: statistics.stdev(values) for name, values in numbers.items() if len(values) > 1}
-        is_comparable = bool(mean) and definition == reference
-        pairs = [(entry["loss"], first_losses.get(entry["seed"])) for entry in finished if is_comparable]
-        difference = [loss - first for loss, first in pairs if first is not None]
+        shared = [entry for entry in finished if is_comparable and entry["seed"] in first_losses]
+        difference = [entry["loss"] - first_losses[entry["seed"]] for entry in shared]
         rows.append(Row(setting, all_entries, mean, sd, difference, is_comparable, False))
     complete = [row for row in rows if row.is_comparable and all("loss" in entry for entry in row.runs)]
     best = min(complete, key=lambda row: row.mean["loss"]) if len(complete) > 1 else None
     return [row._replace(is_best=row is best) for row in rows]
 
 
-def _entry(run: Run, error: str | None) -> dict[str, Any]:
+def _entry(run: Run, result: dict[str, Any] | None, error: str | None) -> dict[str, Any]:
     """A run in sweep.json."""
     entry: dict[str, Any] = {"seed": run.seed, "workdir": os.fspath(run.workdir)}
-    if result := run.result():
-        result["tokens_per_second"] = result["tokens_seen"] / result["train_seconds"]
+    if result:
+        result = result | {"tokens_per_second": result["tokens_seen"] / result["train_seconds"]}
         return entry | {name: result[name] for name in _NUMBERS if name in result}
     return entry | {"error": error} if error else entry
 
 
-def _loss_definition(runs: list[Run]) -> Any:
-    """Identifies the held-out tokens and how they are masked: losses with other definitions cannot be compared. None
-    if no run is finished."""
-    results = [(run.config, result) for run in runs if (result := run.result())]
-    if not results:
-        return None
-    config, result = results[-1]
+def _loss_definition(config: Config, result: dict[str, Any]) -> Any:
+    """Identifies the held-out tokens and how they are masked: losses with other definitions cannot be compared."""
     o = phases.parse_phases(config)[-1].config.objective
     # With rtd the generator replaces the tokens, and each run has its own.
     text = result.get("unigram_entropy"), result.get("generator_loss"), result["rows"]
@@ -136,23 +206,18 @@ def table(rows: list[Row]) -> str:
     def cell(values: list[float], form: str, sign: str = "") -> str:
         if not values:
             return "–"
-        sd = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.fmean(values):{sign}{form}}" + f" ± {sd:{form}}" * (sd > 0)
+        mean, sd = _mean_and_sd(values)
+        return f"{mean:{sign}{form}}" + f" ± {sd:{form}}" * (sd > 0)
 
     fields, lines = list(rows[0].setting), []
     for row in rows:
         columns = {name: [run[name] for run in row.runs if name in run] for name in _NUMBERS}
-        loss = cell(columns["loss"], ".4f")
-        lines.append([
-            *map(spell, row.setting.values()),
-            f"**{loss}**" if row.is_best else loss, cell([] if row is rows[0] else row.difference, ".4f", "+"),
-            cell(columns["accuracy"], ".4f"), cell(columns["bits_per_byte"], ".3f"),
-            cell(columns["tokens_seen"], ",.0f"), cell(columns["train_seconds"], ",.1f"),
-            cell(columns["tokens_per_second"], ",.0f"), f"{len(columns['loss'])}/{len(row.runs)}",
-        ])  # fmt: skip
-    header = [
-        *fields, "held-out loss", "vs. first", "accuracy", "bits/byte", "tokens", "seconds", "tokens/s", "seeds",
-    ]  # fmt: skip
+        loss, *others = (cell(columns[name], form) for name, form in _NUMBERS.items())
+        difference = cell([] if row is rows[0] else row.difference, ".4f", "+")
+        seeds = f"{len(columns['loss'])}/{len(row.runs)}"
+        loss = f"**{loss}**" if row.is_best else loss
+        lines.append([*map(spell, row.setting.values()), loss, difference, *others, seeds])
+    header = [*fields, "held-out loss", "vs. first", "accuracy", "bits/byte", "tokens", "seconds", "tokens/s", "seeds"]
     notes = ["Mean ± standard deviation over seeds; differences are paired by seed. Seconds count training only."]
     if any(row.mean and not row.is_comparable for row in rows):
         notes.append(
@@ -162,6 +227,11 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         notes += [f"{describe(row.setting)}, seed={run['seed']}: {run['error']}" for run in row.runs if "error" in run]
     return tables.markdown(header, lines, len(fields)) + "".join(f"\n\n{note}" for note in notes) + "\n"
+
+
+def _mean_and_sd(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, 0 for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def aligned(curves: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
@@ -188,8 +258,7 @@ def plot(file: Path, runs: list[Run]) -> None:
             for number, (setting, of_setting) in enumerate(curves.items()):
                 points = []
                 for lines in aligned(of_setting):
-                    losses = [line["loss"] for line in lines]
-                    mean, sd = statistics.fmean(losses), statistics.stdev(losses) if len(losses) > 1 else 0.0
+                    mean, sd = _mean_and_sd([line["loss"] for line in lines])
                     points.append((statistics.fmean(line[name] for line in lines), mean, mean - sd, mean + sd))
                 x, y, low, high = zip(*points, strict=True)
                 style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
