@@ -201,7 +201,7 @@ def vocabulary(ids: Ids) -> Any:
     """Lookup tables for masking; each token is a word of its own."""
     import jax.numpy as jnp
 
-    from flax_mlm.objectives.vocabulary import Vocabulary
+    from flax_mlm.objectives.rows import Vocabulary
 
     is_special = np.isin(np.arange(ids.vocab_size), ids.special)
     ordinary = jnp.asarray(np.flatnonzero(~is_special), jnp.int32)
@@ -227,7 +227,7 @@ def write(folder: Path) -> None:
     from flax_mlm.hf.weights import param_mappings, params_to_tensors
     from flax_mlm.model.heads import vocab_rows
     from flax_mlm.objectives import masking
-    from flax_mlm.objectives.keys import run_key
+    from flax_mlm.objectives.rows import run_key
     from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
     from flax_mlm.training.step import build_training
 

@@ -78,9 +78,8 @@ def write_case(config: Config, folder: Path) -> None:
     from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.hf import tokenizer_json
     from flax_mlm.objectives import masking
-    from flax_mlm.objectives.keys import run_key
+    from flax_mlm.objectives.rows import Vocabulary, run_key
     from flax_mlm.objectives.targets import make_targets
-    from flax_mlm.objectives.vocabulary import Vocabulary
 
     config = phases.parse_phases(config)[-1].config  # ours is evaluated with the objective that it ends with
     corpus = prepare(config, log=turns.say)

@@ -31,7 +31,7 @@ def main(config: Config) -> None:
     from flax_mlm.data.open import open_corpus
     from flax_mlm.distributed.batches import abstract_batch, shard_batch
     from flax_mlm.distributed.mesh import make_mesh
-    from flax_mlm.objectives.vocabulary import Vocabulary
+    from flax_mlm.objectives.rows import Vocabulary
     from flax_mlm.training.step import build_training
 
     corpus = open_corpus(config, turns.say)

@@ -31,7 +31,7 @@ def main(config: Config) -> None:
     from flax_mlm.checkpoint.store import saved_steps
     from flax_mlm.distributed.batches import shard_batch
     from flax_mlm.distributed.mesh import make_mesh
-    from flax_mlm.objectives.vocabulary import Vocabulary
+    from flax_mlm.objectives.rows import Vocabulary
     from flax_mlm.training.step import build_training
 
     vocab_size, length, size = config.tokenizer.vocab_size, config.data.seq_len, config.train.global_batch_size

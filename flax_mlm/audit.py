@@ -69,8 +69,7 @@ def audit(
 
     from flax_mlm.objectives import masking
     from flax_mlm.objectives.audit import measure
-    from flax_mlm.objectives.keys import row_keys, run_key
-    from flax_mlm.objectives.vocabulary import Vocabulary
+    from flax_mlm.objectives.rows import Vocabulary, row_keys, run_key
 
     objective = phase.config.objective
     key = run_key(phase.config, "mask")

@@ -13,8 +13,7 @@ from flax_mlm import audit
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
 from flax_mlm.objectives import masking
-from flax_mlm.objectives.keys import row_keys, run_key
-from flax_mlm.objectives.vocabulary import Vocabulary
+from flax_mlm.objectives.rows import Vocabulary, row_keys, run_key
 
 L = 32
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"▁w{i}" for i in range(40)), *(f"c{i}" for i in range(20))]

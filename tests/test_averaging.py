@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from configs import base
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import OptimizerConfig
-from flax_mlm.optim import averaging, optimizer, schedules
+from flax_mlm.optim import averaging, optimizer
 
 OPTIMIZER = build(base.get_config()).optimizer
 
@@ -80,7 +80,7 @@ def test_schedule_free_is_that_of_optax(warmup):
     gradient = jax.grad(lambda p: jnp.square(x @ p["kernel"] + p["bias"] - y).mean())
 
     def schedule(step):
-        return o.learning_rate * schedules.learning_rate(o, step / total, (step + 1) / total)
+        return o.learning_rate * optimizer.learning_rate(o, step / total, (step + 1) / total)
 
     inner = optax.chain(
         optax.scale_by_rms(o.beta2, o.eps, eps_in_sqrt=False, bias_correction=True),

@@ -21,7 +21,7 @@ from flax_mlm.inference.config import read_config
 from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.load import load_model
 from flax_mlm.inference.model import LoadedModel
-from flax_mlm.objectives.vocabulary import Vocabulary
+from flax_mlm.objectives.rows import Vocabulary
 
 EXACT = ("rows", "predicted_tokens", "unigram_entropy", "majority_accuracy")
 

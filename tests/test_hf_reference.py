@@ -35,9 +35,8 @@ from flax_mlm.inference.model import LoadedModel
 from flax_mlm.inference.outputs import make_outputs
 from flax_mlm.model import electra, heads
 from flax_mlm.objectives import masking
-from flax_mlm.objectives.keys import run_key
+from flax_mlm.objectives.rows import Vocabulary, run_key
 from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
-from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.training.step import build_training
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")

@@ -18,10 +18,9 @@ from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import BATCH, make_mesh
-from flax_mlm.objectives import masking, segments
-from flax_mlm.objectives.keys import row_keys
+from flax_mlm.objectives import masking, rows
+from flax_mlm.objectives.rows import Vocabulary, row_keys
 from flax_mlm.objectives.targets import Targets, make_targets
-from flax_mlm.objectives.vocabulary import Vocabulary
 
 STRATEGIES = ("token", "whole_word", "span")
 BASE = build(base.get_config()).objective
@@ -293,9 +292,9 @@ def test_segments_count_from_one_and_positions_restart():
     tokens = jnp.asarray(
         [[cls, 9, 0, sep, cls, 8, sep, cls, sep, pad, pad], [cls] + [9] * 9 + [sep], [pad] * 11], jnp.int32
     )
-    segment_ids = segments.segment_ids(tokens, Vocabulary.from_tokenizer(tokenizer()))
+    segment_ids = rows.segment_ids(tokens, Vocabulary.from_tokenizer(tokenizer()))
     np.testing.assert_array_equal(segment_ids, [[1, 1, 1, 1, 2, 2, 2, 3, 3, 0, 0], [1] * 11, [0] * 11])
-    positions = segments.positions(segment_ids)
+    positions = rows.positions(segment_ids)
     np.testing.assert_array_equal(positions, [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1], range(11), range(11)])
     assert segment_ids.dtype == jnp.int32
     assert positions.dtype == jnp.int32

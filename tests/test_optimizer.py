@@ -17,7 +17,7 @@ from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.model import heads
-from flax_mlm.optim import optimizer, schedules
+from flax_mlm.optim import optimizer
 
 CONFIG = build(base.get_config())
 OPTIMIZER = dataclasses.replace(CONFIG.optimizer, learning_rate=1.0, warmup_fraction=0.1)
@@ -58,14 +58,14 @@ def update(name: str, params_and_grads, **changes):
 )
 def test_schedules(schedule, expected):
     config = dataclasses.replace(OPTIMIZER, schedule=schedule)
-    rates = {s: float(schedules.learning_rate(config, s / 100, (s + 1) / 100)) for s in expected}
+    rates = {s: float(optimizer.learning_rate(config, s / 100, (s + 1) / 100)) for s in expected}
     assert rates == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
 def test_first_and_last_rate_of_schedules_without_warm_up(schedule):
     config = dataclasses.replace(OPTIMIZER, schedule=schedule, final_lr_fraction=0.25, warmup_fraction=0.0)
-    first, last = (float(schedules.learning_rate(config, s, s + 0.01)) for s in (0.0, 1.0))
+    first, last = (float(optimizer.learning_rate(config, s, s + 0.01)) for s in (0.0, 1.0))
     assert first == pytest.approx(1.0)
     assert last == pytest.approx(1.0 if schedule == "constant" else 0.25)
 
@@ -86,7 +86,7 @@ def test_schedules_are_those_of_optax(schedule, total, every):
     }[schedule]
     for step in range(total):
         expected = (step + 1) / warmup if step < warmup else float(theirs(step - warmup))
-        rate = float(schedules.learning_rate(config, step / total, (step + 1) / total))
+        rate = float(optimizer.learning_rate(config, step / total, (step + 1) / total))
         assert rate == pytest.approx(expected, abs=2e-5), step
 
 

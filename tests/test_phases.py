@@ -26,7 +26,7 @@ from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.inference.config import read_config
 from flax_mlm.objectives.masking import rates_at
-from flax_mlm.optim import schedules
+from flax_mlm.optim import optimizer
 from flax_mlm.training.state import start_phase
 from flax_mlm.training.step import build_training
 
@@ -263,7 +263,7 @@ def test_the_clock_of_a_batch_moves_a_run_with_a_budget():
             state, values = training.step(state, rows, vocabulary())
             history.append((float(values["progress"]), float(values["learning_rate"])))
     assert [p for p, _ in history] == pytest.approx([0.1, 0.6, 0.6, 1.0])
-    expected = [0.01 * float(schedules.learning_rate(config.optimizer, b, b + 0.1)) for b in (0.0, 0.1, 0.6, 0.6)]
+    expected = [0.01 * float(optimizer.learning_rate(config.optimizer, b, b + 0.1)) for b in (0.0, 0.1, 0.6, 0.6)]
     assert [rate for _, rate in history] == pytest.approx(expected)
 
 

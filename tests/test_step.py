@@ -15,9 +15,8 @@ from flax_mlm.config.schema import Config, MeshConfig
 from flax_mlm.distributed.batches import abstract_batch, shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.objectives import masking
-from flax_mlm.objectives.keys import run_key
+from flax_mlm.objectives.rows import Vocabulary, run_key
 from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
-from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.optim import optimizer, spikes
 from flax_mlm.training.state import TrainState
 from flax_mlm.training.step import build_training

@@ -25,8 +25,8 @@ from flax_mlm.model import electra, heads
 from flax_mlm.objectives import masking
 from flax_mlm.objectives.language_modelling import token_losses
 from flax_mlm.objectives.replaced_token_detection import corrupt, sample_tokens
+from flax_mlm.objectives.rows import Vocabulary
 from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
-from flax_mlm.objectives.vocabulary import Vocabulary
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")

@@ -14,7 +14,7 @@ import numpy as np  # noqa: E402
 from benchmarks import case  # noqa: E402
 from benchmarks.workers.serving import seconds_of_calls, serve  # noqa: E402
 from flax_mlm.objectives import masking  # noqa: E402
-from flax_mlm.objectives.keys import row_keys  # noqa: E402
+from flax_mlm.objectives.rows import row_keys  # noqa: E402
 
 
 def build(spec: dict[str, Any]) -> Callable[[], dict[str, float]]:

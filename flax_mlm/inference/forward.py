@@ -17,12 +17,11 @@ from flax_mlm.errors import UserError
 from flax_mlm.model import electra, encoder
 from flax_mlm.model.attention.dispatch import resolve_attention
 from flax_mlm.model.heads import Model, language_model
-from flax_mlm.objectives import masking, segments
-from flax_mlm.objectives.keys import run_key
+from flax_mlm.objectives import masking, rows
 from flax_mlm.objectives.language_modelling import Loss, language_modelling, log_probabilities
 from flax_mlm.objectives.replaced_token_detection import replaced_token_detection
+from flax_mlm.objectives.rows import Vocabulary, run_key
 from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
-from flax_mlm.objectives.vocabulary import Vocabulary
 
 # tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,); in a run with a budget also progress float32 (B,), the
 # fraction of the run at the end of the step by each process's clock
@@ -133,7 +132,7 @@ def _logits(
             "vocabulary; use a model trained with mlm or clm"
         )
     segment_ids_BL, positions_BL = per_row(
-        lambda tokens, vocab: (s := segments.segment_ids(tokens, vocab), segments.positions(s)), tokens_BL, vocab
+        lambda tokens, vocab: (s := rows.segment_ids(tokens, vocab), rows.positions(s)), tokens_BL, vocab
     )
     causal = config.objective.name == "clm"
     return model.apply(params, tokens_BL, segment_ids_BL, positions_BL, predict_BK=predict_BK, causal=causal)

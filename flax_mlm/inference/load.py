@@ -20,7 +20,7 @@ from flax_mlm.hf.weights import load_params, param_mappings, subtokens
 from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.model import LoadedModel
 from flax_mlm.model import electra
-from flax_mlm.objectives.vocabulary import Vocabulary
+from flax_mlm.objectives.rows import Vocabulary
 
 
 def load_model(path: str, config: Config) -> LoadedModel:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.inference.forward import Forward
-from flax_mlm.objectives.vocabulary import Vocabulary
+from flax_mlm.objectives.rows import Vocabulary
 
 _LENGTH_MULTIPLE = 32
 

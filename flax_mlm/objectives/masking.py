@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from flax_mlm.config.phases import Phase
 from flax_mlm.config.schema import ObjectiveConfig
-from flax_mlm.objectives.vocabulary import Vocabulary
+from flax_mlm.objectives.rows import Vocabulary
 
 _RATE_UNIT = 100_000  # mask rates count in hundred-thousandths, so that rounding is integer arithmetic
 _WORD_PASSES = 4
@@ -88,7 +87,7 @@ def mask_tokens(
 
     Args:
       tokens_BL: int32 rows.
-      keys_B: keys of the rows, see `keys.row_keys`.
+      keys_B: keys of the rows, see `rows.row_keys`.
       rates: may change from step to step.
       K: number of prediction slots, as `max_predictions_per_row` gives it for the largest rate.
     """
@@ -148,7 +147,7 @@ def span_units(tokens_L: jax.Array, vocab: Vocabulary, stop_L: jax.Array, object
     word_starts_L, edges_L = _word_starts(tokens_L, vocab)
     breaks_L = edges_L | (word_starts_L & (_uniform(stop_L) < objective.span_stop))
     word_L = jnp.cumsum(word_starts_L.astype(jnp.int32))
-    words_since_break_L = word_L - lax.cummax(jnp.where(breaks_L, word_L, 0))
+    words_since_break_L = word_L - jax.lax.cummax(jnp.where(breaks_L, word_L, 0))
     return _units(word_starts_L & (words_since_break_L % objective.span_max_words == 0))
 
 
@@ -170,7 +169,7 @@ def select_units(
     else:  # the tokens that come first, so that only K have to be sorted
         index_L = index_L[:K]
         selected_L = jnp.arange(K, dtype=jnp.int32) < count
-    return lax.sort(jnp.where(selected_L, index_L, maskable_L.size))[:K]
+    return jax.lax.sort(jnp.where(selected_L, index_L, maskable_L.size))[:K]
 
 
 def replace(
@@ -205,8 +204,8 @@ def _word_starts(tokens_L: jax.Array, vocab: Vocabulary) -> tuple[jax.Array, jax
 def _units(starts_L: jax.Array) -> Units:
     """Units that run from one start to the next."""
     index_L = jnp.arange(starts_L.size, dtype=jnp.int32)
-    start_L = lax.cummax(jnp.where(starts_L, index_L, 0))
-    next_start_L = lax.cummin(jnp.where(starts_L, index_L, starts_L.size), reverse=True)
+    start_L = jax.lax.cummax(jnp.where(starts_L, index_L, 0))
+    next_start_L = jax.lax.cummin(jnp.where(starts_L, index_L, starts_L.size), reverse=True)
     end_L = jnp.roll(next_start_L, -1).at[-1].set(starts_L.size)
     return Units(start_L, end_L - start_L)
 
@@ -220,7 +219,7 @@ def _shuffled(start_L: jax.Array, order_L: jax.Array, maskable_L: jax.Array) -> 
     index_bits = (start_L.size - 1).bit_length()
     unit_order_L = jnp.where(maskable_L, order_L[start_L] >> 1, jnp.uint32(0xFFFFFFFF))
     index_L = jnp.arange(start_L.size, dtype=jnp.uint32)
-    sorted_L = lax.sort((unit_order_L >> index_bits << index_bits) | index_L)
+    sorted_L = jax.lax.sort((unit_order_L >> index_bits << index_bits) | index_L)
     return (sorted_L & ((1 << index_bits) - 1)).astype(jnp.int32)
 
 

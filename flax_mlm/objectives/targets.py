@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from flax_mlm.config.schema import ObjectiveConfig
 from flax_mlm.distributed.mesh import per_row
-from flax_mlm.objectives import masking, segments
-from flax_mlm.objectives.keys import row_keys
+from flax_mlm.objectives import masking
 from flax_mlm.objectives.masking import Rates
-from flax_mlm.objectives.vocabulary import Vocabulary
+from flax_mlm.objectives.rows import Vocabulary, positions, row_keys, segment_ids
 
 
 class Targets(NamedTuple):
@@ -48,9 +47,9 @@ def make_targets(
 
     def local_targets(rows: dict[str, jax.Array], key: jax.Array, vocab: Vocabulary, rates: Rates) -> Targets:
         tokens_BL = rows["tokens"]
-        documents_BL = segments.segment_ids(tokens_BL, vocab)
+        documents_BL = segment_ids(tokens_BL, vocab)
         segment_ids_BL = jnp.minimum(documents_BL, 1) if objective.attend_across_documents else documents_BL
-        context = segment_ids_BL, segments.positions(segment_ids_BL)
+        context = segment_ids_BL, positions(segment_ids_BL)
         if objective.name == "clm":
             is_predicted_BK = (documents_BL[:, 1:] == documents_BL[:, :-1]) & (documents_BL[:, 1:] > 0)
             predict_BK = jax.lax.broadcasted_iota(jnp.int32, is_predicted_BK.shape, 1)

@@ -20,7 +20,7 @@ from flax_mlm.model.attention.dispatch import resolve_attention, select_kernel
 from flax_mlm.model.attention.xla import xla
 from flax_mlm.model.heads import vocab_rows
 from flax_mlm.objectives.masking import rates_at
-from flax_mlm.objectives.vocabulary import Vocabulary
+from flax_mlm.objectives.rows import Vocabulary
 from flax_mlm.planning import cost
 from flax_mlm.planning.collectives import collectives
 from flax_mlm.planning.compile import CompiledStep, Target

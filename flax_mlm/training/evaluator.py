@@ -1,23 +1,13 @@
 """Evaluations of a run while it trains: held-out loss, and clozes that a person can read."""
 
 import contextlib
-from typing import Protocol
+import functools
 
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.evaluation import cloze, mlm, rtd
-from flax_mlm.inference.model import LoadedModel
 from flax_mlm.training.context import RunContext
 from flax_mlm.training.logging import Logger
-
-
-class Trained(Protocol):
-    """A model in training, after `step` updates (see `training.loop.Run`)."""
-
-    step: int
-    progress: float
-    phase: int
-
-    def model(self) -> LoadedModel: ...
+from flax_mlm.training.loop import Run
 
 
 class Evaluator:
@@ -27,7 +17,7 @@ class Evaluator:
         self._context, self._logger = context, logger
         self._compiled, self._calibrated = set[int](), set[int]()  # phases
 
-    def evaluate(self, run: Trained) -> dict[str, float]:
+    def evaluate(self, run: Run) -> dict[str, float]:
         """Measures loss and accuracy on held-out rows (see `evaluation.mlm.run` and `rtd.run`).
 
         Raises:
@@ -50,7 +40,7 @@ class Evaluator:
         self._logger.validation(run.step, run.progress, result)
         return result
 
-    def calibrate_budget(self, run: Trained) -> None:
+    def calibrate_budget(self, run: Run) -> None:
         """Evaluates once in each phase of a run with a budget, to learn what time its last evaluation will take."""
         if not self._context.config.train.has_budget or run.phase in self._calibrated:
             return
@@ -59,16 +49,12 @@ class Evaluator:
             self._context.budget.forget("evaluating")
         self.evaluate(run)
 
-    def evaluate_clozes(self, run: Trained) -> None:
+    def evaluate_clozes(self, run: Run) -> None:
         """Ranks the answers of the built-in clozes."""
-
-        def report_progress() -> None:
-            self._context.group.progress("filling clozes", run.step)
-
+        report_progress = functools.partial(self._context.group.progress, "filling clozes", run.step)
         report_progress()
         model = run.model()
-        if not (clozes := cloze.fitting(model, cloze.BUILT_IN)):
-            return
-        with self._logger.pause("filling clozes"):
-            result = cloze.run(model, clozes, report_progress)
-        self._logger.clozes(run.step, run.progress, result, "\n\n".join(cloze.table(result)))
+        if clozes := cloze.fitting(model, cloze.BUILT_IN):
+            with self._logger.pause("filling clozes"):
+                result = cloze.run(model, clozes, report_progress)
+            self._logger.clozes(run.step, run.progress, result, "\n\n".join(cloze.table(result)))

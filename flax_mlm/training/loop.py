@@ -11,14 +11,13 @@ from flax_mlm.checkpoint.format import make_meta
 from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.config import phases
 from flax_mlm.data import mixture
-from flax_mlm.data.mixture import DataCursor
 from flax_mlm.data.pipeline import train_batches
 from flax_mlm.distributed.batches import abstract_batch, local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.errors import Failure
 from flax_mlm.inference.load import start_params
 from flax_mlm.inference.model import LoadedModel
-from flax_mlm.objectives.vocabulary import Vocabulary
+from flax_mlm.objectives.rows import Vocabulary
 from flax_mlm.training.context import RunContext
 from flax_mlm.training.logging import Logger
 from flax_mlm.training.metrics import Writers
@@ -35,7 +34,7 @@ class _Pending(NamedTuple):
 
     step: int
     phase: int
-    cursor: DataCursor
+    cursor: mixture.DataCursor
     metrics: dict[str, jax.Array]
 
 
@@ -73,7 +72,7 @@ class Run:
             self.state: TrainState = restored or self._initial_state()
         self.step, self.progress = int(self.state.step), float(self.state.progress)
         meta = self._checkpoints.restored_meta
-        self.phase, self.cursor = meta.get("phase", 0), DataCursor(**meta.get("cursor", {}))
+        self.phase, self.cursor = meta.get("phase", 0), mixture.DataCursor(**meta.get("cursor", {}))
 
     def _initial_state(self) -> TrainState:
         config, training = self._context.phases[0].config, self.training_of[0]
@@ -160,18 +159,14 @@ class Run:
           Diverged: too many updates in a row were skipped.
         """
         previous, self._pending = self._pending, self._dispatch()
-        metrics = [self._read(previous)] if previous else []
-        if self._must_sync() or any(map(self._ends_run, metrics)):
+        metrics, t = [self._read(previous)] if previous else [], self._context.config.train
+        is_pause = self.save_is_due or any(is_multiple(self.step, n) for n in (t.eval_every, t.cloze_every))
+        if is_pause or any(map(self._end, metrics)):
             metrics.append(self._read(self._pending))
             self._pending = None
         for values in reversed(metrics):
-            if self._has_diverged(values):
-                raise Diverged(
-                    f"{values['skipped_in_a_row']:.0f} steps in a row had a non-finite loss or gradient, or a spike; "
-                    f"their updates were skipped, and step {self.step} is saved. Try a lower optimizer.learning_rate"
-                )
-            if values["stop"]:
-                raise Stopped
+            if end := self._end(values):
+                raise end
 
     def _dispatch(self) -> _Pending:
         """Starts the next update on the devices."""
@@ -198,15 +193,14 @@ class Run:
         self.logger.train(step, phase, cursor, values, self.training_of[phase].flops)
         return values
 
-    def _must_sync(self) -> bool:
-        t = self._context.config.train
-        return self.save_is_due or any(is_multiple(self.step, n) for n in (t.eval_every, t.cloze_every))
-
-    def _has_diverged(self, values: dict[str, float]) -> bool:
-        return values["skipped_in_a_row"] >= self._context.config.optimizer.max_skipped_steps
-
-    def _ends_run(self, values: dict[str, float]) -> bool:
-        return self._has_diverged(values) or bool(values["stop"])
+    def _end(self, values: dict[str, float]) -> Diverged | Stopped | None:
+        """The exception that ends the run after a step with these metrics."""
+        if values["skipped_in_a_row"] >= self._context.config.optimizer.max_skipped_steps:
+            return Diverged(
+                f"{values['skipped_in_a_row']:.0f} steps in a row had a non-finite loss or gradient, or a spike; "
+                f"their updates were skipped, and step {self.step} is saved. Try a lower optimizer.learning_rate"
+            )
+        return Stopped() if values["stop"] else None
 
     @property
     def save_is_due(self) -> bool:

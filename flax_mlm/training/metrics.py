@@ -14,7 +14,6 @@ from flax_mlm.storage import files, gcs
 from flax_mlm.storage.mirror import Mirror
 
 _METRICS = "metrics.jsonl"
-_NO_TOTALS = {"tokens_seen": 0, "train_seconds": 0.0}
 
 
 class Throughput:
@@ -28,7 +27,7 @@ class Throughput:
           peak: peak FLOP/s of all devices; None where unknown.
           before: `totals()` of that fraction; empty for a new run.
         """
-        self._peak, self._before = peak, {**_NO_TOTALS, **before}
+        self._peak, self._before = peak, {"tokens_seen": 0, "train_seconds": 0.0, **before}
         self._start(progress)
 
     def _start(self, progress: float) -> None:
@@ -126,10 +125,12 @@ class Writers:
         if self._mirror:
             self._mirror.fetch(_METRICS)
         self._folder = self._mirror.folder if self._mirror else Path(workdir)
-        self._wandb = None
-        self._drop_lines_after(start_step)
-        self._file, self._unwritten = (self._folder / _METRICS).open("ab", buffering=0), b""
-        self._tensorboard = None
+        file = self._folder / _METRICS
+        written = file.read_text().splitlines(keepends=True) if file.exists() else []
+        if (kept := [line for line in written if _is_before(line, start_step)]) != written:
+            files.write_text(file, "".join(kept))
+        self._file, self._unwritten = file.open("ab", buffering=0), b""
+        self._tensorboard = self._wandb = None
         if config.log.tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -140,23 +141,10 @@ class Writers:
                 import wandb
 
                 name, own = workdir.name, hashlib.sha256(str(workdir).encode()).hexdigest()[:8]
-                self._wandb = wandb.init(
-                    project=config.log.wandb_project,
-                    name=name,
-                    id=f"{name}-{own}",
-                    resume="allow",
-                    config=config.to_dict(),
-                )
+                settings = {"name": name, "id": f"{name}-{own}", "resume": "allow", "config": config.to_dict()}
+                self._wandb = wandb.init(project=config.log.wandb_project, **settings)
             except Exception as e:  # a missing package, account or network never stops a run
                 print(f"Weights & Biases is off: {type(e).__name__}: {e}")
-
-    def _drop_lines_after(self, step: int) -> None:
-        path = self._folder / _METRICS
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _is_before(line, step)]
-            if kept != lines:
-                files.write_text(path, "".join(kept))
 
     def flush(self) -> None:
         """Copies the files of a workdir in a bucket there: metrics.jsonl before this returns, the others soon. Called
@@ -196,16 +184,13 @@ class Writers:
             writer._event_queue.cancel_join_thread()
             self._tensorboard = None
 
-    def _close_tensorboard(self) -> None:
+    def close(self) -> None:
+        """Writes what is buffered, and closes the files."""
+        self._file.close()
         self._check_tensorboard()
         if self._tensorboard:
             with contextlib.suppress(OSError):
                 self._tensorboard.close()
-
-    def close(self) -> None:
-        """Writes what is buffered, and closes the files."""
-        self._file.close()
-        self._close_tensorboard()
         if self._mirror:
             self._mirror.close()
         if self._wandb:

@@ -1,5 +1,6 @@
 """One workdir, one run: config.json identifies it, and FREE names the fields that may change when it continues."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -28,11 +29,8 @@ def refuse_foreign(workdir: gcs.AnyPath) -> None:
     Raises:
       UserError: the folder holds files of those names that no run of flax_mlm has written, or cannot be read.
     """
-    try:
-        with gcs.errors(workdir):
-            foreign = next(_foreign(workdir), None)
-    except OSError as e:
-        raise _unusable(workdir, e) from e
+    with _usable(workdir):
+        foreign = next(_foreign(workdir), None)
     if foreign:
         raise UserError(
             f"--workdir: '{workdir}' holds '{foreign}', which no run of flax_mlm has written; use a new folder"
@@ -68,14 +66,10 @@ def take(workdir: gcs.AnyPath, config: Config) -> None:
     Raises:
       UserError: the workdir holds a run with another config, or cannot be written.
     """
-    file = workdir / _FILE
-    try:
-        with gcs.errors(workdir):
-            if not file.exists():
-                files.write_json(file, config.to_dict())
-                return
-    except OSError as e:
-        raise _unusable(workdir, e) from e
+    with _usable(workdir):
+        if not (workdir / _FILE).exists():
+            files.write_json(workdir / _FILE, config.to_dict())
+            return
     check(workdir, config)
 
 
@@ -86,20 +80,24 @@ def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) ->
     Raises:
       UserError: a field differs, or config.json cannot be read.
     """
-    file = workdir / _FILE
-    try:
-        with gcs.errors(workdir):
-            stored = flatten(from_dict(json.loads(file.read_text())).to_dict()) if file.exists() else None
-    except (OSError, ValueError, TypeError) as e:
-        raise _unusable(workdir, e) from e
+    with _usable(workdir):
+        if not (workdir / _FILE).exists():
+            return
+        stored = flatten(from_dict(json.loads((workdir / _FILE).read_text())).to_dict())
     for name, value in flatten(config.to_dict()).items():
         may_differ = name in free or f"{name.split('.')[0]}." in free
-        if stored is not None and stored.get(name) != value and not may_differ:
+        if stored.get(name) != value and not may_differ:
             raise UserError(
                 f"--workdir: '{workdir}' holds a run with {name} = {stored.get(name)}, and this one has {value}; "
                 "use another --workdir"
             )
 
 
-def _unusable(workdir: gcs.AnyPath, e: Exception) -> UserError:
-    return UserError(f"--workdir: '{workdir}' cannot be used: {e}")
+@contextlib.contextmanager
+def _usable(workdir: gcs.AnyPath) -> Iterator[None]:
+    """Raises UserError where the files of a workdir cannot be read or written."""
+    try:
+        with gcs.errors(workdir):
+            yield
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"--workdir: '{workdir}' cannot be used: {e}") from e

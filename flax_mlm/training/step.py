@@ -16,10 +16,9 @@ from flax_mlm.distributed.mesh import bind_to_mesh
 from flax_mlm.inference.forward import Batch, Forward, build_forward
 from flax_mlm.model import flops
 from flax_mlm.model.heads import vocab_rows
-from flax_mlm.objectives.keys import row_keys, run_key
 from flax_mlm.objectives.masking import Rates, rates_at
+from flax_mlm.objectives.rows import Vocabulary, row_keys, run_key
 from flax_mlm.objectives.targets import Targets, make_targets, max_predictions_per_row
-from flax_mlm.objectives.vocabulary import Vocabulary
 from flax_mlm.optim import optimizer
 from flax_mlm.training.gradients import choose_gradient
 from flax_mlm.training.state import Metrics, TrainState, new_state

@@ -12,7 +12,7 @@ from flax_mlm.config.schema import OptimizerConfig
 from flax_mlm.distributed.deterministic import gather_whole
 from flax_mlm.distributed.mesh import reshard_like
 from flax_mlm.objectives.language_modelling import Loss
-from flax_mlm.optim import averaging, optimizer, schedules, spikes
+from flax_mlm.optim import averaging, optimizer, spikes
 from flax_mlm.training.gradients import Gradient
 from flax_mlm.training.state import Metrics, TrainState
 
@@ -63,7 +63,7 @@ def update(
     largest_norm, counted_2 = clip_norm(config, state.running, values_2)
     scale = jnp.where(grad_norm > largest_norm, largest_norm / grad_norm, 1.0)
     peak = phase.value("optimizer.learning_rate", fraction)
-    learning_rate = peak * schedules.learning_rate(config, state.progress, end)
+    learning_rate = peak * optimizer.learning_rate(config, state.progress, end)
     weight_decay = phase.value("optimizer.weight_decay", fraction)
     is_good = jnp.isfinite(values_2).all()
     if config.spike_action == "skip":
