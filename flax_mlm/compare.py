@@ -36,45 +36,21 @@ _OUTPUT = flags.DEFINE_string("output", "", "folder for the results, table.md, c
 _DRAWS = flags.DEFINE_integer("draws", 1000, "number of bootstrap resamples", 10)
 
 
-class Spec(NamedTuple):
-    """One task of `--tasks`."""
-
-    name: str
-    arguments: list[str]  # of evaluate
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint, identified by its content."""
-
-    path: str
-    sha256: str
-
-
-class Difference(NamedTuple):
-    """A metric minus the first checkpoint's, with a 95% confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 def main(config: Config) -> None:
     paths, overrides = parse_checkpoints(_CHECKPOINTS.value), app.config_arguments(sys.argv)
     if overrides and overrides[0].startswith("--config="):
         raise UserError(f"{overrides[0]} is not used, checkpoints have configs; use --config.section.field=value")
     tasks = parse_tasks(_TASKS.value)
-    specs = [spec._replace(arguments=[*overrides, *spec.arguments]) for spec in tasks]  # the task's options win
     if not _OUTPUT.value:
         raise UserError("--output is missing; name a folder for the results")
     gcs.refuse("--output", _OUTPUT.value)
     output = Path(_OUTPUT.value).expanduser()
     checkpoints = {name: find(path) for name, path in paths.items()}
-    results: dict[str, dict[str, dict[str, Any]]] = {}
-    for spec in specs:
-        for name, checkpoint in checkpoints.items():
-            print(f"{spec.name}: {name}", flush=True)
-            results.setdefault(spec.name, {})[name] = result_of(spec, name, checkpoint, output)
-    rows = [row for task, some in results.items() for row in compared(task, some, _DRAWS.value)]
+    rows: list[Row] = []
+    for task, options in tasks.items():
+        arguments = [*overrides, *options]  # the task's own win
+        results = {name: result_of(task, arguments, name, *found, output) for name, found in checkpoints.items()}
+        rows += compared(task, results, _DRAWS.value)
     text = table(list(checkpoints), rows)
     files.write_text(output / "table.md", text)
     files.write_json(output / "comparison.json", [row._asdict() for row in rows])
@@ -96,9 +72,9 @@ def parse_checkpoints(items: list[str]) -> dict[str, str]:
     return paths
 
 
-def parse_tasks(text: str) -> list[Spec]:
-    """Parses `--tasks`. Raises UserError."""
-    specs: list[Spec] = []
+def parse_tasks(text: str) -> dict[str, list[str]]:
+    """Parses `--tasks`: name -> arguments of evaluate. Raises UserError."""
+    tasks: dict[str, list[str]] = {}
     for statement in filter(None, split(text, ";")):
         try:
             first, *arguments = shlex.split(statement)
@@ -108,52 +84,52 @@ def parse_tasks(text: str) -> list[Spec]:
         name = name or task
         if any(re.match(r"--(checkpoint|json|task|save)\b", argument) for argument in arguments):
             raise UserError(f"--tasks: '{statement}' has --checkpoint, --json, --task or --save, which compare sets")
-        if name in [spec.name for spec in specs]:
+        if name in tasks:
             raise UserError(f"--tasks names two '{name}'; rename one with NAME={task} ...")
-        specs.append(Spec(name, [f"--task={task}", *arguments]))
-    if not specs:
+        tasks[name] = [f"--task={task}", *arguments]
+    if not tasks:
         raise UserError("--tasks is empty; expected tasks of evaluate, such as 'mlm; cloze'")
-    return specs
+    return tasks
 
 
-def find(path: str) -> Checkpoint:
-    """Finds the newest sound checkpoint of a run, or hashes a Hugging Face folder. Raises UserError."""
+def find(path: str) -> tuple[str, str]:
+    """Finds the newest sound checkpoint of a run, or a Hugging Face folder: its path and SHA-256. Raises UserError."""
     from flax_mlm.checkpoint.format import newest_meta
     from flax_mlm.hf.folder import is_hf_folder
 
     if not is_hf_folder(path):
         newest, meta = newest_meta(path)
-        return Checkpoint(os.fspath(newest), meta["sha256"])
+        return os.fspath(newest), meta["sha256"]
     digest, root = hashlib.sha256(), Path(path).expanduser()
     for file in sorted([*root.glob("*"), *root.glob("*/config.json")]):
         if file.suffix in (".json", ".model", ".safetensors", ".txt") and file.is_file():
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-    return Checkpoint(path, digest.hexdigest())
+    return path, digest.hexdigest()
 
 
-def result_of(spec: Spec, name: str, checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
-    """Reads the result of an earlier evaluation, or evaluates.
+def result_of(task: str, arguments: list[str], name: str, path: str, sha256: str, output: Path) -> dict[str, Any]:
+    """Reads the result of an earlier evaluation of a checkpoint, or evaluates it.
 
     Raises:
       UserError: evaluate ended with a user error, or `output` cannot be written.
       Failure: evaluate failed.
     """
-    inputs = json.dumps([*checkpoint, *spec.arguments, *files_in(spec.arguments)])
+    print(f"{task}: {name}", flush=True)
+    inputs = json.dumps([path, sha256, *arguments, *files_in(arguments)])
     key = hashlib.sha256(inputs.encode()).hexdigest()[:12]
-    file = output / "results" / f"{spec.name}-{name}-{key}.json"
+    file = output / "results" / f"{task}-{name}-{key}.json"
     if not file.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"--output: '{output}' cannot be used: {e.strerror}") from e
-        arguments = [f"--checkpoint={checkpoint.path}", *spec.arguments, f"--json={file}"]
-        line = [sys.executable, "-m", "flax_mlm.evaluate", *arguments]
+        line = [sys.executable, "-m", "flax_mlm.evaluate", f"--checkpoint={path}", *arguments, f"--json={file}"]
         done = subprocess.run(line, capture_output=True, text=True)
         if done.returncode:
             message = (done.stderr.strip().splitlines() or ["no output"])[-1]
             error = UserError if done.returncode == 2 else Failure
-            raise error(f"{spec.name} of {name}: {message.removeprefix('error: ')}")
+            raise error(f"{task} of {name}: {message.removeprefix('error: ')}")
     return json.loads(file.read_text())
 
 
@@ -174,7 +150,8 @@ class Row(NamedTuple):
     metric: str
     higher_is_better: bool
     values: dict[str, tuple[float, float]]  # checkpoint -> value and standard error
-    differences: dict[str, Difference]  # checkpoint -> difference to the first with the same examples
+    # checkpoint -> difference to the first with the same examples, lower and upper end of its 95% confidence interval
+    differences: dict[str, tuple[float, float, float]]
 
 
 def compared(task: str, results: dict[str, dict[str, Any]], draws: int) -> list[Row]:
@@ -192,13 +169,11 @@ def compared(task: str, results: dict[str, dict[str, Any]], draws: int) -> list[
         first, *others = row.values
         reference = headlines[first]
         for name in others:
-            other = headlines[name]
-            if other.examples != reference.examples:
-                continue
-            rng, size = np.random.default_rng(0), reference.num_examples
-            picks = (rng.integers(0, size, size) for _ in range(draws))
-            low, high = np.percentile([other.resample(i) - reference.resample(i) for i in picks], [2.5, 97.5])
-            row.differences[name] = Difference(other.value - reference.value, float(low), float(high))
+            if (other := headlines[name]).examples == reference.examples:
+                rng, size = np.random.default_rng(0), reference.num_examples
+                picks = (rng.integers(0, size, size) for _ in range(draws))
+                low, high = np.percentile([other.resample(i) - reference.resample(i) for i in picks], [2.5, 97.5])
+                row.differences[name] = other.value - reference.value, float(low), float(high)
     return list(rows.values())
 
 
@@ -210,9 +185,10 @@ def table(checkpoints: list[str], rows: list[Row]) -> str:
             return "–"
         value, stderr = row.values[name]
         text = f"{value:.4f} ± {stderr:.4f}"
-        if difference := row.differences.get(name):
-            bold = "**" if difference.low > 0 or difference.high < 0 else ""
-            text += f"<br>{bold}{difference.value:+.4f}{bold} [{difference.low:+.4f}, {difference.high:+.4f}]"
+        if name in row.differences:
+            difference, low, high = row.differences[name]
+            bold = "**" if low > 0 or high < 0 else ""
+            text += f"<br>{bold}{difference:+.4f}{bold} [{low:+.4f}, {high:+.4f}]"
         return text
 
     lines = []

@@ -17,65 +17,54 @@ from flax_mlm.errors import UserError
 from flax_mlm.evaluation.registry import TASKS
 from flax_mlm.storage import files, gcs
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder"
-)
-_TASK = flags.DEFINE_enum("task", "mlm", list(TASKS), "; ".join(f"{name}: {task.help}" for name, task in TASKS.items()))
-flags.DEFINE_string(
-    "data",
-    "",
-    "test data. cloze: lines `text with [MASK]<TAB>answer`, empty: built-in clozes; minimal_pairs: a .jsonl file, a "
-    "folder of them, or tfds:blimp/NAME",
-)
-flags.DEFINE_string(
-    "mask_rates", "0.05,0.15,0.3,0.5", "additional mask rates to evaluate at (--task=mlm); empty: only eval.mask_rate"
-)
-_VARIANTS = ["original", "within_word_l2r"]
-flags.DEFINE_enum("variant", _VARIANTS[1], _VARIANTS, "pseudo-log-likelihood variant (--task=minimal_pairs)")
-flags.DEFINE_string(
-    "train",
-    "",
-    "training data. classification: a table, .jsonl or tfds:NAME:split; tagging: CoNLL format; retrieval: a file of "
-    "pairs with columns query, positive, negative, a file of lines, or a BEIR folder, empty: no fine-tuning",
-)
-flags.DEFINE_string("dev", "", "development data, which chooses learning rate and epoch; empty: a tenth of --train")
-flags.DEFINE_string("test", "", "test data; empty: --dev. retrieval: a BEIR folder, or pairs of sentences with scores")
-flags.DEFINE_string("text", "", "column of the text: its name, or its number from 1 in a table without header")
-flags.DEFINE_string("pair", "", "column of the second text")
-flags.DEFINE_string("label", "", "column of the label or score")
-_METRICS = ["accuracy", "f1", "matthews", "spearman", "pearson"]
-flags.DEFINE_enum(
-    "metric", "accuracy", _METRICS, "metric for --task=classification; spearman and pearson select regression"
-)
-_SAVE = flags.DEFINE_string("save", "", "new folder for the fine-tuned encoder, a checkpoint (--task=retrieval)")
-_JSON = flags.DEFINE_string("json", "", "file to write the result to")
-
+_TEXTS = {
+    "checkpoint": "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder",
+    "data": "test data. cloze: lines `text with [MASK]<TAB>answer`, empty: built-in clozes; minimal_pairs: a .jsonl "
+    "file, a folder of them, or tfds:blimp/NAME",
+    "train": "training data. classification: a table, .jsonl or tfds:NAME:split; tagging: CoNLL format; retrieval: a "
+    "file of pairs with columns query, positive, negative, a file of lines, or a BEIR folder, empty: no fine-tuning",
+    "dev": "development data, which chooses learning rate and epoch; empty: a tenth of --train",
+    "test": "test data; empty: --dev. retrieval: a BEIR folder, or pairs of sentences with scores",
+    "text": "column of the text: its name, or its number from 1 in a table without header",
+    "pair": "column of the second text",
+    "label": "column of the label or score",
+    "save": "new folder for the fine-tuned encoder, a checkpoint (--task=retrieval)",
+    "json": "file to write the result to",
+}
+for _name, _help in _TEXTS.items():
+    flags.DEFINE_string(_name, "", _help)
+flags.DEFINE_enum("task", "mlm", list(TASKS), "; ".join(f"{name}: {task.help}" for name, task in TASKS.items()))
+_help = "additional mask rates to evaluate at (--task=mlm); empty: only eval.mask_rate"
+flags.DEFINE_string("mask_rates", "0.05,0.15,0.3,0.5", _help)
+_help = "pseudo-log-likelihood variant (--task=minimal_pairs)"
+flags.DEFINE_enum("variant", "within_word_l2r", ["original", "within_word_l2r"], _help)
+_help = "metric for --task=classification; spearman and pearson select regression"
+flags.DEFINE_enum("metric", "accuracy", ["accuracy", "f1", "matthews", "spearman", "pearson"], _help)
 flags.adopt_module_key_flags(cluster)
 
 
 def main(config: Config) -> None:
     from flax_mlm.inference.load import load_model
 
-    task, values = TASKS[_TASK.value], flags.FLAGS
+    task, values = TASKS[flags.FLAGS.task], flags.FLAGS
     for flag in sorted({flag for other in TASKS.values() for flag in other.flags} - set(task.flags)):
         if values[flag].present:
             takes = ", ".join(f"--{name}" for name in task.flags)
-            raise UserError(f"--{flag} is not used by --task={_TASK.value}; it takes {takes}")
-    gcs.refuse("--save", _SAVE.value)
-    gcs.refuse("--json", _JSON.value)
-    output = Path(_JSON.value).expanduser()
-    identity = {"--checkpoint": _CHECKPOINT.value, "--task": _TASK.value, **flatten(config.to_dict())}
+            raise UserError(f"--{flag} is not used by --task={values.task}; it takes {takes}")
+    gcs.refuse("--save", values.save)
+    gcs.refuse("--json", values.json)
+    output = Path(values.json).expanduser()
+    identity = {"--checkpoint": values.checkpoint, "--task": values.task, **flatten(config.to_dict())}
     with processes.join(cluster.from_flags(), identity, config.train.stall_timeout) as group:
-        if _JSON.value and group.index == 0:
+        if values.json and group.index == 0:
             files.check_writable("--json", output)
         with group.untimed("opening the checkpoint"):
-            model = load_model(_CHECKPOINT.value, config)
+            model = load_model(values.checkpoint, config)
         result, table = task.run(model, group, **{flag: values[flag].value for flag in task.flags})
         if group.index == 0:
             print("\n".join(table))
-            if _JSON.value:
-                header = {"task": _TASK.value, "objective": config.objective.name}
-                files.write_json(output, header | result)
+            if values.json:
+                files.write_json(output, {"task": values.task, "objective": config.objective.name} | result)
 
 
 if __name__ == "__main__":

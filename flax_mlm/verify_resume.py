@@ -16,13 +16,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ _SHAPES = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string("workdir", "", "folder to keep the runs in; default: a temporary folder")
 
+_PARTS = ("batches", "parameters", "state", "metrics", "result")  # of what a run writes
 _TIMES = ("tokens_per_second", "data_wait", "eta_seconds", "mfu", "train_seconds")
 _BATCHES = ("step", "rows", "batch_fingerprint", "mask_rate", "tokens", "predicted_tokens")
 
@@ -56,16 +57,6 @@ class Shape(NamedTuple):
         return "here" if self.devices is None else f"{self.processes}x{self.devices}"
 
 
-class Hashes(NamedTuple):
-    """Hashes of what a run wrote."""
-
-    batches: str
-    parameters: str
-    state: str
-    metrics: str
-    result: str
-
-
 def main(config: Config) -> int:
     steps = _STEPS.value
     if _KILLS.value >= steps:
@@ -77,33 +68,34 @@ def main(config: Config) -> int:
     every = max(2, steps // 3)
     config = shortened(config, steps, every)
     here = Shape()
-    with folder_of_runs() as folder:
+    found: dict[str, list[str]] = {}
+    broken: list[str] = []
+    with folder_of_runs() as name:
+        folder = Path(name)
         code = "from flax_mlm.config.load import from_dict\n\n"
         code += f"def get_config():\n    return from_dict({config.to_dict()!r})\n"
         (folder / "config.py").write_text(code)
 
-        def run(name: str, *legs: tuple[Shape, int | None], copy_of: Path | None = None) -> Hashes:
-            workdir = folder / name
-            if copy_of:
-                copy_checkpoint(copy_of, workdir, every)
+        def run(name: str, *legs: tuple[Shape, int | None], exact: bool = True) -> None:
+            """Trains in some places in turn, and compares the run with `straight`."""
             for shape, kill_at in legs:
-                train(folder / "config.py", workdir, shape, kill_at)
-            result = hashes(workdir, steps)
-            print("  ".join([f"{name:12}", f"{' > '.join(str(s) for s, _ in legs):24}", *result]), flush=True)
-            return result
+                train(folder / "config.py", folder / name, shape, kill_at)
+            found[name] = hashes(folder / name, steps)
+            print_row(name, " > ".join(str(shape) for shape, _ in legs), *found[name])
+            pairs = zip(_PARTS, found[name], found["straight"], strict=True)
+            wrong = [part for part, own, other in pairs if own != other and (exact or part == "batches")]
+            if wrong:
+                broken.append(f"run '{name}' differs from 'straight' in its {', '.join(wrong)}")
 
-        print("  ".join([f"{'run':12}", f"{'devices':24}", *(f"{name:12}" for name in Hashes._fields)]))
-        straight = run("straight", (here, None))
-        kills = [steps * (i + 1) // (_KILLS.value + 1) for i in range(_KILLS.value)]
-        broken = compare("killed", straight, run("killed", *((here, k) for k in kills), (here, None)), exact=True)
+        print_row("run", "devices", *_PARTS)
+        run("straight", (here, None))
+        run("killed", *((here, stop) for stop in stops(steps, _KILLS.value)), (here, None))
         exact = config.train.reproducible
         for shape in shapes:
-            moved = run(f"to {shape}", (shape, None), copy_of=folder / "straight")
-            broken += compare(f"to {shape}", straight, moved, exact)
+            copy_checkpoint(folder / "straight", folder / f"to {shape}", every)
+            run(f"to {shape}", (shape, None), exact=exact)
         if len(shapes) > 1:
-            stops = [steps * (i + 1) // (len(shapes) + 1) for i in range(len(shapes))]
-            legs = [*zip(shapes, stops, strict=True), (here, None)]
-            broken += compare("moving", straight, run("moving", *legs), exact)
+            run("moving", *zip(shapes, stops(steps, len(shapes)), strict=True), (here, None), exact=exact)
     if broken:
         raise Failure("; ".join(broken))
     print("all guarantees hold: what must be equal is equal, bit for bit")
@@ -136,23 +128,21 @@ def shortened(config: Config, steps: int, every: int) -> Config:
     return config
 
 
-def compare(name: str, expected: Hashes, actual: Hashes, exact: bool) -> list[str]:
-    """Describes the broken guarantees: with `exact` all hashes must be equal, otherwise those of the batches."""
-    fields = Hashes._fields if exact else ("batches",)
-    wrong = [field for field in fields if getattr(expected, field) != getattr(actual, field)]
-    return [f"run '{name}' differs from 'straight' in its {', '.join(wrong)}"] if wrong else []
+def print_row(name: str, devices: str, *hashes: str) -> None:
+    print("  ".join([f"{name:12}", f"{devices:24}", *(f"{x:12}" for x in hashes)]), flush=True)
+
+
+def stops(steps: int, count: int) -> list[int]:
+    """Some steps between the first and the last, evenly spread."""
+    return [steps * (i + 1) // (count + 1) for i in range(count)]
 
 
 def parse_shapes(text: str) -> list[Shape]:
     """Parses "1x4,2x2". Raises UserError."""
-    try:
-        numbers = [tuple(map(int, item.split("x"))) for item in text.split(",") if item]
-        shapes = [Shape(processes, devices) for processes, devices in numbers]
-        if any(min(n) < 1 for n in numbers):
-            raise ValueError(text)
-    except ValueError:
-        raise UserError(f"--shapes is '{text}'; expected PROCESSESxDEVICES, comma-separated, such as 1x4,2x2") from None
-    return shapes
+    items = [item.strip() for item in text.split(",") if item]
+    if not all(re.fullmatch(r"0*[1-9]\d*x0*[1-9]\d*", item) for item in items):
+        raise UserError(f"--shapes is '{text}'; expected PROCESSESxDEVICES, comma-separated, such as 1x4,2x2")
+    return [Shape(*map(int, item.split("x"))) for item in items]
 
 
 def backend() -> str:
@@ -162,20 +152,17 @@ def backend() -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
-@contextlib.contextmanager
-def folder_of_runs() -> Iterator[Path]:
-    """Yields `--workdir`, newly made, or a temporary folder. Raises UserError."""
+def folder_of_runs() -> contextlib.AbstractContextManager[str]:
+    """Makes `--workdir`, or a temporary folder for the block. Raises UserError."""
     if not _WORKDIR.value:
-        with tempfile.TemporaryDirectory(prefix="verify_resume-") as name:
-            yield Path(name)
-        return
+        return tempfile.TemporaryDirectory(prefix="verify_resume-")
     gcs.refuse("--workdir", _WORKDIR.value)
     folder = Path(_WORKDIR.value).expanduser().absolute()
     try:
         folder.mkdir(parents=True)
     except OSError as e:
         raise UserError(f"--workdir: '{folder}' cannot be made ({e.strerror}); name a new folder") from e
-    yield folder
+    return contextlib.nullcontext(str(folder))
 
 
 def copy_checkpoint(source: Path, workdir: Path, step: int) -> None:
@@ -188,7 +175,9 @@ def copy_checkpoint(source: Path, workdir: Path, step: int) -> None:
 def train(config_file: Path, workdir: Path, shape: Shape, kill_at: int | None) -> None:
     """Runs `train` to its end, or kills it after step `kill_at`. Raises Failure."""
     line = [sys.executable, "-m", "flax_mlm.train", f"--config={config_file}", f"--workdir={workdir}"]
-    env, address = dict(os.environ), f"127.0.0.1:{free_port()}"
+    env = dict(os.environ)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # which finds a free port
+        address = f"127.0.0.1:{server.getsockname()[1]}"
     if shape.devices is not None:
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={shape.devices}"
         env["JAX_PLATFORMS"] = "cpu"
@@ -217,31 +206,22 @@ def train(config_file: Path, workdir: Path, shape: Shape, kill_at: int | None) -
             raise Failure(f"run '{workdir.name}' ended with exit codes {codes}: {last_line}")
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def hashes(workdir: Path, step: int) -> Hashes:
-    """Hashes the metrics of every step, and the fingerprints of the arrays in the last checkpoint."""
+def hashes(workdir: Path, step: int) -> list[str]:
+    """Hashes of `_PARTS`: of the metrics of every step, and the fingerprints of the arrays in the last checkpoint."""
     from etils import epath
 
     from flax_mlm.checkpoint.format import read_meta
 
     arrays = read_meta(epath.Path(workdir) / "checkpoints" / str(step))["arrays"]
     lines, steps = metrics.lines(workdir), metrics.lines(workdir, "train")
-    return Hashes(
-        digest([[line[name] for name in _BATCHES] for line in steps]),
-        digest(sorted(item for item in arrays.items() if item[0].startswith("params/"))),
-        digest(sorted(item for item in arrays.items() if not item[0].startswith("params/"))),
-        digest([{k: v for k, v in line.items() if k not in _TIMES} for line in lines]),
-        digest(json.loads((workdir / "result.json").read_text())),
+    parts = (
+        [[line[name] for name in _BATCHES] for line in steps],
+        sorted(item for item in arrays.items() if item[0].startswith("params/")),
+        sorted(item for item in arrays.items() if not item[0].startswith("params/")),
+        [{k: v for k, v in line.items() if k not in _TIMES} for line in lines],
+        json.loads((workdir / "result.json").read_text()),
     )
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return [hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:12] for part in parts]
 
 
 if __name__ == "__main__":

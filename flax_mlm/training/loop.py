@@ -159,7 +159,8 @@ class Run:
           Diverged: too many updates in a row were skipped.
         """
         previous, self._pending = self._pending, self._dispatch()
-        metrics, t = [self._read(previous)] if previous else [], self._context.config.train
+        metrics = [self._read(previous)] if previous else []
+        t = self._context.config.train
         is_pause = self.save_is_due or any(is_multiple(self.step, n) for n in (t.eval_every, t.cloze_every))
         if is_pause or any(map(self._end, metrics)):
             metrics.append(self._read(self._pending))
