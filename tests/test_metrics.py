@@ -164,13 +164,9 @@ def test_totals_go_on_where_they_were_saved_without_the_pauses(monkeypatch):
 
 def test_the_line_can_be_grepped():
     values = dict(loss=1.5, accuracy=0.25, learning_rate=1e-3, grad_norm=0.5, skipped=0.0)
-    line = metrics.train_line(
-        "step 20/100", {**values, "tokens_per_second": 1234.5, "data_wait": 0.01, "eta_seconds": 3661}
-    )
+    line = metrics.train_line({**values, "tokens_per_second": 1234.5, "data_wait": 0.01, "eta_seconds": 3661})
     assert "\n" not in line
-    assert re.search(
-        r"step 20/100  loss 1\.5000  accuracy 0\.2500 .* tokens/s 1,234  mfu unknown .* eta 1:01:01$", line
-    )
+    assert re.search(r"^loss 1\.5000  accuracy 0\.2500 .* tokens/s 1,234  mfu unknown .* eta 1:01:01$", line)
     assert metrics.train_line(
-        "step 20/100", {**values, "skipped": 2.0, "tokens_per_second": 1, "data_wait": 0, "eta_seconds": 1, "mfu": 0.5}
+        {**values, "skipped": 2.0, "tokens_per_second": 1, "data_wait": 0, "eta_seconds": 1, "mfu": 0.5}
     ).endswith("mfu 50.0%  data_wait 0.0%  eta 0:00:01  skipped 2")

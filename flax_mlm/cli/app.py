@@ -69,13 +69,13 @@ def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, pos
 def _parse(argv: list[str], from_checkpoint: bool, positional: str) -> Config:
     """Sets the flags and builds the config. Raises UserError."""
     source, overrides, rest = _split(argv, "--checkpoint" if from_checkpoint else "--config")
-    if from_checkpoint:
-        if not source:
-            raise UserError("--checkpoint is missing; name the workdir of a run, a checkpoint or a Hugging Face folder")
+    if not from_checkpoint:
+        config = _config_from_file(source, overrides)
+    elif source:
         config = _config_from_checkpoint(source, overrides)
         rest.insert(1, f"--checkpoint={source}")
     else:
-        config = _config_from_file(source, overrides)
+        raise UserError("--checkpoint is missing; name the workdir of a run, a checkpoint or a Hugging Face folder")
     try:
         bare = flags.FLAGS(rest)[1:]
     except flags.Error as e:

@@ -102,23 +102,23 @@ def _parse_statement(text: str, length: float, unit: str) -> tuple[float, str]:
     return begin, match[3].strip()
 
 
-def _parse_changes(text: str) -> list[tuple[str, str | None, str | None]]:
-    """Parses `field=first, field->final, field=first->final, ...`. Returns field, first and final value of each."""
+def _parse_changes(text: str) -> dict[str, tuple[str | None, str | None]]:
+    """Parses `field=first, field->final, field=first->final, ...`: field -> first and final value as written."""
     items: list[str] = []
     for item in split(text, ","):
         if "=" in item or "->" in item or not items:
             items.append(item)
         else:  # the comma belongs to a value, such as several corpora
             items[-1] += f",{item}"
-    changes: list[tuple[str, str | None, str | None]] = []
+    changes: dict[str, tuple[str | None, str | None]] = {}
     for item in items:
         match = re.fullmatch(r"([^=>]*?)\s*(?:=(.*?))?(?:->(.*))?", item, re.S)
         if not match or (match[2] is None and match[3] is None):
             raise _error(f"cannot parse '{item}'; expected field=value or field=a->b")
         path, first, final = match.groups()
-        if path in [changed for changed, *_ in changes]:
+        if path in changes:
             raise _error(f"'{text}' changes {path} twice")
-        changes.append((path, first and first.strip(), final and final.strip()))
+        changes[path] = first and first.strip(), final and final.strip()
     return changes
 
 
@@ -126,7 +126,7 @@ def _next_phase(before: Phase, begin: float, text: str) -> Phase:
     """The phase that changes what `text` says in the phase before."""
     config, final_values = _with_values(before.config, before.final_values), dict[str, float]()
     changes = _parse_changes(text)
-    for path, first, final in changes:
+    for path, (first, final) in changes.items():
         if not knob(path).in_phases:
             raise _error(f"'{path}' cannot change within a run")
         if first is not None:
@@ -136,7 +136,7 @@ def _next_phase(before: Phase, begin: float, text: str) -> Phase:
                 can = ", ".join(name for name, other in knobs().items() if other.in_phases == INTERPOLATED)
                 raise _error(f"'{path}' cannot be interpolated with '->'; these can: {can}")
             final_values[path] = parse(path, final)
-    if config.data.corpus and "data.seq_len" in [path for path, *_ in changes]:
+    if config.data.corpus and "data.seq_len" in changes:
         raise _error("data.seq_len comes from data.corpus; name a corpus prepared with that data.seq_len")
     _check_phase(before, begin, config, final_values, text)
     return Phase(config, begin, 1.0, final_values, text)

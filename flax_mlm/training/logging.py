@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flax_mlm.config.phases import is_over
-from flax_mlm.data.mixture import DataCursor
+from flax_mlm.data.mixture import DataCursor, Mixture
 from flax_mlm.distributed.chips import peak_flops
 from flax_mlm.evaluation import mlm
 from flax_mlm.training.context import RunContext
@@ -37,42 +37,39 @@ class Logger:
         context, progress = self._context, values["progress"]
         self.speed.add(values["tokens"], flops)
         is_due = step % context.config.train.log_every == 0 or is_over(context.phases, step, progress)
-        if not (self.writers and is_due):
-            return
-        line = {name: value for name, value in values.items() if name != "stop"} | {"rows": cursor.row}
-        line |= self.speed.report(progress) | _epochs(cursor, context.mixtures[phase])
-        print(train_line(self._label(step, progress), line), flush=True)
-        self.writers.write(step, "train", line)
+        if self.writers and is_due:
+            line = {name: value for name, value in values.items() if name != "stop"} | {"rows": cursor.row}
+            line |= self.speed.report(progress) | _epochs(cursor, context.mixtures[phase])
+            self._write(step, "train", progress, train_line(line), line)
 
     def validation(self, step: int, progress: float, result: dict[str, float]) -> None:
         """Writes the held-out metrics, and the time used of a budget."""
-        if not self.writers:
-            return
         losses = "".join(f"  {name} {result[f'loss/{name}']:.4f}" for name in mlm.corpus_names(result))
         summary = f"validation loss {result['loss']:.4f}  accuracy {result['accuracy']:.4f}{losses}"
-        print(f"{self._label(step, progress)}  {summary}")
         budget = self._context.budget
         used = {"budget_seconds": budget.used()} if budget else {}
-        self.writers.write(step, "validation", result | self.speed.totals() | used)
-        self.writers.flush()
+        self._write(step, "validation", progress, summary, result | self.speed.totals() | used)
+        if self.writers:
+            self.writers.flush()
 
     def clozes(self, step: int, progress: float, result: dict[str, Any], table: str) -> None:
         """Writes the ranks of the clozes' answers; `table`, Markdown, goes to TensorBoard."""
-        if not self.writers:
-            return
-        ranks = f"top1 {result['top1']:.2f}  top5 {result['top5']:.2f}"
-        print(f"{self._label(step, progress)}  clozes  {ranks}", flush=True)
-        self.writers.write(step, "cloze", {name: x for name, x in result.items() if name != "answers"}, table)
+        numbers = {name: x for name, x in result.items() if name != "answers"}
+        summary = f"clozes  top1 {result['top1']:.2f}  top5 {result['top5']:.2f}"
+        self._write(step, "cloze", progress, summary, numbers, table)
 
-    def _label(self, step: int, progress: float) -> str:
-        """`step N/TOTAL`; the total of a run with a budget is extrapolated."""
-        train = self._context.phases[-1].config.train
-        if train.has_budget:
-            return f"step {step}/~{max(step, round(step / max(progress, 1e-9)))}"
-        return f"step {step}/{train.steps}"
+    def _write(
+        self, step: int, kind: str, progress: float, summary: str, values: dict[str, float], text: str = ""
+    ) -> None:
+        """Prints `step N/TOTAL` and a summary; the total of a run with a budget is extrapolated."""
+        if self.writers:
+            train = self._context.phases[-1].config.train
+            total = f"~{max(step, round(step / max(progress, 1e-9)))}" if train.has_budget else f"{train.steps}"
+            print(f"step {step}/{total}  {summary}", flush=True)
+            self.writers.write(step, kind, values, text)
 
 
-def _epochs(cursor: DataCursor, mixture: Any) -> dict[str, float]:
+def _epochs(cursor: DataCursor, mixture: Mixture) -> dict[str, float]:
     """Epochs of each corpus so far, where there are several."""
     epochs = cursor.stream(mixture).epochs(cursor.row)
     names = [f"epochs/{name}" for name in mixture.corpora]

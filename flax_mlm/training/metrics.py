@@ -84,10 +84,9 @@ class Throughput:
         return rates | self._before
 
 
-def train_line(step: str, m: dict[str, float]) -> str:
-    """Formats the metrics of a step as one greppable line that begins with `step`."""
+def train_line(m: dict[str, float]) -> str:
+    """Formats the metrics of a step as one greppable line."""
     columns = [
-        step,
         f"loss {m['loss']:.4f}",
         f"accuracy {m['accuracy']:.4f}",
         f"lr {m['learning_rate']:.2e}",
@@ -99,7 +98,7 @@ def train_line(step: str, m: dict[str, float]) -> str:
         f"eta {datetime.timedelta(seconds=round(m['eta_seconds']))}",
     ]
     if "generator_loss" in m:
-        columns[2:2] = [f"generator {m['generator_loss']:.4f}", f"discriminator {m['discriminator_loss']:.4f}"]
+        columns[1:1] = [f"generator {m['generator_loss']:.4f}", f"discriminator {m['discriminator_loss']:.4f}"]
     return "  ".join(columns + ([f"skipped {m['skipped']:.0f}"] if m["skipped"] else []))
 
 

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flax_mlm.checkpoint.fingerprint import fingerprint_scalar
-from flax_mlm.config import phases
-from flax_mlm.config.phases import Phase
+from flax_mlm.config.phases import Phase, single_phase
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed.mesh import bind_to_mesh
 from flax_mlm.inference.forward import Batch, Forward, build_forward
-from flax_mlm.model import flops
-from flax_mlm.model.heads import vocab_rows
+from flax_mlm.model import flops, heads
 from flax_mlm.objectives.masking import Rates, rates_at
 from flax_mlm.objectives.rows import Vocabulary, row_keys, run_key
 from flax_mlm.objectives.targets import Targets, make_targets, max_predictions_per_row
@@ -44,7 +42,7 @@ def build_training(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | N
     Raises:
       UserError: `model.attention` is a kernel that the mesh's devices do not have.
     """
-    phase = phase or phases.single_phase(config)
+    phase = phase or single_phase(config)
     forward = build_forward(config, vocab_size, mesh)
     tx = optimizer.make(config.optimizer, forward.model.dims)
 
@@ -110,7 +108,7 @@ def _slots(phase: Phase) -> int:
 def _flops(phase: Phase, vocab_size: int) -> float:
     """Model FLOPs of one step."""
     config, slots = phase.config, _slots(phase)
-    rows = vocab_rows(config.model, vocab_size)
+    rows = heads.vocab_rows(config.model, vocab_size)
     if config.objective.name == "rtd":
         return config.train.global_batch_size * flops.per_row_of_rtd(config, slots, rows)
     return config.train.global_batch_size * flops.per_row(config.model, config.data.seq_len, slots, rows)
