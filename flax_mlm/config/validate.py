@@ -59,6 +59,11 @@ def _need_divisible(c: Config, path: str, by: str, hint: str = "") -> None:
     _need_value(c, path, value_of(c, path) % divisor == 0, f"a number divisible by {by}, {divisor}{hint}")
 
 
+def _need_at_most_1(c: Config, *paths: str) -> None:
+    total = sum(value_of(c, path) for path in paths)
+    _need(total <= 1.0, f"{' + '.join(paths)} is {total:g}; expected at most 1")
+
+
 def _check_start(c: Config) -> None:
     _need(
         not c.reinit_head or bool(c.init_from),
@@ -71,27 +76,20 @@ def _check_start(c: Config) -> None:
 
 
 def _check_model(c: Config) -> None:
-    m, o = c.model, c.objective
+    m = c.model
     _need_divisible(c, "model.hidden_size", by="model.num_heads")
     _need(
         m.position_embedding == "learned" or (m.hidden_size // m.num_heads) % 2 == 0,
         f"model.hidden_size / model.num_heads is {m.hidden_size // m.num_heads}; rope needs an even number",
     )
-    _need(
-        not (m.share_layers and m.norm_position == "pre"),
-        "model.share_layers is True; expected model.norm_position=post, because the first layer of a pre-norm encoder "
-        "has no attention norm",
-    )
+    expected = "False with model.norm_position=pre, where the first layer has no attention norm"
+    _need_value(c, "model.share_layers", not (m.share_layers and m.norm_position == "pre"), expected)
     _need(
         c.data.seq_len <= m.max_positions,
         f"data.seq_len is {c.data.seq_len}, longer than model.max_positions, {m.max_positions}; raise "
         "model.max_positions",
     )
-    replaced = o.mask_replace_prob + o.random_replace_prob
-    _need(
-        replaced <= 1.0,
-        f"objective.mask_replace_prob + objective.random_replace_prob is {replaced:g}; expected at most 1",
-    )
+    _need_at_most_1(c, "objective.mask_replace_prob", "objective.random_replace_prob")
 
 
 def _check_attention(c: Config) -> None:
@@ -115,7 +113,7 @@ def _check_mesh(c: Config) -> None:
 
 
 def _check_generator(c: Config) -> None:
-    m, g, size = c.model, c.generator, c.objective.generator_size
+    m, g, size = c.model, c.generator, "objective.generator_size"
     _need(
         not c.init_from,
         "objective.name=rtd cannot start from init_from: a folder holds only one of its two models; leave init_from "
@@ -126,22 +124,18 @@ def _check_generator(c: Config) -> None:
     _need_value(
         c, "model.embedding_size", m.embedding_size != m.hidden_size, "0 with rtd for embeddings of model.hidden_size"
     )
-    _need(
-        g.num_heads >= 1 and abs(m.num_heads * size - g.num_heads) < 0.05,
-        f"objective.generator_size is {size:g}; expected a fraction of model.num_heads, {m.num_heads}, that is a whole "
-        f"number of heads, such as {max(1, g.num_heads) / m.num_heads:.4g}",
-    )
+    nearest = f"such as {max(1, g.num_heads) / m.num_heads:.4g}"
+    is_whole = g.num_heads >= 1 and abs(m.num_heads * c.objective.generator_size - g.num_heads) < 0.05
+    expected = f"a fraction of model.num_heads, {m.num_heads}, that is a whole number of heads, {nearest}"
+    _need_value(c, size, is_whole, expected)
     for what, value, axis in (
         ("number of heads", g.num_heads, "tensor"),
         ("intermediate size", g.intermediate_size, "tensor"),
         ("hidden size", g.hidden_size, "fsdp"),
     ):
         devices = getattr(c.mesh, axis)
-        _need(
-            value % devices == 0,
-            f"objective.generator_size is {size:g}; expected the generator's {what}, {value}, to be divisible by "
-            f"mesh.{axis}, {devices}",
-        )
+        expected = f"the generator's {what}, {value}, to be divisible by mesh.{axis}, {devices}"
+        _need_value(c, size, value % devices == 0, expected)
 
 
 def _check_reproducible(c: Config) -> None:
@@ -181,8 +175,5 @@ def _check_training(c: Config) -> None:
         _need_equal(c, why, optimizer__schedule="constant")
         _need_equal(c, f"{why}, which averages the weights itself", optimizer__averaging="none")
         _need_value(c, "optimizer.beta1", o.beta1 > 0.0, f"above 0 {why}")
-    changing = o.warmup_fraction + o.decay_fraction
-    _need(
-        o.schedule != "wsd" or changing <= 1.0,
-        f"optimizer.warmup_fraction + optimizer.decay_fraction is {changing:g}; expected at most 1",
-    )
+    if o.schedule == "wsd":
+        _need_at_most_1(c, "optimizer.warmup_fraction", "optimizer.decay_fraction")

@@ -102,17 +102,13 @@ class Run:
         Returns:
           Memory statistics of each, where the backend has them.
         """
-        to_come = range(self.next_phase, len(self._context.phases))
-        return [memory for i in to_come if (memory := self._program(i).memory_analysis())]
-
-    def _program(self, phase: int) -> jax.stages.Compiled:
-        if phase not in self._programs:
+        for phase in range(self.next_phase, len(self._context.phases)):
+            train, seq_len = self._context.phases[phase].config.train, self._context.mixtures[phase].seq_len
+            batch = abstract_batch(train.global_batch_size, seq_len, self._context.mesh, train.has_budget)
             with self._context.group.untimed("compiling"):
-                train, seq_len = self._context.phases[phase].config.train, self._context.mixtures[phase].seq_len
-                batch = abstract_batch(train.global_batch_size, seq_len, self._context.mesh, train.has_budget)
                 lowered = self.training_of[phase].step.lower(self.training_of[0].abstract, batch, self._vocab)
                 self._programs[phase] = lowered.compile()
-        return self._programs[phase]
+        return [memory for program in self._programs.values() if (memory := program.memory_analysis())]
 
     def begin(self, writers: Writers | None) -> Logger:
         """Starts the clock and the data pipeline. Returns the logger; `writers` are those of process 0."""
@@ -179,7 +175,7 @@ class Run:
             progress = context.budget.next_progress() if context.budget else 0.0
         batch = shard_batch(rows, context.mesh, context.stop.requested, progress)
         context.group.progress("training", self.step)
-        self.state, metrics = self._program(self.phase)(self.state, batch, self._vocab)
+        self.state, metrics = self._programs[self.phase](self.state, batch, self._vocab)
         if jax.default_backend() == "cpu":
             jax.block_until_ready(metrics)  # simulated devices deadlock when steps queue up
         self.step += 1
