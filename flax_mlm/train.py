@@ -55,8 +55,8 @@ def train(
         from flax_mlm.storage.lease import Lease, holder
         from flax_mlm.training import run_config
         from flax_mlm.training.budget import Budget
-        from flax_mlm.training.context import RunContext
         from flax_mlm.training.evaluator import Evaluator
+        from flax_mlm.training.logging import RunContext
         from flax_mlm.training.loop import Diverged, Run, is_multiple
         from flax_mlm.training.metrics import Writers
 

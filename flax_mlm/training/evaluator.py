@@ -5,8 +5,7 @@ import functools
 
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.evaluation import cloze, mlm, rtd
-from flax_mlm.training.context import RunContext
-from flax_mlm.training.logging import Logger
+from flax_mlm.training.logging import Logger, RunContext
 from flax_mlm.training.loop import Run
 
 

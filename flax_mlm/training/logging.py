@@ -1,15 +1,46 @@
-"""Reports of a run in training: lines on the console and in metrics.jsonl."""
+"""Reports of a run in training, lines on the console and in metrics.jsonl, and what they and the run share."""
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from flax_mlm.config.phases import is_over
+from jax.sharding import Mesh
+
+from flax_mlm.config.phases import Phase, is_over
+from flax_mlm.config.schema import Config
 from flax_mlm.data.mixture import DataCursor, Mixture
 from flax_mlm.distributed.chips import peak_flops
+from flax_mlm.distributed.preemption import Stop
+from flax_mlm.distributed.processes import ProcessGroup
 from flax_mlm.evaluation import mlm
-from flax_mlm.training.context import RunContext
+from flax_mlm.storage.gcs import AnyPath
+from flax_mlm.storage.lease import Lease
+from flax_mlm.training.budget import Budget
 from flax_mlm.training.metrics import Throughput, Writers, train_line
+
+
+@dataclasses.dataclass(frozen=True)
+class RunContext:
+    """Parts of a run that stay the same from its first step to its last, as one process has them.
+
+    Attributes:
+      phases: those of `config`.
+      mixtures: the corpora of each phase.
+      log: prints on process 0, and nothing elsewhere.
+      lease, budget: of process 0 alone; `budget` only where the clock ends the run.
+    """
+
+    config: Config
+    workdir: AnyPath
+    phases: list[Phase]
+    mixtures: list[Mixture]
+    mesh: Mesh
+    group: ProcessGroup
+    stop: Stop
+    log: Callable[[str], None]
+    lease: Lease | None
+    budget: Budget | None
 
 
 class Logger:

@@ -18,8 +18,7 @@ from flax_mlm.errors import Failure
 from flax_mlm.inference.load import start_params
 from flax_mlm.inference.model import LoadedModel
 from flax_mlm.objectives.rows import Vocabulary
-from flax_mlm.training.context import RunContext
-from flax_mlm.training.logging import Logger
+from flax_mlm.training.logging import Logger, RunContext
 from flax_mlm.training.metrics import Writers
 from flax_mlm.training.state import TrainState, start_phase
 from flax_mlm.training.step import build_training
