@@ -43,8 +43,7 @@ def main(config: Config) -> None:
     tasks = parse_tasks(_TASKS.value)
     if not _OUTPUT.value:
         raise UserError("--output is missing; name a folder for the results")
-    gcs.refuse("--output", _OUTPUT.value)
-    output = Path(_OUTPUT.value).expanduser()
+    output = gcs.local("--output", _OUTPUT.value)
     checkpoints = {name: find(path) for name, path in paths.items()}
     rows: list[Row] = []
     for task, options in tasks.items():

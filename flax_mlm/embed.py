@@ -8,7 +8,6 @@ Texts are the lines of a .txt file, or column `text` (or --text) of a .tsv, .csv
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -32,8 +31,7 @@ _DIMENSIONS = flags.DEFINE_integer(
 
 
 def main(config: Config) -> None:
-    gcs.refuse("--output", _OUTPUT.value)
-    output = Path(_OUTPUT.value).expanduser()
+    output = gcs.local("--output", _OUTPUT.value)
     if output.suffix not in (".npy", ".parquet"):
         raise UserError(f"--output is '{_OUTPUT.value}'; expected a name that ends in .npy or .parquet")
     files.check_writable("--output", output)

@@ -5,8 +5,6 @@ python -m flax_mlm.evaluate --checkpoint=runs/quickstart --task=minimal_pairs --
 python -m flax_mlm.evaluate --checkpoint=runs/quickstart --task=classification --train=sst2/train.tsv --dev=sst2/dev.tsv
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from flax_mlm.cli import app, cluster
@@ -51,9 +49,8 @@ def main(config: Config) -> None:
         if values[flag].present:
             takes = ", ".join(f"--{name}" for name in task.flags)
             raise UserError(f"--{flag} is not used by --task={values.task}; it takes {takes}")
-    gcs.refuse("--save", values.save)
-    gcs.refuse("--json", values.json)
-    output = Path(values.json).expanduser()
+    gcs.local("--save", values.save)
+    output = gcs.local("--json", values.json)
     identity = {"--checkpoint": values.checkpoint, "--task": values.task, **flatten(config.to_dict())}
     with processes.join(cluster.from_flags(), identity, config.train.stall_timeout) as group:
         if values.json and group.index == 0:

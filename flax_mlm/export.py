@@ -5,8 +5,6 @@ python -m flax_mlm.export --checkpoint=runs/quickstart --output=exported --check
 Needs neither torch nor transformers, except for --check.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from flax_mlm.cli import app
@@ -36,8 +34,7 @@ LIMIT = 1e-4  # largest difference of a hidden state or a logit that --check all
 def main(config: Config) -> None:
     if not _OUTPUT.value:
         raise UserError("--output is missing; name the folder to create, such as --output=exported")
-    gcs.refuse("--output", _OUTPUT.value)
-    output = Path(_OUTPUT.value).expanduser().absolute()
+    output = gcs.local("--output", _OUTPUT.value).absolute()
 
     import jax
 

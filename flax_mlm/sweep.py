@@ -46,8 +46,7 @@ def main(config: Config) -> int:
     settings = parse_grid(_GRID.value)
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name a folder for the runs, such as --workdir=runs/sweep")
-    gcs.refuse("--workdir", _WORKDIR.value)
-    workdir = Path(_WORKDIR.value).expanduser()
+    workdir = gcs.local("--workdir", _WORKDIR.value)
     seeds = range(config.seed, config.seed + _SEEDS.value)
     base = app.config_arguments(sys.argv)
     runs = [make_run(base, setting, seed, workdir) for setting in settings for seed in seeds]

@@ -156,8 +156,7 @@ def folder_of_runs() -> contextlib.AbstractContextManager[str]:
     """Makes `--workdir`, or a temporary folder for the block. Raises UserError."""
     if not _WORKDIR.value:
         return tempfile.TemporaryDirectory(prefix="verify_resume-")
-    gcs.refuse("--workdir", _WORKDIR.value)
-    folder = Path(_WORKDIR.value).expanduser().absolute()
+    folder = gcs.local("--workdir", _WORKDIR.value).absolute()
     try:
         folder.mkdir(parents=True)
     except OSError as e:

@@ -63,10 +63,11 @@ def parse(what: str, text: str) -> epath.Path | None:
     return epath.Path(text)
 
 
-def refuse(what: str, text: str) -> None:
-    """Raises UserError for a URL where only local files and folders can be written."""
+def local(what: str, text: str) -> Path:
+    """Parses a local path to write to. Raises UserError for a URL."""
     if "://" in text:
         raise UserError(f"{what}: '{text}' cannot be written; name a local file or folder, and copy it")
+    return Path(text).expanduser()
 
 
 def is_one(path: AnyPath) -> bool:
