@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from flax_mlm.config import validate
 from flax_mlm.config.knobs import knobs
@@ -40,22 +39,17 @@ def build(config_dict: ConfigDict) -> Config:
     return config
 
 
-def base() -> dict[str, Any]:
-    """The defaults of configs/base.py as nested dicts."""
-    return runpy.run_path(str(BASE))["get_config"]().to_dict()
+def base() -> ConfigDict:
+    """The defaults of configs/base.py."""
+    return runpy.run_path(str(BASE))["get_config"]()
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
     """The ConfigDict of a config stored as JSON, the inverse of `Config.to_dict`; fields that did not exist when it
     was stored get their default."""
-    merged = dict(values)
-    for name, default in base().items():
-        merged[name] = default | values.get(name, {}) if isinstance(default, dict) else values.get(name, default)
-    config = ConfigDict(merged)
-    for path, knob in knobs().items():
-        section, _, name = path.rpartition(".")
-        if knob.optional and config[section][name] is None:
-            config[section][name] = placeholder(knob.type)
+    config = base()
+    with config.unlocked(), config.ignore_type():
+        config.update(values)
     return config
 
 
@@ -79,7 +73,7 @@ class Entry(NamedTuple):
 
 def entries() -> list[Entry]:
     """Every field with its default and comment from configs/base.py, in the order of the dataclasses."""
-    defaults, comments, result = flatten(base()), _comments(BASE.read_text()), []
+    defaults, comments, result = flatten(base().to_dict()), _comments(BASE.read_text()), []
     for name, knob in knobs().items():
         allowed = " | ".join(knob.allowed) if isinstance(knob.allowed, tuple) else str(knob.allowed or "")
         kind = knob.type.__name__ + " or none" * knob.optional

@@ -99,5 +99,5 @@ def _usable(workdir: gcs.AnyPath) -> Iterator[None]:
     try:
         with gcs.errors(workdir):
             yield
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"--workdir: '{workdir}' cannot be used: {e}") from e
