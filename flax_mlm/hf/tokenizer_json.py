@@ -5,9 +5,7 @@ BPE gives the same ids. Unigram does too, except where two segmentations of a wo
 space, may be segmented differently too.
 """
 
-import base64
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from flax_mlm.data.tokenizer.base import Tokenizer
@@ -27,129 +25,86 @@ def content(tokenizer: Tokenizer, pair_type: int) -> bytes:
     """
     if tokenizer.filename == "tokenizer.json":
         return tokenizer.content
-    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, decoders, pre_tokenizers, processors
+    from tokenizers import Tokenizer as HfTokenizer
+    from tokenizers.normalizers import Sequence
 
-    proto: Any = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)  # type: ignore[attr-defined]
-    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
-    if kind not in ("BPE", "UNIGRAM") or proto.trainer_spec.treat_whitespace_as_suffix:
-        raise UserError(f"the tokenizer, a SentencePiece {kind} model, cannot be written as tokenizer.json")
-    spaces = any("▁" in p.piece[1:] and p.type == p.NORMAL for p in proto.pieces)  # a piece of several words
-    prefix = "first" if proto.normalizer_spec.add_dummy_prefix else "never"
-    specials = [tokenizer.tokens[i] for i in (tokenizer.cls_id, tokenizer.sep_id)]
-    spec = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": i,
-                "content": p.piece,
-                "single_word": False,
-                "lstrip": i == tokenizer.mask_id,  # the space before a mask is part of the masked word
-                "rstrip": False,
-                "normalized": p.type == p.USER_DEFINED,
-                "special": p.type != p.USER_DEFINED,
-            }
+    proto = _proto(tokenizer)
+    converted = HfTokenizer(_model(proto, tokenizer))
+    converted.add_tokens(
+        [
+            AddedToken(
+                p.piece,
+                lstrip=i == tokenizer.mask_id,  # the space before a mask is part of the masked word
+                normalized=p.type == p.USER_DEFINED,
+                special=p.type != p.USER_DEFINED,
+            )
             for i, p in enumerate(proto.pieces)
             if p.type in (p.CONTROL, p.UNKNOWN) or (p.type == p.USER_DEFINED and not p.piece.startswith("▁"))
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(proto.normalizer_spec))},
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prefix, "split": not spaces},
-        "post_processor": _template(tokenizer, specials, pair_type),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": _bpe(proto, tokenizer) if kind == "BPE" else _unigram(proto, tokenizer),
-    }
-    return json.dumps(spec, ensure_ascii=False, indent=1).encode()
+        ]
+    )
+    converted.normalizer = Sequence(list(_normalizers(proto.normalizer_spec)))
+    has_spaces = any("▁" in p.piece[1:] and p.type == p.NORMAL for p in proto.pieces)  # a token of several words
+    prefix = "first" if proto.normalizer_spec.add_dummy_prefix else "never"
+    converted.pre_tokenizer = pre_tokenizers.Metaspace("▁", prefix, split=not has_spaces)
+    ids = {tokenizer.tokens[i]: i for i in (tokenizer.cls_id, tokenizer.sep_id)}
+    cls, sep = ids
+    converted.post_processor = processors.TemplateProcessing(
+        f"{cls} $A {sep}", f"{cls} $A {sep} $B:{pair_type} {sep}:{pair_type}", list(ids.items())
+    )
+    converted.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return converted.to_str(pretty=True).encode()
 
 
-def _normalizers(spec: Any) -> Iterable[dict[str, Any]]:
+def _proto(tokenizer: Tokenizer) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)  # type: ignore[attr-defined]
+
+
+def _normalizers(spec: Any) -> Iterable[Any]:
+    from tokenizers import Regex, normalizers
+
     if spec.precompiled_charsmap:
-        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
-        yield {"type": "Precompiled", "precompiled_charsmap": charsmap}
+        yield normalizers.Precompiled(spec.precompiled_charsmap)
     if spec.remove_extra_whitespaces:
         # Kept at the beginning: after a mask, a space there separates a new word from the rest of the masked one.
-        yield {"type": "Replace", "pattern": {"Regex": r" +\z"}, "content": ""}
-        yield {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+        yield normalizers.Replace(Regex(r" +\z"), "")
+        yield normalizers.Replace(Regex(" {2,}"), " ")
 
 
-def _template(tokenizer: Tokenizer, specials: list[str], pair_type: int) -> dict[str, Any]:
-    cls, sep = specials
+def _model(proto: Any, tokenizer: Tokenizer) -> Any:
+    """Converts the vocabulary.
 
-    def special(token: str, type_id: int) -> dict[str, Any]:
-        return {"SpecialToken": {"id": token, "type_id": type_id}}
+    SentencePiece stores no merges of BPE: they are all pairs that spell a token, by its score.
+    """
+    from tokenizers import models
 
-    first = [special(cls, 0), {"Sequence": {"id": "A", "type_id": 0}}, special(sep, 0)]
-    ids = {cls: tokenizer.cls_id, sep: tokenizer.sep_id}
-    return {
-        "type": "TemplateProcessing",
-        "single": first,
-        "pair": [*first, {"Sequence": {"id": "B", "type_id": pair_type}}, special(sep, pair_type)],
-        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in ids.items()},
-    }
-
-
-def _bpe(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Derives the merges, which SentencePiece does not store: all pairs that spell a piece, by its score."""
+    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
+    byte_fallback = proto.trainer_spec.byte_fallback
+    if kind not in ("BPE", "UNIGRAM") or proto.trainer_spec.treat_whitespace_as_suffix:
+        raise UserError(f"the tokenizer, a SentencePiece {kind} model, cannot be written as tokenizer.json")
+    if kind == "UNIGRAM":
+        return models.Unigram([(p.piece, p.score) for p in proto.pieces], tokenizer.unk_id, byte_fallback)
     scores = {p.piece: p.score for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED)}
     vocab = {token: i for i, token in enumerate(tokenizer.tokens)}
     merges = []
-    for piece, score in scores.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
+    for token, score in scores.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
             if left in scores and right in scores:
-                merges.append((-score, vocab[left], vocab[right], [left, right]))
-    merges.sort(key=lambda merge: merge[:3])
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": tokenizer.tokens[tokenizer.unk_id],
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": bool(proto.trainer_spec.byte_fallback),
-        "ignore_merges": False,
-        "vocab": vocab,
-        "merges": [merge[3] for merge in merges],
-    }
-
-
-def _unigram(proto: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "type": "Unigram",
-        "unk_id": tokenizer.unk_id,
-        "vocab": [[p.piece, p.score] for p in proto.pieces],
-        "byte_fallback": bool(proto.trainer_spec.byte_fallback),
-    }
-
-
-def differences(tokenizer: Tokenizer, converted: bytes, texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns the texts that the converted tokenizer encodes to other ids, each with the reason (`why`)."""
-    import tokenizers
-
-    hf_tokenizer = tokenizers.Tokenizer.from_str(converted.decode())
-    hf_tokenizer.encode_special_tokens = True  # "[MASK]" in a text is text
-    encodings = hf_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [
-        (text, why(tokenizer, ids.tolist(), encoding.ids))
-        for text, ids, encoding in zip(texts, tokenizer.encode(texts), encodings, strict=True)
-        if ids.tolist() != encoding.ids
-    ]
+                merges.append((-score, vocab[left], vocab[right], (left, right)))
+    pairs = [merge[-1] for merge in sorted(merges)]
+    unknown = tokenizer.tokens[tokenizer.unk_id]
+    return models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
 
 
 def why(tokenizer: Tokenizer, ours: list[int], theirs: list[int]) -> str:
     """Returns why a text has other ids in `tokenizers`: `TIE`, or the first tokens that differ, ours | theirs."""
     if tokenizer.filename == "tokenizer.model":
-        from sentencepiece import sentencepiece_model_pb2
-
-        proto: Any = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)  # type: ignore[attr-defined]
+        proto = _proto(tokenizer)
         scores = [sum(proto.pieces[i].score for i in ids) for ids in (ours, theirs)]
         if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM and abs(scores[0] - scores[1]) < 1e-3:
             return TIE
