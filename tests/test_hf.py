@@ -546,7 +546,7 @@ def test_unsupported_modules_of_a_sentence_encoder_are_reported(tmp_path):
 
 
 def test_architectures_are_told_apart():
-    names = [(a.name, a.objective) for a in ARCHITECTURES]
+    names = [(a.model_type, a.objective) for a in ARCHITECTURES]
     assert len(set(names)) == len(names)
     model = model_config(**BERT)
     assert matching_architecture(model, "mlm", "", "[CLS]") is bert.BERT

@@ -148,7 +148,7 @@ def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, t
                 if r in range(begin, begin + 8):
                     got = hidden[r - begin, at], scores[r - begin, at]
                     largest = np.maximum(largest, [np.abs(a - b).max() for a, b in zip(got, expected[i], strict=True)])
-        print(f"{architecture.name}, {len(layout)} rows: hidden {largest[0]:.1e}, logits {largest[1]:.1e}")
+        print(f"{architecture.model_type}, {len(layout)} rows: hidden {largest[0]:.1e}, logits {largest[1]:.1e}")
         assert largest.max() <= LIMIT
 
 

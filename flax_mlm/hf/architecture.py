@@ -48,13 +48,17 @@ def linear(param: str, *names: str) -> WeightRule:
     return WeightRule(param, names, Layout.LINEAR)
 
 
+def vocabulary_head(dense: str, norm: str, bias: str) -> tuple[WeightRule, ...]:
+    """Makes the rows of a weight table for a `VocabularyHead`."""
+    return linear("head/dense", dense), weight("head/norm", norm), weight("head/decoder_bias", bias)
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """One architecture of transformers, with the head of one objective.
 
     Attributes:
-      name: its value of --architecture.
-      model_type: its value in config.json.
+      model_type: its value in config.json and of --architecture.
       class_name: its class in transformers.
       objective: mlm, clm or rtd.
       prefix: beginning of the encoder's weight names; a model without head leaves it out.
@@ -66,7 +70,6 @@ class Architecture:
       unused: beginnings of the names of weights that our model lacks: poolers, heads of other tasks.
     """
 
-    name: str
     model_type: str
     class_name: str
     objective: str
@@ -87,7 +90,7 @@ _SIZES = {  # field of ModelConfig -> key of config.json, in all architectures
 }
 
 
-def sizes_from_hf(config: HfConfig) -> dict[str, int]:
+def sizes_from_hf(config: HfConfig) -> dict[str, Any]:
     """Returns the fields of `ModelConfig` that all architectures have. Raises ValueError where one is not positive."""
     return {field: number(config, key) for field, key in _SIZES.items()}
 

@@ -6,43 +6,24 @@ from collections.abc import Iterable
 from typing import Any
 
 from flax_mlm.config.schema import ModelConfig
-from flax_mlm.hf.architecture import (
-    Architecture,
-    HfConfig,
-    Layout,
-    SpecialIds,
-    WeightRule,
-    expect,
-    linear,
-    number,
-    position_offset,
-    sizes_from_hf,
-    sizes_to_hf,
-    weight,
-)
+from flax_mlm.hf import architecture as arch
+from flax_mlm.hf.architecture import Architecture, HfConfig, SpecialIds, WeightRule, expect, linear, number, weight
 
 _QKV = ("query", "key", "value")
 
 
 def _from_bert(config: HfConfig) -> dict[str, Any]:
     expect(config, hidden_act="gelu", position_embedding_type="absolute", tie_word_embeddings=True)
-    return {
-        **sizes_from_hf(config),
-        "norm_eps": number(config, "layer_norm_eps", float, 1e-12),
-        "type_vocab_size": number(config, "type_vocab_size", int, 2),
-        "position_embedding": "learned",
-        "norm_position": "post",
-        "use_bias": True,
-        "glu": False,
-        "embedding_size": 0,
-        "share_layers": False,
-        "global_attn_every_n_layers": 1,
-    }
+    fields = arch.sizes_from_hf(config)
+    fields["norm_eps"] = number(config, "layer_norm_eps", float, 1e-12)
+    fields["type_vocab_size"] = number(config, "type_vocab_size", int, 2)
+    fields |= dict(position_embedding="learned", norm_position="post", use_bias=True, glu=False)
+    return fields | dict(embedding_size=0, share_layers=False, global_attn_every_n_layers=1)
 
 
 def _to_bert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
     return {
-        **sizes_to_hf(model, ids),
+        **arch.sizes_to_hf(model, ids),
         "layer_norm_eps": model.norm_eps,
         "type_vocab_size": model.type_vocab_size,
         "hidden_dropout_prob": model.dropout_rate,
@@ -53,12 +34,7 @@ def _to_bert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
     }
 
 
-def _to_causal_bert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
-    return {**_to_bert(model, ids), "is_decoder": True}
-
-
 BERT = Architecture(
-    name="bert",
     model_type="bert",
     class_name="BertForMaskedLM",
     objective="mlm",
@@ -76,9 +52,9 @@ BERT = Architecture(
         linear("encoder/layers/mlp_in", "bert.encoder.layer.{}.intermediate.dense"),
         linear("encoder/layers/mlp_out", "bert.encoder.layer.{}.output.dense"),
         weight("encoder/layers/mlp_norm", "bert.encoder.layer.{}.output.LayerNorm"),
-        linear("head/dense", "cls.predictions.transform.dense"),
-        weight("head/norm", "cls.predictions.transform.LayerNorm"),
-        weight("head/decoder_bias", "cls.predictions.bias"),
+        *arch.vocabulary_head(
+            "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
+        ),
     ),
     tied={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
@@ -87,7 +63,7 @@ BERT = Architecture(
     unused=("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids"),
 )
 
-BERT_CAUSAL = dataclasses.replace(BERT, class_name="BertLMHeadModel", objective="clm", to_hf_config=_to_causal_bert)
+BERT_CAUSAL = dataclasses.replace(BERT, class_name="BertLMHeadModel", objective="clm")
 
 
 def _with_prefix(prefix: str, rules: Iterable[WeightRule]) -> tuple[WeightRule, ...]:
@@ -97,21 +73,16 @@ def _with_prefix(prefix: str, rules: Iterable[WeightRule]) -> tuple[WeightRule, 
 
 def _from_roberta(config: HfConfig) -> dict[str, Any]:
     fields = _from_bert(config)
-    return {**fields, "max_positions": fields["max_positions"] - position_offset(config)}
+    return {**fields, "max_positions": fields["max_positions"] - arch.position_offset(config)}
 
 
 def _to_roberta(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
     keys = _to_bert(model, ids)
-    return {**keys, "max_position_embeddings": model.max_positions + position_offset(keys)}
-
-
-def _to_causal_roberta(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
-    return {**_to_roberta(model, ids), "is_decoder": True}
+    return {**keys, "max_position_embeddings": model.max_positions + arch.position_offset(keys)}
 
 
 ROBERTA = dataclasses.replace(
     BERT,
-    name="roberta",
     model_type="roberta",
     class_name="RobertaForMaskedLM",
     prefix="roberta.",
@@ -120,11 +91,11 @@ ROBERTA = dataclasses.replace(
     weights=(
         *_with_prefix("roberta.", BERT.weights[:1]),
         # Position p has row p + pad_token_id + 1.
-        weight("encoder/embeddings/position", "roberta.embeddings.position_embeddings.weight", layout=Layout.OFFSET),
+        weight(
+            "encoder/embeddings/position", "roberta.embeddings.position_embeddings.weight", layout=arch.Layout.OFFSET
+        ),
         *_with_prefix("roberta.", BERT.weights[2:10]),
-        linear("head/dense", "lm_head.dense"),
-        weight("head/norm", "lm_head.layer_norm"),
-        weight("head/decoder_bias", "lm_head.bias"),
+        *arch.vocabulary_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
     ),
     tied={
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
@@ -133,9 +104,7 @@ ROBERTA = dataclasses.replace(
     unused=("roberta.pooler.", "roberta.embeddings.position_ids"),
 )
 
-ROBERTA_CAUSAL = dataclasses.replace(
-    ROBERTA, class_name="RobertaForCausalLM", objective="clm", to_hf_config=_to_causal_roberta
-)
+ROBERTA_CAUSAL = dataclasses.replace(ROBERTA, class_name="RobertaForCausalLM", objective="clm")
 
 
 def _from_albert(config: HfConfig) -> dict[str, Any]:
@@ -153,7 +122,6 @@ _ALBERT_LAYER = "albert.encoder.albert_layer_groups.0.albert_layers.0"
 
 ALBERT = dataclasses.replace(
     BERT,
-    name="albert",
     model_type="albert",
     class_name="AlbertForMaskedLM",
     prefix="albert.",
@@ -168,9 +136,7 @@ ALBERT = dataclasses.replace(
         linear("encoder/layers/mlp_in", f"{_ALBERT_LAYER}.ffn"),
         linear("encoder/layers/mlp_out", f"{_ALBERT_LAYER}.ffn_output"),
         weight("encoder/layers/mlp_norm", f"{_ALBERT_LAYER}.full_layer_layer_norm"),
-        linear("head/dense", "predictions.dense"),
-        weight("head/norm", "predictions.LayerNorm"),
-        weight("head/decoder_bias", "predictions.bias"),
+        *arch.vocabulary_head("predictions.dense", "predictions.LayerNorm", "predictions.bias"),
     ),
     tied={
         "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
@@ -192,7 +158,6 @@ def _to_electra(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
 
 ELECTRA_GENERATOR = dataclasses.replace(
     BERT,
-    name="electra",
     model_type="electra",
     class_name="ElectraForMaskedLM",
     prefix="electra.",
@@ -201,9 +166,9 @@ ELECTRA_GENERATOR = dataclasses.replace(
     weights=(
         *_with_prefix("electra.", BERT.weights[:10]),
         linear("encoder/projection", "electra.embeddings_project"),  # absent where embeddings are as wide as layers
-        linear("head/dense", "generator_predictions.dense"),
-        weight("head/norm", "generator_predictions.LayerNorm"),
-        weight("head/decoder_bias", "generator_lm_head.bias"),
+        *arch.vocabulary_head(
+            "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"
+        ),
     ),
     tied={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
     unused=("electra.embeddings.position_ids",),

@@ -13,7 +13,7 @@ import numpy as np
 from flax_mlm.config.schema import ModelConfig
 from flax_mlm.errors import UserError
 from flax_mlm.hf import bert, modernbert
-from flax_mlm.hf.architecture import Architecture, SpecialIds, position_offset
+from flax_mlm.hf.architecture import Architecture, SpecialIds
 
 ARCHITECTURES = (
     *(bert.BERT, bert.BERT_CAUSAL, bert.ROBERTA, bert.ROBERTA_CAUSAL, bert.ALBERT),
@@ -32,11 +32,6 @@ class Folder(NamedTuple):
     architecture: Architecture
     config: dict[str, Any]
     model_fields: dict[str, Any]
-
-    @property
-    def offset(self) -> int:
-        """Returns the number of unused rows at the beginning of a RoBERTa's position embedding."""
-        return position_offset(self.config)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Reads all weights, under the names of today's transformers.
@@ -150,7 +145,7 @@ def matching_architecture(model: ModelConfig, objective: str, name: str, cls_tok
     Raises:
       UserError: none fits; the message names the fields.
     """
-    candidates = [a for a in ARCHITECTURES if a.objective == objective and a.name.startswith(name)]
+    candidates = [a for a in ARCHITECTURES if a.objective == objective and a.model_type.startswith(name)]
     if not candidates:
         raise UserError(f"--architecture={name} has no class in transformers for objective {objective}")
     if cls_token == "<s>":
@@ -164,7 +159,7 @@ def matching_architecture(model: ModelConfig, objective: str, name: str, cls_tok
             wrong = [str(e)]
         if not wrong:
             return architecture
-        misfits.append(f"{architecture.name} needs {', '.join(wrong)}")
+        misfits.append(f"{architecture.model_type} needs {', '.join(wrong)}")
     raise UserError(f"this encoder fits no class of transformers for objective {objective}: {'; '.join(misfits)}")
 
 
@@ -178,9 +173,11 @@ def config_json(
       tokenizer: a `Tokenizer`, or anything else with `pad_id`, `cls_id` and `sep_id`.
       dtype: of the weights.
     """
-    ids = SpecialIds(tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id)
+    keys = architecture.to_hf_config(model, tokenizer)
+    if "is_decoder" in keys:
+        keys["is_decoder"] = architecture.objective == "clm"
     head = {"architectures": [architecture.class_name], "model_type": architecture.model_type}
-    return {**head, **architecture.to_hf_config(model, ids), "vocab_size": vocab_rows, "dtype": dtype}
+    return {**head, **keys, "vocab_size": vocab_rows, "dtype": dtype}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:

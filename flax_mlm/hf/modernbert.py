@@ -4,17 +4,8 @@ import dataclasses
 from typing import Any
 
 from flax_mlm.config.schema import ModelConfig
-from flax_mlm.hf.architecture import (
-    Architecture,
-    HfConfig,
-    SpecialIds,
-    expect,
-    linear,
-    number,
-    sizes_from_hf,
-    sizes_to_hf,
-    weight,
-)
+from flax_mlm.hf import architecture as arch
+from flax_mlm.hf.architecture import Architecture, HfConfig, SpecialIds, expect, linear, number, weight
 
 _BIASES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
 
@@ -27,19 +18,15 @@ def _from_modernbert(config: HfConfig) -> dict[str, Any]:
             raise ValueError(f"{key} = {value!r}; expected a bool, the same for {', '.join(_BIASES)}")
     theta = _rope_theta(config, "full_attention", "global_rope_theta", 160_000.0)
     return {
-        **sizes_from_hf(config),
+        **arch.sizes_from_hf(config),
         "norm_eps": number(config, "norm_eps", float, 1e-5),
         "use_bias": use_bias,
         "global_attn_every_n_layers": _global_period(config),
         "sliding_window": number(config, "local_attention", int, 128),
         "rope_theta_global": theta,
         "rope_theta_local": _rope_theta(config, "sliding_attention", "local_rope_theta", 10_000.0, theta),
-        "position_embedding": "rope",
-        "norm_position": "pre",
-        "glu": True,
-        "type_vocab_size": 0,
-        "embedding_size": 0,
-        "share_layers": False,
+        **dict(position_embedding="rope", norm_position="pre", glu=True),
+        **dict(type_vocab_size=0, embedding_size=0, share_layers=False),
     }
 
 
@@ -66,7 +53,7 @@ def _rope_theta(config: HfConfig, layer_type: str, key: str, default: float, if_
 
 def _to_modernbert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
     return {
-        **sizes_to_hf(model, ids),
+        **arch.sizes_to_hf(model, ids),
         "norm_eps": model.norm_eps,
         **dict.fromkeys(_BIASES, model.use_bias),
         "global_attn_every_n_layers": model.global_attn_every_n_layers,
@@ -85,7 +72,6 @@ def _to_modernbert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
 
 
 MODERNBERT = Architecture(
-    name="modernbert",
     model_type="modernbert",
     class_name="ModernBertForMaskedLM",
     objective="mlm",
@@ -102,9 +88,7 @@ MODERNBERT = Architecture(
         linear("encoder/layers/mlp_in", "model.layers.{}.mlp.Wi"),
         linear("encoder/layers/mlp_out", "model.layers.{}.mlp.Wo"),
         weight("encoder/final_norm", "model.final_norm"),
-        linear("head/dense", "head.dense"),
-        weight("head/norm", "head.norm"),
-        weight("head/decoder_bias", "decoder.bias"),
+        *arch.vocabulary_head("head.dense", "head.norm", "decoder.bias"),
     ),
     tied={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
     unused=(),
@@ -121,19 +105,17 @@ def _to_decoder(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
     return {**_to_modernbert(model, ids), "local_attention": model.sliding_window + 2}
 
 
-_DECODER_RULES = {
-    "encoder/layers/qkv": linear("encoder/layers/qkv", *(f"model.layers.{{}}.attn.{x}_proj" for x in "qkv")),
-    "head/dense": linear("head/dense", "lm_head.dense"),
-    "head/norm": weight("head/norm", "lm_head.norm"),
-}
-
 DECODER = dataclasses.replace(
     MODERNBERT,
-    name="modernbert-decoder",
     model_type="modernbert-decoder",
     class_name="ModernBertDecoderForCausalLM",
     objective="clm",
     from_hf_config=_from_decoder,
     to_hf_config=_to_decoder,
-    weights=tuple(_DECODER_RULES.get(rule.param, rule) for rule in MODERNBERT.weights),
+    weights=(
+        *MODERNBERT.weights[:3],
+        linear("encoder/layers/qkv", *(f"model.layers.{{}}.attn.{x}_proj" for x in "qkv")),
+        *MODERNBERT.weights[4:9],
+        *arch.vocabulary_head("lm_head.dense", "lm_head.norm", "decoder.bias"),
+    ),
 )

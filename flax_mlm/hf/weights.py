@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.errors import UserError
-from flax_mlm.hf.architecture import Architecture, Layout
+from flax_mlm.hf.architecture import Architecture, Layout, position_offset
 from flax_mlm.hf.folder import Folder
 
 Path = tuple[str, ...]  # keys that lead to a parameter
@@ -138,7 +138,7 @@ def load_params(
         if mapping.dims[0] == "V" and (name := mapping.names[0][0]) in tensors:
             tensors[name] = _extend_vocab(tensors[name], mapping.shape[0], new_tokens)
     try:
-        return tensors_to_params(mappings, tensors, folder.offset)
+        return tensors_to_params(mappings, tensors, position_offset(folder.config))
     except ValueError as e:
         raise UserError(f"init_from: '{folder.path}': {e}") from e
 
