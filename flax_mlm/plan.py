@@ -9,7 +9,6 @@ the smallest change that fits is searched for. The exit code is 1 if the config 
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,7 @@ from flax_mlm.planning.compile import CompiledStep, Target, compile_step_for, pa
 from flax_mlm.storage import files
 
 _TOPOLOGY = flags.DEFINE_string(
-    "topology",
-    "cpu",
-    "devices: a TPU slice such as v5e:4x4 or v5p:4x4x4, cpu[:DEVICES], gpu:NAME[:DEVICES]",
+    "topology", "cpu", "devices: a TPU slice such as v5e:4x4 or v5p:4x4x4, cpu[:DEVICES], gpu:NAME[:DEVICES]"
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "number of TPU slices", lower_bound=1)
 _TOKEN_BUDGET = flags.DEFINE_float(
@@ -39,8 +36,6 @@ _MESHES = flags.DEFINE_string(
     "meshes", "", "meshes for --sweep: DATAxFSDPxTENSOR, comma-separated; empty: every fsdp that is a power of two"
 )
 _JSON = flags.DEFINE_string("json", "", "file to write the result to")
-
-_log = functools.partial(print, flush=True)
 
 
 def main(config: Config) -> int:
@@ -62,22 +57,20 @@ def _plan(config: Config, vocab_size: int, target: Target) -> tuple[int, dict[st
     step = compile_step_for(config, vocab_size, target)
     chip = chip_of(step, target)
     result = {"target": str(target), **dataclasses.asdict(step)}
-    _print_lines(report.model_lines(config, step, target), report.memory_lines(step, chip))
+    print(*report.model_lines(config, step, target), *report.memory_lines(step, chip), sep="\n")
     if not step.error:
         cost_lines = report.cost_lines(config, step, chip, _TOKEN_BUDGET.value, _PRICE.value)
-        _print_lines(report.tiling_lines(config, step, target), report.program_lines(step), cost_lines)
+        print(*report.tiling_lines(config, step, target), *report.program_lines(step), *cost_lines, sep="\n")
         if chip:
             result["roofline"] = roofline.estimate(step, config, chip)._asdict()
         return 0, result
     print(f"\ndoes not fit. The compiler: {step.error}\n")
-    change = search.smallest_change(config, vocab_size, target, chip, _log)
+    change = search.smallest_change(config, vocab_size, target, chip)
     if change:
         print(f"the smallest change that fits: {_overrides(change)}")
     else:
-        print(
-            "no change of one or two of train.gradient_accumulation_steps, train.logits_chunks, model.remat and "
-            "mesh.fsdp fits"
-        )
+        fields = "train.gradient_accumulation_steps, train.logits_chunks, model.remat and mesh.fsdp"
+        print(f"no change of one or two of {fields} fits")
     return 1, result | {"smallest_change": change}
 
 
@@ -87,21 +80,15 @@ def _sweep(config: Config, vocab_size: int, target: Target) -> tuple[int, dict[s
     chip = chip_of(first, target)
     if not target.is_tpu or chip is None:
         raise UserError(f"--sweep with --topology={_TOPOLOGY.value}; expected a TPU, since only those have estimates")
-    _print_lines(report.model_lines(config, first, target))
+    print(*report.model_lines(config, first, target), sep="\n")
     meshes = search.parse_meshes(_MESHES.value, config, first.devices, target.slices)
-    candidates = search.sweep(config, vocab_size, target, chip, meshes, _log)
+    candidates = search.sweep(config, vocab_size, target, chip, meshes)
     if not candidates:
         print("\nnothing fits")
         return 1, {"best": None, "seconds": {}}
     best = min(candidates, key=lambda candidate: candidate.roof.worst)
     print(f"\nthe fastest without overlap:\n{best.line}\n{_overrides(best.change)}")
     return 0, {"best": best.change, "seconds": {str(c.change): c.roof.worst for c in candidates}}
-
-
-def _print_lines(*parts: Any) -> None:
-    for lines in parts:
-        for line in lines:
-            print(line)
 
 
 def _overrides(change: search.Change) -> str:

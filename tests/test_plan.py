@@ -18,8 +18,8 @@ from flax_mlm.config.schema import Config
 from flax_mlm.distributed import chips
 from flax_mlm.errors import UserError
 from flax_mlm.planning import cost, hlo, report, roofline, search, worker
-from flax_mlm.planning.collectives import collectives
 from flax_mlm.planning.compile import CompiledStep, Target, compile_step_for, parse_target
+from flax_mlm.planning.cost import collectives
 from flax_mlm.planning.hlo import Program
 
 SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}

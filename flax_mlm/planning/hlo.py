@@ -1,6 +1,5 @@
 """Parser of XLA's text of an optimised program (`jax.stages.Compiled.as_text`), and sizes of the arrays in it."""
 
-import functools
 import math
 import re
 from typing import NamedTuple
@@ -30,32 +29,28 @@ class Instruction(NamedTuple):
 
 
 class Program:
-    """Computations of a program: name -> instructions."""
+    """Computations of a program: name -> name of an instruction -> instruction."""
 
     def __init__(self, text: str):
-        self.computations: dict[str, list[Instruction]] = {}
-        current: list[Instruction] = []
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        current: dict[str, Instruction] = {}
         for line in text.splitlines():
             if head := _HEAD.match(line):
-                current = self.computations[head[2]] = []
+                current = self.computations[head[2]] = {}
                 if head[1]:
                     self.entry = head[2]
             elif line.startswith("  ") and " = " in line:
-                current.append(_parse(line))
+                instruction = _parse(line)
+                current[instruction.name] = instruction
 
     def fused(self, fusion: Instruction) -> list[Instruction]:
         """Instructions inside a fusion."""
-        return self.computations[fusion.called()[0]]
-
-    @functools.cache  # noqa: B019  (a program lives as long as the process that reads it)
-    def by_name(self, computation: str) -> dict[str, Instruction]:
-        """Instructions of a computation by their names."""
-        return {i.name: i for i in self.computations[computation]}
+        return list(self.computations[fusion.called()[0]].values())
 
     def trip_count(self, condition: str) -> int:
         """Number of iterations of a loop that counts from 0 to the constant in its condition, as `lax.scan` does."""
         counts = [1]
-        for i in self.computations[condition]:
+        for i in self.computations[condition].values():
             if i.operation == "constant" and re.match(r"[su]32\[\]", i.shape):
                 counts.append(int(i.operands[0]))
             elif i.operation == "fusion":
@@ -108,12 +103,6 @@ def dims(shape: str) -> list[int]:
     """Sizes of an array's dimensions."""
     match = _ARRAY.search(shape)
     return numbers(match[2]) if match else []
-
-
-def second_array(shape: str) -> str:
-    """Shape of the second array of a tuple; the shape itself for a single array."""
-    arrays = [m[0] for m in _ARRAY.finditer(shape)]
-    return arrays[1] if len(arrays) > 1 else shape
 
 
 def array_bytes(shape: str) -> list[int]:

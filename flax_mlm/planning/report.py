@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed.chips import Chip
 from flax_mlm.planning import roofline
@@ -85,11 +87,10 @@ def program_lines(step: CompiledStep) -> Iterator[str]:
     yield f"matmuls     {step.matmul_ratio:.2f} × the FLOPs of the model, as compiled{without}"
     yield f"operations  {step.fusions:,} fusions and {step.copies:,} copies by each device in a step"
     yield f"traffic     {step.traffic / 1e9:,.1f} GB of memory read and written by each device in a step"
-    sums: dict[tuple[Any, ...], list[float]] = {}
+    sums: dict[tuple[Any, ...], Any] = {}
     for c in step.collectives:
-        total = sums.setdefault((c["kind"], " × ".join(c["axes"]), c["size"], c["scope"] or "-"), [0, 0.0, 0.0])
-        for i, value in enumerate((c["times"], c["times"] * c["bytes"], c["sent"])):
-            total[i] += value
+        key = c["kind"], " × ".join(c["axes"]), c["size"], c["scope"] or "-"
+        sums[key] = sums.get(key, 0) + np.array([c["times"], c["times"] * c["bytes"], c["sent"]])
     if not sums:
         return
     yield ""
@@ -119,7 +120,18 @@ def cost_lines(
     tokens = t.global_batch_size * config.data.seq_len
     bounds = [roof.best, roof.worst] if step.compiled else [roof.best]
     yield ""
-    yield from _roofline_lines(roof, step, chip)
+    if step.compiled:
+        rings = f", rings where a dimension is a multiple of {chip.wraps}" if chip.wraps else ""
+        yield (
+            f"roofline    {1e3 * roof.compute:,.1f} ms of matmuls, {1e3 * roof.memory:,.1f} ms of memory, "
+            f"{1e3 * roof.links:,.1f} ms of links, {1e3 * roof.network:,.1f} ms between slices\n"
+            f"            at {chip.flops / 1e12:,.0f} TFLOP/s, {chip.bandwidth / 1e12:.2f} TB/s, {chip.link / 1e9:.0f} "
+            f"GB/s a link and direction{rings}, {chip.network / 1e9:.1f} GB/s a chip between slices\n"
+            "            from full overlap to no overlap of these; see flax_mlm/planning/roofline.py. Not a measurement"
+        )
+    else:
+        yield f"roofline    {1e3 * roof.compute:,.1f} ms of matmuls at the peak of {chip.flops / 1e12:,.0f} TFLOP/s"
+        yield "            memory and network are unknown: nothing was compiled"
 
     def span(values: list[float], form: str, unit: str, is_exact: bool = False) -> str:
         text = " to ".join(format(v, form) for v in values) + unit
@@ -142,23 +154,6 @@ def cost_lines(
     if price is not None:
         costs = span([h * step.chips * price for h in hours], ",.2f", "", by_clock)
         yield f"            {costs}, at {price:g} per chip-hour"
-
-
-def _roofline_lines(roof: roofline.Roofline, step: CompiledStep, chip: Chip) -> Iterator[str]:
-    if not step.compiled:
-        yield f"roofline    {1e3 * roof.compute:,.1f} ms of matmuls at the peak of {chip.flops / 1e12:,.0f} TFLOP/s"
-        yield "            memory and network are unknown: nothing was compiled"
-        return
-    yield (
-        f"roofline    {1e3 * roof.compute:,.1f} ms of matmuls, {1e3 * roof.memory:,.1f} ms of memory, "
-        f"{1e3 * roof.links:,.1f} ms of links, {1e3 * roof.network:,.1f} ms between slices"
-    )
-    rings = f", rings where a dimension is a multiple of {chip.wraps}" if chip.wraps else ""
-    yield (
-        f"            at {chip.flops / 1e12:,.0f} TFLOP/s, {chip.bandwidth / 1e12:.2f} TB/s, {chip.link / 1e9:.0f} "
-        f"GB/s a link and direction{rings}, {chip.network / 1e9:.1f} GB/s a chip between slices"
-    )
-    yield "            from full overlap to no overlap of these; see flax_mlm/planning/roofline.py. Not a measurement"
 
 
 def gib(size: float) -> str:

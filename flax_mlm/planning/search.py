@@ -1,8 +1,8 @@
 """Searches over configs: the smallest change that fits a target, and the fastest of many meshes."""
 
 import concurrent.futures
+import functools
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flax_mlm.config.load import build, from_dict
@@ -19,7 +19,8 @@ _REMATS = ("none", "dots", "full")
 _MEMORY_FACTOR = 1.5
 
 Change = dict[str, Any]  # field -> value
-Log = Callable[[str], None]
+Mesh = tuple[int, int, int]  # data, fsdp, tensor
+_log = functools.partial(print, flush=True)
 
 
 class Candidate(NamedTuple):
@@ -56,14 +57,8 @@ def compile_if_fits(
     return None if step.error else step
 
 
-def smallest_change(
-    config: Config, vocab_size: int, target: Target, chip: chips.Chip | None, log: Log
-) -> Change | None:
-    """Finds the first change that fits: of one field, cheapest first, and then of two.
-
-    Args:
-      log: receives one line a change.
-    """
+def smallest_change(config: Config, vocab_size: int, target: Target, chip: chips.Chip | None) -> Change | None:
+    """Finds the first change that fits: of one field, cheapest first, and then of two. Prints a line for each."""
     accumulation, fsdp = config.train.gradient_accumulation_steps, config.mesh.fsdp
     stronger = _REMATS[_REMATS.index(config.model.remat) + 1 :]
     singles: list[Change] = [{"train.gradient_accumulation_steps": accumulation * n} for n in (2, 4, 8)]
@@ -76,9 +71,9 @@ def smallest_change(
     for change in singles + pairs:
         description = ", ".join(f"{name}={value}" for name, value in change.items() if value != -1)
         if (step := compile_if_fits(changed(config, change), vocab_size, target, chip)) is not None:
-            log(f"  {description}: fits, {gib(step.total_bytes)}")
+            _log(f"  {description}: fits, {gib(step.total_bytes)}")
             return {name: value for name, value in change.items() if value != -1 or config.mesh.data != -1}
-        log(f"  {description}: does not fit")
+        _log(f"  {description}: does not fit")
     return None
 
 
@@ -87,19 +82,13 @@ def sweep(
     vocab_size: int,
     target: Target,
     chip: chips.Chip,
-    meshes: list[tuple[int, int, int]],
-    log: Log,
+    meshes: list[Mesh],
 ) -> list[Candidate]:
-    """Compiles meshes × remat × microbatches, without those that do more work than one that fits.
-
-    Args:
-      meshes: (data, fsdp, tensor).
-      log: receives the lines of a table.
-    """
-    log(f"\n{'data×fsdp×tensor':18}{'remat':7}{'microbatches':>13}{'GiB':>8}{'ms, best to worst':>20}{'MFU':>12}")
+    """Compiles meshes × remat × microbatches, without those that do more work than one that fits. Prints a table."""
+    _log(f"\n{'data×fsdp×tensor':18}{'remat':7}{'microbatches':>13}{'GiB':>8}{'ms, best to worst':>20}{'MFU':>12}")
     candidates: list[Candidate] = []
 
-    def sweep_mesh(mesh: tuple[int, int, int]) -> None:
+    def sweep_mesh(mesh: Mesh) -> None:
         fits: list[tuple[int, int]] = []
         for strength, remat in enumerate(_REMATS):
             for microbatches in (1, 2, 4, 8):
@@ -111,7 +100,7 @@ def sweep(
                 step = compile_if_fits(other, vocab_size, target, chip)
                 line = f"{'×'.join(map(str, mesh)):18}{remat:7}{microbatches:13}"
                 if other is None or step is None:
-                    log(f"{line}  does not fit" if other else f"{line}  invalid config")
+                    _log(f"{line}  does not fit" if other else f"{line}  invalid config")
                     continue
                 fits.append((strength, microbatches))
                 roof = roofline.estimate(step, other, chip)
@@ -119,14 +108,14 @@ def sweep(
                 mfu = f"{roofline.mfu(step, chip, roof.worst):.0%} to {roofline.mfu(step, chip, roof.best):.0%}"
                 line += f"{step.total_bytes / 2**30:8.2f}{times:>20}{mfu:>12}"
                 candidates.append(Candidate(change, roof, line))
-                log(line)
+                _log(line)
 
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         list(pool.map(sweep_mesh, meshes))
     return candidates
 
 
-def parse_meshes(text: str, config: Config, devices: int, slices: int) -> list[tuple[int, int, int]]:
+def parse_meshes(text: str, config: Config, devices: int, slices: int) -> list[Mesh]:
     """Parses `--meshes`; empty: every fsdp that is a power of two and stays inside a slice.
 
     Raises:

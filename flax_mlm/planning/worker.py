@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.config.phases import Phase, parse_phases
@@ -22,7 +23,6 @@ from flax_mlm.model.heads import vocab_rows
 from flax_mlm.objectives.masking import rates_at
 from flax_mlm.objectives.rows import Vocabulary
 from flax_mlm.planning import cost
-from flax_mlm.planning.collectives import collectives
 from flax_mlm.planning.compile import CompiledStep, Target
 from flax_mlm.planning.hlo import Program
 from flax_mlm.training.step import Training, build_training, model_inputs
@@ -30,23 +30,20 @@ from flax_mlm.training.step import Training, build_training, model_inputs
 
 def answer(request: dict[str, Any]) -> CompiledStep:
     """Answers a request."""
-    config = build(from_dict(request["config"]))
-    phase, target = parse_phases(config)[0], Target(**request["target"])
+    phase, target = parse_phases(build(from_dict(request["config"])))[0], Target(**request["target"])
+    config, vocab_size = phase.config, request["vocab_size"]
     jax.config.update("jax_compilation_cache_dir", None)
-    config = phase.config
     cudnn = target.kind == "gpu" and resolve_attention(config, "gpu", lambda width: True) == "cudnn"
     if cudnn:  # it can only be traced where cuDNN is
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
         phase = phase._replace(config=config)
-    t, devices = config.train, _devices(target)
-    mesh = make_mesh(config.mesh, devices)
+    t, mesh = config.train, make_mesh(config.mesh, _devices(target))
     check_batch("train.global_batch_size", t.global_batch_size, mesh, t.gradient_accumulation_steps)
     if t.reproducible:
         check_batch("train.batch_groups", t.batch_groups, mesh)
     with jax.set_mesh(mesh):
-        training = build_training(config, request["vocab_size"], mesh, phase)
-        vocab = _abstract_vocabulary(request, mesh)
-        step = _traced(phase, request["vocab_size"], training, mesh, vocab)
+        training, vocab = build_training(config, vocab_size, mesh, phase), _abstract_vocabulary(vocab_size, mesh)
+        step = _traced(phase, vocab_size, training, mesh, vocab)
         step.cudnn = cudnn
         if not request["compiles"]:
             return step
@@ -66,7 +63,7 @@ def answer(request: dict[str, Any]) -> CompiledStep:
 
 def _traced(phase: Phase, vocab_size: int, training: Training, mesh: Any, vocab: Any) -> CompiledStep:
     """Measures what is known before the step is compiled."""
-    config, devices = phase.config, list(mesh.devices.flat)
+    config, devices, state = phase.config, mesh.devices.flat, training.abstract
     choice = resolve_attention(config, devices[0].platform)
     kernel = select_kernel(choice, config.data.seq_len, config.model.attention_dropout_rate > 0.0)
     return CompiledStep(
@@ -74,12 +71,12 @@ def _traced(phase: Phase, vocab_size: int, training: Training, mesh: Any, vocab:
         devices=len(devices),
         chips=chips.count(devices),
         mesh=dict(mesh.shape),
-        parameters=sum(x.size for x in jax.tree.leaves(training.abstract.params)),
+        parameters=sum(x.size for x in jax.tree.leaves(state.params)),
         vocab_rows=vocab_rows(config.model, vocab_size),
         flops=training.flops,
         attention="xla" if kernel is xla else "splash",
-        parameter_bytes=_device_bytes(training.abstract.params),
-        optimizer_bytes=_device_bytes((training.abstract.opt_state, training.abstract.average)),
+        parameter_bytes=_device_bytes(state.params),
+        optimizer_bytes=_device_bytes((state.opt_state, state.average)),
         activation_bytes=_activation_bytes(phase, training, mesh, vocab),
     )
 
@@ -93,7 +90,7 @@ def _measure(step: CompiledStep, compiled: Any, target: Target, devices: list[An
         step.temporary_bytes = memory.peak_memory_in_bytes - step.argument_bytes
     step.traffic, step.matmul_flops = cost.traffic(program), cost.matmul_flops(program)
     step.fusions, step.copies = cost.count(program, "fusion"), cost.count(program, "copy", "copy-start")
-    for collective in collectives(program, step.mesh, target.slices):
+    for collective in cost.collectives(program, step.mesh, target.slices):
         group = [devices[i] for i in collective.group]
         links = _links(group, target) if target.is_tpu and group else 0.0
         step.collectives.append({**collective._asdict(), "sent": collective.sent, "links": links})
@@ -115,14 +112,12 @@ def _devices(target: Target) -> list[Any]:
         raise UserError(f"--topology={target.kind}:{target.shape}: {str(e).splitlines()[0]}") from e
 
 
-def _abstract_vocabulary(request: dict[str, Any], mesh: Any) -> Any:
+def _abstract_vocabulary(size: int, mesh: Any) -> Vocabulary:
     """Shapes of `Vocabulary` for a vocabulary with five special tokens."""
-    size, replicated = request["vocab_size"], jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def shape(n: int, dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((n,), dtype, sharding=replicated)
-
-    return Vocabulary(shape(size, np.bool_), shape(size, np.bool_), shape(size - 5, np.int32), 0, 2, 4)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    flags: Any = jax.ShapeDtypeStruct((size,), np.bool_, sharding=replicated)
+    ids: Any = jax.ShapeDtypeStruct((size - 5,), np.int32, sharding=replicated)
+    return Vocabulary(flags, flags, ids, 0, 2, 4)
 
 
 def _device_bytes(tree: Any) -> int:
