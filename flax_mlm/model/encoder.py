@@ -21,7 +21,6 @@ from flax_mlm.model import projection
 from flax_mlm.model.attention import types
 from flax_mlm.model.attention.dispatch import select_kernel
 from flax_mlm.model.attention.rotary import Rotary, rotary_table
-from flax_mlm.model.attention.types import Attend
 from flax_mlm.model.layers import Embeddings, Layer, LayerAttention, LayerNorm, Linear, Site, dropout, gathered, stacked
 
 _REMAT_POLICIES = {
@@ -74,7 +73,7 @@ class Encoder(nnx.Module):
           tokens_BL: int32.
           segment_ids_BL: int32, 0 at padding; tokens attend to their own segment only.
           positions_BL: int32, restarting in each segment.
-          causal: Attend to the left only.
+          causal: types.Attend to the left only.
           token_types_BL: int32; None: type 0 throughout.
           dropout_keys_B: One key per row; None: no dropout.
         """
@@ -90,7 +89,7 @@ class Encoder(nnx.Module):
 
     def _attention(
         self, segment_ids_BL: jax.Array, positions_BL: jax.Array, causal: bool, has_dropout: bool
-    ) -> tuple[Attend, Rotary | None]:
+    ) -> tuple[types.Attend, Rotary | None]:
         """Builds the attention and the rotary tables of the layer types: [global], or [global, local]."""
         c = self.config
         layer_types = [(None, c.rope_theta_global), (c.sliding_window, c.rope_theta_local)]
@@ -102,7 +101,7 @@ class Encoder(nnx.Module):
             rotary = jax.tree.map(lambda *t: jnp.stack(t), *tables)
         return attend, rotary
 
-    def _apply_layers(self, x_BLD: jax.Array, attend: Attend, rotary: Rotary | None, keys_B: Any) -> jax.Array:
+    def _apply_layers(self, x_BLD: jax.Array, attend: types.Attend, rotary: Rotary | None, keys_B: Any) -> jax.Array:
         """Scans over the layers; each picks the attention of its type.
 
         perf(xla-tpu): a body of a whole period, such as [global, local, local] with static windows, would need no
@@ -122,7 +121,7 @@ class Encoder(nnx.Module):
         return x_BLD
 
     def _apply_layer(
-        self, attend: Attend, rotary: Rotary | None, keys_B: Any, x_BLD: jax.Array, xs: tuple[Any, Any, Any]
+        self, attend: types.Attend, rotary: Rotary | None, keys_B: Any, x_BLD: jax.Array, xs: tuple[Any, Any, Any]
     ) -> tuple[jax.Array, None]:
         """Applies the layer `xs`: (index, its part of `layers`, its part of `attention_norms`); the body of a scan."""
         index, params, norm_params = xs

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_mlm.config.schema import ObjectiveConfig
+from flax_mlm.model.elementwise import max_last_axis
 from flax_mlm.model.heads import Model
-from flax_mlm.model.reductions import max_last_axis
 from flax_mlm.objectives.targets import Targets
 
 

@@ -30,11 +30,8 @@ def resolve_attention(config: Config, platform: str, cudnn_works: Callable[[int]
     """
     name = config.model.attention
     if _PLATFORM_OF_KERNEL.get(name, platform) != platform:
-        needed = _PLATFORM_OF_KERNEL[name].upper()
-        raise UserError(
-            f"model.attention is {name}, which runs on {needed}s; the devices here are of kind {platform}; "
-            "use auto or xla"
-        )
+        kinds = f"{_PLATFORM_OF_KERNEL[name].upper()}s; the devices here are of kind {platform}"
+        raise UserError(f"model.attention is {name}, which runs on {kinds}; use auto or xla")
     if name != "auto":
         return name
     if config.data.seq_len < _MIN_LENGTH.get(platform, math.inf) or config.train.reproducible:
@@ -81,11 +78,8 @@ def _cudnn_works(head_width: int) -> bool:
         reason = f"its gradients differ by {float(error):.0%}"
     except Exception as e:  # any kind: not installed, too old, an unsupported shape
         reason = (str(e) or type(e).__name__).splitlines()[0]
-    print(
-        f"model.attention: falling back to XLA attention: cuDNN flash attention unavailable ({reason})",
-        file=sys.stderr,
-        flush=True,
-    )
+    problem = f"falling back to XLA attention: cuDNN flash attention unavailable ({reason})"
+    print(f"model.attention: {problem}", file=sys.stderr, flush=True)
     return False
 
 

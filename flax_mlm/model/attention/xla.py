@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from flax_mlm.model.attention.masks import layer_mask, split_blocks
 from flax_mlm.model.attention.types import Attend, Drop, switch_layer_type
-from flax_mlm.model.reductions import max_last_axis
+from flax_mlm.model.elementwise import max_last_axis
 
 
 def xla(segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None]) -> Attend:
