@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
 
-_REQUIREMENTS = "launch/tpu-requirements.txt"
-
 
 class Target(NamedTuple):
     """Devices to compile for, as the user names them: v5e:4x4, cpu, cpu:8, gpu:h100, gpu:h100:8."""
@@ -107,7 +105,8 @@ def compile_step_for(config: Config, vocab_size: int, target: Target, compiles: 
       Failure: the compiler failed, for another reason than memory.
     """
     if target.is_tpu and importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={target.kind}:... needs the TPU compiler; pip install -r {_REQUIREMENTS}")
+        install = "pip install -r launch/tpu-requirements.txt"
+        raise UserError(f"--topology={target.kind}:... needs the TPU compiler; {install}")
     request = {
         "config": config.to_dict(),
         "vocab_size": vocab_size,

@@ -15,7 +15,7 @@ class Instruction(NamedTuple):
     name: str
     shape: str  # with layouts; in parentheses for a tuple
     operation: str
-    operands: list[str]
+    operands: list[str]  # names; for a constant or parameter, its text
     attributes: str
 
     def find(self, pattern: str) -> str:
@@ -59,33 +59,26 @@ class Program:
 
 
 def _parse(line: str) -> Instruction:
-    name, rest = line.strip().removeprefix("ROOT ").lstrip("%").split(" = ", 1)
-    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    operation, rest = rest.split("(", 1)
-    end = _closing("(" + rest) - 2
-    return Instruction(name, shape, operation, _split(rest[:end]), rest[end + 1 :])
+    name, text = line.strip().removeprefix("ROOT ").lstrip("%").split(" = ", 1)
+    rest = _split(text[1:])[1] if text.startswith("(") else text[text.index(" ") :]
+    shape = text.removesuffix(rest)
+    operation, text = rest.lstrip().split("(", 1)
+    operands, attributes = _split(text)
+    names = [operand.split("*/")[-1].strip().split(" ")[-1].lstrip("%") for operand in operands]
+    return Instruction(name, shape, operation, list(filter(None, names)), attributes)
 
 
-def _closing(text: str) -> int:
-    """Index behind the parenthesis that closes the first one."""
-    depth = 0
-    for i, character in enumerate(text):
-        depth += (character in "({[") - (character in ")}]")
-        if not depth:
-            return i + 1
-    return len(text)
-
-
-def _split(operands: str) -> list[str]:
-    """Names of the operands; for a constant or parameter, its text."""
+def _split(text: str) -> tuple[list[str], str]:
+    """Splits at commas, up to the parenthesis that closes; returns the parts and what is behind it."""
     parts, depth, start = [], 0, 0
-    for i, character in enumerate(operands + ","):
-        depth += (character in "({[") - (character in ")}]")
-        if character == "," and not depth:
-            parts.append(operands[start:i].split("*/")[-1].strip().split(" ")[-1].lstrip("%"))
-            start = i + 1
-    return [part for part in parts if part]
+    for bracket in re.finditer(r"[(){}\[\],]", text):
+        if not depth and bracket[0] in ",)":
+            parts.append(text[start : bracket.start()])
+            start = bracket.end()
+            if bracket[0] == ")":
+                break
+        depth += (bracket[0] in "({[") - (bracket[0] in ")}]")
+    return parts, text[start:]
 
 
 def find(pattern: str, text: str) -> str:
