@@ -14,8 +14,8 @@ from flax_mlm.config.schema import MeshConfig, ModelConfig
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import make_mesh, param_spec
 from flax_mlm.errors import UserError
-from flax_mlm.model import encoder, heads
-from flax_mlm.model.attention import dispatch, rotary, splash
+from flax_mlm.model import encoder, heads, layers
+from flax_mlm.model.attention import dispatch, splash
 from flax_mlm.model.attention.cudnn import cudnn
 from flax_mlm.model.attention.dispatch import resolve_attention, select_kernel
 from flax_mlm.model.attention.xla import xla
@@ -142,14 +142,14 @@ def test_every_way_of_computing_gives_the_same_gradients(shape, change):
 
 
 @pytest.mark.parametrize(
-    ("platform", "fsdp", "layers", "scan_layers", "scans"),
+    ("platform", "fsdp", "num_layers", "scan_layers", "scans"),
     [
         ("cpu", 8, 12, None, False), ("cpu", 1, 24, None, True), ("tpu", 1, 2, None, True), ("tpu", 1, 2, False, False),
         ("gpu", 1, 24, None, False), ("gpu", 1, 28, None, True), ("gpu", 2, 12, None, True),
     ],
 )  # fmt: skip
-def test_layers_are_scanned_where_that_pays(platform, fsdp, layers, scan_layers, scans):
-    shape = dataclasses.replace(BERT, num_layers=layers, scan_layers=scan_layers)
+def test_layers_are_scanned_where_that_pays(platform, fsdp, num_layers, scan_layers, scans):
+    shape = dataclasses.replace(BERT, num_layers=num_layers, scan_layers=scan_layers)
     assert encoder.resolve_scan_layers(shape, platform, fsdp) is scans
 
 
@@ -332,8 +332,8 @@ def test_rotary_logits_depend_on_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 8))
 
     def logit(i: int, j: int) -> float:
-        table = rotary.rotary_table(jnp.array([[i, j]]), 8, 10_000.0)
-        rotated = rotary.rotate(jnp.stack([q, k])[None, :, None], table)[0, :, 0]
+        table = layers.rotary_table(jnp.array([[i, j]]), 8, 10_000.0)
+        rotated = layers.rotate(jnp.stack([q, k])[None, :, None], table)[0, :, 0]
         return float(rotated[0] @ rotated[1])
 
     assert logit(3, 7) == pytest.approx(logit(103, 107), abs=1e-4)

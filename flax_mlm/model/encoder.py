@@ -20,8 +20,18 @@ from flax_mlm.distributed.fsdp import gather_fsdp, save_all_but_gathered, splits
 from flax_mlm.model import projection
 from flax_mlm.model.attention import types
 from flax_mlm.model.attention.dispatch import select_kernel
-from flax_mlm.model.attention.rotary import Rotary, rotary_table
-from flax_mlm.model.layers import Embeddings, Layer, LayerAttention, LayerNorm, Linear, Site, dropout, gathered, stacked
+from flax_mlm.model.layers import (
+    Embeddings,
+    Layer,
+    LayerNorm,
+    Linear,
+    Rotary,
+    Site,
+    dropout,
+    gathered,
+    rotary_table,
+    stacked,
+)
 
 _REMAT_POLICIES = {
     "none": save_all_but_gathered,
@@ -137,5 +147,5 @@ class Encoder(nnx.Module):
             return jnp.where(index == 0, x_BLD, attention_norm(x_BLD))
 
         table = jax.tree.map(lambda tables: tables[layer_type], rotary)
-        attention = LayerAttention(functools.partial(attend, layer_type), table)
-        return layer(x_BLD, attention, None if norm_params is None else norm, keys_B), None
+        attend = functools.partial(attend, layer_type)
+        return layer(x_BLD, attend, table, None if norm_params is None else norm, keys_B), None

@@ -1,4 +1,4 @@
-"""The parts of an encoder: projections, norms, dropout, embeddings, and one layer.
+"""The parts of an encoder: projections, norms, dropout, embeddings, rotary positions (arXiv:2104.09864), and one layer.
 
 Letters in array names and in `dims`, the metadata of parameters: B batch, L length, K predictions, D width, E embedding
 width, H heads, d head width, F MLP width, V vocabulary, N layers, P positions, T token types; 2 or 3 for fused
@@ -8,7 +8,7 @@ projections. Parameters are float32; `model.dtype` is the dtype of the computati
 import enum
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from flax import nnx
 from flax_mlm.config.schema import ModelConfig
 from flax_mlm.distributed.fsdp import gather_fsdp
 from flax_mlm.distributed.mesh import batch_spec, replicate
-from flax_mlm.model.attention.rotary import Rotary, rotate
 from flax_mlm.model.elementwise import add_bias, geglu, gelu, layer_norm
 from flax_mlm.model.projection import project
+
+Rotary = tuple[jax.Array, jax.Array]  # cosines and sines
 
 
 class Site(enum.IntEnum):
@@ -127,11 +128,22 @@ class Embeddings(nnx.Module):
         return self.norm(x_BLD).astype(self.config.dtype)
 
 
-class LayerAttention(NamedTuple):
-    """Attention of a layer: global, or local with a sliding window."""
+def rotary_table(positions_BL: jax.Array, head_width: int, theta: float) -> Rotary:
+    """Computes the cosines and sines of every position's angles, float32 (B, L, 1, head_width / 2)."""
+    frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angles = (positions_BL.astype(jnp.float32)[..., None] * frequencies[None, None])[:, :, None]
+    return jnp.cos(angles), jnp.sin(angles)
 
-    attend: Callable[..., jax.Array]  # (q, k, v, drop) -> (B, L, H, d), see `attention.types.Attend`
-    rotary: Rotary | None  # None: position embeddings are learned
+
+def rotate(x_BLHd: jax.Array, table: Rotary) -> jax.Array:
+    """Rotates each pair (x[i], x[i + d/2]) by its position's angle; computed in float32, returned in x's dtype."""
+    cos, sin = table
+    x = x_BLHd.astype(jnp.float32)
+    first, second = jnp.split(x, 2, axis=-1)
+    # perf(xla-cpu): a sum of two products; concatenating two rotated halves would run on one core.
+    cos = jnp.concatenate([cos, cos], axis=-1)
+    sin = jnp.concatenate([-sin, sin], axis=-1)
+    return (x * cos + jnp.concatenate([second, first], axis=-1) * sin).astype(x_BLHd.dtype)
 
 
 class Layer(nnx.Module):
@@ -152,34 +164,37 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x_BLD: jax.Array,
-        attention: LayerAttention,
+        attend: Callable[..., jax.Array],
+        rotary: Rotary | None,
         norm: Callable[[jax.Array], jax.Array] | None,
         keys_B: jax.Array | None,
     ) -> jax.Array:
         """Computes the hidden states (B, L, D) after this layer.
 
         Args:
+          attend: (q, k, v, drop) -> (B, L, H, d), see `attention.types.Attend`; with the windows of this layer.
+          rotary: None: position embeddings are learned.
           norm: With `norm_position = pre`: the norm before attention; None: x_BLD is normalised already.
           keys_B: One dropout key per row; None: no dropout.
         """
         drop = functools.partial(dropout, keys_B=keys_B, rate=self.config.dropout_rate)
         if self.config.norm_position == "post":
-            attended_BLD = self._attention(x_BLD, attention, keys_B)
+            attended_BLD = self._attention(x_BLD, attend, rotary, keys_B)
             x_BLD = self.attention_norm(x_BLD + drop(attended_BLD, site=Site.ATTENTION_OUTPUT))
             return self.mlp_norm(x_BLD + drop(self._mlp(x_BLD), site=Site.MLP_OUTPUT))
-        attended_BLD = self._attention(norm(x_BLD) if norm else x_BLD, attention, keys_B)
+        attended_BLD = self._attention(norm(x_BLD) if norm else x_BLD, attend, rotary, keys_B)
         x_BLD = x_BLD + drop(attended_BLD, site=Site.ATTENTION_OUTPUT)
         return x_BLD + drop(self._mlp(self.mlp_norm(x_BLD)), site=Site.MLP_OUTPUT)
 
     @jax.named_scope("attention")
-    def _attention(self, x_BLD: jax.Array, attention: LayerAttention, keys_B: jax.Array | None) -> jax.Array:
+    def _attention(self, x_BLD: jax.Array, attend: Any, rotary: Rotary | None, keys_B: Any) -> jax.Array:
         q, k, v = self.qkv.each("BLD,DHd->BLHd", x_BLD, "LHd")
-        if attention.rotary is not None:
-            q, k = rotate(q, attention.rotary), rotate(k, attention.rotary)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         drop, rate = None, self.config.attention_dropout_rate
         if keys_B is not None and rate > 0.0:
             drop = functools.partial(dropout, keys_B=keys_B, rate=rate, site=Site.ATTENTION_PROBABILITIES)
-        return self.attention_out("BLHd,HdD->BLD", attention.attend(q, k, v, drop), "LD")
+        return self.attention_out("BLHd,HdD->BLD", attend(q, k, v, drop), "LD")
 
     @jax.named_scope("mlp")
     def _mlp(self, x_BLD: jax.Array) -> jax.Array:
