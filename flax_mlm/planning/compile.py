@@ -1,13 +1,14 @@
 """Compiles the train step for devices that are not present, to measure its memory, collectives and FLOPs.
 
 The TPU compiler needs no TPU, but its own environment variables, and some of its failures end the process. So
-`compile_step_for` runs `python -m flax_mlm.planning.worker`, which reads a JSON request and prints a JSON answer.
+`compile_step_for` runs `python -m flax_mlm.planning.worker`, which reads a pickled request and prints a JSON answer.
 """
 
 import dataclasses
 import importlib.util
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -107,12 +108,6 @@ def compile_step_for(config: Config, vocab_size: int, target: Target, compiles: 
     if target.is_tpu and importlib.util.find_spec("libtpu") is None:
         install = "pip install -r launch/tpu-requirements.txt"
         raise UserError(f"--topology={target.kind}:... needs the TPU compiler; {install}")
-    request = {
-        "config": config.to_dict(),
-        "vocab_size": vocab_size,
-        "target": target._asdict(),
-        "compiles": compiles and target.kind != "gpu",
-    }
     env = dict(os.environ) | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -123,16 +118,13 @@ def compile_step_for(config: Config, vocab_size: int, target: Target, compiles: 
     }
     if not target.is_tpu:
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={target.shape}".strip()
-    done = subprocess.run(
-        [sys.executable, "-m", "flax_mlm.planning.worker"],
-        input=json.dumps(request),
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    request = pickle.dumps((config, vocab_size, target, compiles and target.kind != "gpu"))
+    worker = [sys.executable, "-m", "flax_mlm.planning.worker"]
+    done = subprocess.run(worker, input=request, env=env, capture_output=True)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        raise Failure(f"the compiler failed ({done.returncode}): {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["?"])[-1]
+        raise Failure(f"the compiler failed ({done.returncode}): {reason}")
     answer = json.loads(lines[-1])
     if "user_error" in answer:
         raise UserError(answer["user_error"])

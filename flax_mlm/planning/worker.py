@@ -1,7 +1,8 @@
-"""Worker of `compile_step_for`: reads a JSON request, traces or compiles the train step, and prints a JSON answer."""
+"""Worker of `compile_step_for`: reads a pickled request, traces or compiles the train step, and prints JSON."""
 
 import dataclasses
 import json
+import pickle
 import sys
 import time
 from typing import Any
@@ -11,8 +12,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_mlm.config.load import build, from_dict
 from flax_mlm.config.phases import Phase, parse_phases
+from flax_mlm.config.schema import Config
 from flax_mlm.distributed import chips
 from flax_mlm.distributed.batches import abstract_batch
 from flax_mlm.distributed.mesh import bind_to_mesh, check_batch, make_mesh, num_batch_shards
@@ -28,10 +29,10 @@ from flax_mlm.planning.hlo import Program
 from flax_mlm.training.step import Training, build_training, model_inputs
 
 
-def answer(request: dict[str, Any]) -> CompiledStep:
-    """Answers a request."""
-    phase, target = parse_phases(build(from_dict(request["config"])))[0], Target(**request["target"])
-    config, vocab_size = phase.config, request["vocab_size"]
+def answer(config: Config, vocab_size: int, target: Target, compiles: bool) -> CompiledStep:
+    """Traces or compiles the train step of a run's first phase."""
+    phase = parse_phases(config)[0]
+    config = phase.config
     jax.config.update("jax_compilation_cache_dir", None)
     cudnn = target.kind == "gpu" and resolve_attention(config, "gpu", lambda width: True) == "cudnn"
     if cudnn:  # it can only be traced where cuDNN is
@@ -45,7 +46,7 @@ def answer(request: dict[str, Any]) -> CompiledStep:
         training, vocab = build_training(config, vocab_size, mesh, phase), _abstract_vocabulary(vocab_size, mesh)
         step = _traced(phase, vocab_size, training, mesh, vocab)
         step.cudnn = cudnn
-        if not request["compiles"]:
+        if not compiles:
             return step
         rows = abstract_batch(t.global_batch_size, config.data.seq_len, mesh, phase.num_steps is None)
         lowered, begin = training.step.lower(training.abstract, rows, vocab), time.perf_counter()
@@ -166,7 +167,7 @@ def _links(group: list[Any], target: Target) -> float:
 
 if __name__ == "__main__":
     try:
-        result = dataclasses.asdict(answer(json.load(sys.stdin)))
+        result = dataclasses.asdict(answer(*pickle.load(sys.stdin.buffer)))
     except UserError as e:
         result = {"user_error": str(e)}
     print(json.dumps(result))
