@@ -164,14 +164,13 @@ def _select(
         if name in tensors and not np.array_equal(tensors[name], tensors.setdefault(twin, tensors[name])):
             raise UserError(f"init_from: '{folder.path}' has {name} unlike {twin}; our model ties the two")
         tensors.pop(name, None)
-    used = {name: mapping.path for mapping in mappings for names in mapping.names for name in names}
-    if reinit_head:
-        used = {name: path for name, path in used.items() if path[0] != "head"}
+    kept = [mapping for mapping in mappings if not (reinit_head and mapping.path[0] == "head")]
+    used = {name: mapping.path for mapping in kept for names in mapping.names for name in names}
     missing = [name for name in used if name not in tensors]
     extra = [name for name in tensors if name not in used]
-    left_out = [name for name in extra if name.startswith(architecture.unused)]
-    if reinit_head:  # other heads are left out, too
-        left_out += [name for name in extra if not name.startswith(architecture.prefix)]
+    # With `reinit_head`, other heads are left out, too.
+    others = [name for name in extra if reinit_head and not name.startswith(architecture.prefix)]
+    left_out = [name for name in extra if name.startswith(architecture.unused) or name in others]
     extra = [name for name in extra if name not in left_out]
     if missing and all(used[name][0] == "head" for name in missing):
         raise UserError(

@@ -94,8 +94,7 @@ def numbers(text: str | None) -> list[int]:
 
 def dims(shape: str) -> list[int]:
     """Sizes of an array's dimensions."""
-    match = _ARRAY.search(shape)
-    return numbers(match[2]) if match else []
+    return numbers(find(r"\w\[([\d,]*)\]", shape))
 
 
 def array_bytes(shape: str) -> list[int]:

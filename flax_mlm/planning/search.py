@@ -77,13 +77,7 @@ def smallest_change(config: Config, vocab_size: int, target: Target, chip: chips
     return None
 
 
-def sweep(
-    config: Config,
-    vocab_size: int,
-    target: Target,
-    chip: chips.Chip,
-    meshes: list[Mesh],
-) -> list[Candidate]:
+def sweep(config: Config, vocab_size: int, target: Target, chip: chips.Chip, meshes: list[Mesh]) -> list[Candidate]:
     """Compiles meshes × remat × microbatches, without those that do more work than one that fits. Prints a table."""
     _log(f"\n{'data×fsdp×tensor':18}{'remat':7}{'microbatches':>13}{'GiB':>8}{'ms, best to worst':>20}{'MFU':>12}")
     candidates: list[Candidate] = []
