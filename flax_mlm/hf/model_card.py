@@ -94,7 +94,7 @@ class ModelCard:
 
     def _training(self) -> Iterator[str]:
         """Lists where the weights come from."""
-        config, meta, o = self.config, self.meta, self.config.optimizer
+        config, meta, average = self.config, self.meta, self.config.optimizer.averages
         if config.init_from:
             yield f"- Started from: {config.init_from.rstrip('/').rpartition('/')[2]}."
         if self.corpus:
@@ -105,14 +105,13 @@ class ModelCard:
                     f"- Text{fraction}: {text['name']}; {text['documents']:,} documents, {text['words']:,} words, "
                     f"{text['tokens']:,} tokens. Its licence: {text['licence']}."
                 )
-            averaged = f"; the weights are their {o.averages} average" if o.averages != "none" else ""
             seen = meta.get("totals", {}).get("tokens_seen", 0)
-            tokens = f", {seen:,.0f} tokens with the special ones" if seen else ""
-            yield f"- Objective: {self._objective()}."
-            yield (
-                f"- Run: {meta['step']:,} steps of {config.train.global_batch_size} rows of {config.data.seq_len}"
-                f"{tokens}; {o.name}, peak learning rate {o.learning_rate:g}, {o.schedule}{averaged}; computed in "
-                f"{config.model.dtype}; seed {config.seed}."
+            yield self._fill(
+                f"training_{self.objective}",
+                masking=config.objective.masking.replace("_", " "),
+                sharing=_SHARING[config.objective.embedding_sharing],
+                tokens=f", {seen:,.0f} tokens with the special ones" if seen else "",
+                averaged=f"; the weights are their {average} average" if average != "none" else "",
             )
         if phases := meta.get("config", {}).get("train", {}).get("phases"):
             yield f"- In phases: `{phases}`. The above is of the last one that it has seen."
@@ -121,22 +120,6 @@ class ModelCard:
                 f"- Fine-tuned for search: contrastive (InfoNCE), {self.fine_tuned['examples']:,} pairs, vectors by "
                 f"{config.finetune.pooling} pooling."
             )
-
-    def _objective(self) -> str:
-        o, generator = self.config.objective, self.config.generator
-        if o.name == "clm":
-            return "causal language modelling (clm)"
-        masks = (
-            f"{o.mask_rate:.0%} of the tokens, chosen by {o.masking.replace('_', ' ')}, of those "
-            f"{o.mask_replace_prob:.0%} shown as `{self.mask}`, {o.random_replace_prob:.0%} as a random token"
-        )
-        if o.name == "mlm":
-            return f"masked-language modelling (mlm): {masks}"
-        return (
-            f"replaced-token detection (rtd, arXiv:2003.10555): {masks}; filled by a generator of "
-            f"{generator.num_layers} layers of {generator.hidden_size} with {_SHARING[o.embedding_sharing]}; the "
-            f"encoder's loss counts {o.discriminator_weight:g} times"
-        )
 
     def _settings(self) -> str:
         """Returns the config without the sections that may name paths of somebody's machine."""
