@@ -7,7 +7,7 @@ from typing import Any
 
 from flax_mlm.config.schema import ModelConfig
 from flax_mlm.hf import architecture as arch
-from flax_mlm.hf.architecture import Architecture, HfConfig, SpecialIds, WeightRule, expect, linear, number, weight
+from flax_mlm.hf.architecture import Architecture, HfConfig, Layout, SpecialIds, expect, linear, number, weight
 
 _QKV = ("query", "key", "value")
 
@@ -66,7 +66,7 @@ BERT = Architecture(
 BERT_CAUSAL = dataclasses.replace(BERT, class_name="BertLMHeadModel", objective="clm")
 
 
-def _with_prefix(prefix: str, rules: Iterable[WeightRule]) -> tuple[WeightRule, ...]:
+def _with_prefix(prefix: str, rules: Iterable[arch.WeightRule]) -> tuple[arch.WeightRule, ...]:
     """Rewrites the weight table of a BERT for a model whose names begin with another prefix."""
     return tuple(r._replace(names=tuple(name.replace("bert.", prefix) for name in r.names)) for r in rules)
 
@@ -91,9 +91,7 @@ ROBERTA = dataclasses.replace(
     weights=(
         *_with_prefix("roberta.", BERT.weights[:1]),
         # Position p has row p + pad_token_id + 1.
-        weight(
-            "encoder/embeddings/position", "roberta.embeddings.position_embeddings.weight", layout=arch.Layout.OFFSET
-        ),
+        weight("encoder/embeddings/position", "roberta.embeddings.position_embeddings.weight", layout=Layout.OFFSET),
         *_with_prefix("roberta.", BERT.weights[2:10]),
         *arch.vocabulary_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
     ),
