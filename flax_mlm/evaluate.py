@@ -5,6 +5,8 @@ python -m flax_mlm.evaluate --checkpoint=runs/quickstart --task=minimal_pairs --
 python -m flax_mlm.evaluate --checkpoint=runs/quickstart --task=classification --train=sst2/train.tsv --dev=sst2/dev.tsv
 """
 
+import functools
+
 from absl import flags
 
 from flax_mlm.cli import app, cluster
@@ -12,6 +14,7 @@ from flax_mlm.config.load import flatten
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import processes
 from flax_mlm.errors import UserError
+from flax_mlm.evaluation import registry
 from flax_mlm.evaluation.registry import TASKS
 from flax_mlm.storage import files, gcs
 
@@ -55,13 +58,15 @@ def main(config: Config) -> None:
     with processes.join(cluster.from_flags(), identity, config.train.stall_timeout) as group:
         if values.json and group.index == 0:
             files.check_writable("--json", output)
-        with group.untimed("opening the checkpoint"):
+        with group.untimed("opening the checkpoint and the data"):  # until the first batch
             model = load_model(values.checkpoint, config)
-        result, table = task.run(model, group, **{flag: values[flag].value for flag in task.flags})
+            on_batch = functools.partial(group.progress, "evaluating")
+            flags_of_task = {flag: values[flag].value for flag in task.flags}
+            result, table = registry.evaluate(values.task, model, on_batch, **flags_of_task)
         if group.index == 0:
             print("\n".join(table))
             if values.json:
-                files.write_json(output, {"task": values.task, "objective": config.objective.name} | result)
+                files.write_json(output, result)
 
 
 if __name__ == "__main__":

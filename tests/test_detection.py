@@ -5,7 +5,6 @@ import functools
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -375,8 +374,9 @@ def test_each_corpus_of_several_has_its_own_loss():
     """Two rows of one, one of another, none of a third, and one that only fills the batch."""
     tokens, loss, correct = np.array([[4.0, 6, 5, 0], [2, 1, 4, 0], [3, 5, 1, 0]])
     zero, one = np.zeros(4), np.ones(4)
-    measured = rtd.Measurement([2, 1, 0], tokens, loss, correct, one, zero, one, one, zero)
-    result = rtd.summary(measured, SimpleNamespace(corpora={"a": None, "b": None, "c": None}))
+    sums = {"tokens": tokens, "loss": loss, "correct": correct, "replaced": one, "detected": zero}
+    sums |= {"masked": one, "generator_loss": one, "generator_correct": zero}
+    result = rtd.summary(sums, {"a": 2, "b": 1, "c": 0})
     assert result["loss"] == 7 / 15 and result["accuracy"] == 9 / 15 and result["rows"] == 3
     shown = {key: value for key, value in result.items() if "/" in key and "stderr" not in key}
     assert shown == {
@@ -387,7 +387,7 @@ def test_each_corpus_of_several_has_its_own_loss():
         f"    a  loss 0.3000 ± {result['loss_stderr/a']:.4f}  accuracy 0.8000         10 tokens",
         "    b  loss 0.8000 ± 0.0000  accuracy 0.2000          5 tokens",
     ]
-    alone = rtd.summary(measured._replace(rows_C=[3]), SimpleNamespace(corpora={"": None}))
+    alone = rtd.summary(sums, {"": 3})
     assert not any("/" in key for key in alone)
     assert not any("by corpus" in line for line in rtd.table(alone))
 

@@ -10,9 +10,8 @@ import pytest
 from flax_mlm.config.load import build
 from flax_mlm.errors import UserError
 from flax_mlm.inference.config import read_config
-from flax_mlm.inference.load import load_model
+from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.inference.mask_filler import MaskFiller
-from flax_mlm.inference.model import LoadedModel
 
 ONE = "The [MASK] barks in the garden at night."
 TWO = "The [MASK] [MASK] in the garden at night."

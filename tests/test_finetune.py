@@ -6,6 +6,7 @@ import json
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -19,12 +20,11 @@ from flax_mlm.config.load import build, from_dict
 from flax_mlm.data import conll, tables
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
-from flax_mlm.evaluation import classification, dev_split, metrics, report, tagging
-from flax_mlm.finetuning import batches
+from flax_mlm.evaluation import classification, metrics, report, tagging
+from flax_mlm.finetuning.loop import epoch_indices
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.config import read_config
-from flax_mlm.inference.load import load_model
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.inference.load import LoadedModel, load_model
 
 SOON = {"epochs": 4, "seeds": 2, "learning_rates": "3e-3,1e-2", "batch_size": 16, "dropout_rate": 0.0, "max_length": 24}
 
@@ -106,32 +106,35 @@ def test_what_is_rare_is_learned_and_not_held_out():
     labels = [[str(i % 2)] for i in range(40)]
     for rare in range(40):  # wherever it is
         some = [*labels[:rare], ["rare"], *labels[rare + 1 :]]
-        train, dev = dev_split.hold_out(40, some)
+        train, dev = report.hold_out(40, some)
         assert sorted(train + dev) == list(range(40))
         assert rare in train
         assert len(dev) in (3, 4)
     with pytest.raises(UserError, match="too few to split off a development set; set --dev"):
-        dev_split.hold_out(2, [["a"], ["b"]])
+        report.hold_out(2, [["a"], ["b"]])
 
 
 def test_batches_hold_every_example_once(model):
-    epoch = list(batches.epoch_indices([i % 7 + 1 for i in range(100)], 16, np.random.default_rng(0)))
+    epoch = list(epoch_indices([i % 7 + 1 for i in range(100)], 16, np.random.default_rng(0)))
     assert all(len(batch) == 16 for batch in epoch)
     assert len({i for batch in epoch for i in batch}) == 96
-    assert [sorted(set(b)) for b in batches.epoch_indices([1, 1, 1], 16, np.random.default_rng(0))] == [[0, 1, 2]]
+    assert [sorted(set(b)) for b in epoch_indices([1, 1, 1], 16, np.random.default_rng(0))] == [[0, 1, 2]]
 
 
 def test_long_pairs_are_cut_at_their_longer_part(model):
     rows = embeddings.tokenize(model, ["dog " * 50, "dog", "dog " * 50], ["cat", "cat " * 50, "cat " * 49])
     t = model.tokenizer
-    for tokens, types in zip(rows.tokens, rows.token_types, strict=True):
-        assert len(tokens) == len(types) == 24
+    types_BL = np.asarray(embeddings.token_types(model, jnp.array(embeddings.pad(model, rows))))
+    for tokens, types_L in zip(rows, types_BL, strict=True):
+        types = types_L[:24].tolist()
+        assert len(tokens) == 24
+        assert types_L[24:].sum() == 0
         assert tokens[0] == t.cls_id
         assert tokens.count(t.sep_id) == 2
         assert types == [0] * (tokens.index(t.sep_id) + 1) + [1] * (23 - tokens.index(t.sep_id))
-    assert t.decode(rows.tokens[0]).endswith("cat")
-    assert t.decode(rows.tokens[1]).startswith("dog")
-    assert abs(sum(rows.token_types[2]) - 12) <= 1, "of two long ones each has a half"
+    assert t.decode(rows[0]).endswith("cat")
+    assert t.decode(rows[1]).startswith("dog")
+    assert abs(types_BL[2].sum() - 12) <= 1, "of two long ones each has a half"
 
 
 # Files
@@ -218,11 +221,10 @@ def test_pooling(model, pooling):
     model = model._replace(config=config)
     texts = embeddings.tokenize(model, ["The dog barks.", "The cat sleeps near the river all day."] * 4)
     found = embeddings.run_batches(model, embeddings.make_encoder(model), model.params, texts, quiet)
-    tokens, types = embeddings.pad(model, texts)
     with jax.set_mesh(model.mesh):
-        arrays = shard_rows([tokens, types], model.mesh)
-        states_BLD = np.asarray(jax.jit(lambda a, b: embeddings.hidden_states(model, model.params, a, b))(*arrays))
-    for states_LD, vector, row in zip(states_BLD, found, texts.tokens, strict=True):
+        tokens = shard_rows(embeddings.pad(model, texts), model.mesh)
+        states_BLD = np.asarray(jax.jit(lambda tokens: embeddings.hidden_states(model, model.params, tokens))(tokens))
+    for states_LD, vector, row in zip(states_BLD, found, texts, strict=True):
         n = len(row)
         expected = {"cls": states_LD[0], "last": states_LD[n - 1], "mean": states_LD[:n].mean(0)}[pooling]
         np.testing.assert_allclose(vector, expected, atol=1e-5)
@@ -310,8 +312,9 @@ def test_long_sentences_are_split_and_joined(model):
     words = ["dog", "cat", "The"] * 40
     part = conll.Tagged([words, ["dog"]], [["B-A", "O", "O"] * 40, ["B-A"]])
     rows = tagging.split_sentences(model, part, ["O", "B-A"], "train")
-    assert len(rows.texts) > 3
-    assert all(len(tokens) <= 24 for tokens in rows.texts.tokens)
+    assert len(rows.tokens) > 3
+    assert all(len(tokens) <= 24 for tokens in rows.tokens)
+    assert all(tokens[0] == model.tokenizer.cls_id and tokens[-1] == model.tokenizer.sep_id for tokens in rows.tokens)
     assert rows.sentences == sorted(rows.sentences)
     firsts = [[label for label in labels if label >= 0] for labels in rows.labels]
     assert [x for some in firsts[:-1] for x in some] == [1, 0, 0] * 40

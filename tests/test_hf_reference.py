@@ -30,9 +30,7 @@ from flax_mlm.hf.weights import param_mappings, params_to_tensors
 from flax_mlm.inference import embeddings, likelihood, parity
 from flax_mlm.inference.api import Model
 from flax_mlm.inference.forward import build_forward
-from flax_mlm.inference.load import start_params, untied
-from flax_mlm.inference.model import LoadedModel
-from flax_mlm.inference.outputs import make_outputs
+from flax_mlm.inference.load import LoadedModel, start_params, untied
 from flax_mlm.model import electra, heads
 from flax_mlm.objectives import masking
 from flax_mlm.objectives.rows import Vocabulary, run_key
@@ -216,11 +214,10 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     text = "The [MASK] of the people."
     ids = [vocabulary.cls_id, *vocabulary.encode_with_mask(text), vocabulary.sep_id]
     answers = transformers.pipeline("fill-mask", model=str(path), tokenizer=str(path))(text, top_k=3)
-    tokens = np.array([ids], np.int32)
-    hidden, scores = make_outputs(model)(tokens, tokens >= 0)
+    ((_, hidden, scores),) = embeddings.row_outputs(model, [ids])
     at = ids.index(vocabulary.mask_id)
-    assert [a["token"] for a in answers] == np.argsort(-scores[0, at])[:3].tolist()
-    probabilities = np.asarray(jax.nn.softmax(scores[0, at]))
+    assert [a["token"] for a in answers] == np.argsort(-scores[at])[:3].tolist()
+    probabilities = np.asarray(jax.nn.softmax(scores[at]))
     np.testing.assert_allclose([a["score"] for a in answers], np.sort(probabilities)[::-1][:3], rtol=1e-4)
     ours = Model(model).fill_mask(text, top_k=3)
     assert [a["token"] for a in ours] == [a["token"] for a in answers]
@@ -231,8 +228,8 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     pooled = sentence_transformers.SentenceTransformer(str(path), device="cpu").encode(["The dog of the people."])
     ids = [vocabulary.cls_id, *vocabulary.encode(["The dog of the people."])[0], vocabulary.sep_id]
-    hidden, _ = make_outputs(model)(np.array([ids], np.int32), np.ones((1, len(ids)), bool))
-    np.testing.assert_allclose(pooled[0], hidden[0].mean(0), atol=LIMIT)
+    ((_, hidden, _),) = embeddings.row_outputs(model, [ids])
+    np.testing.assert_allclose(pooled[0], hidden.mean(0), atol=LIMIT)
 
     pytest.importorskip("onnxscript")
     exporters = pytest.importorskip("transformers.exporters.exporter_onnx")
@@ -284,15 +281,11 @@ def test_a_packaged_sentence_encoder_gives_the_same_embeddings():
     model = model_of(path, reinit_head=True)
     reference = SentenceTransformer(str(path), device="cpu")
     texts = sentences(64)
-    expected, t, run = reference.encode(texts), model.tokenizer, make_outputs(model)
+    expected, t = reference.encode(texts), model.tokenizer
     rows = [[t.cls_id, *ids[: reference.max_seq_length - 2], t.sep_id] for ids in t.encode(texts)]
-    for begin in range(0, 64, 16):
-        part = rows[begin : begin + 16]
-        tokens = np.array([row + [t.pad_id] * (max(map(len, part)) - len(row)) for row in part], np.int32)
-        hidden = run(tokens, tokens != t.pad_id)[0]
-        for row, states, vector in zip(part, hidden, expected[begin:], strict=False):
-            mean = states[: len(row)].mean(0)
-            assert mean @ vector / np.linalg.norm(mean) / np.linalg.norm(vector) >= 0.99999
+    for i, states, _ in embeddings.row_outputs(model, rows):
+        mean, vector = states.mean(0), expected[i]
+        assert mean @ vector / np.linalg.norm(mean) / np.linalg.norm(vector) >= 0.99999
 
 
 @pytest.mark.parametrize("variant", ["original", "within_word_l2r"])
@@ -385,7 +378,7 @@ def test_sentence_transformers_pools_alike(pooling, vocabulary, tmp_path):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(json.dumps(content))
     texts = sentences(12)
-    lengths = [len(row) for row in embeddings.tokenize(model, texts).tokens]
+    lengths = [len(row) for row in embeddings.tokenize(model, texts)]
     assert max(lengths) == 48 and min(lengths) < 40
     ours = embeddings.embed(model, texts)
     theirs = SentenceTransformer(str(path)).encode(texts)

@@ -15,9 +15,8 @@ from flax_mlm.errors import UserError
 from flax_mlm.evaluation import cloze, minimal_pairs
 from flax_mlm.inference import likelihood
 from flax_mlm.inference.config import read_config
-from flax_mlm.inference.load import load_model
+from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.inference.mask_filler import MaskFiller
-from flax_mlm.inference.model import LoadedModel
 
 TEXTS = ["The dog barks in the garden today.", "Fish.", "The cat sleeps near the river. The cow eats all day."] * 3
 
@@ -42,7 +41,7 @@ def log_probability(model: LoadedModel, tokens: list[int], place: int, label: in
     with jax.set_mesh(model.mesh):
         places = np.full((len(rows), 1), place, np.int32)
         rows, places = shard_rows([rows, places], model.mesh)
-        return float(model.forward.token_log_probs(model.params, rows, places, model.vocab)[0, 0, label])
+        return float(model.forward.log_probs(model.params, rows, places, None, model.vocab)[0, 0, label])
 
 
 @pytest.mark.parametrize("variant", ["original", "within_word_l2r"])

@@ -16,16 +16,15 @@ import pytest
 import scipy.stats
 
 from flax_mlm.config.load import build
-from flax_mlm.data.tables import Labelled, take
+from flax_mlm.data.tables import Labelled
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
-from flax_mlm.evaluation import dev_split, retrieval
+from flax_mlm.evaluation import report, retrieval
 from flax_mlm.finetuning import contrastive
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.config import read_config
 from flax_mlm.inference.forward import build_forward
-from flax_mlm.inference.load import load_model
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.inference.load import LoadedModel, load_model
 
 SOON = {"epochs": 2, "seeds": 1, "learning_rates": "3e-3", "batch_size": 16, "max_length": 24, "pooling": "mean"}
 
@@ -78,10 +77,9 @@ def test_the_loss_is_that_of_its_formula_on_any_mesh(trained_run, model, dimensi
         unique = sorted({text for group in GROUPS for text in group if text})
         texts = embeddings.tokenize(one, unique)
         ids_BG = np.array([[unique.index(t) if t else -1 for t in g] for g in GROUPS], np.int32)
-        tokens_RL, types_RL = embeddings.pad(one, take(texts, np.maximum(ids_BG, 0).ravel()))
-        shape = *ids_BG.shape, tokens_RL.shape[1]
+        tokens_RL = embeddings.pad(one, [texts[i] for i in np.maximum(ids_BG, 0).ravel()])
         with jax.set_mesh(one.mesh):
-            batch = shard_rows([tokens_RL.reshape(shape), types_RL.reshape(shape), ids_BG], one.mesh)
+            batch = shard_rows([tokens_RL.reshape(*ids_BG.shape, -1), ids_BG], one.mesh)
             loss = jax.jit(contrastive.make_loss(one))
             found.append(float(loss(one.params, *batch, jax.random.key(0))))
     encoder = embeddings.make_encoder(one)
@@ -129,7 +127,7 @@ def test_search_numbers_by_their_definitions():
         relevance[f"q{i}"] = {f"d{d}": int(rng.integers(0, 4)) for d in chosen} | {f"d{near[5]}": 2}
     names = [f"d{i}" for i in range(300)]
     benchmark = retrieval.Benchmark({n: n for n in names}, {q: q for q in relevance}, relevance)
-    found = retrieval._search(lambda texts: np.stack([vectors[t] for t in texts]), benchmark, quiet)
+    found = retrieval._search(benchmark, quiet, lambda texts: np.stack([vectors[t] for t in texts]))
     ndcg, recall, reciprocal = [], {10: [], 100: []}, []
     for query, grades in relevance.items():
         order = sorted(names, key=lambda d: -vectors[d] @ vectors[query])
@@ -181,7 +179,7 @@ def test_texts_alone_are_told_apart_by_dropout_and_judged_by_the_loss(model, toy
 
 def test_a_query_is_on_one_side_with_all_its_positives():
     queries = [f"q{i // 3}" for i in range(60)]
-    train, dev = dev_split.hold_out_queries(queries)
+    train, dev = report.hold_out_queries(queries)
     assert sorted(train + dev) == list(range(60))
     assert len(dev) == 6
     assert not {queries[i] for i in train} & {queries[i] for i in dev}

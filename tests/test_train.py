@@ -17,7 +17,7 @@ from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.cli.app import config_of
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.errors import Failure, UserError
-from flax_mlm.finetuning.save import save_encoder
+from flax_mlm.finetuning.contrastive import save_encoder
 from flax_mlm.inference.config import read_config
 from flax_mlm.inference.load import load_model
 from flax_mlm.train import train

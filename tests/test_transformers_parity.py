@@ -167,7 +167,7 @@ def test_hidden_states_and_scores(family, with_types, layout, one_device):
     check(np.asarray(model.apply(params, *args, predict_BK=predict, **kwargs))[real], scores, "scores")
     if not with_types:  # `score` finds segments and positions by itself, and knows one token type
         vocab = Vocabulary(*[jnp.zeros(V, jnp.int32)] * 3, pad_id=PAD, cls_id=CLS, mask_id=2)
-        got = build_forward(config, V, one_device).token_log_probs(params, args[0], predict, vocab)
+        got = build_forward(config, V, one_device).log_probs(params, args[0], predict, None, vocab)
         check(np.asarray(got)[real], scores.log_softmax(-1), "log-probabilities")
 
 

@@ -67,12 +67,11 @@ def summary(workdir: gcs.AnyPath, trained: Any, result: dict[str, float]) -> Non
     """Prints the last evaluation, filled masks, the files written and the next commands."""
     import jax
 
-    from flax_mlm.evaluation import mlm, rtd
+    from flax_mlm.evaluation import mlm
     from flax_mlm.inference.mask_filler import MaskFiller
 
     objective = trained.config.objective.name
-    lines = rtd.table(result) if objective == "rtd" else mlm.table(result, objective)
-    print("\n" + "\n".join(lines) + "\n")
+    print("\n" + "\n".join(mlm.table({**result, "objective": objective})) + "\n")
     if objective == "mlm" and jax.process_count() == 1:  # needs all processes otherwise
         filler = MaskFiller(trained)
         for sentence in _EXAMPLES:

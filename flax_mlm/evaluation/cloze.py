@@ -4,15 +4,15 @@ A file has lines `text with [MASK]<TAB>answer`, with several answers separated b
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flax_mlm.errors import UserError
+from flax_mlm.inference.load import LoadedModel, OnBatch
 from flax_mlm.inference.mask_filler import MaskFiller
-from flax_mlm.inference.model import LoadedModel
 from flax_mlm.storage import files
 
 Cloze = tuple[str, tuple[str, ...]]  # text, answers
@@ -64,9 +64,7 @@ def fitting(model: LoadedModel, clozes: Sequence[Cloze]) -> list[Cloze]:
     return [cloze for cloze in clozes if length(cloze) <= model.row_length]
 
 
-def run(
-    model: LoadedModel, clozes: Sequence[Cloze] = BUILT_IN, on_batch: Callable[[], Any] = lambda: None
-) -> dict[str, Any]:
+def run(model: LoadedModel, clozes: Sequence[Cloze] = BUILT_IN, on_batch: OnBatch = lambda: None) -> dict[str, Any]:
     """Ranks the answers of clozes among all tokens of the vocabulary.
 
     An answer of several tokens gets as many masks, which are filled from left to right; its rank is that of its first
@@ -99,6 +97,11 @@ def run(
         "clozes": len(answers),
         "answers": answers,
     }
+
+
+def evaluate(model: LoadedModel, on_batch: OnBatch, data: str) -> dict[str, Any]:
+    """Runs the task on the clozes of a file (see `read`)."""
+    return run(model, read(data), on_batch)
 
 
 def table(result: dict[str, Any]) -> list[str]:

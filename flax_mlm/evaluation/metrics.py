@@ -1,7 +1,8 @@
-"""Metrics of labels and tags, as scikit-learn, SciPy and seqeval define them, and their standard errors."""
+"""Metrics with their standard errors: of labels and tags as scikit-learn, SciPy and seqeval define them, of losses."""
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -56,3 +57,40 @@ def entity_f1(counts_N3: np.ndarray) -> float:
     """Entity F1 of sentences, from `entity_counts`."""
     correct, predicted, true = counts_N3.sum(0)
     return float(2 * correct / max(predicted + true, 1))
+
+
+def loss_and_accuracy(count_R: np.ndarray, loss_R: np.ndarray, correct_R: np.ndarray) -> dict[str, float]:
+    """Computes loss and accuracy per prediction, and their standard errors over rows, from sums of each row."""
+    result: dict[str, float] = {}
+    total = count_R.sum()
+    for name, sum_R in (("loss", loss_R), ("accuracy", correct_R)):
+        ratio = sum_R.sum() / total
+        stderr = math.sqrt(np.square(sum_R - ratio * count_R).sum()) / total
+        result |= {name: ratio, f"{name}_stderr": stderr}
+    return result
+
+
+def by_corpus(sums_3R: Sequence[np.ndarray], num_rows: dict[str, int], count_key: str) -> dict[str, float]:
+    """Computes `loss/NAME`, `loss_stderr/NAME`, `accuracy/NAME` and number of predictions of each of several corpora.
+
+    Corpora without predictions are left out; with a single corpus there are no metrics.
+
+    Args:
+      sums_3R: number of predictions, loss, and number of correct predictions of each row, corpus by corpus, then of the
+        rows that fill up the last batch.
+      num_rows: of each corpus.
+      count_key: name of the number of predictions.
+    """
+    result: dict[str, float] = {}
+    parts = np.split(np.stack(sums_3R), np.cumsum(list(num_rows.values())), axis=1)[:-1]
+    for name, part_3R in zip(num_rows, parts, strict=True):
+        if len(num_rows) > 1 and part_3R[0].any():
+            values = loss_and_accuracy(*part_3R)
+            result |= {f"{key}/{name}": values[key] for key in ("loss", "loss_stderr", "accuracy")}
+            result[f"{count_key}/{name}"] = int(part_3R[0].sum())
+    return result
+
+
+def corpus_names(result: Iterable[str]) -> list[str]:
+    """Names of the corpora that a result has metrics of."""
+    return [key.removeprefix("loss/") for key in result if key.startswith("loss/")]

@@ -5,7 +5,6 @@ Files as in BLiMP (Warstadt et al. 2020, arXiv:1912.00582): a JSON object a line
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import numpy as np
 
 from flax_mlm.data import tables
 from flax_mlm.errors import UserError
+from flax_mlm.evaluation import report
 from flax_mlm.inference import likelihood
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.inference.load import LoadedModel, OnBatch
 
 Pair = tuple[str, str]  # good sentence, bad sentence
 
@@ -40,10 +40,7 @@ def read(path: str) -> dict[str, list[Pair]]:
 
 
 def run(
-    model: LoadedModel,
-    pairs: dict[str, list[Pair]],
-    variant: str = "within_word_l2r",
-    on_batch: Callable[[], Any] = lambda: None,
+    model: LoadedModel, pairs: dict[str, list[Pair]], variant: str = "within_word_l2r", on_batch: OnBatch = lambda: None
 ) -> dict[str, Any]:
     """Computes the fraction of pairs whose good sentence has the higher log-likelihood; a tie counts one half.
 
@@ -57,23 +54,25 @@ def run(
       or 1 a pair.
     """
     results: dict[str, Any] = {}
-    correct = []
     for name, some in pairs.items():
         texts = [text for pair in some for text in pair]
         good, bad = likelihood.log_likelihood(model, texts, variant, on_batch).reshape(-1, 2).T
         right = (good > bad) + 0.5 * (good == bad)
         results[name] = {**_summary(right), "each": right.tolist()}
-        correct.append(right)
-    return {**_summary(np.concatenate(correct)), "variant": variant, "paradigms": results}
+    correct = np.concatenate([result["each"] for result in results.values()])
+    return {**_summary(correct), "variant": variant, "paradigms": results}
+
+
+def evaluate(model: LoadedModel, on_batch: OnBatch, data: str, variant: str) -> dict[str, Any]:
+    """Runs the task on files (see `read`)."""
+    report.require("data", data, "a .jsonl file of pairs, or a folder of such files")
+    return run(model, read(data), variant, on_batch)
 
 
 def _summary(right: np.ndarray) -> dict[str, float]:
     accuracy = float(right.mean())
-    return {
-        "accuracy": accuracy,
-        "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / len(right)),
-        "pairs": len(right),
-    }
+    stderr = math.sqrt(accuracy * (1 - accuracy) / len(right))
+    return {"accuracy": accuracy, "accuracy_stderr": stderr, "pairs": len(right)}
 
 
 def table(result: dict[str, Any]) -> list[str]:

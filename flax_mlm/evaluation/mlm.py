@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -11,26 +12,27 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from flax_mlm.data.mixture import Mixture
+from flax_mlm.data.open import open_corpus
 from flax_mlm.data.pipeline import eval_batches
-from flax_mlm.distributed.batches import local_rows, shard_batch
-from flax_mlm.distributed.preemption import Stopped
-from flax_mlm.inference.embeddings import OnBatch
+from flax_mlm.distributed import batches, mesh, preemption
+from flax_mlm.errors import UserError
+from flax_mlm.evaluation import metrics, report, rtd
 from flax_mlm.inference.forward import EvalOutput, build_forward
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.inference.load import LoadedModel, OnBatch
 
 
 class Measurement(NamedTuple):
     """Sums over predicted tokens, float64: their number, loss (nats), squared loss, and correct predictions."""
 
     row_R4: np.ndarray  # of each row, corpus by corpus, then of the rows that fill up the last batch
-    rows_C: list[int]  # number of rows of each corpus
+    num_rows: dict[str, int]  # of each corpus
     token_V4: np.ndarray  # of each token id as the label
     position_L4: np.ndarray  # of each position in a segment
     counts_V: np.ndarray  # int64, occurrences of each token id in the rows; 0 for special tokens
 
 
 def run(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: None) -> dict[str, float]:
-    """Evaluates on the held-out rows of all corpora, each row once.
+    """Evaluates on the held-out rows of all corpora, each row once; with rtd see `rtd.summary`.
 
     Masks follow from the seed and the row's number, so that every call, on any number of devices, predicts the same
     tokens. With a positive `eval.max_rows` each corpus contributes rows in proportion to its weight.
@@ -48,7 +50,55 @@ def run(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: None) -
       unigram_entropy (nats) and majority_accuracy (always predicting the most frequent token). With several corpora
       also loss, loss_stderr, accuracy, bits_per_byte and predicted_tokens of each, as `loss/NAME`.
     """
+    if model.config.objective.name == "rtd":
+        return rtd.summary(rtd.measure(eval_outputs(model, corpus, on_batch)), _num_rows(model, corpus))
     return summary(measure(model, corpus, on_batch), corpus)
+
+
+def evaluate(model: LoadedModel, on_batch: OnBatch, mask_rates: str) -> dict[str, Any]:
+    """Runs the task on the corpus of the config, with a breakdown and what `compare` needs.
+
+    Args:
+      mask_rates: fractions, separated by commas; with mlm, additional mask rates to evaluate at.
+
+    Raises:
+      UserError: the corpus cannot be used, or a rate is no fraction.
+    """
+    config, rates = model.config, _parse_rates(mask_rates)
+    mesh.check_batch("eval.batch_size", config.eval.batch_size, model.mesh)
+    corpus = open_corpus(config)
+    if corpus.tokenizer().fingerprint != model.tokenizer.fingerprint:
+        raise UserError(f"data.corpus is {corpus}, which was made with another tokenizer than the checkpoint")
+    if model.meta and model.meta["corpus"] != corpus.fingerprint and not config.train.phases:
+        print("note: not the corpus this model was validated on; its rows may have been trained on", file=sys.stderr)
+    model = with_eval(model, corpus.seq_len, config.eval.mask_rate)
+    common = {"corpus": corpus.fingerprint, "hidden": [*config.objective.masking_signature, config.eval.mask_rate]}
+    if config.objective.name == "rtd":
+        sums = rtd.measure(eval_outputs(model, corpus, on_batch))
+        each_row = {name: sums[name].tolist() for name in ("loss", "tokens", "replaced")}
+        return {**rtd.summary(sums, _num_rows(model, corpus)), **common, "each_row": each_row}
+    measured = measure(model, corpus, on_batch)
+    count_R, loss_R, *_ = measured.row_R4.T
+    result: dict[str, Any] = {
+        **summary(measured, corpus),
+        **common,
+        "by": breakdown(measured, model.tokenizer.starts_word),
+        "each_row": {"loss": loss_R.tolist(), "predicted_tokens": count_R.tolist()},
+    }
+    if config.objective.name == "mlm" and rates:
+        models = {f"{rate:g}": with_eval(model, corpus.seq_len, rate) for rate in rates}
+        result["rates"] = {rate: run(other, corpus, on_batch) for rate, other in models.items()}
+    return result
+
+
+def _parse_rates(text: str) -> list[float]:
+    try:
+        rates = [float(rate) for rate in text.split(",") if rate.strip()]
+        if not all(0 < rate <= 1 for rate in rates):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--mask_rates is '{text}'; expected fractions such as 0.15,0.3") from None
+    return rates
 
 
 def with_eval(model: LoadedModel, seq_len: int, mask_rate: float) -> LoadedModel:
@@ -76,88 +126,65 @@ def measure(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: Non
         np.add.at(position_L4, output.positions_BK[used], sums_BK4[used])
     if jax.process_count() > 1:  # with mesh axis `tensor` several processes read the same rows, all equally often
         counts_V = np.asarray(multihost_utils.process_allgather(counts_V)).sum(0)
-        own = len(local_rows(model.mesh, model.config.eval.batch_size))
+        own = len(batches.local_rows(model.mesh, model.config.eval.batch_size))
         counts_V //= jax.process_count() * own // model.config.eval.batch_size
     counts_V = np.where(is_special_V, 0, counts_V)
-    rows_C = [len(indices) for indices in corpus.held_out(model.config.eval.max_rows)]
-    return Measurement(np.concatenate(row_R4), rows_C, token_V4, position_L4, counts_V)
+    return Measurement(np.concatenate(row_R4), _num_rows(model, corpus), token_V4, position_L4, counts_V)
+
+
+def _num_rows(model: LoadedModel, corpus: Mixture) -> dict[str, int]:
+    held_out = corpus.held_out(model.config.eval.max_rows)
+    return {name: len(indices) for name, indices in zip(corpus.corpora, held_out, strict=True)}
 
 
 def eval_outputs(model: LoadedModel, corpus: Mixture, on_batch: OnBatch) -> Iterator[tuple[np.ndarray, EvalOutput]]:
     """Yields for every batch of held-out rows the tokens of this process, and the model's output for all rows.
 
     The rows that fill up the last batch are padding and have nothing to predict.
+
+    Raises:
+      Stopped: `on_batch` of one of the processes returned true.
     """
-    config = model.config
-    for batch in eval_batches(
-        corpus.split("validation"),
-        np.concatenate(corpus.held_out(config.eval.max_rows)),
-        batch_size=config.eval.batch_size,
-        local_rows=local_rows(model.mesh, config.eval.batch_size),
-    ):
+    numbers, size = np.concatenate(corpus.held_out(model.config.eval.max_rows)), model.config.eval.batch_size
+    own_rows = batches.local_rows(model.mesh, size)
+    for batch in eval_batches(corpus.split("validation"), numbers, batch_size=size, local_rows=own_rows):
         with jax.set_mesh(model.mesh):
-            global_batch = shard_batch(batch, model.mesh, stop=bool(on_batch()))
+            global_batch = batches.shard_batch(batch, model.mesh, stop=bool(on_batch()))
             output, stop = jax.device_get(model.forward.evaluate(model.params, global_batch, model.vocab))
         if stop:
-            raise Stopped
+            raise preemption.Stopped
         yield batch["tokens"], output
 
 
-def summary(measurement: Measurement, corpus: Mixture) -> dict[str, float]:
+def summary(m: Measurement, corpus: Mixture) -> dict[str, float]:
     """Computes the result of `run`."""
-    counts_V = measurement.counts_V
-    frequency_V = counts_V[counts_V > 0] / counts_V.sum()
-    held_out = [c.counts["validation"] for c in corpus.corpora.values()]
-    fraction_C = [n / max(counts["rows"], 1) for n, counts in zip(measurement.rows_C, held_out, strict=True)]
-    tokens_C, bytes_C = ([f * c[key] for f, c in zip(fraction_C, held_out, strict=True)] for key in ("tokens", "bytes"))
-    total = _row_metrics(measurement.row_R4, sum(tokens_C), sum(bytes_C))
-    result = {
-        **{name: total[name] for name in ("loss", "loss_stderr", "accuracy", "accuracy_stderr")},
+    count_R, loss_R, _, correct_R = m.row_R4.T
+    frequency_V = m.counts_V[m.counts_V > 0] / m.counts_V.sum()
+    text_sizes: dict[str, list[float]] = {}  # tokens and bytes of the rows of each corpus
+    for name, num_rows in m.num_rows.items():
+        counts = corpus.corpora[name].counts["validation"]
+        text_sizes[name] = [num_rows / max(counts["rows"], 1) * counts[key] for key in ("tokens", "bytes")]
+    total = metrics.loss_and_accuracy(count_R, loss_R, correct_R)
+    by_corpus = metrics.by_corpus((count_R, loss_R, correct_R), m.num_rows, "predicted_tokens")
+    return {
+        **total,
         "perplexity": math.exp(min(total["loss"], 700.0)),
-        "bits_per_byte": total["bits_per_byte"],
+        "bits_per_byte": _bits_per_byte(total["loss"], *text_sizes.values()),
         "unigram_entropy": float(-(frequency_V * np.log(frequency_V)).sum()),
         "majority_accuracy": float(frequency_V.max()),
-        "rows": int((measurement.row_R4[:, 0] > 0).sum()),
-        "predicted_tokens": total["predicted_tokens"],
+        "rows": int((count_R > 0).sum()),
+        "predicted_tokens": int(count_R.sum()),
+        **by_corpus,
+        **{
+            f"bits_per_byte/{name}": _bits_per_byte(by_corpus[f"loss/{name}"], text_sizes[name])
+            for name in metrics.corpus_names(by_corpus)
+        },
     }
-    text_size = dict(zip(corpus.corpora, zip(tokens_C, bytes_C, strict=True), strict=True))
-    for name, rows_R4 in split_by_corpus(measurement.row_R4, measurement.rows_C, corpus).items():
-        values = _row_metrics(rows_R4, *text_size[name])
-        result |= {f"{key}/{name}": values[key] for key in values if key != "accuracy_stderr"}
-    return result
 
 
-def split_by_corpus(sums_RN: np.ndarray, rows_C: list[int], corpus: Mixture) -> dict[str, np.ndarray]:
-    """Splits rows by corpus, without corpora that have no predictions; empty with a single corpus.
-
-    Args:
-      sums_RN: sums of each row, corpus by corpus, then of the rows that fill up the last batch; the first of the N is
-        the number of predictions.
-      rows_C: number of rows of each corpus.
-    """
-    parts = zip(corpus.corpora, np.split(sums_RN, np.cumsum(rows_C))[:-1], strict=True)
-    return {name: rows for name, rows in parts if len(corpus.corpora) > 1 and rows[:, 0].any()}
-
-
-def ratio_stderr(sum_R: np.ndarray, count_R: np.ndarray) -> float:
-    """Standard error over rows of the ratio sum_R.sum() / count_R.sum()."""
-    total = count_R.sum()
-    return math.sqrt(np.square(sum_R - sum_R.sum() / total * count_R).sum()) / total
-
-
-def _row_metrics(sums_R4: np.ndarray, num_tokens: float, num_bytes: float) -> dict[str, float]:
-    """Computes metrics of rows whose text has so many tokens and bytes."""
-    count_R, loss_R, _, correct_R = sums_R4.T
-    total = count_R.sum()
-    loss = loss_R.sum() / total
-    return {
-        "loss": loss,
-        "loss_stderr": ratio_stderr(loss_R, count_R),
-        "accuracy": correct_R.sum() / total,
-        "accuracy_stderr": ratio_stderr(correct_R, count_R),
-        "bits_per_byte": loss / math.log(2) * num_tokens / num_bytes,
-        "predicted_tokens": int(total),
-    }
+def _bits_per_byte(loss: float, *text_sizes: list[float]) -> float:
+    tokens, num_bytes = map(sum, zip(*text_sizes, strict=True))
+    return loss / math.log(2) * tokens / num_bytes
 
 
 def breakdown(measurement: Measurement, starts_word_V: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
@@ -172,13 +199,13 @@ def breakdown(measurement: Measurement, starts_word_V: np.ndarray) -> dict[str, 
     """
     token_V4, position_L4 = measurement.token_V4, measurement.position_L4
     ranked = np.argsort(-measurement.counts_V, kind="stable")[: (measurement.counts_V > 0).sum()]
-    groups: dict[str, dict[str, np.ndarray]] = {"frequency": {}, "word": {}, "position": {}}
-    for low, high in ((0, 100), (100, 1000), (1000, 10_000), (10_000, len(token_V4))):
-        groups["frequency"][f"rank {low + 1:,} to {high:,}"] = token_V4[ranked[low:high]]
-    groups["word"] = {"starts a word": token_V4[starts_word_V], "continues one": token_V4[~starts_word_V]}
-    edges = [1, *(edge for edge in (8, 32, 128, 512, 2048) if edge < len(position_L4))]
-    for low, high in pairwise([*edges, len(position_L4)]):
-        groups["position"][f"token {low} to {high - 1}"] = position_L4[low:high]
+    ranks = pairwise([0, 100, 1000, 10_000, len(token_V4)])
+    edges = [1, *(edge for edge in (8, 32, 128, 512, 2048) if edge < len(position_L4)), len(position_L4)]
+    groups = {
+        "frequency": {f"rank {low + 1:,} to {high:,}": token_V4[ranked[low:high]] for low, high in ranks},
+        "word": {"starts a word": token_V4[starts_word_V], "continues one": token_V4[~starts_word_V]},
+        "position": {f"token {low} to {high - 1}": position_L4[low:high] for low, high in pairwise(edges)},
+    }
     return {
         kind: {name: _group_metrics(sums.sum(0)) for name, sums in some.items() if sums[:, 0].sum()}
         for kind, some in groups.items()
@@ -187,18 +214,15 @@ def breakdown(measurement: Measurement, starts_word_V: np.ndarray) -> dict[str, 
 
 def _group_metrics(sums_4: np.ndarray) -> dict[str, float]:
     count, loss, squared, correct = sums_4
-    variance = max(squared / count - (loss / count) ** 2, 0.0)
-    return {
-        "predicted_tokens": int(count),
-        "loss": loss / count,
-        "loss_stderr": math.sqrt(variance / count),
-        "accuracy": correct / count,
-    }
+    stderr = math.sqrt(max(squared / count - (loss / count) ** 2, 0.0) / count)
+    return {"predicted_tokens": int(count), "loss": loss / count, "loss_stderr": stderr, "accuracy": correct / count}
 
 
-def table(result: dict[str, Any], objective: str = "mlm") -> list[str]:
-    """Formats a result as lines of text, with its breakdown and other mask rates where it has them."""
-    kind = "masked" if objective == "mlm" else "next"
+def table(result: dict[str, Any]) -> list[str]:
+    """Formats a result with its `objective` as lines of text, with its breakdown and other mask rates."""
+    if result["objective"] == "rtd":
+        return rtd.table(result)
+    kind = "masked" if result["objective"] == "mlm" else "next"
     lines = [
         f"held-out {kind}-token loss  {result['loss']:.4f} ± {result['loss_stderr']:.4f} nats"
         f"    unigram entropy    {result['unigram_entropy']:.4f}"
@@ -210,31 +234,9 @@ def table(result: dict[str, Any], objective: str = "mlm") -> list[str]:
         f"bits per byte              {result['bits_per_byte']:.3f}",
         f"over {result['predicted_tokens']:,} predicted tokens in {result['rows']:,} rows, each row once, fixed masks",
     ]
-    lines += corpus_lines(result, "predicted_tokens")
+    lines += report.corpus_lines(result, "predicted_tokens")
     for kind, groups in result.get("by", {}).items():
-        lines += [f"by {kind}:" if kind != "word" else "by position in the word:", *_group_lines(groups)]
-    if "rates" in result:
-        lines += ["by mask rate:", *_group_lines({f"{float(rate):.0%}": r for rate, r in result["rates"].items()})]
+        lines += [f"by {kind}:" if kind != "word" else "by position in the word:", *report.group_lines(groups)]
+    if rates := result.get("rates"):
+        lines += ["by mask rate:", *report.group_lines({f"{float(rate):.0%}": r for rate, r in rates.items()})]
     return lines
-
-
-def corpus_lines(result: dict[str, Any], count_key: str) -> list[str]:
-    """Formats the metrics of each of several corpora; `count_key` names the number of tokens of its losses."""
-    keys = {"loss": "loss", "loss_stderr": "loss_stderr", "accuracy": "accuracy", "predicted_tokens": count_key}
-    names = corpus_names(result)
-    groups = {name: {key: result[f"{source}/{name}"] for key, source in keys.items()} for name in names}
-    return ["by corpus:", *_group_lines(groups)] if groups else []
-
-
-def corpus_names(result: dict[str, Any]) -> list[str]:
-    """Names of the corpora that a result has metrics of."""
-    return [key.removeprefix("loss/") for key in result if key.startswith("loss/")]
-
-
-def _group_lines(groups: dict[str, dict[str, float]]) -> list[str]:
-    width = max(map(len, groups))
-    return [
-        f"    {name:{width}}  loss {r['loss']:.4f} ± {r['loss_stderr']:.4f}  accuracy {r['accuracy']:.4f}  "
-        f"{r['predicted_tokens']:>9,} tokens"
-        for name, r in groups.items()
-    ]

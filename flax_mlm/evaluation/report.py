@@ -1,10 +1,46 @@
-"""Results of fine-tuning over several seeds: median, spread, and the table of a task."""
+"""Development sets and results of fine-tuning over several seeds, and tables of results as lines of text."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
+from flax_mlm.errors import UserError
+from flax_mlm.evaluation import metrics
 from flax_mlm.finetuning.loop import SearchResult
+
+
+def require(flag: str, value: str, expected: str) -> None:
+    """Raises UserError where a flag that the task needs is empty."""
+    if not value:
+        raise UserError(f"--{flag} is missing; expected {expected}")
+
+
+def hold_out(count: int, labels: Sequence[Iterable[str]] = ()) -> tuple[list[int], list[int]]:
+    """Splits the indices of examples into nine tenths for training and one tenth for development.
+
+    Args:
+      labels: labels of each example; an example with a label that the training part lacks is moved there.
+
+    Raises:
+      UserError: one of the two parts would be empty.
+    """
+    order, cut = np.random.default_rng(0).permutation(count).tolist(), max(count // 10, 1)
+    train, dev = order[cut:], order[:cut]
+    known = {label for i in train for label in labels[i]} if labels else set()
+    rare = [i for i in dev if labels and not known.issuperset(labels[i])]
+    train, dev = train + rare, [i for i in dev if i not in rare]
+    if not train or not dev:
+        raise UserError(f"--train has {count} examples, too few to split off a development set; set --dev")
+    return train, dev
+
+
+def hold_out_queries(queries: list[str]) -> tuple[list[int], list[int]]:
+    """Splits the indices of pairs as `hold_out`, all pairs of one query into the same part."""
+    unique = list(dict.fromkeys(queries))
+    train, dev = (frozenset(unique[i] for i in part) for part in hold_out(len(unique)))
+    return [i for i, q in enumerate(queries) if q in train], [i for i, q in enumerate(queries) if q in dev]
 
 
 def median_run(scores: Sequence[float]) -> int:
@@ -36,8 +72,8 @@ def summary(
 def table(result: dict[str, Any]) -> list[str]:
     """Formats a result as lines of text."""
     examples, (low, high) = result["examples"], result["spread"]
-    stderr = f"± {result['stderr']:.4f} over the {examples['test']:,} examples"
-    lines = [f"{result['metric']}  {result['median']:.4f}  {stderr}"]
+    value = f"{result['metric']}  {result['median']:.4f}  ± {result['stderr']:.4f}"
+    lines = [f"{value} over the {examples['test']:,} examples"]
     if result["dev_scores"]:
         lines[0] += f"; median of {len(result['scores'])} runs, {low:.4f} to {high:.4f}"
         choices = ", ".join(f"{choice}: {score:.4f}" for choice, score in result["dev_scores"].items())
@@ -45,3 +81,20 @@ def table(result: dict[str, Any]) -> list[str]:
     if result["chosen_on_test"]:
         lines.append("note: without --test the metric is that of the development set, and slightly optimistic")
     return lines
+
+
+def corpus_lines(result: dict[str, Any], count_key: str) -> list[str]:
+    """Formats the metrics of each of several corpora; `count_key` names the number of predictions."""
+    keys = ("loss", "loss_stderr", "accuracy", count_key)
+    groups = {name: {key: result[f"{key}/{name}"] for key in keys} for name in metrics.corpus_names(result)}
+    return ["by corpus:", *group_lines(groups, count_key)] if groups else []
+
+
+def group_lines(groups: dict[str, dict[str, float]], count_key: str = "predicted_tokens") -> list[str]:
+    """Formats name -> loss, loss_stderr, accuracy and number of predictions."""
+    width = max(map(len, groups))
+    return [
+        f"    {name:{width}}  loss {r['loss']:.4f} ± {r['loss_stderr']:.4f}  accuracy {r['accuracy']:.4f}  "
+        f"{r[count_key]:>9,} tokens"
+        for name, r in groups.items()
+    ]

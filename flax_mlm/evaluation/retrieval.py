@@ -4,6 +4,7 @@ The test set is pairs of sentences with similarity scores (STS: Spearman's corre
 BEIR's format (arXiv:2104.08663): corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
 """
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,15 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_mlm.data import tables
-from flax_mlm.data.tables import Labelled, take
 from flax_mlm.errors import UserError
-from flax_mlm.evaluation import classification, dev_split, metrics, report
+from flax_mlm.evaluation import classification, metrics, report
 from flax_mlm.finetuning import contrastive
-from flax_mlm.finetuning.contrastive import Pairs
-from flax_mlm.finetuning.loop import Log, SearchResult, search
+from flax_mlm.finetuning.loop import SearchResult, search
 from flax_mlm.inference import embeddings
-from flax_mlm.inference.embeddings import OnBatch, Params
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.inference.load import LoadedModel, Log, OnBatch, Params
+from flax_mlm.storage import files
 
 _QUERY = ("query", "anchor", "question", "sentence1", "premise", "sentence", "text")
 _POSITIVE = ("positive", "pos", "answer", "document", "passage", "context")
@@ -39,7 +38,7 @@ class Benchmark(NamedTuple):
     relevance: dict[str, dict[str, int]]  # query id -> document id -> grade; above 0 is relevant
 
 
-def read_pairs(source: str, split: str) -> Pairs:
+def read_pairs(source: str, split: str) -> contrastive.Pairs:
     """Reads training pairs.
 
     Args:
@@ -55,20 +54,18 @@ def read_pairs(source: str, split: str) -> Pairs:
         benchmark = read_benchmark(source, split)
         relevant = [(q, d) for q, grades in benchmark.relevance.items() for d, grade in grades.items() if grade > 0]
         queries, positives = [benchmark.queries[q] for q, _ in relevant], [benchmark.documents[d] for _, d in relevant]
-        return Pairs(queries, positives, [[] for _ in relevant])
-    pairs = Pairs([], [], [])
+        return contrastive.Pairs(queries, positives, [[] for _ in relevant])
+    pairs = contrastive.Pairs([], [], [])
     for location, record in tables.records(source):
-        query = next((record[name] for name in _QUERY if record.get(name)), None)
+        query, positive, negatives = (_first(record, *names) for names in (_QUERY, _POSITIVE + _SECOND, _NEGATIVE))
         second = next((name for name in _SECOND if record.get(name)), "")
         if second and (label := next((name for name in tables.LABEL if name in record), "")):
             raise UserError(
                 f"{location} has columns {second} and {label}, so that some pairs may not belong together; keep those "
                 "that do, in columns query and positive"
             )
-        single_text = query if len(record) == 1 else None
-        positive = next((record[name] for name in (*_POSITIVE, *_SECOND) if record.get(name)), single_text)
-        negatives: Any = next((record[name] for name in _NEGATIVE if record.get(name)), [])
-        negatives = negatives if isinstance(negatives, list) else [negatives]
+        positive = query if len(record) == 1 else positive
+        negatives = negatives if isinstance(negatives, list) else [negatives] if negatives else []
         if not all(isinstance(text, str) and text.strip() for text in (query, positive, *negatives)):
             columns = ", ".join(map(str, record))
             raise UserError(f"{location} has columns {columns}; expected texts in columns query and positive")
@@ -78,6 +75,10 @@ def read_pairs(source: str, split: str) -> Pairs:
     if len(pairs.queries) < 2:
         raise UserError(f"{source} has {len(pairs.queries)} pairs; expected at least 2")
     return pairs
+
+
+def _first(record: dict[str, Any], *names: str) -> Any:
+    return next((record[name] for name in names if record.get(name)), None)
 
 
 def read_benchmark(folder: str, split: str) -> Benchmark:
@@ -112,9 +113,9 @@ def read_benchmark(folder: str, split: str) -> Benchmark:
 
 def run(
     model: LoadedModel,
-    test: Benchmark | Labelled,
-    train: Pairs | None = None,
-    dev: Pairs | None = None,
+    test: Benchmark | tables.Labelled,
+    train: contrastive.Pairs | None = None,
+    dev: contrastive.Pairs | None = None,
     log: Log = lambda line: None,
     on_batch: OnBatch = lambda: None,
 ) -> tuple[dict[str, Any], Params]:
@@ -134,61 +135,57 @@ def run(
       are cosines), or for a benchmark ndcg@10 with recall@10, recall@100, mrr@10, and `each`, the metric of each of
       `queries`.
     """
-    if isinstance(test, Labelled):
-        _similarity_labels(test)
+    measure = _similarity(test) if isinstance(test, tables.Labelled) else functools.partial(_search, test, on_batch)
     encoder = embeddings.make_encoder(model)
     searched = SearchResult("", {}, [model.params])
     if train is not None:
         if dev is None:
-            train, dev = (take(train, i) for i in dev_split.hold_out_queries(train.queries))
+            train, dev = (tables.take(train, i) for i in report.hold_out_queries(train.queries))
         if any(train.negatives) and not model.config.finetune.hard_negatives:
             log("note: the negatives of --train are not used; set finetune.hard_negatives to use them")
         problem = contrastive.make_problem(model, train, dev, encoder, on_batch)
         searched = search(model, problem, lambda params: params, log, on_batch)
 
     def evaluated(params: Params) -> dict[str, Any]:
-        def embed(texts: list[str]) -> np.ndarray:
-            return embeddings.embed(model, texts, encoder, params, on_batch)
-
-        return _similarity(embed, test) if isinstance(test, Labelled) else _search(embed, test, on_batch)
+        return measure(lambda texts: embeddings.embed(model, texts, encoder, params, on_batch))
 
     results = [evaluated(params) for params in searched.outcomes]
     scores = [result["score"] for result in results]
     median = report.median_run(scores)
-    examples = {"test": len(test.texts if isinstance(test, Labelled) else test.relevance)}
+    examples = {"test": len(test.texts if isinstance(test, tables.Labelled) else test.relevance)}
     if train and dev:
         examples |= {"train": len(train.queries), "dev": len(dev.queries)}
     return {**results[median], **report.summary(scores, searched, examples)}, searched.outcomes[median]
 
 
-def _similarity_labels(test: Labelled) -> np.ndarray:
-    """Converts the scores of pairs of texts to float32 (N,). Raises UserError: single texts, or no scores."""
-    if test.pairs is None:
+def _similarity(test: tables.Labelled) -> Callable[[Embed], dict[str, Any]]:
+    """Builds a function that measures vectors by pairs with scores. Raises UserError: single texts, or no scores."""
+    if (pairs := test.pairs) is None:
         raise UserError("--test has one text a line; expected two and a score; see --text, --pair and --label")
-    return classification.numbers(test, "test")
+    labels = classification.encode_labels(test, "test", [])
+
+    def measure(embed: Embed) -> dict[str, Any]:
+        cosines = (embed(test.texts) * embed(pairs)).sum(1)
+        return {
+            "metric": "spearman",
+            "score": metrics.evaluate("spearman", labels, cosines),
+            "stderr": metrics.stderr("spearman", labels, cosines),
+            "pearson": metrics.evaluate("pearson", labels, cosines),
+            "predictions": cosines.tolist(),
+            "labels": labels.tolist(),
+        }
+
+    return measure
 
 
-def _similarity(embed: Embed, test: Labelled) -> dict[str, Any]:
-    labels, pairs = _similarity_labels(test), test.pairs or []
-    cosines = (embed(test.texts) * embed(pairs)).sum(1)
-    return {
-        "metric": "spearman",
-        "score": metrics.evaluate("spearman", labels, cosines),
-        "stderr": metrics.stderr("spearman", labels, cosines),
-        "pearson": metrics.evaluate("pearson", labels, cosines),
-        "predictions": cosines.tolist(),
-        "labels": labels.tolist(),
-    }
-
-
-def _search(embed: Embed, test: Benchmark, on_batch: OnBatch) -> dict[str, Any]:
+def _search(test: Benchmark, on_batch: OnBatch, embed: Embed) -> dict[str, Any]:
     from sklearn.metrics import ndcg_score
 
     names = list(test.documents)
     index_of = {name: i for i, name in enumerate(names)}
     documents_ND = embed([test.documents[name] for name in names])
     queries_MD = embed([test.queries[query] for query in test.relevance])
-    ndcg, recall_10, recall_100, reciprocal_rank = [], [], [], []
+    each: dict[str, list[float]] = {"ndcg@10": [], "recall@10": [], "recall@100": [], "mrr@10": []}
     for grades, (top, scores_N) in zip(test.relevance.values(), _retrieve(queries_MD, documents_ND), strict=True):
         on_batch()
         relevant = {name for name, grade in grades.items() if grade > 0}
@@ -197,21 +194,14 @@ def _search(embed: Embed, test: Benchmark, on_batch: OnBatch) -> dict[str, Any]:
         counted = [*top, *({index_of[name] for name in grades} - set(top))]
         gains = [[max(grades.get(names[i], 0), 0) for i in counted] + [0]]  # ndcg_score needs two documents
         scores = [[scores_N[i] for i in counted] + [-2.0]]
-        ndcg.append(float(ndcg_score(gains, scores, k=10, ignore_ties=True)))
-        recall_10.append(len(relevant & set(retrieved[:10])) / len(relevant))
-        recall_100.append(len(relevant & set(retrieved)) / len(relevant))
+        each["ndcg@10"].append(float(ndcg_score(gains, scores, k=10, ignore_ties=True)))
+        each["recall@10"].append(len(relevant & set(retrieved[:10])) / len(relevant))
+        each["recall@100"].append(len(relevant & set(retrieved)) / len(relevant))
         ranks = (rank for rank, name in enumerate(retrieved[:10], 1) if name in relevant)
-        reciprocal_rank.append(1 / next(ranks, float("inf")))
-    return {
-        "metric": "ndcg@10",
-        "score": statistics.fmean(ndcg),
-        "stderr": float(np.std(ndcg) / len(ndcg) ** 0.5),
-        "recall@10": statistics.fmean(recall_10),
-        "recall@100": statistics.fmean(recall_100),
-        "mrr@10": statistics.fmean(reciprocal_rank),
-        "each": ndcg,
-        "queries": list(test.relevance),
-    }
+        each["mrr@10"].append(1 / next(ranks, float("inf")))
+    means, ndcg = {name: statistics.fmean(values) for name, values in each.items()}, each["ndcg@10"]
+    result = {"metric": "ndcg@10", "score": means.pop("ndcg@10"), "stderr": float(np.std(ndcg) / len(ndcg) ** 0.5)}
+    return {**result, **means, "each": ndcg, "queries": list(test.relevance)}
 
 
 def _retrieve(queries_MD: np.ndarray, documents_ND: np.ndarray) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -221,6 +211,32 @@ def _retrieve(queries_MD: np.ndarray, documents_ND: np.ndarray) -> Iterator[tupl
         for scores_N in queries_MD[begin : begin + 64] @ documents_ND.T:
             top = np.argpartition(-scores_N, k - 1)[:k]
             yield top[np.argsort(-scores_N[top], kind="stable")].tolist(), scores_N
+
+
+def evaluate(
+    model: LoadedModel, on_batch: OnBatch, train: str, dev: str, test: str, save: str, **columns: str
+) -> dict[str, Any]:
+    """Runs the task on files (see `read_pairs`, `read_benchmark`).
+
+    Args:
+      save: a new folder for the fine-tuned encoder; empty: it is not kept.
+      columns: see `tables.read`.
+    """
+    report.require("test", test, "a BEIR folder, or a file of pairs of sentences with scores")
+    folder = Path(save).expanduser()
+    if save:
+        if folder.exists():
+            raise UserError(f"--save is '{save}', which exists; name a new folder")
+        report.require("train", train, "pairs to fine-tune on; without --train there is nothing new for --save")
+        files.check_writable("--save", folder, makes_folders=True)
+    sources = (train, "train"), (dev, "dev")
+    pairs, dev_pairs = (read_pairs(source, name) if source else None for source, name in sources)
+    is_benchmark = Path(test).expanduser().is_dir()
+    examples = read_benchmark(test, "test") if is_benchmark else tables.read(test, **columns)
+    result, params = run(model, examples, pairs, dev_pairs, print, on_batch)
+    if save:
+        contrastive.save_encoder(folder, model, params["encoder"], result["examples"]["train"])
+    return result
 
 
 def table(result: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ AdamW with warm-up and linear decay, gradients clipped to norm 1, and the epoch 
 kept. The same seed gives the same result on the same devices.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_mlm.distributed.batches import shard_rows
-from flax_mlm.distributed.mesh import reshard_like
+from flax_mlm.distributed import batches, mesh
 from flax_mlm.errors import UserError
-from flax_mlm.finetuning.batches import Batch
-from flax_mlm.inference.embeddings import OnBatch, Params, check_batches
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.inference.embeddings import check_batches
+from flax_mlm.inference.load import LoadedModel, Log, OnBatch, Params
 from flax_mlm.optim import optimizer
 
-Log = Callable[[str], None]
+_POOL = 32  # number of batches whose examples are sorted by length together
+
+Batch = tuple[np.ndarray, ...]  # arrays whose first dimension is the examples
 
 
 class Problem(NamedTuple):
@@ -28,17 +29,9 @@ class Problem(NamedTuple):
 
     init: Callable[[jax.Array], dict[str, Any]]  # key -> parameters beside those of the encoder
     loss: Callable[..., jax.Array]  # params, *batch, key -> scalar
-    epoch: Callable[[np.random.Generator], Iterator[Batch]]  # batches of one epoch
-    steps_per_epoch: int
+    lengths: Sequence[int]  # of the training examples
+    batch: Callable[[list[int], np.random.Generator], Batch]  # indices of training examples -> their batch
     dev_score: Callable[[Params], float]  # higher is better
-
-
-class FittedModel(NamedTuple):
-    """Parameters of the best epoch of one fine-tuning."""
-
-    params: Params
-    score: float  # on the development set
-    epoch: int  # from 1
 
 
 class SearchResult(NamedTuple):
@@ -47,65 +40,6 @@ class SearchResult(NamedTuple):
     best: str  # the choice with the highest score on the development set
     dev_scores: dict[str, float]  # choice -> score
     outcomes: list[Any]  # one for each seed, with the best choice
-
-
-class _Trainer(NamedTuple):
-    """The jitted functions of one problem; call them under `jax.set_mesh(model.mesh)`."""
-
-    # encoder's parameters, key -> parameters, optimizer state
-    init: Callable[[Any, jax.Array], tuple[Params, Any]]
-    # parameters, optimizer state, batch, key, learning rate -> parameters, optimizer state, loss
-    step: Callable[..., tuple[Params, Any, jax.Array]]
-
-
-def _make_trainer(model: LoadedModel, problem: Problem) -> _Trainer:
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(0.9, 0.999, 1e-6),
-        optax.add_decayed_weights(model.config.finetune.weight_decay, optimizer.decay_mask),
-    )
-
-    def init(encoder: Any, key: jax.Array) -> tuple[Params, Any]:
-        params = {"encoder": encoder, **problem.init(key)}
-        return params, tx.init(params)
-
-    def step(
-        params: Params, state: Any, batch: Sequence[jax.Array], key: jax.Array, lr: jax.Array
-    ) -> tuple[Params, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(problem.loss)(params, *batch, key)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-            updates, state = tx.update(reshard_like(grads, params), state, params)
-        return jax.tree.map(lambda p, u: p - lr * u, params, updates), state, loss
-
-    return _Trainer(jax.jit(init), jax.jit(step, donate_argnums=1))
-
-
-def _fit(
-    model: LoadedModel, problem: Problem, trainer: _Trainer, learning_rate: float, seed: int, on_batch: OnBatch
-) -> FittedModel:
-    """Trains until `finetune.patience` epochs have brought no better score."""
-    config = model.config.finetune
-    total = problem.steps_per_epoch * config.epochs
-    warmup = max(round(config.warmup_fraction * total), 1)
-    with jax.set_mesh(model.mesh):
-        key = jax.random.key(seed)
-        params, state = trainer.init(model.params["encoder"], key)
-        best, step = FittedModel(params, -np.inf, 0), 0
-        for epoch in range(1, config.epochs + 1):
-            for batch in problem.epoch(np.random.default_rng([seed, epoch])):
-                on_batch()
-                lr = learning_rate * min((step + 1) / warmup, (total - step) / max(total - warmup, 1), 1.0)
-                arrays = shard_rows(list(batch), model.mesh)
-                step_key = jax.random.fold_in(key, step)
-                params, state, loss = trainer.step(params, state, arrays, step_key, jnp.float32(lr))
-                if jax.default_backend() == "cpu":
-                    jax.block_until_ready(loss)  # simulated devices deadlock when steps queue up
-                step += 1
-            if (score := problem.dev_score(params)) > best.score:
-                best = FittedModel(params, score, epoch)
-            elif epoch - best.epoch >= config.patience:
-                break
-    return best
 
 
 def search(
@@ -124,16 +58,80 @@ def search(
     config = model.config.finetune
     if config.method == "probe":
         raise UserError("finetune.method is probe; only --task=classification takes it; use full")
-    trainer = _make_trainer(model, problem)
-
-    def fit(learning_rate: float, seed: int) -> tuple[float, Any]:
-        best = _fit(model, problem, trainer, learning_rate, seed, on_batch)
-        return best.score, outcome(best.params)
-
+    train = _make_training(model, problem, on_batch)
     scores, first = {}, {}
-    for learning_rate in config.rates():
-        name = f"{learning_rate:g}"
-        scores[name], first[name] = fit(learning_rate, 0)
-        log(f"learning rate {name}: {scores[name]:.4f} on the development set")
-    best = max(scores, key=lambda name: scores[name])
-    return SearchResult(best, scores, [first[best], *(fit(float(best), seed)[1] for seed in range(1, config.seeds))])
+    with jax.set_mesh(model.mesh):
+        for learning_rate in config.rates():
+            name = f"{learning_rate:g}"
+            scores[name], params = train(learning_rate, 0)
+            first[name] = outcome(params)
+            log(f"learning rate {name}: {scores[name]:.4f} on the development set")
+        best = max(scores, key=lambda name: scores[name])
+        others = [outcome(train(float(best), seed)[1]) for seed in range(1, config.seeds)]
+    return SearchResult(best, scores, [first[best], *others])
+
+
+def _make_training(
+    model: LoadedModel, problem: Problem, on_batch: OnBatch
+) -> Callable[[float, int], tuple[float, Params]]:
+    """Builds a function (learning rate, seed) -> score and parameters of the best epoch.
+
+    Call it under `jax.set_mesh(model.mesh)`. It trains until `finetune.patience` epochs have brought no better score.
+    """
+    config = model.config.finetune
+    total = max(len(problem.lengths) // config.batch_size, 1) * config.epochs
+    warmup = max(round(config.warmup_fraction * total), 1)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(0.9, 0.999, 1e-6),
+        optax.add_decayed_weights(config.weight_decay, optimizer.decay_mask),
+    )
+
+    @jax.jit
+    def init(encoder: Any, key: jax.Array) -> tuple[Params, Any]:
+        params = {"encoder": encoder, **problem.init(key)}
+        return params, tx.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def update(params: Params, state: Any, batch: Sequence[jax.Array], key: jax.Array, lr: jax.Array) -> Any:
+        loss, grads = jax.value_and_grad(problem.loss)(params, *batch, key)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            updates, state = tx.update(mesh.reshard_like(grads, params), state, params)
+        return jax.tree.map(lambda p, u: p - lr * u, params, updates), state, loss
+
+    def train(learning_rate: float, seed: int) -> tuple[float, Params]:
+        key = jax.random.key(seed)
+        params, state = init(model.params["encoder"], key)
+        best_score, best_params = -np.inf, params
+        best_epoch = step = 0
+        for epoch in range(1, config.epochs + 1):
+            rng = np.random.default_rng([seed, epoch])
+            for indices in epoch_indices(problem.lengths, config.batch_size, rng):
+                on_batch()
+                lr = learning_rate * min((step + 1) / warmup, (total - step) / max(total - warmup, 1), 1.0)
+                arrays = batches.shard_rows(list(problem.batch(indices, rng)), model.mesh)
+                params, state, loss = update(params, state, arrays, jax.random.fold_in(key, step), jnp.float32(lr))
+                if jax.default_backend() == "cpu":
+                    jax.block_until_ready(loss)  # simulated devices deadlock when steps queue up
+                step += 1
+            if (score := problem.dev_score(params)) > best_score:
+                best_score, best_params, best_epoch = score, params, epoch
+            elif epoch - best_epoch >= config.patience:
+                break
+        return best_score, best_params
+
+    return train
+
+
+def epoch_indices(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Yields the indices of each batch's examples, in random order, examples of similar length together.
+
+    Examples that fill no whole batch are dropped; fewer examples than one batch are repeated.
+    """
+    order = np.resize(rng.permutation(len(lengths)), max(len(lengths) // batch_size, 1) * batch_size)
+    groups = []
+    for begin in range(0, len(order), _POOL * batch_size):
+        pool = sorted(order[begin : begin + _POOL * batch_size], key=lambda i: lengths[i])
+        groups += [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
+    for i in rng.permutation(len(groups)):
+        yield [int(n) for n in groups[i]]

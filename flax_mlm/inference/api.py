@@ -1,24 +1,16 @@
 """The Python interface: `flax_mlm.load` and the model that it returns."""
 
-import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from flax_mlm.config.load import build
-from flax_mlm.config.schema import Config
-from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.errors import UserError
-from flax_mlm.inference import embeddings, likelihood
+from flax_mlm.inference import embeddings, likelihood, mask_filler
 from flax_mlm.inference.config import apply_folder, read_config
-from flax_mlm.inference.load import load_model
-from flax_mlm.inference.mask_filler import MaskFiller
-from flax_mlm.inference.model import LoadedModel
-from flax_mlm.inference.outputs import make_outputs
-
-_BATCH = 8
+from flax_mlm.inference.load import LoadedModel, load_model
 
 
 def load(path: str | os.PathLike[str]) -> "Model":
@@ -48,12 +40,10 @@ class Model:
       tokenizer: its tokenizer, of V tokens.
     """
 
-    config: Config
-    tokenizer: Tokenizer
-
     def __init__(self, model: LoadedModel):
         self._model = model
         self.config, self.tokenizer = model.config, model.tokenizer
+        self._encoder = embeddings.make_encoder(model)
 
     def fill_mask(self, texts: str | Sequence[str], top_k: int = 5) -> list[Any]:
         """Predicts the tokens at the masks of texts, each of them while the other masks stay masked.
@@ -77,7 +67,7 @@ class Model:
             raise UserError(f"objective.name is {objective}; fill_mask needs a model trained with mlm")
         if top_k < 1:
             raise UserError(f"top_k is {top_k}; expected at least 1")
-        filler = MaskFiller(self._model)
+        filler = mask_filler.MaskFiller(self._model)
         if isinstance(texts, str):
             return filler.fill_mask(texts, top_k)
         return [filler.fill_mask(text, top_k) for text in _checked(texts)]
@@ -117,19 +107,12 @@ class Model:
             raise UserError("objective.name is rtd; its encoder has no logits over the vocabulary; use mlm or clm")
         t, limit = self.tokenizer, self._model.max_length
         rows = [[t.cls_id, *t.encode_with_mask(text), t.sep_id] for text in _checked(texts)]
-        for i, row in enumerate(rows):
+        for number, row in enumerate(rows, 1):
             if len(row) > limit:
-                raise UserError(f"text {i + 1} has {len(row)} tokens; expected at most {limit}")
-        results: list[Any] = [None] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for batch in (order[begin : begin + _BATCH] for begin in range(0, len(order), _BATCH)):
-            tokens_BL = np.full((_BATCH, len(rows[batch[-1]])), t.pad_id, np.int32)
-            for b, i in enumerate(batch):
-                tokens_BL[b, : len(rows[i])] = rows[i]
-            _, logits_BLV = self._outputs(tokens_BL, tokens_BL != t.pad_id)
-            for b, i in enumerate(batch):
-                results[i] = logits_BLV[b, : len(rows[i]), : t.vocab_size].copy()
-        return results
+                raise UserError(f"text {number} has {len(row)} tokens; expected at most {limit}")
+        outputs = embeddings.row_outputs(self._model, rows)
+        results = {i: logits_LV[:, : t.vocab_size].copy() for i, _, logits_LV in outputs}
+        return [results[i] for i in range(len(rows))]
 
     def log_likelihood(self, texts: Sequence[str]) -> np.ndarray:
         """Computes log-likelihoods of texts in nats, special tokens not counted.
@@ -150,14 +133,6 @@ class Model:
         if self.config.objective.name == "rtd":
             raise UserError("objective.name is rtd; its encoder has no likelihoods of tokens; use mlm or clm")
         return likelihood.log_likelihood(self._model, _checked(texts))
-
-    @functools.cached_property
-    def _encoder(self) -> embeddings.Encoder:
-        return embeddings.make_encoder(self._model)
-
-    @functools.cached_property
-    def _outputs(self) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        return make_outputs(self._model)
 
 
 def _checked(texts: Sequence[str]) -> list[str]:

@@ -1,86 +1,72 @@
-"""Text embeddings: tokenized texts -> hidden states (B, L, D) -> one pooled vector (B, D) a text."""
+"""Hidden states and logits of rows of tokens, and text embeddings: hidden states (B, L, D) -> pooled (B, D)."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_mlm.data.tables import take
-from flax_mlm.distributed.batches import shard_rows
-from flax_mlm.distributed.mesh import check_batch, replicate, reshard_like
+from flax_mlm.distributed import batches, mesh
 from flax_mlm.errors import UserError
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.inference.load import LoadedModel, OnBatch, Params, pad_rows
 
-Params = Any  # a dict with the parameters of the encoder under "encoder"
-OnBatch = Callable[[], Any]  # called before every batch
-Encoder = Callable[[Params, jax.Array, jax.Array], jax.Array]  # params, tokens (B, L), token types (B, L) -> (B, ...)
+_BATCH = 8  # rows whose logits are computed together
 
-
-class TokenizedTexts(NamedTuple):
-    """Token ids and token types of N texts, special tokens included."""
-
-    tokens: list[list[int]]
-    token_types: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
+Encoder = Callable[[Params, jax.Array], jax.Array]  # params, tokens (B, L) -> (B, ...)
 
 
-def tokenize(model: LoadedModel, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenizedTexts:
+def tokenize(model: LoadedModel, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[list[int]]:
     """Builds `[CLS] text [SEP]`, or `[CLS] text [SEP] pair [SEP]`, of at most `finetune.max_length` tokens.
 
     A pair that is too long is shortened at its longer text first.
     """
     t, limit = model.tokenizer, min(model.config.finetune.max_length, model.max_length)
-    rows = TokenizedTexts([], [])
-    seconds = [None] * len(texts) if pairs is None else t.encode(pairs)
-    for first, second in zip(t.encode(texts), seconds, strict=True):
-        a, b = first.tolist(), [] if second is None else second.tolist()
-        room = limit - (2 if second is None else 3)
+    if pairs is None:
+        return [[t.cls_id, *ids[: limit - 2].tolist(), t.sep_id] for ids in t.encode(texts)]
+    rows, room = [], limit - 3
+    for a, b in zip(t.encode(texts), t.encode(pairs), strict=True):
         if len(a) + len(b) > room:
             short = min(len(a), len(b), room // 2)
             a, b = (a[: room - short], b[:short]) if len(a) >= len(b) else (a[:short], b[: room - short])
-        head, tail = [t.cls_id, *a, t.sep_id], [] if second is None else [*b, t.sep_id]
-        rows.tokens.append(head + tail)
-        rows.token_types.append([0] * len(head) + [1] * len(tail))
+        rows.append([t.cls_id, *a.tolist(), t.sep_id, *b.tolist(), t.sep_id])
     return rows
 
 
-def pad(model: LoadedModel, texts: TokenizedTexts) -> tuple[np.ndarray, np.ndarray]:
-    """Pads texts to tokens and token types, both int32 (B, L)."""
-    shape = len(texts), model.padded_length(max(map(len, texts.tokens)))
-    tokens_BL, types_BL = np.full(shape, model.tokenizer.pad_id, np.int32), np.zeros(shape, np.int32)
-    for b, (tokens, types) in enumerate(zip(*texts, strict=True)):
-        tokens_BL[b, : len(tokens)] = tokens
-        types_BL[b, : len(tokens)] = types
-    return tokens_BL, types_BL
+def pad(model: LoadedModel, rows: Sequence[list[int]]) -> np.ndarray:
+    """Pads rows of tokens to int32 (B, L)."""
+    return pad_rows(rows, (len(rows), model.padded_length(max(map(len, rows)))), model.tokenizer.pad_id)
+
+
+def token_types(model: LoadedModel, tokens_BL: jax.Array) -> jax.Array:
+    """Token types, int32 (B, L): 1 for the second text of a pair, after the first [SEP], else 0."""
+    t = model.tokenizer
+    is_end_BL = (tokens_BL == t.sep_id).astype(jnp.int32)
+    num_ends_BL = jnp.cumsum(is_end_BL, axis=1) - is_end_BL - int(t.cls_id == t.sep_id)  # before each token
+    return ((num_ends_BL > 0) & (tokens_BL != t.pad_id)).astype(jnp.int32)
 
 
 def dropout_keys(key: jax.Array, rows_B: jax.Array) -> jax.Array:
     """Splits a key into one key per row, sharded as `rows_B`."""
-    return reshard_like(jax.random.split(key, rows_B.shape[0]), rows_B)
+    return mesh.reshard_like(jax.random.split(key, rows_B.shape[0]), rows_B)
 
 
 def hidden_states(
-    model: LoadedModel, params: Params, tokens_BL: jax.Array, types_BL: jax.Array, keys_B: jax.Array | None = None
+    model: LoadedModel, params: Params, tokens_BL: jax.Array, keys_B: jax.Array | None = None
 ) -> jax.Array:
-    """Computes hidden states, float32 (B, L, D), of rows that hold one segment each. Call it inside `jax.jit`.
+    """Computes hidden states, float32 (B, L, D), of rows from `tokenize`. Call it inside `jax.jit`.
 
     Args:
       keys_B: keys of dropout; None disables dropout.
     """
-    causal, has_types = model.config.objective.name == "clm", model.config.model.type_vocab_size > 1
-    segments_BL = (tokens_BL != model.tokenizer.pad_id).astype(jnp.int32)
-    positions_BL = reshard_like(jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1), tokens_BL)
+    has_types = model.config.model.type_vocab_size > 1
     states_BLD = model.forward.model.encode(
         {**model.params, "encoder": params["encoder"]},
         tokens_BL,
-        segments_BL,
-        positions_BL,
-        causal=causal,
-        token_types_BL=types_BL if has_types else None,
+        (tokens_BL != model.tokenizer.pad_id).astype(jnp.int32),
+        mesh.reshard_like(jax.lax.broadcasted_iota(jnp.int32, tokens_BL.shape, 1), tokens_BL),
+        causal=model.config.objective.name == "clm",
+        token_types_BL=token_types(model, tokens_BL) if has_types else None,
         dropout_keys_B=keys_B,
     )
     return states_BLD.astype(jnp.float32)
@@ -107,27 +93,24 @@ def pool(model: LoadedModel, states_BLD: jax.Array, tokens_BL: jax.Array) -> jax
 
 
 def make_encoder(model: LoadedModel) -> Encoder:
-    """Builds the jitted function (params, tokens, token types) -> pooled hidden states (B, D)."""
-
-    def encode(params: Params, tokens_BL: jax.Array, types_BL: jax.Array) -> jax.Array:
-        return pool(model, hidden_states(model, params, tokens_BL, types_BL), tokens_BL)
-
-    return jax.jit(encode)
+    """Builds the jitted function (params, tokens) -> pooled hidden states (B, D)."""
+    return jax.jit(lambda params, tokens_BL: pool(model, hidden_states(model, params, tokens_BL), tokens_BL))
 
 
 def check_batches(model: LoadedModel) -> None:
     """Raises UserError with several processes, or where devices cannot divide `finetune.batch_size` evenly."""
-    if jax.process_count() > 1:
-        raise UserError(
-            f"batches of texts need a single process, with all its devices; there are {jax.process_count()}"
-        )
-    check_batch("finetune.batch_size", model.config.finetune.batch_size, model.mesh)
+    if (count := jax.process_count()) > 1:
+        raise UserError(f"batches of texts need a single process, with all its devices; there are {count}")
+    mesh.check_batch("finetune.batch_size", model.config.finetune.batch_size, model.mesh)
 
 
 def run_batches(
-    model: LoadedModel, encoder: Encoder, params: Params, texts: TokenizedTexts, on_batch: OnBatch
+    model: LoadedModel, encoder: Encoder, params: Params, rows: Sequence[list[int]], on_batch: OnBatch
 ) -> list[np.ndarray]:
-    """Applies a jitted function to batches of texts of similar length.
+    """Applies a jitted function to batches of rows of similar length.
+
+    Args:
+      rows: tokens of texts, see `tokenize`.
 
     Raises:
       UserError: see `check_batches`.
@@ -137,18 +120,39 @@ def run_batches(
     """
     check_batches(model)
     size = model.config.finetune.batch_size
-    results: list[Any] = [None] * len(texts)
-    order = sorted(range(len(texts)), key=lambda i: len(texts.tokens[i]))
+    results: dict[int, np.ndarray] = {}
     with jax.set_mesh(model.mesh):
-        for begin in range(0, len(order), size):
+        for indices in _batches_by_length(rows, size):
             on_batch()
-            indices = order[begin : begin + size]
             filled = indices + [indices[-1]] * (size - len(indices))
-            tokens, types = shard_rows(list(pad(model, take(texts, filled))), model.mesh)
-            rows = np.asarray(replicate(encoder(params, tokens, types)))
-            for i, row in zip(indices, rows, strict=False):
-                results[i] = row
-    return results
+            tokens_BL = batches.shard_rows(pad(model, [rows[i] for i in filled]), model.mesh)
+            results.update(zip(indices, np.asarray(mesh.replicate(encoder(params, tokens_BL))), strict=False))
+    return [results[i] for i in range(len(rows))]
+
+
+def row_outputs(model: LoadedModel, rows: Sequence[list[int]]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Computes hidden states and logits at every token of rows, each of one segment; the shortest rows come first.
+
+    Args:
+      rows: token ids with [CLS] and [SEP].
+
+    Yields:
+      for each row, its index, hidden states (L, D) and logits (L, V), with rtd (L,), all float32.
+    """
+    size = -(-_BATCH // mesh.num_batch_shards(model.mesh)) * mesh.num_batch_shards(model.mesh)
+    for indices in _batches_by_length(rows, size):
+        shape = size, model.padded_length(len(rows[indices[-1]]))
+        tokens_BL = pad_rows([rows[i] for i in indices], shape, model.tokenizer.pad_id)
+        with jax.set_mesh(model.mesh):
+            outputs = model.forward.outputs(model.params, batches.shard_rows(tokens_BL, model.mesh), model.vocab)
+        for i, hidden_LD, logits in zip(indices, *map(np.asarray, outputs), strict=False):
+            yield i, hidden_LD[: len(rows[i])], logits[: len(rows[i])]
+
+
+def _batches_by_length(rows: Sequence[list[int]], size: int) -> Iterator[list[int]]:
+    """Yields the indices of rows in batches of similar length, the shortest first."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return (order[begin : begin + size] for begin in range(0, len(order), size))
 
 
 def normalize(x_ND: Any) -> Any:

@@ -14,12 +14,8 @@ from flax_mlm.checkpoint.format import find_checkpoints
 from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
-from flax_mlm.hf import sentence_transformers, tokenizer_json
-from flax_mlm.hf.folder import WEIGHTS, config_json, matching_architecture, write_tensors
-from flax_mlm.hf.model_card import ModelCard
-from flax_mlm.hf.weights import param_mappings, params_to_tensors
-from flax_mlm.inference.load import load_model
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.hf import folder, model_card, sentence_transformers, tokenizer_json, weights
+from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.model import electra, heads
 from flax_mlm.storage import gcs
 
@@ -56,47 +52,34 @@ def export(
         model = model._replace(params=jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), model.params))
 
     m, tokenizer, net = config.model, model.tokenizer, model.forward.model
-    chosen = matching_architecture(m, config.objective.name, architecture, tokenizer.tokens[tokenizer.cls_id])
+    chosen = folder.matching_architecture(m, config.objective.name, architecture, tokenizer.tokens[tokenizer.cls_id])
     params = jax.device_get(model.params)
     if config.objective.name == "rtd":  # the generator is left out
         net = electra.discriminator(m, tokenizer.vocab_size)
         del params["generator"]
-    tensors = params_to_tensors(
-        list(param_mappings(chosen, params, net.dims, m.num_layers)), params, tokenizer.pad_id + 1
-    )
+    mappings = list(weights.param_mappings(chosen, params, net.dims, m.num_layers))
+    tensors = weights.params_to_tensors(mappings, params, tokenizer.pad_id + 1)
     if dtype == "bfloat16":
         tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
-    card = ModelCard(
-        name=output.name,
-        architecture=chosen,
-        config=config,
-        num_params=sum(x.size for x in jax.tree.leaves(params)),
-        tokenizer=tokenizer,
-        meta=model.meta,
-        result=_result(path, model.meta["step"]) if model.meta else None,
-        licence=licence,
-        language=language,
-    )
-    config_file = config_json(chosen, m, heads.vocab_rows(m, tokenizer.vocab_size), tokenizer, dtype)
-    _write(output, {**_files(model, config, config_file), "README.md": card.text().encode()}, tensors)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    result = _result(path, model.meta["step"]) if model.meta else None
+    card = model_card.ModelCard(output.name, chosen, config, size, tokenizer, model.meta, result, licence, language)
+    config_file = folder.config_json(chosen, m, heads.vocab_rows(m, tokenizer.vocab_size), tokenizer, dtype)
+    _write(output, {**_files(model, config_file), "README.md": card.text().encode()}, tensors)
     return model
 
 
-def _files(model: LoadedModel, config: Config, config_file: dict[str, Any]) -> dict[str, bytes]:
+def _files(model: LoadedModel, config_file: dict[str, Any]) -> dict[str, bytes]:
     """Returns the contents of all files but the card and the weights."""
-    tokenizer, m = model.tokenizer, config.model
-    contents: dict[str, Any] = {
+    tokenizer, m = model.tokenizer, model.config.model
+    contents = {
         "config.json": config_file,
         "tokenizer_config.json": tokenizer_json.settings(tokenizer, m.max_positions),
         "special_tokens_map.json": tokenizer_json.special_tokens(tokenizer),
-        **(sentence_transformers.files(config) if "fine_tuned" in model.meta else {}),
+        **(sentence_transformers.files(model.config) if "fine_tuned" in model.meta else {}),
     }
-    files = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in contents.items()}
-    pair_type = min(1, max(0, m.type_vocab_size - 1))
-    return {
-        **{name: text.encode() for name, text in files.items()},
-        "tokenizer.json": tokenizer_json.content(tokenizer, pair_type),
-    }
+    files = {name: f"{json.dumps(x, indent=2, ensure_ascii=False)}\n".encode() for name, x in contents.items()}
+    return {**files, "tokenizer.json": tokenizer_json.content(tokenizer, min(1, max(0, m.type_vocab_size - 1)))}
 
 
 def _write(output: Path, files: dict[str, bytes], tensors: dict[str, Any]) -> None:
@@ -108,7 +91,7 @@ def _write(output: Path, files: dict[str, bytes], tensors: dict[str, Any]) -> No
         for name, content in files.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)
-        write_tensors(temporary / WEIGHTS, tensors)
+        folder.write_tensors(temporary / folder.WEIGHTS, tensors)
         if output.exists():
             output.rmdir()
         os.replace(temporary, output)

@@ -5,16 +5,13 @@ of the masked tokens are added up. The other tokens of a word give a masked toke
 `within_word_l2r` (Kauf & Ivanova 2023, arXiv:2305.10588) also masks those to its right.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from flax_mlm.distributed.batches import shard_replicated_rows
-from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.inference.load import LoadedModel, OnBatch, pad_rows
 
 _BATCH_TOKENS = 8192
 
@@ -29,10 +26,7 @@ class _Query(NamedTuple):
 
 
 def log_likelihood(
-    model: LoadedModel,
-    texts: Sequence[str],
-    variant: str = "within_word_l2r",
-    on_batch: Callable[[], Any] = lambda: None,
+    model: LoadedModel, texts: Sequence[str], variant: str = "within_word_l2r", on_batch: OnBatch = lambda: None
 ) -> np.ndarray:
     """Computes log-likelihoods of N texts in nats, without special tokens, float64 (N,).
 
@@ -68,29 +62,20 @@ def _mask_in_turn(
         yield _Query(text, tokens[:i] + [mask_id] * (end - i) + tokens[end:], [i], [tokens[i]])
 
 
-def _log_probabilities(model: LoadedModel, queries: Sequence[_Query], on_batch: Callable[[], Any]) -> np.ndarray:
+def _log_probabilities(model: LoadedModel, queries: Sequence[_Query], on_batch: OnBatch) -> np.ndarray:
     """Computes the sum of each query's log-probabilities, float64 (len(queries),)."""
-    totals, shards = np.zeros(len(queries)), num_batch_shards(model.mesh)
+    totals = np.zeros(len(queries))
     indices_of: dict[tuple[int, int], list[int]] = {}  # (L, K) -> indices of queries
     for i, query in enumerate(queries):
         length = model.padded_length(len(query.tokens))
         indices_of.setdefault((length, 1 if len(query.positions) == 1 else length), []).append(i)
     for (length, num_predictions), indices in sorted(indices_of.items()):
-        size = -(-max(_BATCH_TOKENS // length, 1) // shards) * shards
+        size = max(_BATCH_TOKENS // length, 1)
         for batch in (indices[begin : begin + size] for begin in range(0, len(indices), size)):
             on_batch()
-            tokens_BL = np.full((size, length), model.tokenizer.pad_id, np.int32)
-            predict_BK, labels_BK = np.zeros((2, size, num_predictions), np.int32)
-            weights_BK = np.zeros((size, num_predictions))
-            for b, i in enumerate(batch):
-                query, count = queries[i], len(queries[i].positions)
-                tokens_BL[b, : len(query.tokens)] = query.tokens
-                predict_BK[b, :count] = query.positions
-                labels_BK[b, :count] = query.labels
-                weights_BK[b, :count] = 1.0
-            with jax.set_mesh(model.mesh):
-                rows = shard_replicated_rows([tokens_BL, predict_BK, labels_BK], model.mesh)
-                tokens, predict, labels = rows
-                log_probs_BK = model.forward.label_log_probs(model.params, tokens, predict, labels, model.vocab)
-            totals[batch] = (np.asarray(log_probs_BK, np.float64) * weights_BK).sum(1)[: len(batch)]
+            rows, labels = [queries[i].tokens for i in batch], [queries[i].labels for i in batch]
+            positions = [queries[i].positions for i in batch]
+            log_probs_BK = model.log_probs(rows, positions, labels, (size, length, num_predictions))
+            weights_BK = pad_rows([[1] * len(row) for row in labels], log_probs_BK.shape)
+            totals[batch] = (log_probs_BK.astype(np.float64) * weights_BK).sum(1)
     return totals

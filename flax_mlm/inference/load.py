@@ -1,26 +1,90 @@
-"""Loading: a model from a checkpoint or a Hugging Face folder, ready for inference."""
+"""Loads a model from a checkpoint or a Hugging Face folder, ready for inference."""
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from flax_mlm.checkpoint.format import Damaged, find_checkpoints, read_meta, restore, stored_tokenizer
 from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.data.tokenizer.load import load_tokenizer
-from flax_mlm.distributed.mesh import make_mesh
+from flax_mlm.distributed.batches import shard_replicated_rows
+from flax_mlm.distributed.mesh import make_mesh, num_batch_shards
 from flax_mlm.errors import UserError
 from flax_mlm.hf.folder import is_hf_folder, open_folder
 from flax_mlm.hf.weights import load_params, param_mappings, subtokens
-from flax_mlm.inference.forward import build_forward
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.inference.forward import Forward, build_forward
 from flax_mlm.model import electra
 from flax_mlm.objectives.rows import Vocabulary
+
+_LENGTH_MULTIPLE = 32
+
+OnBatch = Callable[[], Any]  # called before every batch
+Log = Callable[[str], None]
+Params = Any  # of a model, or of a fine-tuned encoder: a dict with the encoder's under "encoder"
+
+
+class LoadedModel(NamedTuple):
+    """A model with its parameters on a mesh. Use it under `jax.set_mesh(mesh)`."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    forward: Forward
+    params: Any
+    tokenizer: Tokenizer
+    vocab: Vocabulary
+    meta: Mapping[str, Any] = MappingProxyType({})  # of the checkpoint; empty for a Hugging Face folder
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the rows that it was trained on; of a Hugging Face folder, all positions count as trained."""
+        return self.config.model.max_positions if self.config.init_from else self.config.data.seq_len
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a text may have: learned positions beyond the rows of the training were never trained."""
+        model = self.config.model
+        return self.row_length if model.position_embedding == "learned" else model.max_positions
+
+    def padded_length(self, length: int) -> int:
+        """Rounds the length of a batch up to one of a few lengths, since each is compiled."""
+        return min(-(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self.config.model.max_positions)
+
+    def log_probs(
+        self, rows: list[list[int]], positions: list[Any], labels: list[list[int]] | None, shape: tuple[int, int, int]
+    ) -> np.ndarray:
+        """Computes log-probabilities at positions of rows of tokens.
+
+        Args:
+          positions: of the hidden states to predict from.
+          labels: tokens whose log-probabilities are wanted; None: all tokens.
+          shape: rows B, rounded up to fit the mesh, length L and predictions K to pad to, since each shape is compiled.
+
+        Returns:
+          float32 (B, K) or (B, K, V), for `len(rows)` rows.
+        """
+        size = -(-shape[0] // num_batch_shards(self.mesh)) * num_batch_shards(self.mesh)
+        tokens_BL = pad_rows(rows, (size, shape[1]), self.tokenizer.pad_id)
+        predict_BK = pad_rows(positions, (size, shape[2]))
+        labels_BK = None if labels is None else pad_rows(labels, predict_BK.shape)
+        with jax.set_mesh(self.mesh):
+            inputs = shard_replicated_rows([tokens_BL, predict_BK, labels_BK], self.mesh)
+            return np.array(self.forward.log_probs(self.params, *inputs, self.vocab))[: len(rows)]
+
+
+def pad_rows(rows: Sequence[Any], shape: tuple[int, int], value: int = 0) -> np.ndarray:
+    """Builds an int32 array of this shape from at most as many rows of at most this length; the rest is `value`."""
+    padded = np.full(shape, value, np.int32)
+    for b, row in enumerate(rows):
+        padded[b, : len(row)] = row
+    return padded
 
 
 def load_model(path: str, config: Config) -> LoadedModel:
@@ -51,7 +115,9 @@ def load_model(path: str, config: Config) -> LoadedModel:
     raise AssertionError
 
 
-def _load_checkpoint(checkpoint: epath.Path, meta: dict[str, Any], config: Config, mesh: Mesh) -> LoadedModel:
+def _load_checkpoint(
+    checkpoint: epath.Path, meta: dict[str, Any], config: Config, mesh: jax.sharding.Mesh
+) -> LoadedModel:
     tokenizer = stored_tokenizer(meta)
     with jax.set_mesh(mesh):
         forward = build_forward(config, tokenizer.vocab_size, mesh)
@@ -62,19 +128,16 @@ def _load_checkpoint(checkpoint: epath.Path, meta: dict[str, Any], config: Confi
         return untied(model) if config.objective.name == "rtd" else model
 
 
-def _load_folder(config: Config, mesh: Mesh) -> LoadedModel:
+def _load_folder(config: Config, mesh: jax.sharding.Mesh) -> LoadedModel:
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
     with jax.set_mesh(mesh):
         forward = build_forward(config, tokenizer.vocab_size, mesh)
-        params = start_params(config, forward.init(), forward.model.dims, tokenizer, _print_to_stderr)
+        log = functools.partial(print, file=sys.stderr)
+        params = start_params(config, forward.init(), forward.model.dims, tokenizer, log)
         return LoadedModel(config, mesh, forward, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
 
 
-def _print_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def start_params(config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, log: Callable[[str], None]) -> Any:
+def start_params(config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, log: Log) -> Any:
     """Returns parameters that start from the Hugging Face folder `config.init_from`.
 
     Args:

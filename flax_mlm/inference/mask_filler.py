@@ -4,14 +4,11 @@ import heapq
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
 from flax_mlm.data.tokenizer.base import MASK_TEXT
-from flax_mlm.distributed.batches import shard_replicated_rows
-from flax_mlm.distributed.mesh import num_batch_shards
 from flax_mlm.errors import UserError
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.inference.load import LoadedModel
 
 
 class MaskFiller:
@@ -42,16 +39,8 @@ class MaskFiller:
         m = self._model
         shift = int(m.config.objective.name == "clm")  # a causal model predicts the next position
         positions = [self.mask_positions(row) for row in rows]
-        shards = num_batch_shards(m.mesh)
-        shape = -(-len(rows) // shards) * shards, m.padded_length(max(map(len, rows)))
-        tokens_BL = np.full(shape, m.tokenizer.pad_id, np.int32)
-        predict_BK = np.zeros((len(tokens_BL), max(map(len, positions))), np.int32)
-        for b, row in enumerate(rows):
-            tokens_BL[b, : len(row)] = row
-            predict_BK[b, : len(positions[b])] = np.array(positions[b], np.int32) - shift
-        tokens, predict = shard_replicated_rows([tokens_BL, predict_BK], m.mesh)
-        with jax.set_mesh(m.mesh):
-            log_probs_BKV = np.array(m.forward.token_log_probs(m.params, tokens, predict, m.vocab))
+        shape = len(rows), m.padded_length(max(map(len, rows))), max(map(len, positions))
+        log_probs_BKV = m.log_probs(rows, [np.array(row) - shift for row in positions], None, shape)
         log_probs_BKV = log_probs_BKV[..., : m.tokenizer.vocab_size]
         log_probs_BKV[..., m.tokenizer.is_special] = -np.inf
         return [dict(zip(row, values, strict=False)) for row, values in zip(positions, log_probs_BKV, strict=False)]

@@ -10,11 +10,11 @@ import numpy as np
 from flax_mlm.data import sources
 from flax_mlm.errors import UserError
 from flax_mlm.hf import tokenizer_json
-from flax_mlm.inference.model import LoadedModel
-from flax_mlm.inference.outputs import make_outputs
+from flax_mlm.inference import embeddings
+from flax_mlm.inference.load import LoadedModel
 
 _TEXTS = 64
-_BATCH = 8
+_AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "clm": "AutoModelForCausalLM", "rtd": "AutoModelForPreTraining"}
 CLOZES = ("The [MASK] sat on the mat.", "[MASK] barked at the mailman.", "It was un[MASK]able, and so [MASK] [MASK].")
 
 
@@ -56,11 +56,7 @@ def compare_folder(folder: Path, model: LoadedModel) -> Difference:
     tokenizer = model.tokenizer
     transformers.utils.logging.disable_progress_bar()
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    auto_class = {
-        "mlm": transformers.AutoModelForMaskedLM,
-        "clm": transformers.AutoModelForCausalLM,
-        "rtd": transformers.AutoModelForPreTraining,
-    }[model.config.objective.name]
+    auto_class = getattr(transformers, _AUTO_CLASSES[model.config.objective.name])
     net = auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
     limit = min(model.config.model.max_positions, 512)
@@ -85,18 +81,12 @@ def compare_outputs(net: Any, model: LoadedModel, rows: list[list[int]]) -> tupl
     """
     import torch
 
-    rows, hidden, logits, forward = sorted(rows, key=len), 0.0, 0.0, make_outputs(model)
-    for batch in (rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)):
-        tokens_BL = np.full((len(batch), len(batch[-1])), model.tokenizer.pad_id, np.int32)
-        for i, row in enumerate(batch):
-            tokens_BL[i, : len(row)] = row
-        real_BL = np.arange(tokens_BL.shape[1]) < np.array([[len(row)] for row in batch])
-        hidden_BLD, logits_BLV = forward(tokens_BL, real_BL)
+    hidden = logits = 0.0
+    for i, hidden_LD, logits_LV in embeddings.row_outputs(model, rows):
         with torch.no_grad():
-            attended = torch.tensor(real_BL).long()
-            out = net(torch.tensor(tokens_BL).long(), attention_mask=attended, output_hidden_states=True)
-        hidden = max(hidden, float(np.abs(hidden_BLD - out.hidden_states[-1].numpy())[real_BL].max()))
-        logits = max(logits, float(np.abs(logits_BLV - out.logits.numpy())[real_BL].max()))
+            expected = net(torch.tensor([rows[i]]), output_hidden_states=True)
+        hidden = max(hidden, float(np.abs(hidden_LD - expected.hidden_states[-1][0].numpy()).max()))
+        logits = max(logits, float(np.abs(logits_LV - expected.logits[0].numpy()).max()))
     return hidden, logits
 
 

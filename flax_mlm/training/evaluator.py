@@ -4,7 +4,7 @@ import contextlib
 import functools
 
 from flax_mlm.distributed.preemption import Stopped
-from flax_mlm.evaluation import cloze, mlm, rtd
+from flax_mlm.evaluation import cloze, mlm
 from flax_mlm.training.logging import Logger, RunContext
 from flax_mlm.training.loop import Run
 
@@ -17,13 +17,12 @@ class Evaluator:
         self._compiled, self._calibrated = set[int](), set[int]()  # phases
 
     def evaluate(self, run: Run) -> dict[str, float]:
-        """Measures loss and accuracy on held-out rows (see `evaluation.mlm.run` and `rtd.run`).
+        """Measures loss and accuracy on held-out rows (see `evaluation.mlm.run`).
 
         Raises:
           Stopped: a signal has come, on whichever process.
         """
         group, mixture = self._context.group, self._context.mixtures[run.phase]
-        task = rtd if self._context.phases[run.phase].config.objective.name == "rtd" else mlm
         model = run.model()
 
         def must_stop() -> bool:
@@ -32,10 +31,10 @@ class Evaluator:
 
         if run.phase not in self._compiled:  # one batch compiles, which may take any time
             with group.untimed("compiling"), self._logger.pause("compiling"), contextlib.suppress(Stopped):
-                task.run(model, mixture, lambda: True)
+                mlm.run(model, mixture, lambda: True)
             self._compiled.add(run.phase)
         with self._logger.pause("evaluating"):
-            result = task.run(model, mixture, must_stop)
+            result = mlm.run(model, mixture, must_stop)
         self._logger.validation(run.step, run.progress, result)
         return result
 

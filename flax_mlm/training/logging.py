@@ -13,7 +13,7 @@ from flax_mlm.data.mixture import DataCursor, Mixture
 from flax_mlm.distributed.chips import peak_flops
 from flax_mlm.distributed.preemption import Stop
 from flax_mlm.distributed.processes import ProcessGroup
-from flax_mlm.evaluation import mlm
+from flax_mlm.evaluation import metrics
 from flax_mlm.storage.gcs import AnyPath
 from flax_mlm.storage.lease import Lease
 from flax_mlm.training.budget import Budget
@@ -75,7 +75,7 @@ class Logger:
 
     def validation(self, step: int, progress: float, result: dict[str, float]) -> None:
         """Writes the held-out metrics, and the time used of a budget."""
-        losses = "".join(f"  {name} {result[f'loss/{name}']:.4f}" for name in mlm.corpus_names(result))
+        losses = "".join(f"  {name} {result[f'loss/{name}']:.4f}" for name in metrics.corpus_names(result))
         summary = f"validation loss {result['loss']:.4f}  accuracy {result['accuracy']:.4f}{losses}"
         budget = self._context.budget
         used = {"budget_seconds": budget.used()} if budget else {}

@@ -15,8 +15,7 @@ from flax_mlm.data.pipeline import train_batches
 from flax_mlm.distributed.batches import abstract_batch, local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.errors import Failure
-from flax_mlm.inference.load import start_params
-from flax_mlm.inference.model import LoadedModel
+from flax_mlm.inference.load import LoadedModel, start_params
 from flax_mlm.objectives.rows import Vocabulary
 from flax_mlm.training.logging import Logger, RunContext
 from flax_mlm.training.metrics import Writers
