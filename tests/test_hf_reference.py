@@ -160,9 +160,10 @@ def test_check_of_every_architecture(kind, vocabulary, tmp_path):
     ):
         (path / name).write_text(json.dumps(content))
     model = model_of(path)
-    model = model._replace(config=dataclasses.replace(
-        model.config, objective=dataclasses.replace(model.config.objective, name=architecture.objective)
-    ))  # fmt: skip
+    objective = dataclasses.replace(model.config.objective, name=architecture.objective)
+    config = dataclasses.replace(model.config, objective=objective)
+    forward = build_forward(config, model.tokenizer.vocab_size, model.mesh)
+    model = model._replace(config=config, forward=forward)
     found = parity.compare_folder(path, model)
     assert found.is_within(LIMIT), found.lines()
     tampered = model._replace(params=jax.tree.map(lambda x: x * 1.01, model.params))
