@@ -99,22 +99,16 @@ def encode_labels(part: tables.Labelled, name: str, classes: list[str]) -> np.nd
 
 
 def _probe(
-    model: LoadedModel,
-    rows: dict[str, list[list[int]]],
-    labels: np.ndarray,
-    score: Callable[[str, np.ndarray], float],
-    on_batch: OnBatch,
+    model: LoadedModel, rows: dict[str, Any], labels: np.ndarray, score: Callable[..., float], on_batch: OnBatch
 ) -> SearchResult:
     """Fits a logistic or ridge regression to pooled states; the development set chooses its penalty."""
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    encoder = embeddings.make_encoder(model)
-    vectors = {
-        name: np.stack(embeddings.run_batches(model, encoder, model.params, part, on_batch))
-        for name, part in rows.items()
-    }
+    encoder, vectors = embeddings.make_encoder(model), {}
+    for part, tokens in rows.items():
+        vectors[part] = np.stack(embeddings.run_batches(model, encoder, model.params, tokens, on_batch))
     probes, dev_scores = {}, {}
     for penalty in _PENALTIES:
         on_batch()

@@ -71,9 +71,10 @@ def search(
     return SearchResult(best, scores, [first[best], *others])
 
 
-def _make_training(
-    model: LoadedModel, problem: Problem, on_batch: OnBatch
-) -> Callable[[float, int], tuple[float, Params]]:
+_Training = Callable[[float, int], tuple[float, Params]]  # learning rate, seed -> score, parameters
+
+
+def _make_training(model: LoadedModel, problem: Problem, on_batch: OnBatch) -> _Training:
     """Builds a function (learning rate, seed) -> score and parameters of the best epoch.
 
     Call it under `jax.set_mesh(model.mesh)`. It trains until `finetune.patience` epochs have brought no better score.

@@ -51,13 +51,11 @@ def dropout_keys(key: jax.Array, rows_B: jax.Array) -> jax.Array:
     return mesh.reshard_like(jax.random.split(key, rows_B.shape[0]), rows_B)
 
 
-def hidden_states(
-    model: LoadedModel, params: Params, tokens_BL: jax.Array, keys_B: jax.Array | None = None
-) -> jax.Array:
+def hidden_states(model: LoadedModel, params: Params, tokens_BL: jax.Array, keys_B: Any = None) -> jax.Array:
     """Computes hidden states, float32 (B, L, D), of rows from `tokenize`. Call it inside `jax.jit`.
 
     Args:
-      keys_B: keys of dropout; None disables dropout.
+      keys_B: keys of dropout, one a row; None disables dropout.
     """
     has_types = model.config.model.type_vocab_size > 1
     states_BLD = model.forward.model.encode(

@@ -5,7 +5,7 @@ of the masked tokens are added up. The other tokens of a word give a masked toke
 `within_word_l2r` (Kauf & Ivanova 2023, arXiv:2305.10588) also masks those to its right.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,21 +45,16 @@ def log_likelihood(
         tokens = [t.cls_id, *ids.tolist(), t.sep_id]
         if model.config.objective.name == "clm":
             queries.append(_Query(index, tokens, list(range(len(ids))), tokens[1:-1]))
-        else:
-            queries += _mask_in_turn(index, tokens, t.starts_word[tokens], t.mask_id, variant)
+            continue
+        for i in range(1, len(tokens) - 1):
+            end = i + 1
+            while variant == "within_word_l2r" and end < len(tokens) - 1 and not t.starts_word[tokens[end]]:
+                end += 1
+            masked = tokens[:i] + [t.mask_id] * (end - i) + tokens[end:]
+            queries.append(_Query(index, masked, [i], [tokens[i]]))
     totals_N = np.zeros(len(texts))
     np.add.at(totals_N, [query.text for query in queries], _log_probabilities(model, queries, on_batch))
     return totals_N
-
-
-def _mask_in_turn(
-    text: int, tokens: list[int], starts_word: np.ndarray, mask_id: int, variant: str
-) -> Iterator[_Query]:
-    for i in range(1, len(tokens) - 1):
-        end = i + 1
-        while variant == "within_word_l2r" and end < len(tokens) - 1 and not starts_word[end]:
-            end += 1
-        yield _Query(text, tokens[:i] + [mask_id] * (end - i) + tokens[end:], [i], [tokens[i]])
 
 
 def _log_probabilities(model: LoadedModel, queries: Sequence[_Query], on_batch: OnBatch) -> np.ndarray:
