@@ -48,11 +48,9 @@ def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
     """Seconds of what `prepare` does, one after another, by the same functions; and the bytes of text."""
     from flax_mlm.data import prepare, sources
     from flax_mlm.data.corpus import row_dtype
-    from flax_mlm.data.packing import SpecialIds
     from flax_mlm.data.tokenizer.load import load_tokenizer
-    from flax_mlm.data.tokenizer.train import train_tokenizer
-    from flax_mlm.data.units import make_jobs
-    from flax_mlm.data.writer import write_shard
+    from flax_mlm.data.tokenizer.sentencepiece import train_tokenizer
+    from flax_mlm.data.units import make_jobs, write_shard
 
     times, seconds = [time.perf_counter()], {}
 
@@ -73,8 +71,7 @@ def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
     sizes = [[len(ids), len(t.split()), len(t.encode())] for t, ids in zip(texts, encoded, strict=True)]
     table = np.column_stack([[chunk.document for chunk in chunks], sizes])
     ids = np.concatenate(encoded).astype(row_dtype(tokenizer.vocab_size))
-    special_ids = SpecialIds(tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
-    write_shard(folder / "train-00000.npy", ids, table, config.data.seq_len, special_ids, config.data.packing)
+    write_shard(folder / "train-00000.npy", ids, table, config.data.seq_len, tokenizer, config.data.packing)
     done("packing and writing")
     return seconds, sum(len(text.encode()) for text in texts)
 
@@ -149,7 +146,7 @@ def main(config: Config) -> None:
 
     megabytes, rows = size / 1e6, [["the whole command", whole], *by_phase.items()]
     print(tables.markdown(("prepare", "s", "MB/s"), [[k, f"{s:.1f}", f"{megabytes / s:.2f}"] for k, s in rows]))
-    print(f"\n{megabytes:.1f} MB of text, {corpus.source}, vocabulary {corpus.vocab_size:,}\n")
+    print(f"\n{megabytes:.1f} MB of text, {corpus.about['name']}, vocabulary {corpus.vocab_size:,}\n")
     header = (f"batches of {_ROWS.value} × {corpus.seq_len}", "million tokens/s")
     print(tables.markdown(header, [[kind, f"{statistics.median(r) / 1e6:.1f}"] for kind, r in rates.items()]) + "\n")
     table = [[f"{step:,}", f"{1e3 * statistics.median(s):.0f}"] for step, s in firsts.items()]

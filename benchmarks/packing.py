@@ -28,7 +28,7 @@ _JSON = flags.DEFINE_string("json", "", "file for all that was measured")
 def main(config: Config) -> None:
     import jax
 
-    from flax_mlm.data.open import open_corpus
+    from flax_mlm.data.mixture import open_corpus
     from flax_mlm.distributed.batches import abstract_batch, shard_batch
     from flax_mlm.distributed.mesh import make_mesh
     from flax_mlm.objectives.rows import Vocabulary

@@ -67,7 +67,7 @@ def seconds_to_first_step(line: list[str], **variables: str) -> float:
 
 
 def main(config: Config) -> None:
-    from flax_mlm.data.open import open_corpus
+    from flax_mlm.data.mixture import open_corpus
 
     corpus = open_corpus(config, turns.say)
     with tempfile.TemporaryDirectory() as name:

@@ -33,7 +33,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 1_000_000, "number of tokens to check",
 
 def main(config: Config) -> int:
     from flax_mlm.data import pipeline  # heavy imports wait until the flags have been parsed
-    from flax_mlm.data.open import open_corpus
+    from flax_mlm.data.mixture import open_corpus
 
     phase = phases.parse_phases(config)[0]
     config = phase.config

@@ -50,7 +50,6 @@ def train(
         import jax  # heavy imports wait until the config is known to be right
 
         from flax_mlm.data import mixture
-        from flax_mlm.data.open import open_corpora
         from flax_mlm.distributed.mesh import check_batch, make_mesh
         from flax_mlm.storage.lease import Lease, holder
         from flax_mlm.training import run_config
@@ -88,7 +87,7 @@ def train(
 
         # The corpora of each phase, as packed rows of tokens.
         with group.untimed("opening the corpus"):
-            mixtures = open_corpora([phase.config for phase in run_phases], log)
+            mixtures = mixture.open_corpora([phase.config for phase in run_phases], log)
         group.check_same("corpus", mixture.fingerprint_of(mixtures))
         group.check_same("--workdir", holder(workdir))
         run_phases = phases.with_corpora(

@@ -265,7 +265,7 @@ def test_a_step_is_never_half_there(gcs, saved, damaged):
     prefix = f"{str(saved).removeprefix('gs://bucket/')}/checkpoints/"
     whole = len(gcs.names("bucket", f"{prefix}30/"))
     before = {name: gcs.buckets["bucket"][name].content for name in gcs.names("bucket", prefix)}
-    checkpoint_store = store.open_store(saved / "checkpoints")
+    checkpoint_store = store.Store(saved / "checkpoints")
     for ends_after in range(2 * whole + 4):
         for name, content in before.items():
             gcs.put("bucket", name, content)

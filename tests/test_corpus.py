@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from flax_mlm.config.schema import TokenizerConfig
 from flax_mlm.data import units
-from flax_mlm.data.corpus import FORMAT, Corpus, row_dtype
-from flax_mlm.data.packing import SpecialIds
-from flax_mlm.data.tokenizer.train import train_tokenizer
-from flax_mlm.data.writer import write_manifest, write_shard
+from flax_mlm.data.corpus import FORMAT, Corpus, row_dtype, write_manifest
+from flax_mlm.data.tokenizer.sentencepiece import train_tokenizer
+from flax_mlm.data.units import write_shard
 from flax_mlm.errors import UserError
 
 L = 8
@@ -37,7 +36,7 @@ def write(folder: Path, tok, seed: int = 0) -> dict[str, list[int]]:
             ids = rng.integers(5, 280, lengths.sum()).astype(row_dtype(280))
             table = np.stack([np.arange(9), lengths, lengths, lengths], axis=1)
             file = folder / f"{split}-{unit:05d}.npy"
-            entries.append(write_shard(file, ids, table, L, SpecialIds(tok.cls_id, tok.sep_id, tok.pad_id), "best_fit"))
+            entries.append(write_shard(file, ids, table, L, tok, "best_fit"))
             all_ids += ids.tolist()
         splits[split] = units.join_entries(entries)
         tokens[split] = sorted(all_ids)
@@ -66,8 +65,12 @@ def folder(tmp_path, tok):
 def test_what_is_written_is_read(tmp_path, tok):
     tokens = write(tmp_path / "c", tok)
     corpus = Corpus.open(tmp_path / "c")
-    corpus.verify()
-    assert (corpus.seq_len, corpus.vocab_size, corpus.source, corpus.licence) == (L, 280, "random", "none")
+    assert (corpus.seq_len, corpus.vocab_size, corpus.about["name"], corpus.about["licence"]) == (
+        L,
+        280,
+        "random",
+        "none",
+    )
     assert corpus.tokenizer().fingerprint == tok.fingerprint
     assert len(list((tmp_path / "c").glob("train-*.crc32.npy"))) == 3
     for name in ("train", "validation"):
@@ -136,13 +139,14 @@ def test_damage_is_noticed_at_open(folder, damage, message):
         Corpus.open(folder)
 
 
-def test_one_flipped_bit_is_found_by_verify(folder):
+def test_one_flipped_bit_is_found_by_reading(folder):
     path = folder / "train-00002.npy"
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"train-00002\.npy is damaged"):
-        Corpus.open(folder).verify()
+        rows = Corpus.open(folder).split("train")
+        rows.read(np.arange(rows.num_rows))
 
 
 def test_large_vocabularies_take_four_bytes():

@@ -17,7 +17,7 @@ from seqeval.metrics import f1_score
 from seqeval.scheme import IOB2, IOBES
 
 from flax_mlm.config.load import build, from_dict
-from flax_mlm.data import conll, tables
+from flax_mlm.data import tables
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import classification, metrics, report, tagging
@@ -160,7 +160,7 @@ def test_lines_end_at_newlines_alone(tmp_path, space):
     (tmp_path / "a.txt").write_bytes(f"one{space}two\r\nthree\n".encode())
     assert [record["text"] for _, record in tables.records(str(tmp_path / "a.txt"))] == [f"one{space}two", "three"]
     (tmp_path / "tags").write_bytes(f"New{space}York B-A\r\n\r\nis\tO\n".encode())
-    assert conll.read(str(tmp_path / "tags")) == conll.Tagged([[f"New{space}York"], ["is"]], [["B-A"], ["O"]])
+    assert tables.read_tagged(str(tmp_path / "tags")) == tables.Tagged([[f"New{space}York"], ["is"]], [["B-A"], ["O"]])
 
 
 @pytest.mark.parametrize(
@@ -251,20 +251,20 @@ def test_a_causal_model_is_not_asked_at_its_first_token(model):
     ],
 )
 def test_all_schemes_become_bio(tags, expected):
-    assert conll.to_bio(tags.split()) == expected.split()
+    assert tables.to_bio(tags.split()) == expected.split()
 
 
 @given(st.lists(st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B"]), max_size=30))
 def test_bio_keeps_what_seqeval_counts(tags):
-    once = conll.to_bio(tags)
-    assert conll.to_bio(once) == once
+    once = tables.to_bio(tags)
+    assert tables.to_bio(once) == once
     if tags:
         assert f1_score([tags], [once], zero_division=1) == 1.0
 
 
 def test_bioes_is_read_as_seqeval_reads_it():
     tags = ["S-A", "O", "B-B", "I-B", "E-B", "B-A", "E-A", "S-B"]
-    bio = conll.to_bio(tags)
+    bio = tables.to_bio(tags)
     same = [IOBES, IOB2]
     from seqeval.scheme import Entities
 
@@ -300,7 +300,8 @@ def test_entity_f1_from_counts_is_seqevals(rows):
 def test_tags_are_learned(model, toy, tmp_path):
     names = ("train", "dev", "test")
     parts = [
-        conll.read(write_conll(tmp_path / n, tagged(toy, 120 if n == "train" else 30, i))) for i, n in enumerate(names)
+        tables.read_tagged(write_conll(tmp_path / n, tagged(toy, 120 if n == "train" else 30, i)))
+        for i, n in enumerate(names)
     ]
     result = tagging.run(model, *parts, quiet, quiet)
     assert result["median"] == 1.0
@@ -310,7 +311,7 @@ def test_tags_are_learned(model, toy, tmp_path):
 
 def test_long_sentences_are_split_and_joined(model):
     words = ["dog", "cat", "The"] * 40
-    part = conll.Tagged([words, ["dog"]], [["B-A", "O", "O"] * 40, ["B-A"]])
+    part = tables.Tagged([words, ["dog"]], [["B-A", "O", "O"] * 40, ["B-A"]])
     rows = tagging.split_sentences(model, part, ["O", "B-A"], "train")
     assert len(rows.tokens) > 3
     assert all(len(tokens) <= 24 for tokens in rows.tokens)
@@ -336,12 +337,12 @@ def test_tag_files_that_will_not_do(tmp_path, content, message):
     if content is not None:
         (tmp_path / "data").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        conll.read(str(tmp_path / "data"))
+        tables.read_tagged(str(tmp_path / "data"))
 
 
 def test_unknown_tags(model, toy):
-    part = conll.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
-    other = conll.Tagged([["dog"]], [["B-C"]])
+    part = tables.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
+    other = tables.Tagged([["dog"]], [["B-C"]])
     with pytest.raises(UserError, match="--test: tag B-C is not in the training set, which has B-A, O"):
         tagging.run(model, part, part, other, quiet, quiet)
 
@@ -349,7 +350,7 @@ def test_unknown_tags(model, toy):
 def test_a_probe_has_no_tags(model):
     finetuned = dataclasses.replace(model.config.finetune, method="probe")
     model = model._replace(config=dataclasses.replace(model.config, finetune=finetuned))
-    part = conll.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
+    part = tables.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
     with pytest.raises(UserError, match="method is probe; only --task=classification takes it; use full"):
         tagging.run(model, part, part, None, quiet, quiet)
 

@@ -1,6 +1,7 @@
 """Packing writes every token once, in well-formed rows, with little padding."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from flax_mlm.data import packing, sources
 
 PAD, CLS, SEP, FIRST = 0, 1, 2, 3
-MARKS = packing.SpecialIds(CLS, SEP, PAD)
+MARKS = SimpleNamespace(cls_id=CLS, sep_id=SEP, pad_id=PAD)
 MODES = ["best_fit", "sequential"]
 
 

@@ -314,13 +314,13 @@ def test_every_corpus_goes_on_where_it_was(turns):
     for rows, names in turns:
         now = FakeMixture({name: 1 + i for i, name in enumerate(names)})
         place = place if before is None else place.leaving(before)
-        place = DataCursor(**json.loads(json.dumps(place.to_dict())))  # as if it had been killed here
+        place = DataCursor(**json.loads(json.dumps(dataclasses.asdict(place))))  # as if it had been killed here
         stream = place.stream(now)
         corpus, position = stream.locate(np.arange(place.row, place.row + rows))
         for c, p in zip(corpus, position, strict=True):
             seen[names[c]].append(int(p))
             orders[names[c]].add(stream.orders[c])
-        place, before = place._replace(row=place.row + rows), now
+        place, before = dataclasses.replace(place, row=place.row + rows), now
     assert all(positions == list(range(len(positions))) for positions in seen.values())
     kept = [order for found in orders.values() for order in found]
     assert len(kept) == len(set(kept)) == sum(map(bool, orders.values())), "each in its own order, and always that"

@@ -85,7 +85,6 @@ def split_by_hash(documents: list[str], fraction: float = 0.05) -> dict[str, lis
 
 def test_no_document_is_lost_and_none_is_in_both_splits(text, undisturbed):
     corpus = Corpus.open(undisturbed)
-    corpus.verify()
     tok = corpus.tokenizer()
     for name, expected in split_by_hash(text.read_text().split("\n\n")).items():
         rows = corpus.split(name)

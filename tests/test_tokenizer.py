@@ -16,7 +16,7 @@ from flax_mlm.config.schema import TokenizerConfig
 from flax_mlm.data.tokenizer import sentencepiece as sentencepiece_lib
 from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.data.tokenizer.load import load_tokenizer
-from flax_mlm.data.tokenizer.train import train_tokenizer
+from flax_mlm.data.tokenizer.sentencepiece import train_tokenizer
 from flax_mlm.errors import UserError
 
 VOCABULARIES = Path(__file__).parent.parent.parent / "shared" / "data" / "tokenizers"

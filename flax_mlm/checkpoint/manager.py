@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from flax_mlm.checkpoint.format import Damaged, Fingerprint, read_meta, restore, split_state
-from flax_mlm.checkpoint.store import MARKER, bound_retries, is_step, open_store, saved_steps
+from flax_mlm.checkpoint.store import MARKER, Store, bound_retries, is_step, saved_steps
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
@@ -68,7 +68,7 @@ class Checkpoints:
         self._retention = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         # Orbax logs what it also raises, and this class reports that.
         logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-        self._store = open_store(self._folder)
+        self._store = Store(self._folder)
         if self._is_main:
             self._store.create()
             self._sweep()

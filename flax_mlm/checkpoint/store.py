@@ -11,6 +11,7 @@ import secrets
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -21,31 +22,36 @@ _QUARANTINE = ".quarantine"
 _RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}  # 30 s; tensorstore's default is 15 minutes
 
 
-class LocalStore:
-    """The checkpoints in a local folder."""
+class Store:
+    """The checkpoints in a folder."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: gcs.AnyPath):
+        self._in_bucket = gcs.is_one(path)
+        self._path: Any = epath.Path(path) if self._in_bucket else Path(path)
 
     def create(self) -> None:
-        """Creates the folder unless it exists."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Creates the folder unless it exists; one in a bucket exists once it has an object."""
+        if not self._in_bucket:
+            self._path.mkdir(parents=True, exist_ok=True)
 
     def empty_trash(self) -> None:
-        """Finishes the deletions of a killed process."""
-        shutil.rmtree(self.path / ".trash", ignore_errors=True)
+        """Finishes the deletions of a killed process; in a bucket they left a step without marker."""
+        shutil.rmtree(self._path / ".trash", ignore_errors=True)
 
     def names(self) -> list[str]:
-        """Lists the entries of the folder, sorted. Raises OSError where there is no folder."""
-        return sorted(path.name for path in self.path.iterdir())
+        """Lists the entries of the folder, sorted. Raises OSError where there is no folder; a bucket always has it."""
+        absent = (FileNotFoundError,) if self._in_bucket else ()
+        with contextlib.suppress(*absent):
+            return sorted(path.name for path in self._path.iterdir())
+        return []
 
     def has_quarantine(self) -> bool:
         """Returns whether a checkpoint was ever moved to quarantine."""
-        return (self.path / _QUARANTINE).exists()
+        return (self._path / _QUARANTINE).exists()
 
     def sync(self, name: str) -> None:
         """Waits until the files of a step are on the disk and not only in the page cache."""
-        for folder, _, files in os.walk(self.path / name):
+        for folder, _, files in os.walk(self._path / name):  # no local files if it is in a bucket
             for path in (*(os.path.join(folder, f) for f in files), folder):
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
@@ -53,72 +59,42 @@ class LocalStore:
 
     def delete(self, name: str) -> None:
         """Deletes a step."""
-        trash = self.path / ".trash"
-        trash.mkdir(exist_ok=True)
-        target = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=trash))
-        (self.path / name).rename(target / name)
+        if self._in_bucket:
+            for path in (self._path / name / MARKER, self._path / name):
+                with contextlib.suppress(FileNotFoundError):
+                    gcs.client().rm(os.fspath(path), recursive=True)
+            return
+        target = self._new_folder(".trash", name)
+        (self._path / name).rename(target / name)
         shutil.rmtree(target, ignore_errors=True)
 
-    def quarantine(self, name: str) -> Path:
+    def quarantine(self, name: str) -> gcs.AnyPath:
         """Moves a step to quarantine. Returns its new folder."""
-        folder = self.path / _QUARANTINE
-        folder.mkdir(exist_ok=True)
-        target = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder)) / name
+        if self._in_bucket:
+            return self._quarantine_in_bucket(name)
+        target = self._new_folder(_QUARANTINE, name)
         try:
-            (self.path / name).rename(target)
+            (self._path / name).rename(target / name)
         except FileNotFoundError:  # another process of this run was first
-            target.parent.rmdir()
-        return target.parent
-
-
-class GcsStore:
-    """The checkpoints in a folder of a bucket; the methods of `LocalStore`."""
-
-    def __init__(self, path: epath.Path):
-        self.path, self._client = path, gcs.client()
-
-    def create(self) -> None:
-        """Does nothing: a folder exists once it has an object."""
-
-    def empty_trash(self) -> None:
-        """Does nothing: a step that was being deleted has no marker, so the next sweep deletes it."""
-
-    def names(self) -> list[str]:
-        """Lists the entries of the folder, sorted; empty where there is none."""
-        with contextlib.suppress(FileNotFoundError):
-            return sorted(path.name for path in self.path.iterdir())
-        return []
-
-    def has_quarantine(self) -> bool:
-        """Returns whether a checkpoint was ever moved to quarantine."""
-        return (self.path / _QUARANTINE).exists()
-
-    def sync(self, name: str) -> None:
-        """Does nothing: Cloud Storage keeps what it has acknowledged."""
-
-    def delete(self, name: str) -> None:
-        """Deletes a step, its marker first."""
-        for path in (self.path / name / MARKER, self.path / name):
-            with contextlib.suppress(FileNotFoundError):
-                self._client.rm(os.fspath(path), recursive=True)
-
-    def quarantine(self, name: str) -> epath.Path:
-        """Moves a step to quarantine: copies it, the marker last, then deletes it, the marker first."""
-        marker = gcs.read(self.path / name / MARKER)
-        # The generation names the target, so that processes that see the same damage at once agree on it.
-        target = self.path / _QUARANTINE / f"{name}-{marker[1] if marker else secrets.token_hex(4)}"
-        source = os.fspath(self.path / name)
-        for file in sorted(self._client.find(source), key=lambda file: file.endswith(f"/{name}/{MARKER}")):
-            relative = file.removeprefix(source.removeprefix("gs://"))
-            with contextlib.suppress(FileNotFoundError):  # another process has moved it
-                self._client.cp_file(file, os.fspath(target / name) + relative)
-        self.delete(name)
+            target.rmdir()
         return target
 
+    def _new_folder(self, parent: str, name: str) -> Path:
+        (self._path / parent).mkdir(exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._path / parent))
 
-def open_store(path: gcs.AnyPath) -> LocalStore | GcsStore:
-    """Opens the store of the checkpoints at a path."""
-    return GcsStore(epath.Path(path)) if gcs.is_one(path) else LocalStore(Path(path))
+    def _quarantine_in_bucket(self, name: str) -> epath.Path:
+        """Copies a step, the marker last, then deletes it, the marker first."""
+        marker = gcs.read(self._path / name / MARKER)
+        # The generation names the target, so that processes that see the same damage at once agree on it.
+        target = self._path / _QUARANTINE / f"{name}-{marker[1] if marker else secrets.token_hex(4)}"
+        source = os.fspath(self._path / name)
+        for file in sorted(gcs.client().find(source), key=lambda file: file.endswith(f"/{name}/{MARKER}")):
+            relative = file.removeprefix(source.removeprefix("gs://"))
+            with contextlib.suppress(FileNotFoundError):  # another process has moved it
+                gcs.client().cp_file(file, os.fspath(target / name) + relative)
+        self.delete(name)
+        return target
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
@@ -126,7 +102,7 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
     folder = epath.Path(workdir) / "checkpoints"
     if not (gcs.is_one(folder) or folder.is_dir()):
         return []
-    steps = [path for name in open_store(folder).names() if is_step(path := folder / name)]
+    steps = [path for name in Store(folder).names() if is_step(path := folder / name)]
     committed = gcs.together(lambda path: (path / MARKER).exists(), steps, folder)
     return sorted(int(path.name) for path, is_committed in zip(steps, committed, strict=True) if is_committed)
 

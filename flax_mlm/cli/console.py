@@ -56,7 +56,7 @@ def _print_corpora(mixture: Any, rows: int) -> None:
     for (name, corpus), epochs in zip(mixture.corpora.items(), mixture.stream().epochs(rows), strict=True):
         counts, fraction = corpus.counts["train"], mixture.fractions[name]
         read = f", {fraction:.1%} of the rows" * (fraction < 1) + f" ({epochs:.2f} epochs)" * bool(rows)
-        print(f"corpus      {corpus.path} ({corpus.source})")
+        print(f"corpus      {corpus.path} ({corpus.about['name']})")
         print(
             f"            {counts['rows']:,} rows of {mixture.seq_len}, {counts['tokens']:,} tokens, vocabulary "
             f"{mixture.vocab_size:,}{read}"

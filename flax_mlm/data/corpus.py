@@ -9,7 +9,6 @@ error that names it, never a batch.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -86,8 +85,7 @@ class Corpus:
       seq_len: L, tokens per row.
       vocab_size: V, size of its tokenizer's vocabulary.
       counts: split -> rows, documents, tokens (special ones left out), words, bytes of text, padding.
-      source: description of the documents.
-      licence: licence of the text.
+      about: name and licence of the training text, and its documents, words, tokens and rows.
       fingerprint: hash of everything that decides which rows are read: equal for the same rows.
       manifest: content of corpus.json.
     """
@@ -96,8 +94,7 @@ class Corpus:
     seq_len: int
     vocab_size: int
     counts: dict[str, dict[str, int]]
-    source: str
-    licence: str
+    about: dict[str, Any]
     fingerprint: str
     manifest: dict[str, Any]
     _splits: dict[str, Rows]
@@ -116,9 +113,8 @@ class Corpus:
         file = folder / MANIFEST
         with reading(file):
             if not file.exists():
-                raise UserError(
-                    f"{folder} is not a corpus: it has no {MANIFEST}; make one with `python -m flax_mlm.prepare`"
-                )
+                remedy = "make one with `python -m flax_mlm.prepare`"
+                raise UserError(f"{folder} is not a corpus: it has no {MANIFEST}; {remedy}")
             if not 0 < (size := file.stat().length) <= _MAX_MANIFEST_BYTES:  # also a pipe or a device, which has 0
                 raise UserError(f"{file} has {size} bytes; expected 1 to {_MAX_MANIFEST_BYTES}; {REMEDY}")
             data = file.read_bytes()
@@ -143,7 +139,7 @@ class Corpus:
     @classmethod
     def _parse(cls, folder: epath.Path, manifest: dict[str, Any]) -> "Corpus":
         """Parses corpus.json, which may be damaged or come from anyone; raises ValueError and the like."""
-        tokenizer, source, seq_len = manifest["tokenizer"], manifest["source"], _whole(manifest, "seq_len", 3)
+        tokenizer, seq_len = manifest["tokenizer"], _whole(manifest, "seq_len", 3)
         vocab_size, pad_id = _whole(tokenizer, "vocab_size", 1), _whole(tokenizer, "pad_id")
         dtype = row_dtype(vocab_size)
         if manifest["dtype"] != dtype.name or pad_id >= vocab_size:
@@ -161,8 +157,10 @@ class Corpus:
             if sum(s.rows for s in shards) != counts[name]["rows"]:
                 raise ValueError(f"the shards of {name} do not have its {counts[name]['rows']} rows")
             splits[name] = Rows(counts[name]["rows"], seq_len, pad_id, tuple(shards))
-        about = str(source["name"]), str(source["licence"]), fingerprint(manifest), manifest
-        return cls(folder, seq_len, vocab_size, counts, *about, splits, _file(folder, tokenizer, 1))
+        about: dict[str, Any] = {key: str(manifest["source"][key]) for key in ("name", "licence")}
+        about |= {key: counts["train"][key] for key in ("documents", "words", "tokens", "rows")}
+        tokenizer_file = _file(folder, tokenizer, 1)
+        return cls(folder, seq_len, vocab_size, counts, about, fingerprint(manifest), manifest, splits, tokenizer_file)
 
     def tokenizer(self) -> Tokenizer:
         """Opens the tokenizer that the corpus was made with.
@@ -172,34 +170,19 @@ class Corpus:
         """
         tokenizer = load_tokenizer(self._tokenizer.path)
         if tokenizer.vocab_size != self.vocab_size:
-            raise UserError(
-                f"{self._tokenizer.path} has {tokenizer.vocab_size} tokens; corpus.json says {self.vocab_size}; "
-                + REMEDY
-            )
+            what = f"{self._tokenizer.path} has {tokenizer.vocab_size} tokens"
+            raise UserError(f"{what}; corpus.json says {self.vocab_size}; {REMEDY}")
         return tokenizer
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Description, licence and size of the training text."""
-        source, train = self.manifest["source"], self.counts["train"]
-        return {
-            **{key: source[key] for key in ("name", "licence")},
-            **{key: train[key] for key in ("documents", "words", "tokens", "rows")},
-        }
 
     def split(self, name: str) -> Rows:
         """Returns the rows of "train" or "validation"."""
         return self._splits[name]
 
-    def verify(self) -> None:
-        """Reads all shards and compares their checksums.
 
-        Raises:
-          UserError: a file is damaged.
-        """
-        for shard in (shard for rows in self._splits.values() for shard in rows._shards):
-            shard.file.content()
-            shard.read(np.arange(shard.rows))
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes corpus.json, with its own checksum in it."""
+    sealed = {**manifest, "sha256": files.digest(manifest)}
+    files.write_bytes(folder / MANIFEST, json.dumps(sealed, indent=1).encode())
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
@@ -208,7 +191,7 @@ def fingerprint(manifest: dict[str, Any]) -> str:
     shards = [[s["rows"], s["sha256"]] for name in SPLITS for s in [*manifest["splits"][name]["shards"], end]]
     # The first number versions this hash, not the format: the same rows keep their fingerprint when that changes.
     content = [1, manifest["seq_len"], manifest["dtype"], manifest["tokenizer"]["sha256"], shards]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return files.digest(content)
 
 
 def row_dtype(vocab_size: int) -> np.dtype:

@@ -1,24 +1,23 @@
 """Corpora that a run is trained and evaluated on, with their weights, and the cursor that remembers what was read."""
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from flax_mlm.config.schema import DataConfig
+from flax_mlm.config.schema import Config, DataConfig
 from flax_mlm.data.corpus import SPLITS, Corpus, Rows
+from flax_mlm.data.prepare import prepare
 from flax_mlm.data.stream import Stream, counts, whole_numbers
 from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer.load import load_tokenizer
 from flax_mlm.errors import UserError
-from flax_mlm.storage import gcs
+from flax_mlm.storage import files, gcs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Mixture:
     def fingerprint(self) -> str:
         """Hash of everything that decides which rows are read: equal for the same rows in the same proportion."""
         each = [corpus.fingerprint for corpus in self.corpora.values()]
-        return each[0] if len(each) == 1 else hashlib.sha256(json.dumps([each, self.weights]).encode()).hexdigest()
+        return each[0] if len(each) == 1 else files.digest([each, self.weights])
 
     @property
     def about(self) -> dict[str, Any]:
@@ -150,7 +149,8 @@ class Mixture:
         return [start + _spread(n, min(m, n)) for start, n, m in zip(starts, rows, wanted, strict=False)]
 
 
-class DataCursor(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class DataCursor:
     """Position of a run in its text: all that has to be saved to continue, whatever was read before.
 
     Attributes:
@@ -161,11 +161,7 @@ class DataCursor(NamedTuple):
 
     row: int = 0
     first: int = 0
-    taken: Mapping[str, int] = MappingProxyType({})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the fields, ready for JSON."""
-        return {**self._asdict(), "taken": dict(self.taken)}
+    taken: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def stream(self, mixture: Mixture) -> Stream:
         """Returns the stream that is read from here.
@@ -186,6 +182,44 @@ class DataCursor(NamedTuple):
         return DataCursor(self.row, self.row, {**self.taken, **dict(zip(names, positions, strict=True))})
 
 
+def open_corpus(config: Config, log: Callable[[str], None] = print) -> Mixture:
+    """Opens the folders of `data.corpus`; without any, the corpus that the rest of the config describes, which is
+    prepared first where `data.cache_dir` does not hold it.
+
+    Raises:
+      UserError: also when `data.corpus` was made with another tokenizer than `tokenizer.path`.
+    """
+    if not config.data.corpus:
+        corpus = prepare(config, log=log)
+        return Mixture({corpus.path.name: corpus})
+    mixture = Mixture.open(config.data)
+    tokenizer = config.tokenizer
+    if tokenizer.path:
+        expected = load_tokenizer(tokenizer.path, tokenizer.extra_tokens_file)
+        if expected.fingerprint != mixture.tokenizer().fingerprint:
+            raise UserError(f"data.corpus: {mixture} was made with another tokenizer than {tokenizer.path}")
+    if mixture.seq_len > config.model.max_positions:
+        raise UserError(
+            f"model.max_positions is {config.model.max_positions}; expected at least {mixture.seq_len}, the row length "
+            "of data.corpus"
+        )
+    return mixture
+
+
+def open_corpora(configs: Sequence[Config], log: Callable[[str], None] = print) -> list[Mixture]:
+    """Opens the corpora of each phase of a run; phases with the same data share one object.
+
+    Raises:
+      UserError: as `open_corpus`; or the tokenizers differ.
+    """
+    mixtures = {data: open_corpus(config, log) for data, config in {config.data: config for config in configs}.items()}
+    first, *others = mixtures.values()
+    for mixture in others:
+        if mixture.tokenizer().fingerprint != first.tokenizer().fingerprint:
+            raise UserError(f"train.phases: {mixture} was made with another tokenizer than {first}")
+    return [mixtures[config.data] for config in configs]
+
+
 def about_of(mixtures: Sequence[Mixture]) -> dict[str, Any]:
     """Joins `Mixture.about` over the phases of a run: the numbers of the first, the text of all."""
     each = [mixture.about for mixture in mixtures]
@@ -195,7 +229,7 @@ def about_of(mixtures: Sequence[Mixture]) -> dict[str, Any]:
 def fingerprint_of(mixtures: Sequence[Mixture]) -> str:
     """Joins `Mixture.fingerprint` over the phases of a run."""
     each = [mixture.fingerprint for mixture in mixtures]
-    return each[0] if len(set(each)) == 1 else hashlib.sha256(json.dumps(each).encode()).hexdigest()
+    return each[0] if len(set(each)) == 1 else files.digest(each)
 
 
 def _texts(about: Sequence[dict[str, Any]]) -> dict[str, str]:

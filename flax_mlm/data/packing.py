@@ -3,27 +3,19 @@
 Pure functions of their arguments. Every token is written once, and the tokens of a chunk stay together.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
-
-class SpecialIds(NamedTuple):
-    """Ids of the special tokens around chunks."""
-
-    cls: int
-    sep: int
-    pad: int
+from flax_mlm.data.tokenizer.base import Tokenizer
 
 
-def pack(tokens: np.ndarray, lengths: np.ndarray, seq_len: int, ids: SpecialIds, packing: str) -> np.ndarray:
+def pack(tokens: np.ndarray, lengths: np.ndarray, seq_len: int, tokenizer: Tokenizer, packing: str) -> np.ndarray:
     """Packs documents into rows.
 
     Args:
       tokens: (T,) ids of all documents, one after another.
       lengths: (D,) tokens of each document, in total T.
       seq_len: L.
-      ids: the special ids.
+      tokenizer: has the ids of special tokens.
       packing: "best_fit" puts each chunk where it leaves least room; "sequential" keeps the order.
 
     Returns:
@@ -38,11 +30,11 @@ def pack(tokens: np.ndarray, lengths: np.ndarray, seq_len: int, ids: SpecialIds,
     begin = end - (size + 2)
     column = begin - begin[np.searchsorted(row, row)]
 
-    rows = np.full((row[-1] + 1 if row.size else 0, seq_len), ids.pad, tokens.dtype)
+    rows = np.full((row[-1] + 1 if row.size else 0, seq_len), tokenizer.pad_id, tokens.dtype)
     flat = rows.reshape(-1)
     at = row * seq_len + column
-    flat[at] = ids.cls
-    flat[at + size + 1] = ids.sep
+    flat[at] = tokenizer.cls_id
+    flat[at + size + 1] = tokenizer.sep_id
     within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
     flat[np.repeat(at + 1, size) + within] = tokens[np.repeat(start, size) + within]
     return rows

@@ -6,11 +6,10 @@ number of workers either. Unfinished work is kept in OUTPUT.tmp, which is remove
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from flax_mlm.config.schema import Config
-from flax_mlm.data.corpus import FORMAT, MANIFEST, Corpus, row_dtype
+from flax_mlm.data.corpus import FORMAT, MANIFEST, Corpus, row_dtype, write_manifest
 from flax_mlm.data.held_out import check_fraction, hashed
-from flax_mlm.data.progress import with_progress
-from flax_mlm.data.sources import Source, open_source
+from flax_mlm.data.sources import Source, TextChunk, open_source
+from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.data.tokenizer.load import load_tokenizer
-from flax_mlm.data.tokenizer.train import train_tokenizer
+from flax_mlm.data.tokenizer.sentencepiece import train_tokenizer
 from flax_mlm.data.units import make_units
-from flax_mlm.data.writer import write_manifest
 from flax_mlm.errors import UserError
+from flax_mlm.storage import files
 
 Log = Callable[[str], None]
+
+_SECONDS = 10.0  # between lines about progress
 
 
 def prepare(config: Config, output: str | Path | None = None, log: Log = print) -> Corpus:
@@ -72,20 +73,11 @@ def prepare(config: Config, output: str | Path | None = None, log: Log = print) 
 
 def _request(config: Config, source: Source) -> str:
     """Hashes all that decides the bytes of the corpus."""
-    d = config.data
-    options = [d.seq_len, d.packing, d.validation_fraction]
-    return _hash([FORMAT, source.version, _tokenizer_options(config), *options])
-
-
-def _tokenizer_options(config: Config) -> Any:
-    t = config.tokenizer
+    d, t = config.data, config.tokenizer
+    tokenizer: Any = [t.model_type, t.vocab_size, t.normalization, t.character_coverage, t.sample_bytes]
     if t.path:
-        return load_tokenizer(t.path, t.extra_tokens_file).fingerprint
-    return [t.model_type, t.vocab_size, t.normalization, t.character_coverage, t.sample_bytes]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+        tokenizer = load_tokenizer(t.path, t.extra_tokens_file).fingerprint
+    return files.digest([FORMAT, source.version, tokenizer, d.seq_len, d.packing, d.validation_fraction])
 
 
 def _is_done(output: Path, request: str) -> bool:
@@ -123,15 +115,14 @@ def _build(config: Config, source: Source, request: str, output: Path, work: Pat
     data, counts = config.data, Counter[str]()
     check_fraction(source, data.validation_fraction)
     work.mkdir(exist_ok=True)
-    tokenizer_path = _tokenizer(config, source, work, log)
-    tokenizer = load_tokenizer(tokenizer_path)
-    folder = work / "corpus"
-    chunks = with_progress("tokenising", source, counts, log)
-    splits = make_units(chunks, folder, work / "units", tokenizer_path, data, log)
+    tokenizer = _tokenizer(config, source, work / "tokenizer", log)
+    chunks = _with_progress("tokenising", source, counts, log)
+    splits = make_units(chunks, work, tokenizer, data, log)
     for name, split in splits.items():
         if not split["rows"]:
             raise UserError(f"data.source is '{data.source}'; its {name} documents hold no text")
 
+    folder = work / "corpus"
     tokenizer.save(folder)
     manifest = {
         "format": FORMAT,
@@ -176,17 +167,17 @@ def summary(manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _tokenizer(config: Config, source: Source, work: Path, log: Log) -> Path:
-    """Returns a folder with the tokenizer, which is the given one, or is trained unless that was done before a kill."""
-    t, folder = config.tokenizer, work / "tokenizer"
+def _tokenizer(config: Config, source: Source, folder: Path, log: Log) -> Tokenizer:
+    """Returns the given tokenizer, or trains one, and keeps it in a folder: a kill does not cost the work."""
+    t = config.tokenizer
     if folder.exists():
         log("tokenizer: made before, used again")
-        return folder
+        return load_tokenizer(folder)
     if t.path:
         log(f"tokenizer: {t.path}{f' with the words of {t.extra_tokens_file}' * bool(t.extra_tokens_file)}")
         tokenizer = load_tokenizer(t.path, t.extra_tokens_file)
     else:
-        chunks = hashed(with_progress("sampling text", source, Counter(), log))
+        chunks = hashed(_with_progress("sampling text", source, Counter(), log))
         training_texts = (chunk.text for chunk in chunks if chunk.hash >= config.data.validation_fraction)
         sample = _sample(training_texts, t.sample_bytes)
         size = sum(len(text.encode()) for text in sample)
@@ -194,11 +185,11 @@ def _tokenizer(config: Config, source: Source, work: Path, log: Log) -> Path:
         start = time.monotonic()
         tokenizer = train_tokenizer(sample, t)
         log(f"tokenizer: trained in {time.monotonic() - start:.1f} s")
-    new = work / "tokenizer.new"
+    new = folder.with_suffix(".new")
     new.mkdir(exist_ok=True)
     tokenizer.save(new)
     new.rename(folder)
-    return folder
+    return tokenizer
 
 
 def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
@@ -213,3 +204,25 @@ def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
             kept, every = kept[::2], 2 * every
             total = sum(len(t.encode()) for t in kept)
     return kept
+
+
+def _with_progress(title: str, source: Source, counts: Counter[str], log: Log) -> Iterator[TextChunk]:
+    """Reads the chunks of a source, with a bar on a terminal and a line every ten seconds elsewhere."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=source.size)
+            for chunk in source.chunks(counts):
+                bar.update(task, completed=counts["read"])
+                yield chunk
+        return
+    start = last = time.monotonic()
+    for chunk in source.chunks(counts):
+        if (now := time.monotonic()) - last > _SECONDS:
+            last = now
+            fraction = counts["read"] / max(source.size, 1)
+            left = (now - start) * (1 / fraction - 1) if fraction else float("inf")
+            log(f"{title}: {fraction:.0%}, {left:.0f} s left")
+        yield chunk

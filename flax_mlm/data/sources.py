@@ -12,10 +12,8 @@ after as many characters.
 import dataclasses
 import functools
 import glob
-import gzip
 import importlib.metadata
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -26,12 +24,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-from flax_mlm.data.text import cut
-from flax_mlm.data.tfds import prepared_tfds
-from flax_mlm.data.zstd import ZstdReader
+from flax_mlm.data.text import CHUNK_CHARS, cut, decode, decompressed, line_chunks
+from flax_mlm.data.tf import prepared_tfds
 from flax_mlm.errors import UserError
 
-CHUNK_CHARS = 1 << 16
 UNIT_BYTES = 1 << 26
 
 
@@ -69,21 +65,8 @@ class Source:
     chunks: Callable[[Counter[str]], Iterator[TextChunk]]
 
 
-class _Lines:
-    """Lines of a file, with the number of bytes before the next one."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self.offset = 0
-
-    def readline(self, limit: int = -1) -> bytes:
-        line = self._file.readline(limit)
-        self.offset += len(line)
-        return line
-
-
 # Reads the documents of a file as (offset of the document's first byte, text of one of its chunks).
-_Reader: TypeAlias = Callable[[Path, _Lines, Counter[str]], Iterator[tuple[int, str]]]
+_Reader: TypeAlias = Callable[[Path, BinaryIO, Counter[str]], Iterator[tuple[int, str]]]
 
 
 def open_source(spec: str) -> Source:
@@ -138,15 +121,14 @@ def _from_files(name: str, paths: list[Path], read: _Reader, licence: str = "not
             finished, undecodable = counts["read"], counts["undecodable_bytes"]
             is_empty = True
             try:
-                with path.open("rb") as raw, _decompressed(path, raw) as file:
-                    lines = _Lines(file)
-                    for offset, text in read(path, lines, counts):
+                with path.open("rb") as raw, decompressed(path, raw) as file:
+                    for offset, text in read(path, file, counts):
                         is_empty = False
                         counts["read"] = finished + raw.tell()
                         yield group, group_offset + offset, text
+                    group_offset += file.tell()
             except (OSError, EOFError, zlib.error) as e:
                 raise UserError(f"{path} cannot be read to its end: {e}; check that the file is complete") from e
-            group_offset += lines.offset
             counts["read"] = finished + stat.st_size
             counts["empty_files"] += is_empty
             counts["undecodable_files"] += counts["undecodable_bytes"] > undecodable
@@ -155,57 +137,12 @@ def _from_files(name: str, paths: list[Path], read: _Reader, licence: str = "not
     return Source(name, licence, version, sum(s.st_size for s in stats), lambda counts: _numbered(texts(counts)))
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
-        return gzip.open(raw)  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        return io.BufferedReader(ZstdReader(raw), 1 << 20)
-    return raw
-
-
-def _decode(data: bytes, counts: Counter[str]) -> str:
-    """Decodes UTF-8; other bytes become U+FFFD and are counted."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        counts["undecodable_bytes"] += len(data) - len(data.decode(errors="ignore").encode())
-        return data.decode(errors="replace")
-
-
-def _line_chunks(lines: _Lines, counts: Counter[str]) -> Iterator[tuple[int, str, bool]]:
-    r"""Reads lines in chunks of at most about `CHUNK_CHARS`.
-
-    Yields:
-      (offset of the chunk's first byte, text, whether the line ends here). Newlines become \n.
-    """
-    rest = b""
-    while data := lines.readline(CHUNK_CHARS - len(rest)):
-        data = rest + data
-        rest = b""
-        start = lines.offset - len(data)
-        if not start:
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        ends = data.endswith(b"\n") or len(data) < CHUNK_CHARS // 2
-        if not ends:  # keep what follows the last space, or else the last whole character, for the next chunk
-            end = data.rfind(b" ", 1)
-            if end < CHUNK_CHARS // 2:
-                end = len(data)
-                while end > len(data) - 3 and data[end - 1] & 0xC0 == 0x80:
-                    end -= 1
-                end -= data[end - 1] >= 0xC0
-            data, rest = data[:end], data[end:]
-        text = _decode(data, counts)
-        yield start, (text[:-2] + "\n" if text.endswith("\r\n") else text), ends
-    if rest:
-        yield lines.offset - len(rest), _decode(rest, counts), True
-
-
-def _text_documents(path: Path, lines: _Lines, counts: Counter[str], whole: bool = False) -> Iterator[tuple[int, str]]:
+def _text_documents(path: Path, file: BinaryIO, counts: Counter[str], whole: bool = False) -> Iterator[tuple[int, str]]:
     """Reads documents that are separated by blank lines; with `whole`, the file is one."""
     buffer: list[str] = []
     size = document = 0
     line_starts = document_starts = True
-    for offset, text, ends in _line_chunks(lines, counts):
+    for offset, text, ends in line_chunks(file, counts):
         is_blank = line_starts and ends and not text.strip()
         line_starts = ends
         if is_blank and not whole:
@@ -224,16 +161,14 @@ def _text_documents(path: Path, lines: _Lines, counts: Counter[str], whole: bool
         yield document, "".join(buffer).rstrip("\n")
 
 
-def _json_documents(path: Path, lines: _Lines, counts: Counter[str], field: str) -> Iterator[tuple[int, str]]:
-    for number in itertools.count(1):
-        offset = lines.offset
-        line = lines.readline()
-        if not line:
-            return
+def _json_documents(path: Path, file: BinaryIO, counts: Counter[str], field: str) -> Iterator[tuple[int, str]]:
+    end = 0
+    for number, line in enumerate(file, 1):
+        offset, end = end, end + len(line)
         if not line.strip():
             continue
         try:
-            record = json.loads(_decode(line, counts).removeprefix("\ufeff"))
+            record = json.loads(decode(line, counts).removeprefix("\ufeff"))
         except ValueError as e:
             raise UserError(f"{path}:{number} is not JSON: {e}") from e
         text = record.get(field) if isinstance(record, dict) else None
@@ -249,7 +184,7 @@ def _document_chunks(text: str, counts: Counter[str]) -> Iterator[str]:
         counts["empty_documents"] += 1
         return
     if not text.isascii():  # JSON escapes may hold lone surrogates, which UTF-8 cannot encode
-        text = _decode(text.encode(errors="surrogatepass"), counts)
+        text = decode(text.encode(errors="surrogatepass"), counts)
     yield from cut(text, CHUNK_CHARS)
 
 
@@ -284,7 +219,7 @@ def _tfds(spec: str, name: str) -> Source:
         for example in builder.as_dataset(split=split, decoders=decoders).as_numpy_iterator():
             counts["read"] += 1
             data = example[field]
-            for text in _document_chunks(_decode(data, counts), counts):
+            for text in _document_chunks(decode(data, counts), counts):
                 yield 0, offset, text
             offset += len(data)
 

@@ -1,6 +1,13 @@
-"""Cutting text."""
+"""Text from files, decompressed, decoded and cut into chunks of bounded size."""
 
+import gzip
+import io
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+CHUNK_CHARS = 1 << 16
 
 
 def cut(text: str, limit: int) -> Iterator[str]:
@@ -16,3 +23,89 @@ def cut(text: str, limit: int) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:]
+
+
+def decode(data: bytes, counts: Counter[str]) -> str:
+    """Decodes UTF-8; other bytes become U+FFFD and are counted as `undecodable_bytes`."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        counts["undecodable_bytes"] += len(data) - len(data.decode(errors="ignore").encode())
+        return data.decode(errors="replace")
+
+
+def line_chunks(file: BinaryIO, counts: Counter[str]) -> Iterator[tuple[int, str, bool]]:
+    r"""Reads lines in chunks of at most about `CHUNK_CHARS`.
+
+    Yields:
+      (offset of the chunk's first byte, text, whether the line ends here). Newlines become \n.
+    """
+    rest, offset = b"", 0  # bytes that belong to the next chunk; bytes read
+    while data := file.readline(CHUNK_CHARS - len(rest)):
+        offset += len(data)
+        data = rest + data
+        rest = b""
+        start = offset - len(data)
+        if not start:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        ends = data.endswith(b"\n") or len(data) < CHUNK_CHARS // 2
+        if not ends:  # keep what follows the last space, or else the last whole character, for the next chunk
+            end = data.rfind(b" ", 1)
+            if end < CHUNK_CHARS // 2:
+                end = len(data)
+                while end > len(data) - 3 and data[end - 1] & 0xC0 == 0x80:
+                    end -= 1
+                end -= data[end - 1] >= 0xC0
+            data, rest = data[:end], data[end:]
+        text = decode(data, counts)
+        yield start, (text[:-2] + "\n" if text.endswith("\r\n") else text), ends
+    if rest:
+        yield offset - len(rest), decode(rest, counts), True
+
+
+def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    """Opens the content of a file, which is compressed if its name ends in .gz or .zst."""
+    if path.suffix == ".gz":
+        return gzip.open(raw)  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdReader(raw), 1 << 20)
+    return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """Reads a .zst file of any number of frames; unlike zstandard's own reader, an early end is an error."""
+
+    def __init__(self, raw: BinaryIO):
+        self._blocks, self._block, self._position = _zstd_blocks(raw), b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._block = self._block or next(self._blocks, b"")
+        n = min(len(buffer), len(self._block))
+        buffer[:n], self._block = self._block[:n], self._block[n:]
+        self._position += n
+        return n
+
+
+def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
+    import zstandard  # only where such a file is read
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame = None  # that has begun and not ended
+    rest = b""  # compressed bytes after the end of a frame
+    while compressed := rest or raw.read(1 << 16):
+        frame = frame or decompressor.decompressobj()
+        try:
+            block = frame.decompress(compressed)
+        except zstandard.ZstdError as e:
+            raise OSError(str(e)) from e
+        rest, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if block:
+            yield block
+    if frame:
+        raise EOFError("it ends inside a compressed frame")

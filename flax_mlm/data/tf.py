@@ -1,8 +1,13 @@
-"""TensorFlow, which runs the input pipeline on the CPU and nothing else."""
+"""TensorFlow, which runs the input pipeline on the CPU and nothing else; and the datasets that TFDS has prepared."""
 
 import functools
 import os
+import re
 from typing import Any
+
+from etils import epath
+
+from flax_mlm.errors import UserError
 
 
 @functools.cache
@@ -15,3 +20,45 @@ def tensorflow() -> Any:
     for kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], kind)
     return tf
+
+
+def prepared_tfds(error_prefix: str, spec: str) -> tuple[Any, str]:
+    """Opens a dataset in TFDS_DATA_DIR without asking the network.
+
+    Args:
+      error_prefix: first words of an error.
+      spec: NAME, NAME/config or NAME/config:split (default train).
+
+    Returns:
+      The dataset's builder, and the split.
+
+    Raises:
+      UserError: the dataset is not prepared, or has no such split.
+    """
+    match = re.fullmatch(r"(?P<name>[^:\[\]]+(?::\d+\.\d+\.\d+)?)(?::(?P<split>[^:].*))?", spec)
+    if not match:
+        raise UserError(f"{error_prefix}; write tfds:NAME, tfds:NAME/config or tfds:NAME/config:split")
+    name, split = match["name"], match["split"] or "train"
+    data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    missing = UserError(
+        f"{error_prefix}; '{name}' is not prepared in {data_dir} (TFDS_DATA_DIR); "
+        f"prepare it with `tfds build {name} --data_dir={data_dir}` on a machine with a network"
+    )
+    if not (epath.Path(data_dir) / name.split(":")[0]).is_dir():  # before the slow imports
+        raise missing
+    tensorflow()
+    try:
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core import read_only_builder
+    except ImportError as e:
+        raise UserError(f"{error_prefix}; `pip install tensorflow-datasets importlib_resources` ({e})") from e
+    try:
+        # Reads files only. `tfds.load` would ask the network for minutes about a dataset that is missing.
+        builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError) as e:
+        raise missing from e
+    try:
+        _ = builder.info.splits[split].num_examples
+    except (KeyError, ValueError) as e:
+        raise UserError(f"{error_prefix}; its splits are {', '.join(builder.info.splits)}") from e
+    return builder, split

@@ -1,65 +1,75 @@
-"""Tokenising and packing a source unit by unit.
+"""Tokenising, packing and writing a source unit by unit.
 
 Each finished unit leaves its shards in the corpus folder and a file UNIT.json with their entries for corpus.json, so
-that a killed `prepare` continues with the next unit.
+that a killed `prepare` continues with the next unit. Other processes tokenise.
 """
 
+import concurrent.futures
+import hashlib
+import io
 import itertools
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from flax_mlm.config.schema import DataConfig
-from flax_mlm.data.corpus import COUNTS, SPLITS
+from flax_mlm.data.corpus import COUNTS, SPLITS, row_dtype
 from flax_mlm.data.held_out import hashed
-from flax_mlm.data.packing import SpecialIds
+from flax_mlm.data.packing import pack
 from flax_mlm.data.sources import TextChunk
+from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.data.tokenizer.load import load_tokenizer
-from flax_mlm.data.workers import Tokenised, tokenise
-from flax_mlm.data.writer import write_shard
+from flax_mlm.errors import UserError
 from flax_mlm.storage import files
 
 JOB_CHARS = 1 << 20  # that a worker tokenises at a time
 
+# The C chunks of a job; ids (T,) of `row_dtype`; int64 (C, 3) number of tokens, words and bytes in each chunk.
+Tokenised: TypeAlias = tuple[list[TextChunk], np.ndarray, np.ndarray]
+
 
 def make_units(
-    chunks: Iterable[TextChunk],
-    folder: Path,
-    finished: Path,
-    tokenizer_path: Path,
-    data: DataConfig,
-    log: Callable[[str], None],
+    chunks: Iterable[TextChunk], work: Path, tokenizer: Tokenizer, data: DataConfig, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Tokenises, packs and writes the units that are not finished yet.
 
     Args:
       chunks: all chunks of the source.
-      folder: where the shards are written.
-      finished: folder of the files UNIT.json.
+      work: folder with `tokenizer`, which holds the file of this one; the shards are written to `corpus` in it, and
+        the files UNIT.json to `units`.
 
     Returns:
       The `splits` of corpus.json.
     """
+    folder, finished = work / "corpus", work / "units"
     folder.mkdir(exist_ok=True)
     finished.mkdir(exist_ok=True)
     units = {int(file.stem): json.loads(file.read_text()) for file in finished.glob("*.json")}
     if units:
         log(f"tokenising: {len(units)} units were finished before and are reused")
-    tokenizer = load_tokenizer(tokenizer_path)
-    special_ids = SpecialIds(tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
     jobs = (job for job in make_jobs(chunks) if job[0].unit not in units)
-    results = tokenise(jobs, tokenizer_path, data.num_workers)
+    results = _tokenise(jobs, work / "tokenizer", data.num_workers or os.cpu_count() or 1)
     for unit, group in itertools.groupby(results, lambda result: result[0][0].unit):
-        ids, table, hashes = _joined(group)
-        is_held_out = hashes < data.validation_fraction
+        unit_jobs, unit_ids, sizes = zip(*group, strict=True)
+        unit_chunks = list(itertools.chain(*unit_jobs))
+        ids, documents = np.concatenate(unit_ids), np.array([chunk.document for chunk in unit_chunks], np.int64)
+        table = np.column_stack([documents, np.concatenate(sizes)])
+        is_held_out = np.array([chunk.hash < data.validation_fraction for chunk in unit_chunks])
         units[unit] = {}
         for split, chosen in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
             tokens = ids[np.repeat(chosen, table[:, 1])]
             file = folder / f"{split}-{unit:05d}.npy"
-            units[unit][split] = write_shard(file, tokens, table[chosen], data.seq_len, special_ids, data.packing)
+            units[unit][split] = write_shard(file, tokens, table[chosen], data.seq_len, tokenizer, data.packing)
         files.write_json(finished / f"{unit:05d}.json", units[unit])
     return {split: join_entries([units[unit][split] for unit in sorted(units)]) for split in SPLITS}
 
@@ -79,16 +89,87 @@ def make_jobs(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
             yield job
 
 
-def _joined(results: Iterable[Tokenised]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Joins jobs: ids (T,), the table of `write_shard` (C, 4), and the hash of each chunk's document (C,)."""
-    jobs, ids, sizes = zip(*results, strict=True)
-    chunks = list(itertools.chain(*jobs))
-    documents = np.array([chunk.document for chunk in chunks], np.int64)
-    table = np.column_stack([documents, np.concatenate(sizes)])
-    return np.concatenate(ids), table, np.array([chunk.hash for chunk in chunks])
+def write_shard(
+    file: Path, ids: np.ndarray, table: np.ndarray, seq_len: int, tokenizer: Tokenizer, packing: str
+) -> dict[str, Any]:
+    """Packs documents into a shard.
+
+    Args:
+      file: the .npy file; its checksums go into a .crc32.npy file beside it.
+      ids: (T,) tokens of all documents, of `row_dtype`.
+      table: int64 (C, 4), a row per chunk: number of its document, tokens, words, bytes of text. The chunks of a
+        document follow one another.
+      tokenizer: has the ids of special tokens.
+
+    Returns:
+      The counts and the shard, as a split has them in corpus.json; no shard of no chunks.
+    """
+    if not len(table):
+        return {**dict.fromkeys(COUNTS, 0), "shards": []}
+    documents, first = np.unique(table[:, 0], return_index=True)
+    rows = pack(ids, np.add.reduceat(table[:, 1], first), seq_len, tokenizer, packing)
+    crc32 = np.array([zlib.crc32(row) for row in rows], np.uint32)
+    shard = {"rows": len(rows), **_save(file, rows), "crc32": _save(file.with_suffix(".crc32.npy"), crc32)}
+    columns = table[:, 1:].sum(axis=0).tolist()
+    counts = [len(rows), len(documents), *columns, int((rows == tokenizer.pad_id).sum())]
+    return {**dict(zip(COUNTS, counts, strict=True)), "shards": [shard]}
+
+
+def _save(file: Path, array: np.ndarray) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    data = buffer.getbuffer()
+    files.write_bytes(file, data)
+    return {"file": file.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def join_entries(units: list[dict[str, Any]]) -> dict[str, Any]:
     """Joins the entries of a split's units in corpus.json."""
     shards = [shard for unit in units for shard in unit["shards"]]
     return {**{key: sum(unit[key] for unit in units) for key in COUNTS}, "shards": shards}
+
+
+def _tokenise(jobs: Iterable[list[TextChunk]], tokenizer_path: Path, num_workers: int) -> Iterator[Tokenised]:
+    """Tokenises jobs in other processes, in order. Raises UserError if one of them was killed."""
+    # Spawned, not forked: this process may run threads of JAX or TensorFlow.
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(num_workers, spawn, _start_worker, (tokenizer_path,))
+    pending: deque[tuple[list[TextChunk], concurrent.futures.Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+    try:
+        for job in jobs:
+            pending.append((job, pool.submit(_tokenise_texts, [chunk.text for chunk in job])))
+            if len(pending) > 2 * num_workers:
+                first, future = pending.popleft()
+                yield first, *future.result()
+        for last, future in pending:
+            yield last, *future.result()
+    except BrokenProcessPool as e:
+        raise UserError("a worker was killed, perhaps for lack of memory; lower data.num_workers and run again") from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_tokenizer: Tokenizer
+
+
+def _start_worker(tokenizer_path: Path) -> None:
+    global _worker_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
+    _worker_tokenizer = load_tokenizer(tokenizer_path)
+    _worker_tokenizer.num_threads = 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Ends this process when its parent is killed, which workers of a pool outlive otherwise."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
+
+
+def _tokenise_texts(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    ids = _worker_tokenizer.encode(texts)
+    sizes = [[len(i), len(text.split()), len(text.encode())] for text, i in zip(texts, ids, strict=True)]
+    return np.concatenate(ids).astype(row_dtype(_worker_tokenizer.vocab_size)), np.array(sizes, np.int64)

@@ -66,10 +66,11 @@ def write_text(file: gcs.AnyPath, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def digest(content: dict[str, Any]) -> str:
-    """The hexadecimal SHA-256 of a JSON object without its entry `sha256`, which holds the digest."""
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def digest(value: Any) -> str:
+    """The hexadecimal SHA-256 of a JSON value; of an object without its entry `sha256`, which holds the digest."""
+    if isinstance(value, dict):
+        value = {key: content for key, content in value.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(file: gcs.AnyPath, value: Any) -> None:

@@ -168,24 +168,22 @@ def read(path: AnyPath) -> tuple[bytes, int] | None:
     return content, int(headers["X-Goog-Generation"])
 
 
-def write(path: AnyPath, content: bytes, generation: int) -> bool:
-    """Writes an object if its current generation is this one (0: there is none). Returns False if it has changed."""
+def write(path: AnyPath, content: bytes | None, generation: int) -> bool:
+    """Writes an object, or deletes it where `content` is None, if its current generation is this one (0: there is none).
+    Returns False if it has changed."""
     bucket, name = _split(path)
-    url = client().base.removesuffix("storage/v1/") + f"upload/storage/v1/b/{quote(bucket)}/o"
-    parameters = {"uploadType": "media", "name": name, "ifGenerationMatch": str(generation)}
+    condition = {"ifGenerationMatch": str(generation)}
     try:
         with errors(path):
-            client().call("POST", url, data=content, **parameters)
+            if content is None:
+                with contextlib.suppress(FileNotFoundError):
+                    client().call("DELETE", "b/{}/o/{}", bucket, name, **condition)
+                return True
+            url = client().base.removesuffix("storage/v1/") + f"upload/storage/v1/b/{quote(bucket)}/o"
+            client().call("POST", url, data=content, uploadType="media", name=name, **condition)
     except FileExistsError:  # also if the object was written, the response was lost, and gcsfs tried again
-        return (current := read(path)) is not None and current[0] == content
+        return (read(path) or (None, 0))[0] == content
     return True
-
-
-def delete(path: AnyPath, generation: int) -> None:
-    """Deletes an object if its current generation is this one."""
-    bucket, name = _split(path)
-    with errors(path), contextlib.suppress(FileNotFoundError, FileExistsError):
-        client().call("DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=str(generation))
 
 
 def _split(path: AnyPath) -> tuple[str, str]:

@@ -3,26 +3,31 @@
 `workdir/lease.json` names its holder and has a counter that increases every few seconds. If the holder runs on this
 machine, the operating system knows whether it is alive; a holder on another machine is gone when its counter stops,
 because the clocks of two machines cannot be compared.
+
+The file is replaced by compare-and-swap: on a disk under a lock of its folder, in a bucket by the object's generation.
 """
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flax_mlm.errors import Failure, UserError
+from flax_mlm.storage import gcs
 from flax_mlm.storage.gcs import AnyPath
-from flax_mlm.storage.shared_file import GcsFile, LocalFile, open_file
 
 _NAME = "lease.json"
 _BEAT = 5.0  # seconds between increments of the counter
 _STALE = 20.0  # seconds without an increment after which a holder on another machine is gone
+_SETTLE_SECONDS = 0.5
+_MAX_BYTES = 1 << 16
 
 
 class Lease:
@@ -35,7 +40,7 @@ class Lease:
         self._holder |= {"run_id": run_id, "since": since}
         self._workdir, self._run_id = workdir, run_id
         self._beats, self._released = 0, threading.Event()
-        self._file = open_file(workdir / _NAME)
+        self._file = workdir / _NAME
 
     def take(self, log: Callable[[str], None], stale: float = _STALE) -> None:
         """Takes the lease, and makes the workdir unless it exists.
@@ -51,9 +56,9 @@ class Lease:
             if isinstance(self._workdir, Path):  # buckets have no folders
                 self._workdir.mkdir(parents=True, exist_ok=True)
             while True:
-                content = self._file.read()
+                content = _read(self._file)
                 if content is not None:
-                    _wait_until_gone(self._file, self._workdir, content, log, stale)
+                    _wait_until_gone(self._workdir, content, log, stale)
                 if self._write(content):
                     break
             self.check()
@@ -63,7 +68,7 @@ class Lease:
 
     def check(self) -> None:
         """Raises UserError if another job has taken the lease because this one seemed gone."""
-        if not self._is_own(content := self._file.read()):
+        if not self._is_own(content := _read(self._file)):
             state = f"now belongs to {_describe(_parse(content))}" if content else "has lost its lease.json"
             raise UserError(f"--workdir: '{self._workdir}' {state}; this job must not write to it any more")
 
@@ -71,19 +76,28 @@ class Lease:
         """Removes the lease if this job still holds it."""
         self._released.set()
         with contextlib.suppress(OSError, UserError, Failure):
-            self._file.remove_if(self._is_own)
+            while self._is_own(content := _read(self._file)):
+                if self._replace(content, None):
+                    break
 
     def _is_own(self, content: bytes | None) -> bool:
         return content is not None and _parse(content).get("run_id") == self._run_id
 
     def _write(self, expected: bytes | None) -> bool:
         content = json.dumps({**self._holder, "beats": self._beats}) + "\n"
-        return self._file.replace(content.encode(), expected, self._run_id, self._is_own(expected))
+        return self._replace(expected, content.encode())
+
+    def _replace(self, expected: bytes | None, content: bytes | None) -> bool:
+        """Replaces the file if its content is still as expected; None: there is no file. Returns False if not."""
+        if not isinstance(self._file, Path):
+            current, generation = gcs.read(self._file) or (None, 0)
+            return current == expected and gcs.write(self._file, content, generation)
+        return _replace(self._file, expected, content, self._run_id, self._is_own(expected))
 
     def _beat(self) -> None:
         while not self._released.wait(_BEAT):
             with contextlib.suppress(OSError, UserError, Failure):  # a full disk: the next write may succeed
-                content = self._file.read()
+                content = _read(self._file)
                 if not self._is_own(content):
                     return
                 self._beats += 1
@@ -93,14 +107,12 @@ class Lease:
 def holder(workdir: AnyPath) -> str:
     """The run_id of the holder of a workdir's lease; empty if there is none."""
     try:
-        return str(_parse(open_file(workdir / _NAME).read() or b"").get("run_id", ""))
+        return str(_parse(_read(workdir / _NAME) or b"").get("run_id", ""))
     except OSError:
         return ""
 
 
-def _wait_until_gone(
-    file: LocalFile | GcsFile, workdir: AnyPath, content: bytes, log: Callable[[str], None], stale: float
-) -> None:
+def _wait_until_gone(workdir: AnyPath, content: bytes, log: Callable[[str], None], stale: float) -> None:
     """Returns once the holder is known to be gone. Raises UserError if it is alive."""
     current = _parse(content)
     who = _describe(current)
@@ -113,7 +125,7 @@ def _wait_until_gone(
         end = time.monotonic() + stale
         while time.monotonic() < end:
             time.sleep(min(0.2, stale))
-            if (now := file.read()) is None:
+            if (now := _read(workdir / _NAME)) is None:
                 return
             if now != content:
                 raise in_use
@@ -167,3 +179,90 @@ def _is_alive(pid: Any, started: Any) -> bool:
         except ProcessLookupError:
             return False
     return True
+
+
+def _read(file: AnyPath) -> bytes | None:
+    """Reads the first 64 KiB; None if there is no file. Raises OSError for a link, and does not wait for a pipe."""
+    if not isinstance(file, Path):
+        content, _ = gcs.read(file) or (None, 0)
+        return content
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.read(descriptor, _MAX_BYTES)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(file: Path, expected: bytes | None, content: bytes | None, writer: str, is_own: bool) -> bool:
+    """Replaces a local file as `Lease._replace`.
+
+    Args:
+      writer: name that no other job has.
+      is_own: the expected content was written by this writer.
+    """
+    temporary = file.with_name(f"{file.name}.{writer}")
+    with _locked(file.parent) as has_lock:
+        if _read(file) != expected:
+            return False
+        if content is None:
+            file.unlink()
+            return True
+        try:
+            temporary.write_bytes(content)
+            if has_lock or is_own:
+                temporary.replace(file)
+                return True
+            return _replace_without_lock(file, expected, temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _replace_without_lock(file: Path, expected: bytes | None, temporary: Path) -> bool:
+    """Replaces a file on a file system without locks: one job can move the old file away, and one can link a new file.
+
+    A job that has moved a newer file than expected links it again. If a third job links its file in between, the
+    owner of the newer file notices within `_SETTLE_SECONDS`, before it starts.
+    """
+    if expected is not None:
+        old = temporary.with_name(f"{temporary.name}.old")
+        try:
+            file.rename(old)
+        except FileNotFoundError:
+            return False
+        try:
+            if old.read_bytes() != expected:
+                _link(old, file)
+                return False
+        finally:
+            old.unlink()
+    if not _link(temporary, file):
+        return False
+    time.sleep(_SETTLE_SECONDS)
+    return True
+
+
+def _link(file: Path, name: Path) -> bool:
+    """Gives a file another name; False if the name exists."""
+    try:
+        os.link(file, name)
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder; yields False on a file system without locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        has_lock = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            has_lock = False
+        yield has_lock
+    finally:
+        os.close(descriptor)

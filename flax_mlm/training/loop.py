@@ -177,7 +177,7 @@ class Run:
         if jax.default_backend() == "cpu":
             jax.block_until_ready(metrics)  # simulated devices deadlock when steps queue up
         self.step += 1
-        self.cursor = self.cursor._replace(row=self.cursor.row + len(batch["tokens"]))
+        self.cursor = dataclasses.replace(self.cursor, row=self.cursor.row + len(batch["tokens"]))
         return _Pending(self.step, self.phase, self.cursor, metrics)
 
     def _read(self, pending: _Pending) -> dict[str, float]:
@@ -232,7 +232,7 @@ class Run:
             "config": dataclasses.replace(config, train=train).to_dict(),
             "totals": self.logger.speed.totals(),
             "phase": self.phase,
-            "cursor": self.cursor.to_dict(),
+            "cursor": dataclasses.asdict(self.cursor),
         }
         with self.logger.pause("saving" if waits else "handing over what to save"), context.group.untimed("saving"):
             while not is_saved() and is_last:

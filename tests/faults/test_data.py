@@ -17,8 +17,8 @@ import zstandard
 from etils import epath
 
 from flax_mlm.config.schema import MeshConfig
-from flax_mlm.data import pipeline, writer
-from flax_mlm.data.corpus import Corpus
+from flax_mlm.data import pipeline
+from flax_mlm.data.corpus import Corpus, write_manifest
 from flax_mlm.distributed.mesh import check_batch, make_mesh
 from flax_mlm.errors import UserError
 
@@ -269,7 +269,7 @@ def forge(folder: Path, manifest: dict, shard: dict, tokens: np.ndarray) -> None
     for entry in (shard, shard["crc32"]):
         content = (folder / entry["file"]).read_bytes()
         entry["size"], entry["sha256"] = len(content), hashlib.sha256(content).hexdigest()
-    writer.write_manifest(folder, {key: value for key, value in manifest.items() if key != "sha256"})
+    write_manifest(folder, {key: value for key, value in manifest.items() if key != "sha256"})
 
 
 CANARY = "cos\nsystem\n(S'touch canary'\ntR."
@@ -295,7 +295,7 @@ def test_names_that_lead_elsewhere(copy, original, outcome, monkeypatch, name):
     monkeypatch.chdir(copy)
     manifest = json.loads((copy / "corpus.json").read_text())
     manifest["splits"]["train"]["shards"][0]["file"] = name
-    writer.write_manifest(copy, {key: value for key, value in manifest.items() if key != "sha256"})
+    write_manifest(copy, {key: value for key, value in manifest.items() if key != "sha256"})
     with pytest.raises(UserError, match=r"corpus.json is damaged \(ValueError: file is .*plain name"):
         Corpus.open(copy)
     assert not (copy / "canary").exists()

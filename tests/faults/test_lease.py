@@ -17,12 +17,12 @@ ROOT = Path(__file__).parent.parent.parent
 HOLDER = """
 import sys, time
 from pathlib import Path
-from flax_mlm.storage import lease, shared_file
+from flax_mlm.storage import lease
 from flax_mlm.errors import UserError
 if sys.argv[3:]:
     def flock(*_):
         raise OSError(38, "Function not implemented")
-    shared_file.fcntl.flock = flock
+    lease.fcntl.flock = flock
 try:
     held = lease.Lease(Path(sys.argv[1]), sys.argv[2])
     held.take(print, stale=1.0)

@@ -41,15 +41,6 @@ class Tokenizer(abc.ABC):
     """
 
     filename: str
-    content: bytes
-    tokens: list[str]
-    is_special: np.ndarray
-    starts_word: np.ndarray
-    pad_id: int
-    unk_id: int
-    cls_id: int
-    sep_id: int
-    mask_id: int
 
     def __init__(self, content: bytes, tokens: list[str], special_ids: set[int], word_mark: str, path: str):
         """Builds the tables of the vocabulary.
@@ -65,14 +56,15 @@ class Tokenizer(abc.ABC):
         self.num_threads = 0
         self.tokens = tokens
         ids = {token: i for i, token in enumerate(tokens)}
-        self.is_special = np.zeros(len(tokens), bool)
-        self.is_special[list(special_ids)] = True
-        for name, spellings in SPECIAL_TOKENS.items():
-            id_ = next((ids[s] for s in spellings if s in ids), None)
-            if id_ is None:
-                raise UserError(f"{path} has no {' or '.join(spellings)} token; masked-LM training needs one")
-            setattr(self, f"{name}_id", id_)
-            self.is_special[id_] = True
+
+        def find(name: str) -> int:
+            spellings = SPECIAL_TOKENS[name]
+            if found := [ids[spelling] for spelling in spellings if spelling in ids]:
+                return found[0]
+            raise UserError(f"{path} has no {' or '.join(spellings)} token; masked-LM training needs one")
+
+        own = self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = tuple(map(find, SPECIAL_TOKENS))
+        self.is_special = np.isin(np.arange(len(tokens)), [*special_ids, *own])
         if word_mark.startswith("^"):
             starts = [not token.startswith(word_mark[1:]) for token in tokens]
         else:
