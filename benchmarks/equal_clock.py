@@ -116,10 +116,9 @@ def documents(config: Config) -> Iterator[tuple[bool, str]]:
     """Every document, and whether it is held out."""
     from collections import Counter
 
-    from flax_mlm.data.held_out import hashed
-    from flax_mlm.data.sources import open_source
+        from flax_mlm.data.sources import open_source
 
-    chunks = hashed(open_source(config.data.source).chunks(Counter()))
+    chunks = open_source(config.data.source).chunks(Counter())
     for (_, value), document in itertools.groupby(chunks, lambda chunk: (chunk.document, chunk.hash)):
         yield value < config.data.validation_fraction, "".join(chunk.text for chunk in document)
 

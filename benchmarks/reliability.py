@@ -64,7 +64,7 @@ def main(config: Config) -> None:
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         plain = Loop(config)
         meta = {"format": FORMAT, "config": config.to_dict(), "corpus": "", "text": {}, "tokenizer": {}}
-        checkpoints = Checkpoints(Path(folder), config, meta, plain.training.forward.fingerprint)
+        checkpoints = Checkpoints(Path(folder), config, meta)
         checkpoints.save(0, plain.state)  # compiles
         exact = Loop(dataclasses.replace(config, train=dataclasses.replace(config.train, reproducible=True)))
 

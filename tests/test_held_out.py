@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_mlm.data import held_out
-from flax_mlm.data.held_out import check_fraction, hashed
-from flax_mlm.data.sources import TextChunk, open_source
+from flax_mlm.data import sources
+from flax_mlm.data.sources import TextChunk, check_fraction, hashed, open_source
 from flax_mlm.errors import UserError
 
 
@@ -31,7 +30,7 @@ def test_neither_chunks_nor_whitespace_count(texts):
 
 
 def test_only_the_beginning_of_a_long_document_counts(monkeypatch):
-    monkeypatch.setattr(held_out, "_HASHED_BYTES", 10)
+    monkeypatch.setattr(sources, "_HASHED_BYTES", 10)
     assert value("0123456789") == value("01 234", "56789ab", "c") == value("0123456789", "other")
     assert value("0123456789") != value("012345678")
 
@@ -52,7 +51,7 @@ def test_a_document_is_on_the_same_side_in_every_format(tmp_path):
     (tmp_path / "a.txt").write_text("x\n\none two\nthree\n")
     (tmp_path / "b.jsonl").write_text('{"text": "one two\\r\\nthree"}')
     text, jsonl = (
-        [chunk.hash for chunk in hashed(open_source(f"{kind}:{tmp_path}/*.{end}").chunks(Counter()))]
+        [chunk.hash for chunk in open_source(f"{kind}:{tmp_path}/*.{end}").chunks(Counter())]
         for kind, end in (("text", "txt"), ("jsonl", "jsonl"))
     )
     assert text[1] == jsonl[0]

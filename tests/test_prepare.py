@@ -17,9 +17,8 @@ from flax_mlm.config.load import build
 from flax_mlm.data import prepare as prepare_lib
 from flax_mlm.data import sources, units
 from flax_mlm.data.corpus import Corpus
-from flax_mlm.data.held_out import hashed
 from flax_mlm.data.prepare import prepare
-from flax_mlm.data.sources import TextChunk
+from flax_mlm.data.sources import TextChunk, hashed
 from flax_mlm.errors import UserError
 
 ROOT = Path(__file__).parent.parent

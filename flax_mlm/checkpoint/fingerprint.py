@@ -23,6 +23,9 @@ def fingerprint_tree(tree: Any) -> dict[str, jax.Array]:
         return {name: _fingerprint(x) for name, x in leaves(tree).items()}
 
 
+fingerprints = jax.jit(fingerprint_tree)
+
+
 def fingerprint_scalar(tree: Any) -> jax.Array:
     """Returns a single uint32 for a whole tree, for the log."""
     return jnp.stack([sums[0] for sums in fingerprint_tree(tree).values()]).sum(dtype=jnp.uint32)
@@ -34,10 +37,11 @@ def leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in paths}
 
 
-def table(tree: Any, fingerprints: dict[str, Any]) -> dict[str, list[Any]]:
-    """Returns the entries of `meta`: leaf name -> dtype, shape, fingerprint in hexadecimal."""
+def table(tree: Any, sums: dict[str, Any]) -> dict[str, list[Any]]:
+    """Returns the entries of `meta`, leaf name -> dtype, shape, fingerprint in hexadecimal; `sums` is that of
+    `fingerprint_tree`."""
     return {
-        name: [str(x.dtype), list(x.shape), "".join(f"{int(s):08x}" for s in np.asarray(fingerprints[name])[:2])]
+        name: [str(x.dtype), list(x.shape), "".join(f"{int(s):08x}" for s in np.asarray(sums[name])[:2])]
         for name, x in leaves(tree).items()
     }
 

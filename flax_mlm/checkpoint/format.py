@@ -10,8 +10,6 @@ read has its fingerprint.
 import base64
 import json
 import re
-import tempfile
-from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -20,17 +18,16 @@ from ml_collections import ConfigDict
 from flax_mlm.checkpoint.store import MARKER, bound_retries, saved_steps
 from flax_mlm.config.load import from_dict
 from flax_mlm.config.schema import Config
+from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer.load import TOKENIZERS
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
 
 FORMAT = 4
 _META_LIMIT = 1 << 26  # bytes; a tokenizer of 250,000 tokens takes 20 MiB
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 # Errors of the machine that reads, not of the checkpoint.
 _NOT_DAMAGE = re.compile(r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|Permission denied|Too many open files|allocate memory")
 _TYPES = {"step": int, "corpus": str, "text": dict, "config": dict, "tokenizer": dict, "arrays": dict}
-
-Fingerprint = Callable[[Any], dict[str, Any]]  # jitted `fingerprint.fingerprint_tree`
 
 
 class Damaged(UserError):
@@ -64,7 +61,7 @@ def find_checkpoints(path: str) -> list[epath.Path]:
     return [folder / "checkpoints" / str(step) for step in ([int(step)] if step else reversed(steps))]
 
 
-def make_meta(config: Config, tokenizer: Any, corpus: str, text: dict[str, Any]) -> dict[str, Any]:
+def make_meta(config: Config, tokenizer: Tokenizer, corpus: str, text: dict[str, Any]) -> dict[str, Any]:
     """Makes the `meta` that all checkpoints of a run share.
 
     Args:
@@ -119,8 +116,8 @@ def _check_meta(meta: dict[str, Any]) -> None:
     wrong += [name for name, entry in meta["arrays"].items() if [type(x) for x in entry] != [str, list, str]]
     if wrong:
         raise ValueError(f"{wrong[0]} has a wrong type or value")
-    if meta["tokenizer"]["filename"] not in _TOKENIZER_FILES:
-        raise ValueError(f"its tokenizer's file is not one of {', '.join(_TOKENIZER_FILES)}")
+    if meta["tokenizer"]["filename"] not in TOKENIZERS:
+        raise ValueError(f"its tokenizer's file is not one of {', '.join(TOKENIZERS)}")
     base64.b64decode(meta["tokenizer"]["base64"], validate=True)
 
 
@@ -154,15 +151,10 @@ def stored_config(meta: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def stored_tokenizer(meta: dict[str, Any]) -> Any:
-    """Returns the tokenizer of a checkpoint (`data.tokenizer.Tokenizer`)."""
-    from flax_mlm.data.tokenizer.load import load_tokenizer
-
-    stored = meta["tokenizer"]
-    with tempfile.TemporaryDirectory() as folder:
-        file = epath.Path(folder) / stored["filename"]
-        file.write_bytes(base64.b64decode(stored["base64"]))
-        return load_tokenizer(file)
+def stored_tokenizer(meta: dict[str, Any]) -> Tokenizer:
+    """Returns the tokenizer of a checkpoint."""
+    name = meta["tokenizer"]["filename"]
+    return TOKENIZERS[name](base64.b64decode(meta["tokenizer"]["base64"]), f"the checkpoint's {name}")
 
 
 def split_state(state: Any) -> dict[str, Any]:
@@ -173,16 +165,13 @@ def split_state(state: Any) -> dict[str, Any]:
     return items if average is None else {**items, "average": average}
 
 
-def restore(
-    checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, Any], fingerprint: Fingerprint
-) -> dict[str, Any]:
+def restore(checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, Any]) -> dict[str, Any]:
     """Restores some items of a checkpoint, and compares every array with its fingerprint.
 
     Args:
       checkpoint: its folder.
       meta: from `read_meta`.
       abstract: by item ("params", "average", "rest"), a tree of shapes, dtypes and shardings.
-      fingerprint: jitted `fingerprint.fingerprint_tree`.
 
     Raises:
       UserError: the checkpoint has other arrays than `abstract`; raised before any is read.
@@ -191,7 +180,7 @@ def restore(
     """
     import jax
 
-    from flax_mlm.checkpoint.fingerprint import leaves, table
+    from flax_mlm.checkpoint.fingerprint import fingerprints, leaves, table
 
     stored = {name: entry for name, entry in meta["arrays"].items() if name.split("/")[0] in abstract}
     expected = {name: [str(x.dtype), list(x.shape)] for name, x in leaves(abstract).items()}
@@ -200,7 +189,7 @@ def restore(
         if ours != theirs:
             raise UserError(f"checkpoint '{checkpoint}' has {name} {_shape(theirs)}; this config has {_shape(ours)}")
     items = _read_items(checkpoint, abstract)
-    for name, entry in table(items, jax.device_get(fingerprint(items))).items():
+    for name, entry in table(items, jax.device_get(fingerprints(items))).items():
         if entry != stored[name]:
             raise Damaged(f"checkpoint '{checkpoint}': {name} differs from what was saved (a damaged or changed file)")
     return items

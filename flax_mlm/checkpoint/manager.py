@@ -10,9 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from flax_mlm.checkpoint.format import Damaged, Fingerprint, read_meta, restore, split_state
+from flax_mlm.checkpoint.fingerprint import fingerprints, table
+from flax_mlm.checkpoint.format import Damaged, read_meta, restore, split_state
 from flax_mlm.checkpoint.store import MARKER, Store, bound_retries, is_step, saved_steps
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
@@ -33,29 +39,16 @@ class Checkpoints:
       restored_meta: the `meta` of the step that was restored last; empty where there is none.
     """
 
-    def __init__(
-        self,
-        workdir: gcs.AnyPath,
-        config: Config,
-        meta: dict[str, Any],
-        fingerprint: Fingerprint,
-        lost_within: float = 0.0,
-    ):
+    def __init__(self, workdir: gcs.AnyPath, config: Config, meta: dict[str, Any], lost_within: float = 0.0):
         """Opens the folder, and clears away what a killed run has left.
 
         Args:
           workdir: the folder of the run.
           config: its `train` section gives retention and the number of saves that may fail.
           meta: stored with every checkpoint; see `make_meta`.
-          fingerprint: jitted `fingerprint.fingerprint_tree`.
           lost_within: seconds within which the loss of a process has ended the others (`ProcessGroup.lost_within`).
         """
-        import jax
-        import orbax.checkpoint as ocp
-        from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
-
-        self._train, self._meta, self._fingerprint = config.train, meta, fingerprint
-        self._lost_within = lost_within
+        self._train, self._meta, self._lost_within = config.train, meta, lost_within
         self._workdir, self._folder = workdir, workdir / "checkpoints"
         self._is_main, self._is_alone = jax.process_index() == 0, jax.process_count() == 1
         bound_retries()
@@ -122,17 +115,12 @@ class Checkpoints:
         return False  # the failure was counted
 
     def _start(self, step: int, state: Any, run_meta: dict[str, Any]) -> bool:
-        import jax
-        import orbax.checkpoint as ocp
-
-        from flax_mlm.checkpoint.fingerprint import table
-
         items = split_state(state)
-        fingerprints = jax.device_get(self._fingerprint(items))
-        for name, (_, _, not_finite) in fingerprints.items():
+        sums = jax.device_get(fingerprints(items))
+        for name, (_, _, not_finite) in sums.items():
             if not_finite:
                 raise Failure(f"step {step} is not saved: {not_finite} values of {name} are not finite")
-        meta = {**self._meta, "step": step, **run_meta, "arrays": table(items, fingerprints)}
+        meta = {**self._meta, "step": step, **run_meta, "arrays": table(items, sums)}
         meta["sha256"] = files.digest(meta)
         args = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
         with self._counting_failures(step, Exception):
@@ -202,13 +190,15 @@ class Checkpoints:
           Failure: one cannot be read, though it is not damaged; or, with several processes, the newest is damaged.
         """
         items = split_state(abstract)
-        for step in self._candidates():
+        while (step := self._agreed(max(saved_steps(self._workdir), default=-1))) >= 0:
+            checkpoint = epath.Path(self._folder / str(step))
             try:
-                meta, restored = self._try_restore(step, items)
+                meta = self._own_meta(checkpoint)
+                restored = restore(checkpoint, meta, items)
             except Damaged as e:
                 self._quarantine(step, e, log)
                 continue
-            log(f"restored step {step} from {self._folder / str(step)}")
+            log(f"restored step {step} from {checkpoint}")
             self.restored_meta = meta
             return abstract._replace(**{**restored.pop("rest"), **restored})
         # Also when an earlier start has moved them there: a run never starts over by itself.
@@ -219,21 +209,15 @@ class Checkpoints:
             )
         return None
 
-    def _candidates(self) -> Iterator[int]:
-        """Yields the newest step until none is left; the caller quarantines one before it asks for the next."""
-        while (step := self._agreed(max(saved_steps(self._workdir), default=-1))) >= 0:
-            yield step
-
-    def _try_restore(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the `meta` and the items of a step. Raises as `restore`; UserError if it belongs to another run."""
-        checkpoint = epath.Path(self._folder / str(step))
+    def _own_meta(self, checkpoint: epath.Path) -> dict[str, Any]:
+        """Reads the `meta` of a checkpoint. Raises UserError if it belongs to another run."""
         meta = read_meta(checkpoint)
         if meta["corpus"] != self._meta["corpus"]:
             raise UserError(
                 f"--workdir: '{self._workdir}' was trained on corpus {meta['corpus'][:12]}, and this is "
                 f"{self._meta['corpus'][:12]}; use another --workdir"
             )
-        return meta, restore(checkpoint, meta, items, self._fingerprint)
+        return meta
 
     def _quarantine(self, step: int, damage: Damaged, log: Callable[[str], None]) -> None:
         """Moves a damaged step to quarantine. With several processes raises Failure: others may have read it."""
@@ -248,9 +232,6 @@ class Checkpoints:
         """Returns the number of process 0, which changes the folder meanwhile."""
         if self._is_alone:
             return number
-        import numpy as np
-        from jax.experimental import multihost_utils
-
         return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
     def _retain(self, newest: int) -> None:

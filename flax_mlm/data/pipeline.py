@@ -6,7 +6,7 @@ permutation(seed, epoch)[p % N] with epoch = p // N. A host reads only the rows 
 """
 
 import atexit
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -60,11 +60,9 @@ def train_batches(
             failures.append(e)
             raise
 
-    row_indices = _row_indices(tf, stream, seed)
-
     def batch(step: Any) -> dict[str, Any]:
         row = first_row + step * global_batch_size + tf.constant(own, tf.int64)
-        tokens = tf.numpy_function(read, [row_indices(row)], tf.int32, stateful=False)
+        tokens = tf.numpy_function(read, [_row_indices(tf, stream, seed, row)], tf.int32, stateful=False)
         words = [tf.bitwise.right_shift(row, tf.constant(32, tf.int64)), row % (1 << 32)]
         row_ids = tf.cast(tf.stack(words, axis=1), tf.uint32)
         return {"tokens": tf.ensure_shape(tokens, (len(own), rows.seq_len)), "row_ids": row_ids}
@@ -89,17 +87,13 @@ def _numpy_batches(tf: Any, dataset: Any, failures: list[Exception]) -> Generato
         raise
 
 
-def _row_indices(tf: Any, stream: Stream, seed: int) -> Callable[[Any], Any]:
-    """Makes the function from rows of the stream, int64 (n,), to row numbers in all corpora one after another."""
+def _row_indices(tf: Any, stream: Stream, seed: int, row: Any) -> Any:
+    """Maps rows of the stream, int64 (n,), to row numbers in all corpora one after another."""
     num_rows = tf.constant(stream.num_rows, tf.int64)
     orders = tf.constant(stream.orders or range(len(stream.num_rows)), tf.int64)
-
-    def row_indices(row: Any) -> Any:
-        corpus, position = tf.numpy_function(stream.locate, [row], (tf.int64, tf.int64), stateful=False)
-        index = _permuted(tf, tf.gather(orders, corpus), position, tf.gather(num_rows, corpus), seed)
-        return index + tf.gather(tf.cumsum(num_rows, exclusive=True), corpus)
-
-    return row_indices
+    corpus, position = tf.numpy_function(stream.locate, [row], (tf.int64, tf.int64), stateful=False)
+    index = _permuted(tf, tf.gather(orders, corpus), position, tf.gather(num_rows, corpus), seed)
+    return index + tf.gather(tf.cumsum(num_rows, exclusive=True), corpus)
 
 
 def _permuted(tf: Any, order: Any, position: Any, num_rows: Any, seed: int) -> Any:

@@ -18,8 +18,7 @@ from typing import Any
 
 from flax_mlm.config.schema import Config
 from flax_mlm.data.corpus import FORMAT, MANIFEST, Corpus, row_dtype, write_manifest
-from flax_mlm.data.held_out import check_fraction, hashed
-from flax_mlm.data.sources import Source, TextChunk, open_source
+from flax_mlm.data.sources import Source, TextChunk, check_fraction, open_source
 from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.data.tokenizer.load import load_tokenizer
 from flax_mlm.data.tokenizer.sentencepiece import train_tokenizer
@@ -143,16 +142,14 @@ def _build(config: Config, source: Source, request: str, output: Path, work: Pat
     }
     write_manifest(folder, manifest)
     folder.rename(output)
-    for line in summary(manifest):
-        log(line)
+    _log_summary(manifest, log)
     log(f"corpus: {output}")
 
 
-def summary(manifest: dict[str, Any]) -> list[str]:
-    """Formats the size of a corpus, and warnings about its text, as lines to print."""
-    lines = []
+def _log_summary(manifest: dict[str, Any], log: Log) -> None:
+    """Logs the size of a corpus, and warnings about its text."""
     for name, s in manifest["splits"].items():
-        lines.append(
+        log(
             f"{name}: {s['documents']:,} documents, {s['words']:,} words, {s['bytes']:,} bytes, {s['tokens']:,} tokens "
             f"({s['tokens'] / s['bytes']:.3f} per byte), {s['rows']:,} rows, "
             f"{s['padding'] / (s['rows'] * manifest['seq_len']):.2%} padding"
@@ -160,11 +157,10 @@ def summary(manifest: dict[str, Any]) -> list[str]:
     counts = Counter(manifest["source"]["counts"])
     if counts["undecodable_bytes"]:
         where = f" in {counts['undecodable_files']:,} files" if counts["undecodable_files"] else ""
-        lines.append(f"warning: {counts['undecodable_bytes']:,} bytes{where} were not UTF-8 and became U+FFFD")
+        log(f"warning: {counts['undecodable_bytes']:,} bytes{where} were not UTF-8 and became U+FFFD")
     for kind in ("empty_files", "empty_documents"):
         if counts[kind]:
-            lines.append(f"warning: {counts[kind]:,} {kind.replace('_', ' ')}")
-    return lines
+            log(f"warning: {counts[kind]:,} {kind.replace('_', ' ')}")
 
 
 def _tokenizer(config: Config, source: Source, folder: Path, log: Log) -> Tokenizer:
@@ -177,7 +173,7 @@ def _tokenizer(config: Config, source: Source, folder: Path, log: Log) -> Tokeni
         log(f"tokenizer: {t.path}{f' with the words of {t.extra_tokens_file}' * bool(t.extra_tokens_file)}")
         tokenizer = load_tokenizer(t.path, t.extra_tokens_file)
     else:
-        chunks = hashed(_with_progress("sampling text", source, Counter(), log))
+        chunks = _with_progress("sampling text", source, Counter(), log)
         training_texts = (chunk.text for chunk in chunks if chunk.hash >= config.data.validation_fraction)
         sample = _sample(training_texts, t.sample_bytes)
         size = sum(len(text.encode()) for text in sample)
@@ -208,21 +204,18 @@ def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
 
 def _with_progress(title: str, source: Source, counts: Counter[str], log: Log) -> Iterator[TextChunk]:
     """Reads the chunks of a source, with a bar on a terminal and a line every ten seconds elsewhere."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
+    from rich.console import Console
+    from rich.progress import Progress
 
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(title, total=source.size)
-            for chunk in source.chunks(counts):
-                bar.update(task, completed=counts["read"])
-                yield chunk
-        return
+    has_bar = sys.stderr.isatty()
     start = last = time.monotonic()
-    for chunk in source.chunks(counts):
-        if (now := time.monotonic()) - last > _SECONDS:
-            last = now
-            fraction = counts["read"] / max(source.size, 1)
-            left = (now - start) * (1 / fraction - 1) if fraction else float("inf")
-            log(f"{title}: {fraction:.0%}, {left:.0f} s left")
-        yield chunk
+    with Progress(console=Console(stderr=True), transient=True, disable=not has_bar) as bar:
+        task = bar.add_task(title, total=source.size)
+        for chunk in source.chunks(counts):
+            if has_bar:
+                bar.update(task, completed=counts["read"])
+            elif (now := time.monotonic()) - last > _SECONDS:
+                last, fraction = now, counts["read"] / max(source.size, 1)
+                left = (now - start) * (1 / fraction - 1) if fraction else float("inf")
+                log(f"{title}: {fraction:.0%}, {left:.0f} s left")
+            yield chunk

@@ -7,11 +7,15 @@ Documents are grouped into units, which `prepare` tokenises and packs one by one
 alone: files are taken in order, and share a group while their sizes on disk sum to at most `UNIT_BYTES`; in a group, a
 new unit begins at the first document after each multiple of `UNIT_BYTES` of (decompressed) bytes, and in a document
 after as many characters.
+
+Documents are held out for validation by a hash of their text. A document has the same hash in every source, format and
+order, so copies of it are always in the same split.
 """
 
 import dataclasses
 import functools
 import glob
+import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -29,6 +33,8 @@ from flax_mlm.data.tf import prepared_tfds
 from flax_mlm.errors import UserError
 
 UNIT_BYTES = 1 << 26
+_HASHED_BYTES = 1 << 20  # of a document; what follows does not count, so that it can be read in bounded memory
+_WHITESPACE = b" \t\n\r\v\f"
 
 
 class TextChunk(NamedTuple):
@@ -36,7 +42,7 @@ class TextChunk(NamedTuple):
 
     Attributes:
       unit, document: numbers in the source.
-      hash: of the whole document, once `held_out.hashed` has computed it.
+      hash: of the whole document, see `hashed`.
     """
 
     unit: int
@@ -107,6 +113,24 @@ def _numbered(texts: Iterable[tuple[int, int, str]]) -> Iterator[TextChunk]:
             size += len(text)
 
 
+def hashed(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
+    """Sets the hash of each chunk's document, a number in [0, 1): below `data.validation_fraction` it is held out.
+
+    The hash is of the first MiB of the document in UTF-8 without ASCII whitespace.
+    """
+    for _, document in itertools.groupby(chunks, lambda chunk: chunk.document):
+        head: list[TextChunk] = []
+        content = bytearray()
+        for chunk in document:
+            head.append(chunk)
+            content += chunk.text.encode().translate(None, _WHITESPACE)
+            if len(content) >= _HASHED_BYTES:
+                break
+        digest = hashlib.blake2b(content[:_HASHED_BYTES], digest_size=8).digest()
+        value = (int.from_bytes(digest) >> 11) / (1 << 53)  # 53 bits are exact in a float
+        yield from (chunk._replace(hash=value) for chunk in itertools.chain(head, document))
+
+
 def _from_files(name: str, paths: list[Path], read: _Reader, licence: str = "not stated; that of the files") -> Source:
     stats = [p.stat() for p in paths]
 
@@ -134,7 +158,9 @@ def _from_files(name: str, paths: list[Path], read: _Reader, licence: str = "not
             counts["undecodable_files"] += counts["undecodable_bytes"] > undecodable
 
     version = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
-    return Source(name, licence, version, sum(s.st_size for s in stats), lambda counts: _numbered(texts(counts)))
+    return Source(
+        name, licence, version, sum(s.st_size for s in stats), lambda counts: hashed(_numbered(texts(counts)))
+    )
 
 
 def _text_documents(path: Path, file: BinaryIO, counts: Counter[str], whole: bool = False) -> Iterator[tuple[int, str]]:
@@ -225,4 +251,38 @@ def _tfds(spec: str, name: str) -> Source:
 
     licence = " ".join((info.redistribution_info.license or "").split()) or f"not stated; see {info.homepage}"
     name, version = f"{info.full_name}:{split} (TensorFlow Datasets)", [info.full_name, split, size]
-    return Source(name, licence, version, size, lambda counts: _numbered(texts(counts)))
+    return Source(name, licence, version, size, lambda counts: hashed(_numbered(texts(counts))))
+
+
+def check_fraction(source: Source, fraction: float) -> None:
+    """Reads a source until it has seen a training and a validation document, before any work is done on it.
+
+    Raises:
+      UserError: one of the splits would have no documents; the message has a fraction that gives documents to both.
+    """
+    lowest: list[float] = []  # the two lowest hashes
+    highest = 0.0
+    documents = 0
+    for chunk in source.chunks(Counter()):
+        lowest = sorted({*lowest, chunk.hash})[:2]
+        highest = max(highest, chunk.hash)
+        documents = chunk.document + 1
+        if lowest[0] < fraction <= highest:
+            return
+    if not documents:
+        raise UserError(f"the source, {source.name}, holds no text")
+    if len(lowest) < 2:
+        raise UserError(f"the source, {source.name}, is one document, so none can be held out; give it as several")
+    raise UserError(
+        f"data.validation_fraction is {fraction}, which holds out {'none' if lowest[0] >= fraction else 'all'} of the "
+        f"{documents:,} documents of {source.name}; set it to {_between(*lowest)}"
+    )
+
+
+def _between(low: float, high: float) -> float:
+    """Finds the shortest decimal number above `low` and not above `high`."""
+    for digits in itertools.count(1):
+        number = (math.floor(low * 10**digits) + 1) / 10**digits
+        if low < number <= high:
+            return number
+    raise AssertionError

@@ -24,7 +24,6 @@ import numpy as np
 
 from flax_mlm.config.schema import DataConfig
 from flax_mlm.data.corpus import COUNTS, SPLITS, row_dtype
-from flax_mlm.data.held_out import hashed
 from flax_mlm.data.packing import pack
 from flax_mlm.data.sources import TextChunk
 from flax_mlm.data.tokenizer.base import Tokenizer
@@ -75,18 +74,17 @@ def make_units(
 
 
 def make_jobs(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
-    """Groups chunks into jobs of about `JOB_CHARS`, none of which crosses the end of a unit; sets their hashes."""
-    for _, group in itertools.groupby(hashed(chunks), lambda chunk: chunk.unit):
-        job: list[TextChunk] = []
-        size = 0
-        for chunk in group:
-            job.append(chunk)
-            size += len(chunk.text)
-            if size >= JOB_CHARS:
-                yield job
-                job, size = [], 0
-        if job:
+    """Groups chunks into jobs of about `JOB_CHARS`, none of which crosses the end of a unit."""
+    job: list[TextChunk] = []
+    size = 0
+    for chunk in chunks:
+        if job and (size >= JOB_CHARS or chunk.unit != job[0].unit):
             yield job
+            job, size = [], 0
+        job.append(chunk)
+        size += len(chunk.text)
+    if job:
+        yield job
 
 
 def write_shard(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_mlm.data import conll
+from flax_mlm.data import tables
 from flax_mlm.data.tables import take
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import metrics, report
@@ -18,9 +18,9 @@ from flax_mlm.inference.load import LoadedModel, Log, OnBatch
 
 def run(
     model: LoadedModel,
-    train: conll.Tagged,
-    dev: conll.Tagged | None = None,
-    test: conll.Tagged | None = None,
+    train: tables.Tagged,
+    dev: tables.Tagged | None = None,
+    test: tables.Tagged | None = None,
     log: Log = lambda line: None,
     on_batch: OnBatch = lambda: None,
 ) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Rows(NamedTuple):
     sentences: list[int]  # index of each row's sentence
 
 
-def split_sentences(model: LoadedModel, part: conll.Tagged, tags: list[str], name: str) -> Rows:
+def split_sentences(model: LoadedModel, part: tables.Tagged, tags: list[str], name: str) -> Rows:
     """Tokenizes tagged sentences into rows that end between words.
 
     Args:
@@ -120,10 +120,10 @@ def _join(rows: Rows, outputs: list[np.ndarray], tags: list[str]) -> list[list[s
 
 
 def evaluate(model: LoadedModel, on_batch: OnBatch, train: str, dev: str, test: str) -> dict[str, Any]:
-    """Runs the task on files (see `conll.read`)."""
+    """Runs the task on files (see `tables.read_tagged`)."""
     report.require("train", train, "a file of tagged sentences to fine-tune on")
-    dev_set, test_set = (conll.read(source) if source else None for source in (dev, test))
-    return run(model, conll.read(train), dev_set, test_set, print, on_batch)
+    dev_set, test_set = (tables.read_tagged(source) if source else None for source in (dev, test))
+    return run(model, tables.read_tagged(train), dev_set, test_set, print, on_batch)
 
 
 table = report.table

@@ -158,7 +158,7 @@ def save_encoder(workdir: gcs.AnyPath, model: LoadedModel, encoder: Any, example
     meta["fine_tuned"] = {"examples": examples}
     config = dataclasses.replace(model.config, train=dataclasses.replace(model.config.train, max_failed_saves=1))
     step = before.get("step", 0)
-    checkpoints = Checkpoints(workdir, config, meta, model.forward.fingerprint)
+    checkpoints = Checkpoints(workdir, config, meta)
     state = _FineTuned({**model.params, "encoder": encoder}, jnp.int32(step))
     checkpoints.save(step, state, run_meta={"totals": before.get("totals", {})})
     checkpoints.close()

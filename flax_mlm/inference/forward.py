@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_mlm.checkpoint.fingerprint import fingerprint_tree
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed.deterministic import map_groups
 from flax_mlm.distributed.mesh import bind_to_mesh, num_batch_shards, per_row, replicate, reshard_like, shard_params
@@ -46,7 +45,6 @@ class Forward(NamedTuple):
     # (parameters, tokens (B, L), Vocabulary) -> hidden states (B, L, D), logits (B, L, V); with rtd logits (B, L)
     outputs: Callable[[Any, jax.Array, Vocabulary], tuple[jax.Array, jax.Array]]
     log_probs: Callable[..., jax.Array]  # see `_log_probs`
-    fingerprint: Callable[[Any], dict[str, jax.Array]]  # of any tree of arrays, see `fingerprint_tree`
 
 
 def build_forward(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> Forward:
@@ -76,7 +74,6 @@ def build_forward(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> F
         evaluate=jax.jit(functools.partial(_evaluate, config, loss)),
         outputs=jax.jit(functools.partial(_outputs, config, model)),
         log_probs=jax.jit(functools.partial(_log_probs, config, model)),
-        fingerprint=jax.jit(fingerprint_tree),
     )
 
 

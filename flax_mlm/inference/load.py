@@ -123,7 +123,7 @@ def _load_checkpoint(
         forward = build_forward(config, tokenizer.vocab_size, mesh)
         # A fine-tuned encoder was initialised with the average, and has none.
         item = "average" if config.optimizer.averages != "none" and "fine_tuned" not in meta else "params"
-        params = restore(checkpoint, meta, {item: forward.abstract_params}, forward.fingerprint)[item]
+        params = restore(checkpoint, meta, {item: forward.abstract_params})[item]
         model = LoadedModel(config, mesh, forward, params, tokenizer, Vocabulary.from_tokenizer(tokenizer), meta)
         return untied(model) if config.objective.name == "rtd" else model
 

@@ -169,8 +169,14 @@ def read(path: AnyPath) -> tuple[bytes, int] | None:
 
 
 def write(path: AnyPath, content: bytes | None, generation: int) -> bool:
-    """Writes an object, or deletes it where `content` is None, if its current generation is this one (0: there is none).
-    Returns False if it has changed."""
+    """Writes an object, or deletes it where `content` is None, if its current generation is this one.
+
+    Args:
+      generation: 0: there is none.
+
+    Returns:
+      False if it has changed.
+    """
     bucket, name = _split(path)
     condition = {"ifGenerationMatch": str(generation)}
     try:

@@ -62,9 +62,7 @@ class Run:
         meta = make_meta(
             context.phases[0].config, self._tokenizer, mixture.fingerprint_of(mixtures), mixture.about_of(mixtures)
         )
-        self._checkpoints = Checkpoints(
-            context.workdir, context.config, meta, self.training_of[0].forward.fingerprint, context.group.lost_within
-        )
+        self._checkpoints = Checkpoints(context.workdir, context.config, meta, context.group.lost_within)
         with context.group.untimed("restoring"):
             restored = self._checkpoints.restore_latest(self.training_of[0].abstract, context.log)
             self.state: TrainState = restored or self._initial_state()

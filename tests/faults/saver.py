@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from configs import base
-from flax_mlm.checkpoint.fingerprint import fingerprint_tree
 from flax_mlm.checkpoint.format import FORMAT
 from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.config.load import build
@@ -39,7 +38,7 @@ def main(workdir: Path, last: int, max_to_keep: int) -> None:
         "corpus": "none",
         "text": {},
     }
-    checkpoints = Checkpoints(workdir, build(c), meta, jax.jit(fingerprint_tree))
+    checkpoints = Checkpoints(workdir, build(c), meta)
     expected = state_at(0)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected)
     restored = checkpoints.restore_latest(abstract, lambda line: print(line, flush=True))

@@ -18,7 +18,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base
-from flax_mlm.checkpoint.fingerprint import fingerprint_tree
 from flax_mlm.checkpoint.format import FORMAT, Damaged, find_checkpoints, newest_meta, read_meta, restore
 from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.checkpoint.store import saved_steps
@@ -41,7 +40,6 @@ META = {
     "corpus": "a" * 64,
     "text": {},
 }
-fingerprint = jax.jit(fingerprint_tree)
 
 
 def state_at(step: int, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> State:
@@ -62,7 +60,7 @@ def abstract(state: State) -> State:
 def opened(workdir: Path, meta: dict = META, **changes) -> Checkpoints:
     c = base.get_config()
     c.train.update({"checkpoint_every": 10, **changes})
-    return Checkpoints(workdir, build(c), meta, fingerprint)
+    return Checkpoints(workdir, build(c), meta)
 
 
 def restored(workdir: Path, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> tuple[int | None, list[str]]:
@@ -291,7 +289,7 @@ def test_leftovers_are_swept(workdir, outcome):
 def test_a_copied_checkpoint_is_enough(workdir, tmp_path, outcome):
     copy = shutil.copytree(workdir / "checkpoints" / "20", tmp_path / "elsewhere" / "best model $(touch x)")
     (found,) = find_checkpoints(str(copy))
-    items = restore(found, read_meta(found), {"params": abstract(state_at(0)).params}, fingerprint)
+    items = restore(found, read_meta(found), {"params": abstract(state_at(0)).params})
     np.testing.assert_array_equal(items["params"]["w"], state_at(20).params["w"])
     assert not (tmp_path / "x").exists()
     outcome("recovered")

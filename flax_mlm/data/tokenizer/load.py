@@ -1,6 +1,7 @@
 """Opening a tokenizer's file."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from etils import epath
@@ -11,7 +12,11 @@ from flax_mlm.data.tokenizer.sentencepiece import SentencePieceTokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.storage import gcs
 
-_NAMES = ("tokenizer.model", "tokenizer.json", "vocab.txt")
+# By the name of the file that `save` writes.
+TOKENIZERS: dict[str, Callable[[bytes, str], Tokenizer]] = {
+    kind.filename: kind for kind in (SentencePieceTokenizer, HuggingFaceTokenizer)
+}
+_NAMES = (*TOKENIZERS, "vocab.txt")
 
 
 def load_tokenizer(path: str | Path, extra_tokens_file: str | Path = "") -> Tokenizer:
@@ -31,9 +36,9 @@ def load_tokenizer(path: str | Path, extra_tokens_file: str | Path = "") -> Toke
             raise UserError(f"{folder} holds no {', no '.join(_NAMES)}")
     if not file.exists():
         raise UserError(f"tokenizer file {file} does not exist; give a SentencePiece .model or a tokenizer.json")
-    kind = SentencePieceTokenizer if file.suffix == ".model" else HuggingFaceTokenizer
+    kind = TOKENIZERS["tokenizer.model" if file.suffix == ".model" else "tokenizer.json"]
     content = wordpiece_json(file) if file.suffix == ".txt" else file.read_bytes()
-    tokenizer: Tokenizer = kind(content, str(file))
+    tokenizer = kind(content, str(file))
     if extra_tokens_file:
         try:
             lines = epath.Path(extra_tokens_file).expanduser().read_text().split("\n")
