@@ -116,7 +116,7 @@ def documents(config: Config) -> Iterator[tuple[bool, str]]:
     """Every document, and whether it is held out."""
     from collections import Counter
 
-        from flax_mlm.data.sources import open_source
+    from flax_mlm.data.sources import open_source
 
     chunks = open_source(config.data.source).chunks(Counter())
     for (_, value), document in itertools.groupby(chunks, lambda chunk: (chunk.document, chunk.hash)):

@@ -8,10 +8,9 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from flax_mlm.config.schema import Config, DataConfig
-from flax_mlm.data.corpus import SPLITS, Corpus, Rows
+from flax_mlm.data.corpus import Corpus, Rows
 from flax_mlm.data.prepare import prepare
 from flax_mlm.data.stream import Stream, counts, whole_numbers
 from flax_mlm.data.tokenizer.base import Tokenizer
@@ -41,7 +40,7 @@ class Mixture:
         """
         folders = data.folders()
         corpora = [Corpus.open(folder) for folder in folders]
-        paths = [_resolved(corpus.path) for corpus in corpora]
+        paths = [os.fspath(c.path).rstrip("/") if gcs.is_one(c.path) else os.path.realpath(c.path) for c in corpora]
         first = corpora[0]
         for i, corpus in enumerate(corpora):
             if paths[i] in paths[:i]:
@@ -59,10 +58,8 @@ class Mixture:
                     f"data.corpus: {first.path} has rows of {first.seq_len} tokens, and {corpus.path} of "
                     f"{corpus.seq_len}; prepare one of them again with the data.seq_len of the other"
                 )
-        weights = [
-            Fraction(weight) if weight else Fraction(corpus.counts["train"]["rows"])
-            for weight, corpus in zip(folders.values(), corpora, strict=True)
-        ]
+        rows = (corpus.counts["train"]["rows"] for corpus in corpora)
+        weights = [Fraction(weight or n) for weight, n in zip(folders.values(), rows, strict=True)]
         named = dict(zip(_unique_names(paths), corpora, strict=True))
         return cls(named, whole_numbers(weights) if len(weights) > 1 else (1,))
 
@@ -93,11 +90,6 @@ class Mixture:
         return {name: w / sum(self.weights) for name, w in zip(self.corpora, self.weights, strict=True)}
 
     @property
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Sums of `Corpus.counts` over the corpora."""
-        return {split: _sums([corpus.counts[split] for corpus in self.corpora.values()]) for split in SPLITS}
-
-    @property
     def tokens_per_row(self) -> float:
         """Mean number of tokens in a training row, special tokens left out."""
         train = [corpus.counts["train"] for corpus in self.corpora.values()]
@@ -113,12 +105,13 @@ class Mixture:
     def about(self) -> dict[str, Any]:
         """Description and size of the training text, as `Corpus.about`; of several corpora also of each, with its
         fraction of the rows."""
-        each = {name: corpus.about for name, corpus in self.corpora.items()}
+        each = [corpus.about for corpus in self.corpora.values()]
         if len(each) == 1:
-            return self._first.about
-        texts = _texts(list(each.values()))
-        numbers = _sums([{key: n for key, n in a.items() if key not in texts} for a in each.values()])
-        corpora = {name: {**about, "fraction": self.fractions[name]} for name, about in each.items()}
+            return each[0]
+        texts = _texts(each)
+        numbers = {key: sum(about[key] for about in each) for key in each[0] if key not in texts}
+        fractions = self.fractions.items()
+        corpora = {name: {**about, "fraction": f} for (name, f), about in zip(fractions, each, strict=True)}
         return {**texts, **numbers, "corpora": corpora}
 
     def tokenizer(self) -> Tokenizer:
@@ -145,8 +138,8 @@ class Mixture:
         """
         rows = [corpus.counts["validation"]["rows"] for corpus in self.corpora.values()]
         wanted = counts(self.weights, max_rows) if max_rows else rows
-        starts = itertools.accumulate(rows, initial=0)
-        return [start + _spread(n, min(m, n)) for start, n, m in zip(starts, rows, wanted, strict=False)]
+        starts, taken = itertools.accumulate(rows, initial=0), map(min, rows, wanted)
+        return [start + np.arange(m) * n // max(m, 1) for start, n, m in zip(starts, rows, taken, strict=False)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,11 +186,9 @@ def open_corpus(config: Config, log: Callable[[str], None] = print) -> Mixture:
         corpus = prepare(config, log=log)
         return Mixture({corpus.path.name: corpus})
     mixture = Mixture.open(config.data)
-    tokenizer = config.tokenizer
-    if tokenizer.path:
-        expected = load_tokenizer(tokenizer.path, tokenizer.extra_tokens_file)
-        if expected.fingerprint != mixture.tokenizer().fingerprint:
-            raise UserError(f"data.corpus: {mixture} was made with another tokenizer than {tokenizer.path}")
+    t = config.tokenizer
+    if t.path and load_tokenizer(t.path, t.extra_tokens_file).fingerprint != mixture.tokenizer().fingerprint:
+        raise UserError(f"data.corpus: {mixture} was made with another tokenizer than {t.path}")
     if mixture.seq_len > config.model.max_positions:
         raise UserError(
             f"model.max_positions is {config.model.max_positions}; expected at least {mixture.seq_len}, the row length "
@@ -237,22 +228,7 @@ def _texts(about: Sequence[dict[str, Any]]) -> dict[str, str]:
     return {key: "; ".join(dict.fromkeys(a[key] for a in about)) for key in ("name", "licence")}
 
 
-def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:
-    return {key: sum(c[key] for c in counts) for key in counts[0]}
-
-
-def _spread(num_rows: int, wanted: int) -> np.ndarray:
-    return np.arange(wanted) * num_rows // max(wanted, 1)
-
-
-def _resolved(path: epath.Path) -> str:
-    return os.fspath(path).rstrip("/") if gcs.is_one(path) else os.path.realpath(path)
-
-
 def _unique_names(paths: Sequence[str]) -> list[str]:
     """Shortens paths to the fewest last components that tell them apart."""
-    for length in itertools.count(1):
-        names = ["/".join(path.split("/")[-length:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise AssertionError
+    each = (["/".join(path.split("/")[-length:]) for path in paths] for length in itertools.count(1))
+    return next(names for names in each if len(set(names)) == len(names))

@@ -60,15 +60,18 @@ class Source:
       licence: licence of the text.
       version: JSON-able; two sources with the same version give the same documents.
       size: total size in the unit of counts["read"]: bytes of files, or examples.
-      chunks: reads the source from its start, and adds to the given counts as it goes: read, files, empty_files,
-        undecodable_files, undecodable_bytes, empty_documents.
     """
 
     name: str
     licence: str
     version: Any
     size: int
-    chunks: Callable[[Counter[str]], Iterator[TextChunk]]
+    _texts: Callable[[Counter[str]], Iterator[tuple[int, int, str]]]  # see `_numbered`
+
+    def chunks(self, counts: Counter[str]) -> Iterator[TextChunk]:
+        """Reads the source from its start, and adds to the given counts as it goes: read, files, empty_files,
+        undecodable_files, undecodable_bytes, empty_documents."""
+        return hashed(_numbered(self._texts(counts)))
 
 
 # Reads the documents of a file as (offset of the document's first byte, text of one of its chunks).
@@ -158,9 +161,7 @@ def _from_files(name: str, paths: list[Path], read: _Reader, licence: str = "not
             counts["undecodable_files"] += counts["undecodable_bytes"] > undecodable
 
     version = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
-    return Source(
-        name, licence, version, sum(s.st_size for s in stats), lambda counts: hashed(_numbered(texts(counts)))
-    )
+    return Source(name, licence, version, sum(s.st_size for s in stats), texts)
 
 
 def _text_documents(path: Path, file: BinaryIO, counts: Counter[str], whole: bool = False) -> Iterator[tuple[int, str]]:
@@ -251,7 +252,7 @@ def _tfds(spec: str, name: str) -> Source:
 
     licence = " ".join((info.redistribution_info.license or "").split()) or f"not stated; see {info.homepage}"
     name, version = f"{info.full_name}:{split} (TensorFlow Datasets)", [info.full_name, split, size]
-    return Source(name, licence, version, size, lambda counts: hashed(_numbered(texts(counts))))
+    return Source(name, licence, version, size, texts)
 
 
 def check_fraction(source: Source, fraction: float) -> None:
@@ -281,8 +282,5 @@ def check_fraction(source: Source, fraction: float) -> None:
 
 def _between(low: float, high: float) -> float:
     """Finds the shortest decimal number above `low` and not above `high`."""
-    for digits in itertools.count(1):
-        number = (math.floor(low * 10**digits) + 1) / 10**digits
-        if low < number <= high:
-            return number
-    raise AssertionError
+    numbers = ((math.floor(low * 10**digits) + 1) / 10**digits for digits in itertools.count(1))
+    return next(number for number in numbers if low < number <= high)

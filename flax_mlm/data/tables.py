@@ -55,11 +55,8 @@ def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labell
         candidates = [name for name in _TEXT if name in first]
         if len(candidates) > 1 and not any(name in first for name in _PAIR):
             raise UserError(f"{source} has columns {' and '.join(candidates)}; choose with --text and --pair")
-    columns = {
-        "text": text or next((name for name in _TEXT if name in first), ""),
-        "pair": pair or next((name for name in _PAIR if name in first), ""),
-        "label": label or next((name for name in LABEL if name in first), ""),
-    }
+    roles = {"text": (text, _TEXT), "pair": (pair, _PAIR), "label": (label, LABEL)}
+    columns = {role: name or next((n for n in usual if n in first), "") for role, (name, usual) in roles.items()}
     for role in ("text", "label"):
         if not columns[role]:
             raise UserError(f"{source} has columns {_names(first)}; name the column of the {role} with --{role}=NAME")
@@ -94,21 +91,13 @@ def _names(record: dict[str, Any]) -> str:
 
 def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
     content = files.read_text(file)
-    lines = content.split("\n")  # unlike splitlines, which also splits at U+2028
-    if file.suffix in (".jsonl", ".json"):
+    if file.suffix in (".jsonl", ".json", ".txt"):
         records = []
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(content.split("\n"), 1):  # unlike splitlines, which also splits at U+2028
+            where = f"{file}:{number}"
             if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as e:
-                    raise UserError(f"{file}:{number} is not JSON: {e}") from e
-                if not isinstance(record, dict):
-                    raise UserError(f"{file}:{number} is not a JSON object")
-                records.append((f"{file}:{number}", record))
+                records.append((where, {"text": line} if file.suffix == ".txt" else _json_object(where, line)))
         return records
-    if file.suffix == ".txt":
-        return [(f"{file}:{i}", {"text": line}) for i, line in enumerate(lines, 1) if line.strip()]
     has_tabs = "\t" in content.partition("\n")[0]
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if has_tabs else {}
     csv.field_size_limit(1 << 24)
@@ -124,6 +113,16 @@ def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
                 "double quotes"
             )
     return [(where, dict(zip(header, row, strict=False))) for where, row in rows]
+
+
+def _json_object(where: str, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as e:
+        raise UserError(f"{where} is not JSON: {e}") from e
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not a JSON object")
+    return record
 
 
 def _tfds(source: str) -> list[tuple[str, dict[str, Any]]]:

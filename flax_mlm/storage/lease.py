@@ -56,8 +56,7 @@ class Lease:
             if isinstance(self._workdir, Path):  # buckets have no folders
                 self._workdir.mkdir(parents=True, exist_ok=True)
             while True:
-                content = _read(self._file)
-                if content is not None:
+                if (content := _read(self._file)) is not None:
                     _wait_until_gone(self._workdir, content, log, stale)
                 if self._write(content):
                     break
@@ -77,28 +76,20 @@ class Lease:
         self._released.set()
         with contextlib.suppress(OSError, UserError, Failure):
             while self._is_own(content := _read(self._file)):
-                if self._replace(content, None):
+                if _replace(self._file, content, None, self._run_id):
                     break
 
     def _is_own(self, content: bytes | None) -> bool:
-        return content is not None and _parse(content).get("run_id") == self._run_id
+        return _parse(content).get("run_id") == self._run_id
 
     def _write(self, expected: bytes | None) -> bool:
         content = json.dumps({**self._holder, "beats": self._beats}) + "\n"
-        return self._replace(expected, content.encode())
-
-    def _replace(self, expected: bytes | None, content: bytes | None) -> bool:
-        """Replaces the file if its content is still as expected; None: there is no file. Returns False if not."""
-        if not isinstance(self._file, Path):
-            current, generation = gcs.read(self._file) or (None, 0)
-            return current == expected and gcs.write(self._file, content, generation)
-        return _replace(self._file, expected, content, self._run_id, self._is_own(expected))
+        return _replace(self._file, expected, content.encode(), self._run_id)
 
     def _beat(self) -> None:
         while not self._released.wait(_BEAT):
             with contextlib.suppress(OSError, UserError, Failure):  # a full disk: the next write may succeed
-                content = _read(self._file)
-                if not self._is_own(content):
+                if not self._is_own(content := _read(self._file)):
                     return
                 self._beats += 1
                 self._write(content)
@@ -107,7 +98,7 @@ class Lease:
 def holder(workdir: AnyPath) -> str:
     """The run_id of the holder of a workdir's lease; empty if there is none."""
     try:
-        return str(_parse(_read(workdir / _NAME) or b"").get("run_id", ""))
+        return str(_parse(_read(workdir / _NAME)).get("run_id", ""))
     except OSError:
         return ""
 
@@ -118,7 +109,8 @@ def _wait_until_gone(workdir: AnyPath, content: bytes, log: Callable[[str], None
     who = _describe(current)
     in_use = UserError(f"--workdir: '{workdir}' is in use by {who}; stop it, or use another --workdir")
     if current and _machine().items() <= current.items():
-        if _is_alive(current.get("pid"), current.get("started")):
+        pid, started = current.get("pid"), current.get("started")
+        if type(pid) is int and pid > 0 and started is not None and _start_time(pid) == started:
             raise in_use
     else:
         log(f"'{workdir}' was in use by {who}; waiting {stale:.0f} s to see whether it still is")
@@ -132,10 +124,10 @@ def _wait_until_gone(workdir: AnyPath, content: bytes, log: Callable[[str], None
     log(f"taking over '{workdir}' from {who}, which is gone")
 
 
-def _parse(content: bytes) -> dict[str, Any]:
-    """The holder in a lease; empty for a damaged lease."""
+def _parse(content: bytes | None) -> dict[str, Any]:
+    """The holder in a lease; empty for a damaged lease and for none."""
     try:
-        values = json.loads(content)
+        values = json.loads(content or b"{}")
     except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
@@ -161,24 +153,15 @@ def _machine() -> dict[str, str]:
 def _start_time(pid: int) -> str | None:
     """When a process started, which tells it from a later one with the same id; None if it is gone or a zombie, empty
     if the system has no /proc."""
-    if not os.path.exists("/proc/self/stat"):
-        return ""
     try:
+        if not os.path.exists("/proc/self/stat"):
+            with contextlib.suppress(PermissionError):  # a process of another user
+                os.kill(pid, 0)
+            return ""
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
-
-
-def _is_alive(pid: Any, started: Any) -> bool:
-    if type(pid) is not int or pid <= 0 or (now := _start_time(pid)) != started or now is None:
-        return False
-    with contextlib.suppress(PermissionError):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-    return True
 
 
 def _read(file: AnyPath) -> bytes | None:
@@ -196,26 +179,28 @@ def _read(file: AnyPath) -> bytes | None:
         os.close(descriptor)
 
 
-def _replace(file: Path, expected: bytes | None, content: bytes | None, writer: str, is_own: bool) -> bool:
-    """Replaces a local file as `Lease._replace`.
+def _replace(file: AnyPath, expected: bytes | None, content: bytes | None, run_id: str) -> bool:
+    """Replaces the file if its content is still as expected; None: there is no file. Returns False if it has changed.
 
     Args:
-      writer: name that no other job has.
-      is_own: the expected content was written by this writer.
+      run_id: of this job, as no other job has it.
     """
-    temporary = file.with_name(f"{file.name}.{writer}")
+    if not isinstance(file, Path):
+        current, generation = gcs.read(file) or (None, 0)
+        return current == expected and gcs.write(file, content, generation)
+    temporary = file.with_name(f"{file.name}.{run_id}")
     with _locked(file.parent) as has_lock:
         if _read(file) != expected:
             return False
-        if content is None:
-            file.unlink()
-            return True
         try:
-            temporary.write_bytes(content)
-            if has_lock or is_own:
-                temporary.replace(file)
+            if content is None:
+                file.unlink()
                 return True
-            return _replace_without_lock(file, expected, temporary)
+            temporary.write_bytes(content)
+            if not has_lock and _parse(expected).get("run_id") != run_id:
+                return _replace_without_lock(file, expected, temporary)
+            temporary.replace(file)
+            return True
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -246,11 +231,10 @@ def _replace_without_lock(file: Path, expected: bytes | None, temporary: Path) -
 
 def _link(file: Path, name: Path) -> bool:
     """Gives a file another name; False if the name exists."""
-    try:
+    with contextlib.suppress(FileExistsError):
         os.link(file, name)
-    except FileExistsError:
-        return False
-    return True
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -258,11 +242,10 @@ def _locked(folder: Path) -> Iterator[bool]:
     """Locks a folder; yields False on a file system without locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        has_lock = True
-        try:
+        has_lock = False
+        with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            has_lock = False
+            has_lock = True
         yield has_lock
     finally:
         os.close(descriptor)
