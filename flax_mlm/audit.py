@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from flax_mlm.cli import app
@@ -32,24 +32,18 @@ _TOKENS = flags.DEFINE_integer("tokens", 1_000_000, "number of tokens to check",
 
 
 def main(config: Config) -> int:
-    from flax_mlm.data import pipeline  # heavy imports wait until the flags have been parsed
-    from flax_mlm.data.mixture import open_corpus
+    from flax_mlm.data import mixture, pipeline  # heavy imports wait until the flags have been parsed
 
     phase = phases.parse_phases(config)[0]
     config = phase.config
     if config.objective.name == "clm":
         raise UserError("objective.name is 'clm'; expected 'mlm' or 'rtd': 'clm' masks nothing to audit")
-    corpus = open_corpus(config)
+    corpus = mixture.open_corpus(config)
     phase = phase.with_rows(corpus.seq_len, corpus.tokens_per_row)
-    batch_size = config.train.global_batch_size
-    batches = pipeline.train_batches(
-        corpus.split("train"),
-        seed=config.seed,
-        global_batch_size=batch_size,
-        start_step=0,
-        stop_step=-(-_TOKENS.value // (batch_size * corpus.seq_len)),
-        stream=corpus.stream(),
-    )
+    size = config.train.global_batch_size
+    steps = -(-_TOKENS.value // (size * corpus.seq_len))
+    rows, order = corpus.split("train"), corpus.stream()
+    batches = pipeline.train_batches(rows, seed=config.seed, global_batch_size=size, stop_step=steps, stream=order)
     return audit(phase, corpus.tokenizer(), batches, _ROWS.value, Console())
 
 
@@ -72,8 +66,7 @@ def audit(
     from flax_mlm.objectives.rows import Vocabulary, row_keys, run_key
 
     objective = phase.config.objective
-    key = run_key(phase.config, "mask")
-    vocab = Vocabulary.from_tokenizer(tokenizer)
+    key, vocab = run_key(phase.config, "mask"), Vocabulary.from_tokenizer(tokenizer)
     counts: Counter[str] = Counter()
     for step, batch in enumerate(batches):
         tokens_BL = batch["tokens"]
@@ -102,10 +95,9 @@ def _report(phase: phases.Phase, counts: Counter[str], console: Console) -> int:
         final = phase.final_values.get(f"objective.{name}")
         return f"{100 * getattr(objective, name):g}%" + ("" if final is None else f" → {100 * final:g}%")
 
-    table = Table(title=f"{objective.masking}: {counts['tokens']:,} tokens in {counts['rows']:,} rows")
-    table.title_justify = "left"
-    for column in ("", "measured", "expected"):
-        table.add_column(column, justify="right" if column else "left")
+    title = f"{objective.masking}: {counts['tokens']:,} tokens in {counts['rows']:,} rows"
+    right = (Column(name, justify="right") for name in ("measured", "expected"))
+    table = Table("", *right, title=title, title_justify="left")
     kept = f"{100 * (1 - objective.mask_replace_prob - objective.random_replace_prob):g}%"
     for row in (
         ("ordinary tokens selected", percent("selected", "maskable"), f"{rate('mask_rate')}, rounded in each row"),

@@ -68,13 +68,8 @@ def make_meta(config: Config, tokenizer: Tokenizer, corpus: str, text: dict[str,
       corpus: fingerprint of the corpus; empty where there is none.
       text: `Corpus.about`; empty where there is none.
     """
-    return {
-        "format": FORMAT,
-        "config": config.to_dict(),
-        "tokenizer": {"filename": tokenizer.filename, "base64": base64.b64encode(tokenizer.content).decode()},
-        "corpus": corpus,
-        "text": text,
-    }
+    stored = {"filename": tokenizer.filename, "base64": base64.b64encode(tokenizer.content).decode()}
+    return {"format": FORMAT, "config": config.to_dict(), "tokenizer": stored, "corpus": corpus, "text": text}
 
 
 def read_meta(checkpoint: epath.Path) -> dict[str, Any]:

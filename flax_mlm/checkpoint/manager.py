@@ -15,7 +15,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from flax_mlm.checkpoint.fingerprint import fingerprints, table
 from flax_mlm.checkpoint.format import Damaged, read_meta, restore, split_state
@@ -49,12 +48,11 @@ class Checkpoints:
           lost_within: seconds within which the loss of a process has ended the others (`ProcessGroup.lost_within`).
         """
         self._train, self._meta, self._lost_within = config.train, meta, lost_within
-        self._workdir, self._folder = workdir, workdir / "checkpoints"
+        self._workdir, self._folder = workdir, epath.Path(workdir) / "checkpoints"
         self._is_main, self._is_alone = jax.process_index() == 0, jax.process_count() == 1
         bound_retries()
-        self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(), atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
-        )
+        atomicity = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), atomicity_options=atomicity)
         self._saving: int | None = None
         self._newest: int | None = None  # committed step
         self.failed_in_a_row, self.restored_meta = 0, dict[str, Any]()
@@ -71,7 +69,7 @@ class Checkpoints:
         """Clears away entries that have a step's name and are no step: they would block saving that step."""
         committed = saved_steps(self._workdir)
         for name in self._store.names():
-            path = epath.Path(self._folder / name)
+            path = self._folder / name
             if not name.isdigit() or (is_step(path) and int(name) in committed):
                 continue
             if is_step(path) and path.is_dir() and {entry.name for entry in path.iterdir()} <= _ENTRIES:
@@ -122,15 +120,11 @@ class Checkpoints:
                 raise Failure(f"step {step} is not saved: {not_finite} values of {name} are not finite")
         meta = {**self._meta, "step": step, **run_meta, "arrays": table(items, sums)}
         meta["sha256"] = files.digest(meta)
-        args = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
+        args = {item: ocp.args.StandardSave(tree) for item, tree in items.items()} | {"meta": ocp.args.JsonSave(meta)}
         with self._counting_failures(step, Exception):
             if self._is_main:
                 self._sweep()  # a failed save may have continued in the background
-            self._checkpointer.save(
-                epath.Path(self._folder / str(step)),
-                args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)),
-                force=True,
-            )
+            self._checkpointer.save(self._folder / str(step), args=ocp.args.Composite(**args), force=True)
             self._saving = step
             return True
         return False  # the failure was counted
@@ -160,23 +154,21 @@ class Checkpoints:
         """
         try:
             yield
-            return
-        except errors as e:
-            error = e
-        self.failed_in_a_row += 1
-        try:
-            with gcs.errors(self._workdir):
-                if self._is_main:
-                    with contextlib.suppress(OSError):  # as on a full disk; the next save sweeps again
-                        self._sweep()
-                steps = saved_steps(self._workdir)
-            last = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved yet"
-        except gcs.Unreachable:
-            last = "the last one saved cannot be listed"
-        report = f"step {step} could not be saved ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        if not self._is_alone or self.failed_in_a_row >= self._train.max_failed_saves:
-            raise Failure(f"{report}; {self.failed_in_a_row} saves in a row have failed; {last}") from error
-        print(f"WARNING: {report}; {last}; the next save will try again", flush=True)
+        except errors as error:
+            self.failed_in_a_row += 1
+            try:
+                with gcs.errors(self._workdir):
+                    if self._is_main:
+                        with contextlib.suppress(OSError):  # as on a full disk; the next save sweeps again
+                            self._sweep()
+                    steps = saved_steps(self._workdir)
+                last = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved yet"
+            except gcs.Unreachable:
+                last = "the last one saved cannot be listed"
+            report = f"step {step} could not be saved ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            if not self._is_alone or self.failed_in_a_row >= self._train.max_failed_saves:
+                raise Failure(f"{report}; {self.failed_in_a_row} saves in a row have failed; {last}") from error
+            print(f"WARNING: {report}; {last}; the next save will try again", flush=True)
 
     def restore_latest(self, abstract: Any, log: Callable[[str], None]) -> Any | None:
         """Restores the newest sound state; returns None where nothing was ever saved.
@@ -191,7 +183,7 @@ class Checkpoints:
         """
         items = split_state(abstract)
         while (step := self._agreed(max(saved_steps(self._workdir), default=-1))) >= 0:
-            checkpoint = epath.Path(self._folder / str(step))
+            checkpoint = self._folder / str(step)
             try:
                 meta = self._own_meta(checkpoint)
                 restored = restore(checkpoint, meta, items)

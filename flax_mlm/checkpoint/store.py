@@ -27,6 +27,7 @@ class Store:
 
     def __init__(self, path: gcs.AnyPath):
         self._in_bucket = gcs.is_one(path)
+        self._client: Any = gcs.client() if self._in_bucket else None  # also sets up the client of epath
         self._path: Any = epath.Path(path) if self._in_bucket else Path(path)
 
     def create(self) -> None:
@@ -62,7 +63,7 @@ class Store:
         if self._in_bucket:
             for path in (self._path / name / MARKER, self._path / name):
                 with contextlib.suppress(FileNotFoundError):
-                    gcs.client().rm(os.fspath(path), recursive=True)
+                    self._client.rm(os.fspath(path), recursive=True)
             return
         target = self._new_folder(".trash", name)
         (self._path / name).rename(target / name)
@@ -85,14 +86,14 @@ class Store:
 
     def _quarantine_in_bucket(self, name: str) -> epath.Path:
         """Copies a step, the marker last, then deletes it, the marker first."""
-        marker = gcs.read(self._path / name / MARKER)
+        _, generation = gcs.read(self._path / name / MARKER)
         # The generation names the target, so that processes that see the same damage at once agree on it.
-        target = self._path / _QUARANTINE / f"{name}-{marker[1] if marker else secrets.token_hex(4)}"
+        target = self._path / _QUARANTINE / f"{name}-{generation or secrets.token_hex(4)}"
         source = os.fspath(self._path / name)
-        for file in sorted(gcs.client().find(source), key=lambda file: file.endswith(f"/{name}/{MARKER}")):
+        for file in sorted(self._client.find(source), key=lambda file: file.endswith(f"/{name}/{MARKER}")):
             relative = file.removeprefix(source.removeprefix("gs://"))
             with contextlib.suppress(FileNotFoundError):  # another process has moved it
-                gcs.client().cp_file(file, os.fspath(target / name) + relative)
+                self._client.cp_file(file, os.fspath(target / name) + relative)
         self.delete(name)
         return target
 

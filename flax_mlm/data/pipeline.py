@@ -102,13 +102,12 @@ def _permuted(tf: Any, order: Any, position: Any, num_rows: Any, seed: int) -> A
     # RandomIndexShuffle is a cipher that uses its key as it is: with small numbers for a key, a thousand epochs had
     # only 256 orders among them, and 4 rounds left rows near their position. Hence random words as key, and 16 rounds.
     epochs, which = tf.unique(epoch, out_idx=tf.int64)
-    keys = tf.map_fn(
-        lambda e: tf.random.stateless_uniform(
-            (3,), tf.stack([tf.constant(seed, tf.int64), e]), None, None, tf.uint32, alg="philox"
-        ),
-        epochs,
-        fn_output_signature=tf.uint32,
-    )
+
+    def key(epoch: Any) -> Any:
+        words = tf.stack([tf.constant(seed, tf.int64), epoch])
+        return tf.random.stateless_uniform((3,), words, None, None, tf.uint32, alg="philox")
+
+    keys = tf.map_fn(key, epochs, fn_output_signature=tf.uint32)
     return tf.raw_ops.RandomIndexShuffle(
         index=position % num_rows, seed=tf.gather(keys, which), max_index=num_rows - 1, rounds=16
     )

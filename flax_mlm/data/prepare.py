@@ -123,17 +123,12 @@ def _build(config: Config, source: Source, request: str, output: Path, work: Pat
 
     folder = work / "corpus"
     tokenizer.save(folder)
+    about = {"file": tokenizer.filename, "size": len(tokenizer.content), "sha256": tokenizer.fingerprint}
     manifest = {
         "format": FORMAT,
         "request": request,
         "source": {"name": source.name, "licence": source.licence, "counts": dict(sorted(counts.items()))},
-        "tokenizer": {
-            "file": tokenizer.filename,
-            "size": len(tokenizer.content),
-            "sha256": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "pad_id": tokenizer.pad_id,
-        },
+        "tokenizer": about | {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id},
         "seq_len": data.seq_len,
         "packing": data.packing,
         "validation_fraction": data.validation_fraction,

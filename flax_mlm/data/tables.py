@@ -143,23 +143,20 @@ def read_tagged(path: str) -> Tagged:
       UserError: it cannot be read, is empty, or a line is invalid; the message names it.
     """
     file = Path(path).expanduser()
-    words: list[list[str]] = [[]]
-    tags: list[list[str]] = [[]]
+    sentences: list[list[tuple[str, str]]] = [[]]
     for number, line in enumerate(files.read_text(file).split("\n"), 1):
         fields = re.findall(r"[^ \t]+", line)  # a token may contain other kinds of space
         if not fields or fields[0] == "-DOCSTART-":
-            words.append([])
-            tags.append([])
+            sentences.append([])
             continue
         tag = fields[-1]
         if len(fields) < 2 or not (tag == "O" or (tag[:2] in ("B-", "I-", "E-", "S-") and len(tag) > 2)):
             raise UserError(f"{file}:{number} is '{line[:60]}'; expected a token and a tag such as O, B-PER, I-PER")
-        words[-1].append(fields[0])
-        tags[-1].append(tag)
-    whole = [i for i, sentence in enumerate(words) if sentence]
-    if not whole:
+        sentences[-1].append((fields[0], tag))
+    if not any(sentences):
         raise UserError(f"{file} has no tagged sentences")
-    return Tagged([words[i] for i in whole], [to_bio(tags[i]) for i in whole])
+    words = [[word for word, _ in sentence] for sentence in sentences if sentence]
+    return Tagged(words, [to_bio([tag for _, tag in sentence]) for sentence in sentences if sentence])
 
 
 def to_bio(tags: list[str]) -> list[str]:

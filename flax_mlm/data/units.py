@@ -16,7 +16,6 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -141,7 +140,7 @@ def _tokenise(jobs: Iterable[list[TextChunk]], tokenizer_path: Path, num_workers
                 yield first, *future.result()
         for last, future in pending:
             yield last, *future.result()
-    except BrokenProcessPool as e:
+    except concurrent.futures.BrokenExecutor as e:
         raise UserError("a worker was killed, perhaps for lack of memory; lower data.num_workers and run again") from e
     finally:
         pool.shutdown(cancel_futures=True)

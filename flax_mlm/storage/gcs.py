@@ -157,14 +157,14 @@ def together(function: Callable[[_T], _R], items: Sequence[_T], where: AnyPath) 
         return list(pool.map(function, items))
 
 
-def read(path: AnyPath) -> tuple[bytes, int] | None:
-    """Reads an object and its generation; None if there is no object."""
+def read(path: AnyPath) -> tuple[bytes | None, int]:
+    """Reads an object and its generation; None and 0 if there is no object."""
     bucket, name = _split(path)
     try:
         with errors(path):
             headers, content = client().call("GET", "b/{}/o/{}", bucket, name, alt="media")
     except FileNotFoundError:
-        return None
+        return None, 0
     return content, int(headers["X-Goog-Generation"])
 
 
@@ -188,7 +188,7 @@ def write(path: AnyPath, content: bytes | None, generation: int) -> bool:
             url = client().base.removesuffix("storage/v1/") + f"upload/storage/v1/b/{quote(bucket)}/o"
             client().call("POST", url, data=content, uploadType="media", name=name, **condition)
     except FileExistsError:  # also if the object was written, the response was lost, and gcsfs tried again
-        return (read(path) or (None, 0))[0] == content
+        return read(path)[0] == content
     return True
 
 

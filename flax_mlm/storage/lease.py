@@ -167,8 +167,7 @@ def _start_time(pid: int) -> str | None:
 def _read(file: AnyPath) -> bytes | None:
     """Reads the first 64 KiB; None if there is no file. Raises OSError for a link, and does not wait for a pipe."""
     if not isinstance(file, Path):
-        content, _ = gcs.read(file) or (None, 0)
-        return content
+        return gcs.read(file)[0]
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -186,7 +185,7 @@ def _replace(file: AnyPath, expected: bytes | None, content: bytes | None, run_i
       run_id: of this job, as no other job has it.
     """
     if not isinstance(file, Path):
-        current, generation = gcs.read(file) or (None, 0)
+        current, generation = gcs.read(file)
         return current == expected and gcs.write(file, content, generation)
     temporary = file.with_name(f"{file.name}.{run_id}")
     with _locked(file.parent) as has_lock:

@@ -28,8 +28,9 @@ class Mirror:
 
     def fetch(self, name: str) -> None:
         """Copies a file from the bucket to the folder if it exists. Raises the errors of `gcs.errors`."""
-        if (current := gcs.read(self._target / name)) is not None:
-            (self.folder / name).write_bytes(current[0])
+        content, _ = gcs.read(self._target / name)
+        if content is not None:
+            (self.folder / name).write_bytes(content)
 
     def soon(self) -> None:
         """Requests a copy from the thread now."""

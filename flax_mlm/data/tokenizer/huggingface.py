@@ -32,10 +32,8 @@ class HuggingFaceTokenizer(Tokenizer):
             tokenizer.encode_special_tokens = True  # "[MASK]" in a document is text
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        vocab = self._tokenizer.get_vocab()
-        tokens = [""] * (max(vocab.values()) + 1)
-        for token, i in vocab.items():
-            tokens[i] = token
+        size = max(self._tokenizer.get_vocab().values()) + 1
+        tokens = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
         special_ids = {t["id"] for t in spec["added_tokens"] if t["special"]}
         special_ids |= {i for i, token in enumerate(tokens) if not token}
         model = spec["model"]
