@@ -77,13 +77,7 @@ class Checkpoints:
             else:
                 self._store.quarantine(name)
 
-    def save(
-        self,
-        step: int,
-        state: Any,
-        before: Callable[[], None] = lambda: None,
-        run_meta: dict[str, Any] | None = None,
-    ) -> bool:
+    def save(self, step: int, state: Any, before: Callable[[], None] = lambda: None, **run_meta: Any) -> bool:
         """Starts saving a state once the last save has finished; returns when it is copied from the devices.
 
         A failure is reported, counted and cleaned up; the next save tries again.
@@ -109,7 +103,7 @@ class Checkpoints:
             if self._is_main:
                 before()
             is_saved = self._agreed(int(step in saved_steps(self._workdir)))
-            return bool(is_saved) or self._start(step, state, run_meta or {})
+            return bool(is_saved) or self._start(step, state, run_meta)
         return False  # the failure was counted
 
     def _start(self, step: int, state: Any, run_meta: dict[str, Any]) -> bool:

@@ -6,23 +6,29 @@ A shard holds the rows of one unit of the source (see `sources.py`): an array (r
 and uint32 otherwise; beside it lie the CRC-32 of its rows, uint32 (rows,). corpus.json has the size and SHA-256 of
 every file, and its own SHA-256. Every row is compared with its checksum whenever it is read, so a damaged row is an
 error that names it, never a batch.
+
+Rows are read by their offset in the file, on disk and on object stores (gs://) alike. Files are not memory-mapped: a
+mapped file that shrinks, or whose disk fails, ends the process with SIGBUS. Nothing is ever unpickled.
 """
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from flax_mlm.data.shards import REMEDY, CheckedFile, Shard, reading
 from flax_mlm.data.tokenizer.base import Tokenizer
 from flax_mlm.data.tokenizer.load import load_tokenizer
-from flax_mlm.errors import UserError
+from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
 
 FORMAT = 3  # raised whenever older readers would misread
@@ -30,6 +36,76 @@ MANIFEST = "corpus.json"
 SPLITS = ("train", "validation")
 COUNTS = ("rows", "documents", "tokens", "words", "bytes", "padding")  # of a split, in corpus.json
 _MAX_MANIFEST_BYTES = 1 << 24  # lists some 30,000 shards
+_REMEDY = "copy the folder again, or delete it and prepare again"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedFile:
+    """A file as corpus.json describes it: its size in bytes and its SHA-256."""
+
+    path: epath.Path
+    size: int
+    sha256: str
+
+    def check_size(self) -> None:
+        """Compares the size. Raises UserError."""
+        with _reading(self.path):
+            size = self.path.stat().length if self.path.exists() else None
+        if size is None:
+            raise UserError(f"{self.path} is missing; {_REMEDY}")
+        if size != self.size:
+            raise UserError(f"{self.path} has {size} bytes; corpus.json says {self.size}; {_REMEDY}")
+
+    def content(self) -> bytes:
+        """Reads the file and compares its checksum. Raises UserError."""
+        with _reading(self.path):
+            data = self.path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise UserError(f"{self.path} is damaged: its checksum differs from that in corpus.json; {_REMEDY}")
+        return data
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A .npy file of rows, and one of their checksums."""
+
+    file: CheckedFile
+    checksums: CheckedFile
+    rows: int
+    seq_len: int
+    dtype: np.dtype
+    vocab_size: int
+
+    @functools.cached_property
+    def _crc32(self) -> np.ndarray:
+        return np.frombuffer(self.checksums.content(), np.uint32, self.rows, self.checksums.size - 4 * self.rows)
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Reads rows by number, (n,) -> (n, L) of `dtype`.
+
+        Raises:
+          UserError: a row differs from its checksum, holds an id outside of the vocabulary, or cannot be read.
+        """
+        wanted, inverse = np.unique(indices, return_inverse=True)
+        width = self.seq_len * self.dtype.itemsize
+        header = self.file.size - self.rows * width
+        ends = np.append(np.flatnonzero(np.diff(wanted) > 1) + 1, len(wanted))  # adjacent rows are one range
+        lengths = np.diff(ends, prepend=0)
+        offsets = header + wanted[ends - lengths] * width
+        with _reading(self.file.path):
+            ranges = _read_ranges(self.file.path, offsets.tolist(), (lengths * width).tolist())
+        data = memoryview(b"".join(ranges))
+        for i, (row, crc32) in enumerate(zip(wanted.tolist(), self._crc32[wanted].tolist(), strict=True)):
+            if zlib.crc32(data[i * width : (i + 1) * width]) != crc32:  # also where the file ends early
+                raise UserError(f"{self.file.path} is damaged: row {row} differs from its checksum; {_REMEDY}")
+        tokens = np.frombuffer(data, self.dtype).reshape(-1, self.seq_len)
+        if (largest := tokens.max()) >= self.vocab_size:
+            row = wanted[tokens.max(axis=1).argmax()]
+            raise UserError(
+                f"{self.file.path} contains token id {largest} >= vocabulary size {self.vocab_size} in row {row}; "
+                "prepare it again"
+            )
+        return tokens[inverse.reshape(-1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +187,12 @@ class Corpus:
         folder = gcs.parse("data.corpus", os.fspath(path)) or epath.Path(path).expanduser()
         gcs.check("data.corpus", folder)
         file = folder / MANIFEST
-        with reading(file):
+        with _reading(file):
             if not file.exists():
                 remedy = "make one with `python -m flax_mlm.prepare`"
                 raise UserError(f"{folder} is not a corpus: it has no {MANIFEST}; {remedy}")
             if not 0 < (size := file.stat().length) <= _MAX_MANIFEST_BYTES:  # also a pipe or a device, which has 0
-                raise UserError(f"{file} has {size} bytes; expected 1 to {_MAX_MANIFEST_BYTES}; {REMEDY}")
+                raise UserError(f"{file} has {size} bytes; expected 1 to {_MAX_MANIFEST_BYTES}; {_REMEDY}")
             data = file.read_bytes()
         try:
             manifest = json.loads(data)
@@ -129,10 +205,10 @@ class Corpus:
             if manifest["sha256"] != files.digest(manifest):
                 raise ValueError("its checksum differs from that of its content")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(f"{file} is damaged ({type(e).__name__}: {e}); {REMEDY}") from e
-        corpus._tokenizer.check_size()
+            raise UserError(f"{file} is damaged ({type(e).__name__}: {e}); {_REMEDY}") from e
         shards = [shard for rows in corpus._splits.values() for shard in rows._shards]
-        gcs.together(CheckedFile.check_size, [f for s in shards for f in (s.file, s.checksums)], folder)
+        parts = [corpus._tokenizer, *(file for shard in shards for file in (shard.file, shard.checksums))]
+        gcs.together(CheckedFile.check_size, parts, folder)
         corpus._tokenizer.content()
         return corpus
 
@@ -171,7 +247,7 @@ class Corpus:
         tokenizer = load_tokenizer(self._tokenizer.path)
         if tokenizer.vocab_size != self.vocab_size:
             what = f"{self._tokenizer.path} has {tokenizer.vocab_size} tokens"
-            raise UserError(f"{what}; corpus.json says {self.vocab_size}; {REMEDY}")
+            raise UserError(f"{what}; corpus.json says {self.vocab_size}; {_REMEDY}")
         return tokenizer
 
     def split(self, name: str) -> Rows:
@@ -214,3 +290,30 @@ def _file(folder: epath.Path, entry: dict[str, Any], least: int) -> CheckedFile:
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{name} is a link to {os.path.realpath(path)}, outside of this folder")
     return CheckedFile(path, _whole(entry, "size", least), str(entry["sha256"]))
+
+
+def _read_ranges(path: epath.Path, starts: list[int], lengths: list[int]) -> list[bytes]:
+    """Reads ranges of a file. In a bucket each is a request: an open file would read megabytes ahead of each."""
+    if gcs.is_one(path):
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        return gcs.client().cat_ranges([os.fspath(path)] * len(starts), starts, ends, on_error="raise")
+    file = os.open(path, os.O_RDONLY)  # a buffered file would read 8 KiB for each row
+    try:
+        return [os.pread(file, length, start) for start, length in zip(starts, lengths, strict=True)]
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+    """Turns every exception about a file into a UserError that names it."""
+    try:
+        with gcs.errors(path):
+            yield
+    except (UserError, Failure):
+        raise
+    except Exception as e:  # object stores have exceptions of their own
+        reason = " ".join(str(e).split())
+        raise UserError(
+            f"{path} cannot be read ({type(e).__name__}: {reason}); check that its disk is mounted, or its network up"
+        ) from e

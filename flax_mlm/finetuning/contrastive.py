@@ -160,7 +160,7 @@ def save_encoder(workdir: gcs.AnyPath, model: LoadedModel, encoder: Any, example
     step = before.get("step", 0)
     checkpoints = Checkpoints(workdir, config, meta)
     state = _FineTuned({**model.params, "encoder": encoder}, jnp.int32(step))
-    checkpoints.save(step, state, run_meta={"totals": before.get("totals", {})})
+    checkpoints.save(step, state, totals=before.get("totals", {}))
     checkpoints.close()
 
 

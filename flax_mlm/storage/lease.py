@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,20 +188,24 @@ def _replace(file: AnyPath, expected: bytes | None, content: bytes | None, run_i
         current, generation = gcs.read(file)
         return current == expected and gcs.write(file, content, generation)
     temporary = file.with_name(f"{file.name}.{run_id}")
-    with _locked(file.parent) as has_lock:
+    folder, has_lock = os.open(file.parent, os.O_RDONLY), False
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            has_lock = True
         if _read(file) != expected:
             return False
-        try:
-            if content is None:
-                file.unlink()
-                return True
-            temporary.write_bytes(content)
-            if not has_lock and _parse(expected).get("run_id") != run_id:
-                return _replace_without_lock(file, expected, temporary)
-            temporary.replace(file)
+        if content is None:
+            file.unlink()
             return True
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.write_bytes(content)
+        if not has_lock and _parse(expected).get("run_id") != run_id:
+            return _replace_without_lock(file, expected, temporary)
+        temporary.replace(file)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(folder)
 
 
 def _replace_without_lock(file: Path, expected: bytes | None, temporary: Path) -> bool:
@@ -234,17 +238,3 @@ def _link(file: Path, name: Path) -> bool:
         os.link(file, name)
         return True
     return False
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Locks a folder; yields False on a file system without locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        has_lock = False
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            has_lock = True
-        yield has_lock
-    finally:
-        os.close(descriptor)

@@ -220,7 +220,7 @@ class Run:
             self.logger.writers.flush()
 
         def is_saved() -> bool:
-            return self._checkpoints.save(self.step, self.state, before, run_meta) and (
+            return self._checkpoints.save(self.step, self.state, before, **run_meta) and (
                 not waits or self._checkpoints.wait()
             )
 
