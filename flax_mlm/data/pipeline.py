@@ -90,7 +90,7 @@ def _numpy_batches(tf: Any, dataset: Any, failures: list[Exception]) -> Generato
 def _row_indices(tf: Any, stream: Stream, seed: int, row: Any) -> Any:
     """Maps rows of the stream, int64 (n,), to row numbers in all corpora one after another."""
     num_rows = tf.constant(stream.num_rows, tf.int64)
-    orders = tf.constant(stream.orders or range(len(stream.num_rows)), tf.int64)
+    orders = tf.constant(stream.orders or np.arange(len(stream.num_rows)), tf.int64)
     corpus, position = tf.numpy_function(stream.locate, [row], (tf.int64, tf.int64), stateful=False)
     index = _permuted(tf, tf.gather(orders, corpus), position, tf.gather(num_rows, corpus), seed)
     return index + tf.gather(tf.cumsum(num_rows, exclusive=True), corpus)
