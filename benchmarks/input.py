@@ -48,8 +48,8 @@ def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
     """Seconds of what `prepare` does, one after another, by the same functions; and the bytes of text."""
     from flax_mlm.data import prepare, sources
     from flax_mlm.data.corpus import row_dtype
-    from flax_mlm.data.tokenizer.load import load_tokenizer
-    from flax_mlm.data.tokenizer.sentencepiece import train_tokenizer
+    from flax_mlm.data.prepare import train_tokenizer
+    from flax_mlm.data.tokenizer import load_tokenizer
     from flax_mlm.data.units import make_jobs, write_shard
 
     times, seconds = [time.perf_counter()], {}

@@ -21,7 +21,7 @@ from rich.text import Text
 from flax_mlm.cli import app
 from flax_mlm.config import phases
 from flax_mlm.config.schema import Config
-from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import UserError
 
 if TYPE_CHECKING:

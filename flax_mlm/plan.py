@@ -124,7 +124,7 @@ def adopt_corpus(config: Config) -> tuple[Config, int]:
         data = dataclasses.replace(config.data, seq_len=corpus.seq_len)
         return dataclasses.replace(config, data=data), corpus.vocab_size
     if config.tokenizer.path:
-        from flax_mlm.data.tokenizer.load import load_tokenizer
+        from flax_mlm.data.tokenizer import load_tokenizer
 
         return config, load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file).vocab_size
     return config, config.tokenizer.vocab_size

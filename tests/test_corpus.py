@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flax_mlm.config.schema import TokenizerConfig
 from flax_mlm.data import units
 from flax_mlm.data.corpus import FORMAT, Corpus, row_dtype, write_manifest
-from flax_mlm.data.tokenizer.sentencepiece import train_tokenizer
+from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.units import write_shard
 from flax_mlm.errors import UserError
 

@@ -14,9 +14,8 @@ from safetensors.numpy import load_file, save_file
 from configs import base
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import ModelConfig
-from flax_mlm.data.tokenizer.base import Tokenizer
-from flax_mlm.data.tokenizer.load import load_tokenizer
-from flax_mlm.data.tokenizer.sentencepiece import train_tokenizer
+from flax_mlm.data.prepare import train_tokenizer
+from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.hf import bert, folder, modernbert, sentence_transformers, tokenizer_json

@@ -19,8 +19,8 @@ from configs import base, bert_base, modernbert_base
 from flax_mlm.config.load import build
 from flax_mlm.data import sources
 from flax_mlm.data import tables as labelled
-from flax_mlm.data.tokenizer.base import Tokenizer
-from flax_mlm.data.tokenizer.sentencepiece import train_tokenizer
+from flax_mlm.data.prepare import train_tokenizer
+from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.distributed.batches import shard_batch, shard_rows
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import retrieval

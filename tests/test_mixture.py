@@ -17,7 +17,7 @@ from flax_mlm.config.load import build
 from flax_mlm.config.schema import DataConfig
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
-from flax_mlm.data.tokenizer.sentencepiece import train_tokenizer
+from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.errors import UserError
 
 

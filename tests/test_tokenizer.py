@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from flax_mlm.config.schema import TokenizerConfig
-from flax_mlm.data.tokenizer import sentencepiece as sentencepiece_lib
-from flax_mlm.data.tokenizer.base import Tokenizer
-from flax_mlm.data.tokenizer.load import load_tokenizer
-from flax_mlm.data.tokenizer.sentencepiece import train_tokenizer
+from flax_mlm.data import tokenizer as tokenizer_lib
+from flax_mlm.data.prepare import train_tokenizer
+from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
 
 VOCABULARIES = Path(__file__).parent.parent.parent / "shared" / "data" / "tokenizers"
@@ -184,7 +183,7 @@ def test_long_text_is_encoded_as_if_at_once(text, limit):
     tok = SMALL
     whole = tok._sp.encode(text)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sentencepiece_lib, "MAX_CHARS", limit)
+        m.setattr(tokenizer_lib, "MAX_CHARS", limit)
         tok._cache.clear()  # as it was with another limit
         # Inside a word longer than the limit there is no place to cut; that takes 4096 characters in earnest.
         if all(len(w) < limit for w in re.split("[ \\n]", text)):
@@ -197,7 +196,7 @@ SMALL = train_tokenizer(TEXT, configured(vocab_size=380))
 
 
 def test_words_evicted_from_the_cache_are_encoded_again(tok, monkeypatch):
-    monkeypatch.setattr(sentencepiece_lib, "_CACHE_WORDS", 5)
+    monkeypatch.setattr(tokenizer_lib, "_CACHE_WORDS", 5)
     first = [tok.encode([text])[0].tolist() for text in TEXT]
     assert first == [ids.tolist() for ids in tok.encode(TEXT)]
 

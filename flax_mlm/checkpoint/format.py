@@ -18,8 +18,7 @@ from ml_collections import ConfigDict
 from flax_mlm.checkpoint.store import MARKER, bound_retries, saved_steps
 from flax_mlm.config.load import from_dict
 from flax_mlm.config.schema import Config
-from flax_mlm.data.tokenizer.base import Tokenizer
-from flax_mlm.data.tokenizer.load import TOKENIZERS
+from flax_mlm.data.tokenizer import TOKENIZERS, Tokenizer
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
 

@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flax_mlm.data.tokenizer.base import Tokenizer
-from flax_mlm.data.tokenizer.load import load_tokenizer
+from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
 

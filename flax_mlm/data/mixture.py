@@ -13,8 +13,7 @@ from flax_mlm.config.schema import Config, DataConfig
 from flax_mlm.data.corpus import Corpus, Rows
 from flax_mlm.data.prepare import prepare
 from flax_mlm.data.stream import Stream, counts, whole_numbers
-from flax_mlm.data.tokenizer.base import Tokenizer
-from flax_mlm.data.tokenizer.load import load_tokenizer
+from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files, gcs
 

@@ -5,7 +5,7 @@ Pure functions of their arguments. Every token is written once, and the tokens o
 
 import numpy as np
 
-from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer import Tokenizer
 
 
 def pack(tokens: np.ndarray, lengths: np.ndarray, seq_len: int, tokenizer: Tokenizer, packing: str) -> np.ndarray:

@@ -25,8 +25,7 @@ from flax_mlm.config.schema import DataConfig
 from flax_mlm.data.corpus import COUNTS, SPLITS, row_dtype
 from flax_mlm.data.packing import pack
 from flax_mlm.data.sources import TextChunk
-from flax_mlm.data.tokenizer.base import Tokenizer
-from flax_mlm.data.tokenizer.load import load_tokenizer
+from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files
 

@@ -8,7 +8,7 @@ space, may be segmented differently too.
 from collections.abc import Iterable
 from typing import Any
 
-from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import UserError
 
 TIE = "two segmentations have the same score"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.hf.architecture import Architecture, Layout, position_offset
 from flax_mlm.hf.folder import Folder

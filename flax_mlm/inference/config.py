@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from flax_mlm.checkpoint.format import newest_meta, stored_config
 from flax_mlm.config.load import from_dict
-from flax_mlm.data.tokenizer.load import load_tokenizer
+from flax_mlm.data.tokenizer import load_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.hf.folder import is_hf_folder, open_folder
 from flax_mlm.hf.sentence_transformers import read_pooling

@@ -13,8 +13,7 @@ from etils import epath
 
 from flax_mlm.checkpoint.format import Damaged, find_checkpoints, read_meta, restore, stored_tokenizer
 from flax_mlm.config.schema import Config
-from flax_mlm.data.tokenizer.base import Tokenizer
-from flax_mlm.data.tokenizer.load import load_tokenizer
+from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.distributed.batches import shard_replicated_rows
 from flax_mlm.distributed.mesh import make_mesh, num_batch_shards
 from flax_mlm.errors import UserError

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_mlm.data.tokenizer.base import MASK_TEXT
+from flax_mlm.data.tokenizer import MASK_TEXT
 from flax_mlm.errors import UserError
 from flax_mlm.inference.load import LoadedModel
 

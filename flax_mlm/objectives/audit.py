@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.objectives.masking import Masked
 
 BROKEN = "broken: "  # prefix of the counts of violations

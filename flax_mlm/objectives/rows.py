@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_mlm.config.schema import Config
-from flax_mlm.data.tokenizer.base import Tokenizer
+from flax_mlm.data.tokenizer import Tokenizer
 
 _PURPOSES = ("init", "mask", "dropout", "eval")
 
