@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flax_mlm.data.mixture import Mixture
-from flax_mlm.data.mixture import open_corpus
+from flax_mlm.data.mixture import Mixture, open_corpus
 from flax_mlm.data.pipeline import eval_batches
 from flax_mlm.distributed import batches, mesh, preemption
 from flax_mlm.errors import UserError

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_mlm.data import tables
-from flax_mlm.data.tables import take
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import metrics, report
 from flax_mlm.finetuning.heads import NO_LABEL, fine_tune_head
@@ -41,7 +40,7 @@ def run(
     from seqeval.metrics import classification_report, f1_score
 
     if dev is None:
-        train, dev = (take(train, i) for i in report.hold_out(len(train.words), train.tags))
+        train, dev = (tables.take(train, i) for i in report.hold_out(len(train.words), train.tags))
     parts = {"train": train, "dev": dev, "test": test or dev}
     tags = sorted({tag for sentence in train.tags for tag in sentence} | {"O"})
     rows = {name: split_sentences(model, part, tags, name) for name, part in parts.items()}
