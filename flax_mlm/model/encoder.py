@@ -17,21 +17,10 @@ from flax import nnx
 
 from flax_mlm.config.schema import ModelConfig
 from flax_mlm.distributed.fsdp import gather_fsdp, save_all_but_gathered, splits_parameters
-from flax_mlm.model import projection
+from flax_mlm.model import layers, projection
 from flax_mlm.model.attention import types
 from flax_mlm.model.attention.dispatch import select_kernel
-from flax_mlm.model.layers import (
-    Embeddings,
-    Layer,
-    LayerNorm,
-    Linear,
-    Rotary,
-    Site,
-    dropout,
-    gathered,
-    rotary_table,
-    stacked,
-)
+from flax_mlm.model.layers import Rotary
 
 _REMAT_POLICIES = {
     "none": save_all_but_gathered,
@@ -57,15 +46,15 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, vocab_rows: int, rngs: nnx.Rngs):
         c = self.config = config
-        self.embeddings = Embeddings(c, vocab_rows, rngs)
+        self.embeddings = layers.Embeddings(c, vocab_rows, rngs)
         if c.embedding_size:
-            self.projection = Linear("ED", (c.embedding_size, c.hidden_size), 1, c, rngs)
-        self.layers = stacked(lambda r: Layer(c, r), 1 if c.share_layers else c.num_layers, rngs)
+            self.projection = layers.Linear("ED", (c.embedding_size, c.hidden_size), 1, c, rngs)
+        self.layers = layers.stacked(lambda r: layers.Layer(c, r), 1 if c.share_layers else c.num_layers, rngs)
         if c.norm_position == "pre":
             # Layer 0 has no attention norm: the embeddings are normalised already (arXiv:2412.13663 §2.1.1).
             if c.num_layers > 1:
-                self.attention_norms = stacked(lambda r: LayerNorm(c), c.num_layers - 1, rngs)
-            self.final_norm = LayerNorm(c)
+                self.attention_norms = layers.stacked(lambda r: layers.LayerNorm(c), c.num_layers - 1, rngs)
+            self.final_norm = layers.LayerNorm(c)
 
     def __call__(
         self,
@@ -83,15 +72,15 @@ class Encoder(nnx.Module):
           tokens_BL: int32.
           segment_ids_BL: int32, 0 at padding; tokens attend to their own segment only.
           positions_BL: int32, restarting in each segment.
-          causal: types.Attend to the left only.
+          causal: Attend to the left only.
           token_types_BL: int32; None: type 0 throughout.
           dropout_keys_B: One key per row; None: no dropout.
         """
         with jax.named_scope("embeddings"):
             x_BLD = self.embeddings(tokens_BL, positions_BL, token_types_BL)
-            x_BLD = dropout(x_BLD, dropout_keys_B, self.config.dropout_rate, Site.EMBEDDINGS)
+            x_BLD = layers.dropout(x_BLD, dropout_keys_B, self.config.dropout_rate, layers.Site.EMBEDDINGS)
             if self.config.embedding_size:
-                x_BLD = gathered(self.projection)("BLE,ED->BLD", x_BLD, "LD")
+                x_BLD = layers.gathered(self.projection)("BLE,ED->BLD", x_BLD, "LD")
         attention = self._attention(segment_ids_BL, positions_BL, causal, dropout_keys_B is not None)
         with jax.named_scope("layers"):
             x_BLD = self._apply_layers(x_BLD, *attention, dropout_keys_B)
@@ -107,7 +96,7 @@ class Encoder(nnx.Module):
         kernel = select_kernel(c.attention, segment_ids_BL.shape[1], has_dropout and c.attention_dropout_rate > 0.0)
         attend, rotary = kernel(segment_ids_BL, causal, windows), None
         if c.position_embedding == "rope":
-            tables = [rotary_table(positions_BL, c.hidden_size // c.num_heads, theta) for theta in thetas]
+            tables = [layers.rotary_table(positions_BL, c.hidden_size // c.num_heads, theta) for theta in thetas]
             rotary = jax.tree.map(lambda *t: jnp.stack(t), *tables)
         return attend, rotary
 
@@ -121,19 +110,19 @@ class Encoder(nnx.Module):
         norms = None
         if hasattr(self, "attention_norms"):  # row 0 is never used
             norms = jax.tree.map(lambda p: jnp.concatenate([p[:1], p]), nnx.state(self.attention_norms))
-        layers = None if c.share_layers else nnx.state(self.layers)
+        params = None if c.share_layers else nnx.state(self.layers)
         step: Callable[..., Any] = functools.partial(self._apply_layer, attend, rotary, keys_B)
         if c.remat != "none" or splits_parameters():
             # Unrolled, XLA would merge the recomputation with the forward pass: prevent_cse.
             step = jax.checkpoint(step, policy=_REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
-        xs = (np.arange(c.num_layers, dtype=np.int32), layers, norms)
+        xs = (np.arange(c.num_layers, dtype=np.int32), params, norms)
         x_BLD, _ = jax.lax.scan(step, x_BLD, xs, unroll=not c.scan_layers)
         return x_BLD
 
     def _apply_layer(
         self, attend: types.Attend, rotary: Rotary | None, keys_B: Any, x_BLD: jax.Array, xs: tuple[Any, Any, Any]
     ) -> tuple[jax.Array, None]:
-        """Applies the layer `xs`: (index, its part of `layers`, its part of `attention_norms`); the body of a scan."""
+        """Applies the layer `xs`: (index, its parameters, those of its attention norm); the body of a scan."""
         index, params, norm_params = xs
         if self.config.share_layers:
             params = jax.tree.map(lambda p: p[0], nnx.state(self.layers))
