@@ -16,9 +16,8 @@ from flax_mlm.distributed.mesh import make_mesh, param_spec
 from flax_mlm.errors import UserError
 from flax_mlm.model import encoder, heads, layers
 from flax_mlm.model.attention import dispatch, splash
-from flax_mlm.model.attention.cudnn import cudnn
 from flax_mlm.model.attention.dispatch import resolve_attention, select_kernel
-from flax_mlm.model.attention.xla import xla
+from flax_mlm.model.attention.xla import cudnn, xla
 
 V, L = 50, 24
 BERT = dataclasses.replace(

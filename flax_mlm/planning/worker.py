@@ -14,18 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_mlm.config.phases import Phase, parse_phases
 from flax_mlm.config.schema import Config
-from flax_mlm.distributed import chips
-from flax_mlm.distributed.batches import abstract_batch
+from flax_mlm.distributed import batches, chips
 from flax_mlm.distributed.mesh import bind_to_mesh, check_batch, make_mesh, num_batch_shards
 from flax_mlm.errors import UserError
-from flax_mlm.model.attention.dispatch import resolve_attention, select_kernel
-from flax_mlm.model.attention.xla import xla
+from flax_mlm.model.attention import dispatch, xla
 from flax_mlm.model.heads import vocab_rows
 from flax_mlm.objectives.masking import rates_at
 from flax_mlm.objectives.rows import Vocabulary
-from flax_mlm.planning import cost
+from flax_mlm.planning import cost, hlo
 from flax_mlm.planning.compile import CompiledStep, Target
-from flax_mlm.planning.hlo import Program
 from flax_mlm.training.step import Training, build_training, model_inputs
 
 
@@ -34,7 +31,7 @@ def answer(config: Config, vocab_size: int, target: Target, compiles: bool) -> C
     phase = parse_phases(config)[0]
     config = phase.config
     jax.config.update("jax_compilation_cache_dir", None)
-    cudnn = target.kind == "gpu" and resolve_attention(config, "gpu", lambda width: True) == "cudnn"
+    cudnn = target.kind == "gpu" and dispatch.resolve_attention(config, "gpu", lambda width: True) == "cudnn"
     if cudnn:  # it can only be traced where cuDNN is
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
         phase = phase._replace(config=config)
@@ -48,7 +45,7 @@ def answer(config: Config, vocab_size: int, target: Target, compiles: bool) -> C
         step.cudnn = cudnn
         if not compiles:
             return step
-        rows = abstract_batch(t.global_batch_size, config.data.seq_len, mesh, phase.num_steps is None)
+        rows = batches.abstract_batch(t.global_batch_size, config.data.seq_len, mesh, phase.num_steps is None)
         lowered, begin = training.step.lower(training.abstract, rows, vocab), time.perf_counter()
         try:
             compiled = lowered.compile()
@@ -65,8 +62,8 @@ def answer(config: Config, vocab_size: int, target: Target, compiles: bool) -> C
 def _traced(phase: Phase, vocab_size: int, training: Training, mesh: Any, vocab: Any) -> CompiledStep:
     """Measures what is known before the step is compiled."""
     config, devices, state = phase.config, mesh.devices.flat, training.abstract
-    choice = resolve_attention(config, devices[0].platform)
-    kernel = select_kernel(choice, config.data.seq_len, config.model.attention_dropout_rate > 0.0)
+    choice = dispatch.resolve_attention(config, devices[0].platform)
+    kernel = dispatch.select_kernel(choice, config.data.seq_len, config.model.attention_dropout_rate > 0.0)
     return CompiledStep(
         device_kind=devices[0].device_kind,
         devices=len(devices),
@@ -75,7 +72,7 @@ def _traced(phase: Phase, vocab_size: int, training: Training, mesh: Any, vocab:
         parameters=sum(x.size for x in jax.tree.leaves(state.params)),
         vocab_rows=vocab_rows(config.model, vocab_size),
         flops=training.flops,
-        attention="xla" if kernel is xla else "splash",
+        attention="xla" if kernel is xla.xla else "splash",
         parameter_bytes=_device_bytes(state.params),
         optimizer_bytes=_device_bytes((state.opt_state, state.average)),
         activation_bytes=_activation_bytes(phase, training, mesh, vocab),
@@ -84,7 +81,7 @@ def _traced(phase: Phase, vocab_size: int, training: Training, mesh: Any, vocab:
 
 def _measure(step: CompiledStep, compiled: Any, target: Target, devices: list[Any]) -> None:
     """Adds the measurements of the compiled program."""
-    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
     step.argument_bytes = memory.argument_size_in_bytes
     step.temporary_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     if target.is_tpu:  # only TPUs report the peak; temporaries may reuse donated memory, so that the sum is too high
@@ -138,7 +135,7 @@ def _activation_bytes(phase: Phase, training: Training, mesh: Any, vocab: Any) -
 
     groups_per_device = config.train.batch_groups // num_batch_shards(mesh) if config.train.reproducible else 1
     rows = config.train.global_batch_size // (config.train.gradient_accumulation_steps * groups_per_device)
-    batch = abstract_batch(rows, config.data.seq_len, mesh)
+    batch = batches.abstract_batch(rows, config.data.seq_len, mesh)
     jaxpr = jax.make_jaxpr(forward)(training.abstract.params, batch, vocab).jaxpr
     inputs_of_jaxpr = {id(v) for v in jaxpr.invars}
     kept = {id(v): v.aval for v in jaxpr.outvars if id(v) not in inputs_of_jaxpr and hasattr(v.aval, "sharding")}

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax_mlm.config.schema import Config, MeshConfig
 from flax_mlm.distributed.mesh import batch_spec, make_mesh
 from flax_mlm.errors import UserError
-from flax_mlm.model.attention.cudnn import cudnn
 from flax_mlm.model.attention.types import Kernel
-from flax_mlm.model.attention.xla import xla
+from flax_mlm.model.attention.xla import cudnn, xla
 
 _MIN_LENGTH = {"tpu": 512, "gpu": 128}  # row length from which on a kernel costs less than (L, L) arrays
 _PLATFORM_OF_KERNEL = {"splash": "tpu", "cudnn": "gpu"}
