@@ -179,7 +179,12 @@ class Checkpoints:
         while (step := self._agreed(max(saved_steps(self._workdir), default=-1))) >= 0:
             checkpoint = self._folder / str(step)
             try:
-                meta = self._own_meta(checkpoint)
+                meta = read_meta(checkpoint)
+                if meta["corpus"] != self._meta["corpus"]:
+                    raise UserError(
+                        f"--workdir: '{self._workdir}' was trained on corpus {meta['corpus'][:12]}, and this is "
+                        f"{self._meta['corpus'][:12]}; use another --workdir"
+                    )
                 restored = restore(checkpoint, meta, items)
             except Damaged as e:
                 self._quarantine(step, e, log)
@@ -194,16 +199,6 @@ class Checkpoints:
                 "use another --workdir"
             )
         return None
-
-    def _own_meta(self, checkpoint: epath.Path) -> dict[str, Any]:
-        """Reads the `meta` of a checkpoint. Raises UserError if it belongs to another run."""
-        meta = read_meta(checkpoint)
-        if meta["corpus"] != self._meta["corpus"]:
-            raise UserError(
-                f"--workdir: '{self._workdir}' was trained on corpus {meta['corpus'][:12]}, and this is "
-                f"{self._meta['corpus'][:12]}; use another --workdir"
-            )
-        return meta
 
     def _quarantine(self, step: int, damage: Damaged, log: Callable[[str], None]) -> None:
         """Moves a damaged step to quarantine. With several processes raises Failure: others may have read it."""

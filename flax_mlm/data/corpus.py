@@ -256,8 +256,8 @@ class Corpus:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes corpus.json, with its own checksum in it."""
-    sealed = {**manifest, "sha256": files.digest(manifest)}
-    files.write_bytes(folder / MANIFEST, json.dumps(sealed, indent=1).encode())
+    sealed = json.dumps({**manifest, "sha256": files.digest(manifest)}, indent=1)
+    files.write_bytes(folder / MANIFEST, sealed.encode())
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
@@ -265,8 +265,7 @@ def fingerprint(manifest: dict[str, Any]) -> str:
     end = {"rows": 0, "sha256": ""}  # keeps the last shard of a split apart from the first of the next
     shards = [[s["rows"], s["sha256"]] for name in SPLITS for s in [*manifest["splits"][name]["shards"], end]]
     # The first number versions this hash, not the format: the same rows keep their fingerprint when that changes.
-    content = [1, manifest["seq_len"], manifest["dtype"], manifest["tokenizer"]["sha256"], shards]
-    return files.digest(content)
+    return files.digest([1, manifest["seq_len"], manifest["dtype"], manifest["tokenizer"]["sha256"], shards])
 
 
 def row_dtype(vocab_size: int) -> np.dtype:

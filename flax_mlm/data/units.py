@@ -57,11 +57,8 @@ def make_units(
     jobs = (job for job in make_jobs(chunks) if job[0].unit not in units)
     results = _tokenise(jobs, work / "tokenizer", data.num_workers or os.cpu_count() or 1)
     for unit, group in itertools.groupby(results, lambda result: result[0][0].unit):
-        unit_jobs, unit_ids, sizes = zip(*group, strict=True)
-        unit_chunks = list(itertools.chain(*unit_jobs))
-        ids, documents = np.concatenate(unit_ids), np.array([chunk.document for chunk in unit_chunks], np.int64)
-        table = np.column_stack([documents, np.concatenate(sizes)])
-        is_held_out = np.array([chunk.hash < data.validation_fraction for chunk in unit_chunks])
+        ids, table, hashes = _joined(group)
+        is_held_out = hashes < data.validation_fraction
         units[unit] = {}
         for split, chosen in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
             tokens = ids[np.repeat(chosen, table[:, 1])]
@@ -69,6 +66,15 @@ def make_units(
             units[unit][split] = write_shard(file, tokens, table[chosen], data.seq_len, tokenizer, data.packing)
         files.write_json(finished / f"{unit:05d}.json", units[unit])
     return {split: join_entries([units[unit][split] for unit in sorted(units)]) for split in SPLITS}
+
+
+def _joined(results: Iterable[Tokenised]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Joins jobs: ids (T,), the table of `write_shard` (C, 4), and the hash of each chunk's document (C,)."""
+    jobs, ids, sizes = zip(*results, strict=True)
+    chunks = list(itertools.chain(*jobs))
+    documents = np.array([chunk.document for chunk in chunks], np.int64)
+    table = np.column_stack([documents, np.concatenate(sizes)])
+    return np.concatenate(ids), table, np.array([chunk.hash for chunk in chunks])
 
 
 def make_jobs(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
