@@ -52,11 +52,10 @@ def train(
         from flax_mlm.data import mixture
         from flax_mlm.distributed.mesh import check_batch, make_mesh
         from flax_mlm.storage.lease import Lease, holder
-        from flax_mlm.training import run_config
+        from flax_mlm.training import loop, run_config
         from flax_mlm.training.budget import Budget
         from flax_mlm.training.evaluator import Evaluator
         from flax_mlm.training.logging import RunContext
-        from flax_mlm.training.loop import Diverged, Run, is_multiple
         from flax_mlm.training.metrics import Writers
 
         identity = {"jax": jax.__version__, **flatten(config.to_dict())}
@@ -101,7 +100,7 @@ def train(
 
         # Model and optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.
         context = RunContext(config, workdir, run_phases, mixtures, mesh, group, stop, log, lease, budget)
-        run = Run(context)
+        run = loop.Run(context)
         result_file = workdir / "result.json"
         if run.is_over and result_file.exists():
             result = json.loads(result_file.read_text())
@@ -123,9 +122,9 @@ def train(
         stop.hold()
         try:
             while not run.is_over:
-                if is_multiple(run.step, config.train.eval_every):
+                if loop.is_multiple(run.step, config.train.eval_every):
                     evaluator.evaluate(run)
-                if is_multiple(run.step, config.train.cloze_every):
+                if loop.is_multiple(run.step, config.train.cloze_every):
                     evaluator.evaluate_clozes(run)
                 if run.next_phase != run.phase:
                     run.start_phase()
@@ -139,7 +138,7 @@ def train(
             message = f"stopped by a signal; step {run.step} is saved. The same command continues"
             log(message)
             raise Preempted(message) from None
-        except Diverged:
+        except loop.Diverged:
             run.save(is_last=True)
             raise
         stop.release()

@@ -70,7 +70,7 @@ def _parse(argv: list[str], from_checkpoint: bool, positional: str) -> Config:
     """Sets the flags and builds the config. Raises UserError."""
     source, overrides, rest = _split(argv, "--checkpoint" if from_checkpoint else "--config")
     if not from_checkpoint:
-        config = _config_from_file(source, overrides)
+        config = config_of(argv)
     elif source:
         config = _config_from_checkpoint(source, overrides)
         rest.insert(1, f"--checkpoint={source}")
@@ -135,17 +135,12 @@ def config_arguments(argv: list[str]) -> list[str]:
 
 
 def config_of(arguments: list[str]) -> Config:
-    """Builds the config that a command makes from `--config=FILE.py` and `--config.section.field=value`.
+    """Builds the config of `--config=FILE.py`, the quickstart's by default, and `--config.section.field=value`.
 
     Raises:
-      UserError: as the command does.
+      UserError: there is no such file or field, or the config is not valid.
     """
-    source, overrides, _ = _split(arguments)
-    return _config_from_file(source, overrides)
-
-
-def _config_from_file(path: str | None, overrides: dict[str, Any]) -> Config:
-    """Builds the config of a config file, the quickstart's by default. Raises UserError."""
+    path, overrides, _ = _split(arguments)
     config = _load_file(str(_ROOT / "configs" / "quickstart.py") if path is None else path)
     try:
         config.update_from_flattened_dict(overrides)

@@ -245,10 +245,8 @@ def aligned(curves: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
 def plot(file: Path, runs: list[Run]) -> None:
     """Plots held-out loss against tokens and seconds: each setting's mean over its finished runs, with the standard
     deviation as a band."""
-    curves: dict[str, list[list[dict[str, Any]]]] = {}
-    for run in runs:
-        if run.result():
-            curves.setdefault(describe(run.setting), []).append(run.curve())
+    finished = itertools.groupby([run for run in runs if run.result()], lambda run: describe(run.setting))
+    curves = {setting: [run.curve() for run in group] for setting, group in finished}
     if not curves:
         file.unlink(missing_ok=True)  # a plot of other settings
         return

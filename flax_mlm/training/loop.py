@@ -10,8 +10,7 @@ import jax
 from flax_mlm.checkpoint.format import make_meta
 from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.config import phases
-from flax_mlm.data import mixture
-from flax_mlm.data.pipeline import train_batches
+from flax_mlm.data import mixture, pipeline
 from flax_mlm.distributed.batches import abstract_batch, local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.errors import Failure
@@ -118,7 +117,7 @@ class Run:
     def _open_batches(self) -> None:
         """Opens the batches from the cursor on: a function of (corpora, seed, cursor), without a state to save."""
         data, size = self._context.mixtures[self.phase], self._context.phases[self.phase].config.train.global_batch_size
-        self._batches = train_batches(
+        self._batches = pipeline.train_batches(
             data.split("train"),
             seed=self._context.config.seed,
             global_batch_size=size,
