@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from flax_mlm.cli import app, tables
-from flax_mlm.config.grammar import split
-from flax_mlm.config.schema import Config
+from flax_mlm.config.schema import Config, split
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
 

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 from flax_mlm.cli import app, tables
 from flax_mlm.config import phases
-from flax_mlm.config.grammar import split, unquote
 from flax_mlm.config.knobs import parse, spell
-from flax_mlm.config.schema import Config
+from flax_mlm.config.schema import Config, split
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files
 from flax_mlm.training import metrics, run_config
@@ -70,13 +69,18 @@ def _parse_axis(statement: str) -> tuple[list[str], list[Setting]]:
                 f"--grid: '{item}' has {len(values)} of the {len(fields)} values of {left.strip()}; separate them by &"
             )
         try:
-            setting = {path: parse(path, unquote(value)) for path, value in zip(fields, values, strict=True)}
+            setting = {path: parse(path, _unquote(value)) for path, value in zip(fields, values, strict=True)}
         except UserError as e:
             raise UserError(f"--grid: {e}") from e
         if setting in axis:
             raise UserError(f"--grid names {describe(setting)} twice")
         axis.append(setting)
     return fields, axis
+
+
+def _unquote(text: str) -> str:
+    """Removes the double quotes around a text, if there are any."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
 def describe(setting: Setting) -> str:

@@ -14,9 +14,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flax_mlm.config import validate
-from flax_mlm.config.grammar import split
 from flax_mlm.config.knobs import knob, knobs, parse, value_of
-from flax_mlm.config.schema import INTERPOLATED, Config
+from flax_mlm.config.schema import INTERPOLATED, Config, split
 from flax_mlm.errors import UserError
 
 _FIXED_WITH_RTD = ("name", "generator_size", "generator_depth", "embedding_sharing")  # parameters depend on them

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
-from flax_mlm.config.grammar import split
 from flax_mlm.errors import UserError
 
 CHANGEABLE = "phases of a run may change it"
@@ -286,3 +285,18 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, ready for JSON."""
         return asdict(self)
+
+
+def split(text: str, separator: str) -> list[str]:
+    """Splits a list at its one-character separator, and strips the parts.
+
+    `train.phases`, `data.corpus`, `--grid` and `--tasks` are lists separated by `;`, `,` or `&`. A separator inside
+    double quotes is ordinary text, and so is a quote that is never closed.
+    """
+    parts = [""]
+    for token in re.findall(rf'"[^"]*"|"|{separator}|[^"{separator}]+', text):
+        if token == separator:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return [part.strip() for part in parts]
