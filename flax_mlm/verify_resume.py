@@ -12,7 +12,6 @@ Then it compares what the runs wrote, bit for bit, and exits with 1 if a guarant
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -66,20 +65,21 @@ def main(config: Config) -> int:
         print("no moves: only CPUs can simulate other numbers of devices; set JAX_PLATFORMS=cpu to test moves")
         shapes = []
     every = max(2, steps // 3)
-    config = shortened(config, steps, every)
+    arguments = [*app.config_arguments(sys.argv), *shortened(config, steps, every)]
+    try:
+        app.config_of(arguments)
+    except UserError as e:
+        raise UserError(f"--steps is {steps}, which may be too few: {e}") from e
     here = Shape()
     found: dict[str, list[str]] = {}
     broken: list[str] = []
     with folder_of_runs() as name:
         folder = Path(name)
-        code = "from flax_mlm.config.load import from_dict\n\n"
-        code += f"def get_config():\n    return from_dict({config.to_dict()!r})\n"
-        (folder / "config.py").write_text(code)
 
         def run(name: str, *legs: tuple[Shape, int | None], exact: bool = True) -> None:
             """Trains in some places in turn, and compares the run with `straight`."""
             for shape, kill_at in legs:
-                train(folder / "config.py", folder / name, shape, kill_at)
+                train(arguments, folder / name, shape, kill_at)
             found[name] = hashes(folder / name, steps)
             print_row(name, " > ".join(str(shape) for shape, _ in legs), *found[name])
             pairs = zip(_PARTS, found[name], found["straight"], strict=True)
@@ -104,28 +104,16 @@ def main(config: Config) -> int:
     return 0
 
 
-def shortened(config: Config, steps: int, every: int) -> Config:
-    """The config for a run of `steps` steps that logs each step, and evaluates and saves every `every` steps.
-
-    Raises:
-      UserError: a phase does not fit into so few steps.
-    """
+def shortened(config: Config, steps: int, every: int) -> list[str]:
+    """Arguments for a run of `steps` steps that logs each step, and evaluates and saves every `every` steps."""
     o = config.optimizer
-    length: dict[str, Any] = {**dict.fromkeys(LENGTHS, 0.0), "steps": steps}
-    length["phases"] = phases.in_fractions(phases.parse_phases(config))
-    intervals: dict[str, Any] = {"log_every": 1, "eval_every": every, "checkpoint_every": every, "max_to_keep": 9}
-    config = dataclasses.replace(
-        config,
-        optimizer=dataclasses.replace(o, lawa_every=min(o.lawa_every, max(1, (steps - 1) // o.lawa_count))),
-        train=dataclasses.replace(config.train, **length, **intervals),
-        eval=dataclasses.replace(config.eval, max_rows=config.eval.max_rows or 2 * config.eval.batch_size),
-        log=dataclasses.replace(config.log, tensorboard=False, wandb_project=""),
-    )
-    try:
-        phases.parse_phases(config)
-    except UserError as e:
-        raise UserError(f"--steps is {steps}, which may be too few: {e}") from e
-    return config
+    values: dict[str, Any] = {f"train.{name}": 0.0 for name in LENGTHS}
+    values |= {"train.steps": steps, "train.phases": phases.in_fractions(phases.parse_phases(config))}
+    values |= {"train.log_every": 1, "train.eval_every": every, "train.checkpoint_every": every, "train.max_to_keep": 9}
+    values |= {"eval.max_rows": config.eval.max_rows or 2 * config.eval.batch_size}
+    values |= {"optimizer.lawa_every": min(o.lawa_every, max(1, (steps - 1) // o.lawa_count))}
+    values |= {"log.tensorboard": False, "log.wandb_project": ""}
+    return [f"--config.{path}={value}" for path, value in values.items()]
 
 
 def print_row(name: str, devices: str, *hashes: str) -> None:
@@ -171,9 +159,9 @@ def copy_checkpoint(source: Path, workdir: Path, step: int) -> None:
         shutil.copy(source / name, workdir / name)
 
 
-def train(config_file: Path, workdir: Path, shape: Shape, kill_at: int | None) -> None:
+def train(arguments: list[str], workdir: Path, shape: Shape, kill_at: int | None) -> None:
     """Runs `train` to its end, or kills it after step `kill_at`. Raises Failure."""
-    line = [sys.executable, "-m", "flax_mlm.train", f"--config={config_file}", f"--workdir={workdir}"]
+    line = [sys.executable, "-m", "flax_mlm.train", *arguments, f"--workdir={workdir}"]
     env = dict(os.environ)
     with socket.create_server(("127.0.0.1", 0)) as server:  # which finds a free port
         address = f"127.0.0.1:{server.getsockname()[1]}"
