@@ -17,7 +17,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +56,13 @@ def main(config: Config) -> int:
             print(shlex.join(["python", "-m", "flax_mlm.train", *run.arguments]))
         print(count)
         return 0
-    with lock_folder(workdir) as lock:
-        print(f"{count}; each run's output goes to its train.log", flush=True)
-        return run_all(runs, Trainer(lock), workdir)
+    trainer = Trainer(lock_folder(workdir))
+    print(f"{count}; each run's output goes to its train.log", flush=True)
+    return run_all(runs, trainer, workdir)
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[int]:
-    """Makes a folder and locks it. Processes that inherit the yielded descriptor hold the lock too.
+def lock_folder(folder: Path) -> int:
+    """Makes a folder and locks it, until this process and all that inherit the returned descriptor have ended.
 
     Raises:
       UserError: the folder is locked, or cannot be made.
@@ -74,15 +72,12 @@ def lock_folder(folder: Path) -> Iterator[int]:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as e:
         raise UserError(f"--workdir: '{folder}' cannot be used: {e.strerror}") from e
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks; train has a lease
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--workdir: '{folder}' is in use by another sweep, or by a run of one") from None
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):  # a file system without locks; train has a lease
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--workdir: '{folder}' is in use by another sweep, or by a run of one") from None
+    return descriptor
 
 
 class Trainer:

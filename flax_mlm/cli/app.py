@@ -118,10 +118,8 @@ def _split(argv: list[str], source_flag: str = "--config") -> tuple[str | None, 
             elif text is None and (text := next(arguments, None)) is None:
                 raise UserError(f"--config.{path} has no value; write --config.{path}=VALUE")
             overrides[path] = parse(path, text)
-        elif argument == source_flag:
-            source = next(arguments, "")
-        elif argument.startswith(f"{source_flag}="):
-            source = argument.removeprefix(f"{source_flag}=")
+        elif match := re.fullmatch(f"{source_flag}(?:=(.*))?", argument, re.DOTALL):
+            source = next(arguments, "") if match[1] is None else match[1]
         else:
             rest.append(argument)
     return source, overrides, rest
