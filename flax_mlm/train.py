@@ -94,7 +94,7 @@ def train(
         )
         if is_main:
             run_config.take(workdir, config)
-            if config.train.has_budget:
+            if config.train.budget_minutes:
                 budget = Budget(workdir, 60 * config.train.budget_minutes)
                 stack.callback(budget.close)
 

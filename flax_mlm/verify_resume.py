@@ -173,19 +173,17 @@ def train(arguments: list[str], workdir: Path, shape: Shape, kill_at: int | None
         processes = []
         for i in range(shape.processes):
             cluster = [f"--coordinator={address}", f"--num_processes={shape.processes}", f"--process_id={i}"]
-            process = subprocess.Popen(
-                line + cluster * (shape.processes > 1),
-                env=env, stdout=subprocess.PIPE if i == 0 else subprocess.DEVNULL, stderr=log, text=True,
-            )  # fmt: skip
-            at_exit.callback(process.wait)
-            at_exit.callback(process.kill)
-            processes.append(process)
+            command = line + cluster * (shape.processes > 1)
+            output = subprocess.DEVNULL if i else subprocess.PIPE
+            processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=log, text=True))
+            at_exit.enter_context(processes[i])
+            at_exit.callback(processes[i].kill)
         assert processes[0].stdout
-        for output in processes[0].stdout:
-            log.write(output)
-            if kill_at is not None and output.startswith(f"step {kill_at}/"):
+        for text in processes[0].stdout:
+            log.write(text)
+            if kill_at is not None and text.startswith(f"step {kill_at}/"):
                 for process in processes:
-                    process.send_signal(signal.SIGKILL)
+                    process.kill()
         codes = [process.wait() for process in processes]
         if codes != [-signal.SIGKILL if kill_at is not None else 0] * shape.processes:
             log.seek(0)

@@ -39,7 +39,7 @@ def banner(run_phases: list[Phase], mixtures: list[Any], mesh: Any, training: An
     rows = [(p.num_steps or 0) * p.config.train.global_batch_size for p in run_phases]
     for mixture in {id(mixture): mixture for mixture in mixtures}.values():  # phases may share one
         _print_corpora(mixture, sum(n for m, n in zip(mixtures, rows, strict=True) if m is mixture))
-    length = f"{first.train.budget_minutes:g} minutes" if first.train.has_budget else f"{first.train.steps:,} steps"
+    length = f"{first.train.budget_minutes:g} minutes" if first.train.budget_minutes else f"{first.train.steps:,} steps"
     tokens = sum(n * m.tokens_per_row for n, m in zip(rows, mixtures, strict=True))
     average = first.optimizer.averages
     averaged = f" (evaluates the {average} average of the weights)" if average != "none" else ""

@@ -184,11 +184,6 @@ class TrainConfig:
         """The run's length in `unit`."""
         return getattr(self, self.unit)
 
-    @property
-    def has_budget(self) -> bool:
-        """True if the run ends when its time is used up."""
-        return self.budget_minutes > 0
-
 
 @dataclass(frozen=True)
 class EvalConfig:

@@ -166,7 +166,7 @@ def _check_training(c: Config) -> None:
         check_snapshots(o, t.steps)
     for setting, value in (("name", "schedule_free"), ("averaging", "lawa")):
         _need(
-            not t.has_budget or getattr(o, setting) != value,
+            not t.budget_minutes or getattr(o, setting) != value,
             f"train.{t.unit} is set, but optimizer.{setting}={value} needs a known number of steps; set train.steps or "
             "train.tokens",
         )

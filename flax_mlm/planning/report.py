@@ -143,7 +143,7 @@ def cost_lines(
     mfu = [roofline.mfu(step, chip, s) for s in reversed(bounds)]
     yield f"a step      {span([1e3 * s for s in bounds], ',.1f', ' ms')}, MFU {span(mfu, '.0%', '')}"
     yield f"a day       {billion_tokens(86400)}"
-    by_clock = t.has_budget and not token_budget
+    by_clock = t.budget_minutes > 0 and not token_budget
     if by_clock:
         hours = [t.budget_minutes / 60]
         yield f"the run     {billion_tokens(3600 * hours[0])} in the {hours[0]:,.2f} hours of train.{t.unit}"

@@ -40,7 +40,7 @@ class Evaluator:
 
     def calibrate_budget(self, run: Run) -> None:
         """Evaluates once in each phase of a run with a budget, to learn what time its last evaluation will take."""
-        if not self._context.config.train.has_budget or run.phase in self._calibrated:
+        if not self._context.config.train.budget_minutes or run.phase in self._calibrated:
             return
         self._calibrated.add(run.phase)
         if self._context.budget:

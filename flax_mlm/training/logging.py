@@ -95,7 +95,7 @@ class Logger:
         """Prints `step N/TOTAL` and a summary; the total of a run with a budget is extrapolated."""
         if self.writers:
             train = self._context.phases[-1].config.train
-            total = f"~{max(step, round(step / max(progress, 1e-9)))}" if train.has_budget else f"{train.steps}"
+            total = f"~{max(step, round(step / max(progress, 1e-9)))}" if train.budget_minutes else f"{train.steps}"
             print(f"step {step}/{total}  {summary}", flush=True)
             self.writers.write(step, kind, values, text)
 

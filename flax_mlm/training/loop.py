@@ -99,7 +99,7 @@ class Run:
         """
         for phase in range(self.next_phase, len(self._context.phases)):
             train, seq_len = self._context.phases[phase].config.train, self._context.mixtures[phase].seq_len
-            batch = abstract_batch(train.global_batch_size, seq_len, self._context.mesh, train.has_budget)
+            batch = abstract_batch(train.global_batch_size, seq_len, self._context.mesh, train.budget_minutes > 0)
             with self._context.group.untimed("compiling"):
                 lowered = self.training_of[phase].step.lower(self.training_of[0].abstract, batch, self._vocab)
                 self._programs[phase] = lowered.compile()
@@ -110,7 +110,7 @@ class Run:
         self.logger = Logger(self._context, writers, self.progress, self._checkpoints.restored_meta.get("totals", {}))
         if self._context.budget:
             self._context.budget.progress = self.progress
-        self._times_next_save = self._context.config.train.has_budget
+        self._times_next_save = self._context.config.train.budget_minutes > 0
         self._open_batches()
         return self.logger
 
@@ -166,7 +166,7 @@ class Run:
         context.group.progress("waiting for a batch", self.step)
         with self.logger.speed.waiting():
             rows = next(self._batches)
-        if context.config.train.has_budget:
+        if context.config.train.budget_minutes:
             progress = context.budget.next_progress() if context.budget else 0.0
         batch = shard_batch(rows, context.mesh, context.stop.requested, progress)
         context.group.progress("training", self.step)
