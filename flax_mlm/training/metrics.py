@@ -125,9 +125,11 @@ class Writers:
             self._mirror.fetch(_METRICS)
         self._folder = self._mirror.folder if self._mirror else Path(workdir)
         file = self._folder / _METRICS
-        written = file.read_text().splitlines(keepends=True) if file.exists() else []
-        if (kept := [line for line in written if _is_before(line, start_step)]) != written:
-            files.write_text(file, "".join(kept))
+        written = lines(self._folder)
+        kept = [m for m in written if m["step"] < start_step or (m["step"], m["kind"]) == (start_step, "train")]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if file.exists() and file.read_text() != text:
+            files.write_text(file, text)
         self._file, self._unwritten = file.open("ab", buffering=0), b""
         self._tensorboard = self._wandb = None
         if config.log.tensorboard:
@@ -194,11 +196,3 @@ class Writers:
             self._mirror.close()
         if self._wandb:
             self._wandb.finish()
-
-
-def _is_before(line: str, start_step: int) -> bool:
-    try:
-        m = json.loads(line)
-        return m["step"] < start_step or (m["step"] == start_step and m["kind"] == "train")
-    except (ValueError, KeyError, TypeError):  # an incomplete line, left by a kill
-        return False
