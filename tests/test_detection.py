@@ -29,7 +29,7 @@ from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.load import load_model
 from flax_mlm.model import electra, flops
 from flax_mlm.objectives import masking
-from flax_mlm.objectives.replaced_token_detection import corrupt, replaced_token_detection, sample_tokens
+from flax_mlm.objectives.losses import corrupt, replaced_token_detection, sample_tokens
 from flax_mlm.objectives.rows import row_keys, run_key
 from flax_mlm.objectives.targets import Targets, make_targets, max_predictions_per_row
 from flax_mlm.training import metrics

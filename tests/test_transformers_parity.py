@@ -23,8 +23,7 @@ from flax_mlm.hf.weights import param_mappings, params_to_tensors, tensors_to_pa
 from flax_mlm.inference.forward import build_forward
 from flax_mlm.model import electra, heads
 from flax_mlm.objectives import masking
-from flax_mlm.objectives.language_modelling import token_losses
-from flax_mlm.objectives.replaced_token_detection import corrupt, sample_tokens
+from flax_mlm.objectives.losses import corrupt, sample_tokens, token_losses
 from flax_mlm.objectives.rows import Vocabulary
 from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
 

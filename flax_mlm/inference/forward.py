@@ -15,8 +15,7 @@ from flax_mlm.errors import UserError
 from flax_mlm.model import electra, encoder, heads
 from flax_mlm.model.attention.dispatch import resolve_attention
 from flax_mlm.objectives import masking, rows, targets
-from flax_mlm.objectives.language_modelling import Loss, language_modelling, log_probabilities
-from flax_mlm.objectives.replaced_token_detection import replaced_token_detection
+from flax_mlm.objectives.losses import Loss, language_modelling, log_probabilities, replaced_token_detection
 from flax_mlm.objectives.rows import Vocabulary
 
 # tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,); in a run with a budget also progress float32 (B,), the

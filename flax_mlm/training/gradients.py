@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax_mlm.config.schema import TrainConfig
 from flax_mlm.distributed.batches import split_microbatches
 from flax_mlm.distributed.deterministic import sum_groups
-from flax_mlm.objectives.language_modelling import Loss
+from flax_mlm.objectives.losses import Loss
 from flax_mlm.training.state import Metrics
 
 # (parameters, counts over the global batch, (Targets, dropout keys)) -> (gradient, metrics); both are sums over the

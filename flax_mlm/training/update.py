@@ -11,7 +11,7 @@ from flax_mlm.config.phases import Phase
 from flax_mlm.config.schema import OptimizerConfig
 from flax_mlm.distributed.deterministic import gather_whole
 from flax_mlm.distributed.mesh import reshard_like
-from flax_mlm.objectives.language_modelling import Loss
+from flax_mlm.objectives.losses import Loss
 from flax_mlm.optim import averaging, optimizer, spikes
 from flax_mlm.training.gradients import Gradient
 from flax_mlm.training.state import Metrics, TrainState
