@@ -54,7 +54,6 @@ def train(
         from flax_mlm.storage.lease import Lease, holder
         from flax_mlm.training import loop, run_config
         from flax_mlm.training.budget import Budget
-        from flax_mlm.training.evaluator import Evaluator
         from flax_mlm.training.logging import RunContext
         from flax_mlm.training.metrics import Writers
 
@@ -114,7 +113,7 @@ def train(
             console.banner(run_phases, mixtures, mesh, run.training_of[0], memory)
             writers = Writers(workdir, config, run.step)
             stack.callback(writers.close)
-        evaluator = Evaluator(context, run.begin(writers))
+        run.begin(writers)
         progress_bar = stack.enter_context(Progress(disable=not (is_main and sys.stdout.isatty())))
         bar = progress_bar.add_task("training", total=1.0)
 
@@ -123,12 +122,12 @@ def train(
         try:
             while not run.is_over:
                 if loop.is_multiple(run.step, config.train.eval_every):
-                    evaluator.evaluate(run)
+                    run.evaluate()
                 if loop.is_multiple(run.step, config.train.cloze_every):
-                    evaluator.evaluate_clozes(run)
+                    run.evaluate_clozes()
                 if run.next_phase != run.phase:
                     run.start_phase()
-                evaluator.calibrate_budget(run)
+                run.calibrate_budget()
                 run.make_step()
                 progress_bar.update(bar, completed=run.progress)
                 if run.save_is_due:
@@ -145,7 +144,7 @@ def train(
         run.close()
 
         # The result.
-        result = evaluator.evaluate(run)
+        result = run.evaluate()
         if is_main:
             files.write_json(result_file, result)
             console.summary(workdir, run.model(), result)

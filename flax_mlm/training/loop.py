@@ -1,6 +1,8 @@
 """The state of a run between its steps; train.py says what happens when."""
 
+import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Generator
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from flax_mlm.data import mixture, pipeline
 from flax_mlm.distributed.batches import abstract_batch, local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.errors import Failure
+from flax_mlm.evaluation import cloze, mlm
 from flax_mlm.inference.load import LoadedModel, start_params
 from flax_mlm.objectives.rows import Vocabulary
 from flax_mlm.training.logging import Logger, RunContext
@@ -54,6 +57,7 @@ class Run:
         """Restores the newest sound checkpoint, else takes the weights of `init_from`, else initialises new ones."""
         self._context, self._programs = context, dict[int, jax.stages.Compiled]()
         self._pending: _Pending | None = None
+        self._evaluated, self._calibrated = set[int](), set[int]()  # phases
         mixtures = context.mixtures
         self._tokenizer = mixtures[0].tokenizer()
         self._vocab = Vocabulary.from_tokenizer(self._tokenizer)
@@ -105,14 +109,13 @@ class Run:
                 self._programs[phase] = lowered.compile()
         return [memory for program in self._programs.values() if (memory := program.memory_analysis())]
 
-    def begin(self, writers: Writers | None) -> Logger:
-        """Starts the clock and the data pipeline. Returns the logger; `writers` are those of process 0."""
+    def begin(self, writers: Writers | None) -> None:
+        """Starts the clock and the data pipeline. `writers` are those of process 0."""
         self.logger = Logger(self._context, writers, self.progress, self._checkpoints.restored_meta.get("totals", {}))
         if self._context.budget:
             self._context.budget.progress = self.progress
         self._times_next_save = self._context.config.train.budget_minutes > 0
         self._open_batches()
-        return self.logger
 
     def _open_batches(self) -> None:
         """Opens the batches from the cursor on: a function of (corpora, seed, cursor), without a state to save."""
@@ -234,6 +237,45 @@ class Run:
         with self.logger.pause("saving" if waits else "handing over what to save"), context.group.untimed("saving"):
             while not is_saved() and is_last:
                 time.sleep(1)  # the manager gives up after `train.max_failed_saves`
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures loss and accuracy on held-out rows (see `evaluation.mlm.run`), and logs them.
+
+        Raises:
+          Stopped: a signal has come, on whichever process.
+        """
+        group, data, model = self._context.group, self._context.mixtures[self.phase], self.model()
+
+        def must_stop() -> bool:
+            group.progress("evaluating", self.step)
+            return self._context.stop.requested
+
+        if self.phase not in self._evaluated:  # one batch compiles, which may take any time
+            with group.untimed("compiling"), self.logger.pause("compiling"), contextlib.suppress(Stopped):
+                mlm.run(model, data, lambda: True)
+            self._evaluated.add(self.phase)
+        with self.logger.pause("evaluating"):
+            result = mlm.run(model, data, must_stop)
+        self.logger.validation(self.step, self.progress, result)
+        return result
+
+    def calibrate_budget(self) -> None:
+        """Evaluates once in each phase of a run with a budget, to learn what time its last evaluation will take."""
+        if self._context.config.train.budget_minutes and self.phase not in self._calibrated:
+            self._calibrated.add(self.phase)
+            if self._context.budget:
+                self._context.budget.forget("evaluating")
+            self.evaluate()
+
+    def evaluate_clozes(self) -> None:
+        """Ranks the answers of the built-in clozes, which a person can read, and logs the ranks."""
+        report_progress = functools.partial(self._context.group.progress, "filling clozes", self.step)
+        report_progress()
+        model = self.model()
+        if clozes := cloze.fitting(model, cloze.BUILT_IN):
+            with self.logger.pause("filling clozes"):
+                result = cloze.run(model, clozes, report_progress)
+            self.logger.clozes(self.step, self.progress, result, "\n\n".join(cloze.table(result)))
 
     def close(self) -> None:
         """Ends the data pipeline, and waits for the last save. Raises Failure."""
