@@ -1,4 +1,4 @@
-"""The state of a run between its steps; train.py says what happens when."""
+"""A run as `train` steers it: its state, data, evaluations and checkpoints; train.py says what happens when."""
 
 import contextlib
 import dataclasses
