@@ -31,30 +31,26 @@ class Candidate(NamedTuple):
     line: str  # of the table
 
 
-def changed(config: Config, change: Change) -> Config | None:
-    """Applies a change, or returns None where the config becomes invalid."""
+def compile_changed(
+    config: Config, change: Change, vocab_size: int, target: Target, chip: chips.Chip | None
+) -> tuple[Config | None, CompiledStep | None]:
+    """Applies a change, and compiles the step.
+
+    Returns:
+      the config, None where it is invalid; and the step, None where it does not fit.
+    """
     values = from_dict(config.to_dict())
     values.update_from_flattened_dict(change)
+    other = None
     try:
-        return build(values)
-    except UserError:
-        return None
-
-
-def compile_if_fits(
-    config: Config | None, vocab_size: int, target: Target, chip: chips.Chip | None
-) -> CompiledStep | None:
-    """Compiles the step, or returns None where the config is invalid or does not fit."""
-    if config is None:
-        return None
-    try:
-        traced = compile_step_for(config, vocab_size, target, compiles=False)
-    except UserError:  # rows that the mesh cannot divide
-        return None
+        other = build(values)
+        traced = compile_step_for(other, vocab_size, target, compiles=False)
+    except UserError:  # from the second: rows that the mesh cannot divide
+        return other, None
     if chip and traced.least_bytes > _MEMORY_FACTOR * chip.memory * traced.chips / traced.devices:
-        return None
-    step = compile_step_for(config, vocab_size, target)
-    return None if step.error else step
+        return other, None
+    step = compile_step_for(other, vocab_size, target)
+    return other, None if step.error else step
 
 
 def smallest_change(config: Config, vocab_size: int, target: Target, chip: chips.Chip | None) -> Change | None:
@@ -70,7 +66,8 @@ def smallest_change(config: Config, vocab_size: int, target: Target, chip: chips
     pairs = [a | b for i, a in enumerate(singles) for b in singles[:i] if not a.keys() & b.keys()]
     for change in singles + pairs:
         description = ", ".join(f"{name}={value}" for name, value in change.items() if value != -1)
-        if (step := compile_if_fits(changed(config, change), vocab_size, target, chip)) is not None:
+        _, step = compile_changed(config, change, vocab_size, target, chip)
+        if step is not None:
             _log(f"  {description}: fits, {gib(step.total_bytes)}")
             return {name: value for name, value in change.items() if value != -1 or config.mesh.data != -1}
         _log(f"  {description}: does not fit")
@@ -90,8 +87,7 @@ def sweep(config: Config, vocab_size: int, target: Target, chip: chips.Chip, mes
                     continue
                 change: Change = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
                 change |= {"model.remat": remat, "train.gradient_accumulation_steps": microbatches}
-                other = changed(config, change)
-                step = compile_if_fits(other, vocab_size, target, chip)
+                other, step = compile_changed(config, change, vocab_size, target, chip)
                 line = f"{'×'.join(map(str, mesh)):18}{remat:7}{microbatches:13}"
                 if other is None or step is None:
                     _log(f"{line}  does not fit" if other else f"{line}  invalid config")
