@@ -287,6 +287,13 @@ def test_every_config_builds(toy, path):
     build(from_dict(config))
 
 
+def test_an_unknown_field_of_a_config_built_in_python_is_named_with_the_nearest_one():
+    config = base.get_config()
+    config.train.stepz = 3
+    with pytest.raises(UserError, match=r"no field 'train\.stepz'; did you mean 'train\.steps'"):
+        build(config)
+
+
 def test_base_and_the_dataclasses_name_the_same_fields_in_the_same_order():
     source = (ROOT / "configs" / "base.py").read_text()
     assert re.findall(r"^    c\.([\w.]+) = (?!ConfigDict)", source, re.MULTILINE) == list(knobs())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from flax_mlm.config import validate
-from flax_mlm.config.knobs import knobs
+from flax_mlm.config.knobs import knob, knobs
 from flax_mlm.config.phases import parse_phases
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
@@ -28,8 +28,8 @@ def build(config_dict: ConfigDict) -> Config:
     names = flatten(values).keys()
     if missing := knobs().keys() - names:
         raise UserError(f"config has no field '{min(missing)}'; start from configs/base.py")
-    if unknown := names - knobs().keys():
-        raise UserError(f"config has an unknown field '{min(unknown)}'; see configs/base.py")
+    for name in sorted(names - knobs().keys()):
+        knob(name)  # raises
     for section in fields(Config):
         if is_dataclass(section.type):
             values[section.name] = typing.cast(Any, section.type)(**values[section.name])
@@ -74,9 +74,9 @@ class Entry(NamedTuple):
 def entries() -> list[Entry]:
     """Every field with its default and comment from configs/base.py, in the order of the dataclasses."""
     defaults, comments, result = flatten(base().to_dict()), _comments(BASE.read_text()), []
-    for name, knob in knobs().items():
-        allowed = " | ".join(knob.allowed) if isinstance(knob.allowed, tuple) else str(knob.allowed or "")
-        kind = knob.type.__name__ + " or none" * knob.optional
+    for name, field in knobs().items():
+        allowed = " | ".join(field.allowed) if isinstance(field.allowed, tuple) else str(field.allowed or "")
+        kind = field.type.__name__ + " or none" * field.optional
         result.append(Entry(name, kind, defaults[name], allowed, comments[name]))
     return result
 

@@ -62,9 +62,9 @@ def entity_f1(counts_N3: np.ndarray) -> float:
 def loss_and_accuracy(count_R: np.ndarray, loss_R: np.ndarray, correct_R: np.ndarray) -> dict[str, float]:
     """Computes loss and accuracy per prediction, and their standard errors over rows, from sums of each row."""
     result: dict[str, float] = {}
-    total = count_R.sum()
+    total = float(count_R.sum())
     for name, sum_R in (("loss", loss_R), ("accuracy", correct_R)):
-        ratio = sum_R.sum() / total
+        ratio = float(sum_R.sum()) / total
         stderr = math.sqrt(np.square(sum_R - ratio * count_R).sum()) / total
         result |= {name: ratio, f"{name}_stderr": stderr}
     return result
