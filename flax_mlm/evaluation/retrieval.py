@@ -65,7 +65,8 @@ def read_pairs(source: str, split: str) -> contrastive.Pairs:
                 "that do, in columns query and positive"
             )
         positive = query if len(record) == 1 else positive
-        negatives = negatives if isinstance(negatives, list) else [negatives] if negatives else []
+        negatives = negatives or []
+        negatives = negatives if isinstance(negatives, list) else [negatives]
         if not all(isinstance(text, str) and text.strip() for text in (query, positive, *negatives)):
             columns = ", ".join(map(str, record))
             raise UserError(f"{location} has columns {columns}; expected texts in columns query and positive")

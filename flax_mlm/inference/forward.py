@@ -27,7 +27,7 @@ class EvalOutput(NamedTuple):
     """Losses of a batch's predicted tokens, whole on every device; K prediction slots a row."""
 
     scored: Any  # TokenLosses; with rtd DetectionLosses
-    weights_BK: jax.Array  # float32, 1 for a slot in use
+    weights_BK: jax.Array  # float32, 1 for a prediction slot in use
     labels_BK: jax.Array  # int32
     positions_BK: jax.Array  # int32, position of the predicted token in its segment
 

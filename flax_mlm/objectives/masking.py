@@ -40,7 +40,7 @@ class Masked(NamedTuple):
     inputs_BL: jax.Array  # int32
     positions_BK: jax.Array  # int32
     labels_BK: jax.Array  # int32, the original ids
-    weights_BK: jax.Array  # float32, 1 for a slot in use
+    weights_BK: jax.Array  # float32, 1 for a prediction slot in use
 
 
 class Units(NamedTuple):

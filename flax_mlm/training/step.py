@@ -107,8 +107,8 @@ def _slots(phase: Phase) -> int:
 
 def _flops(phase: Phase, vocab_size: int) -> float:
     """Model FLOPs of one step."""
-    config, slots = phase.config, _slots(phase)
+    config, num_predictions = phase.config, _slots(phase)
     rows = heads.vocab_rows(config.model, vocab_size)
     if config.objective.name == "rtd":
-        return config.train.global_batch_size * flops.per_row_of_rtd(config, slots, rows)
-    return config.train.global_batch_size * flops.per_row(config.model, config.data.seq_len, slots, rows)
+        return config.train.global_batch_size * flops.per_row_of_rtd(config, num_predictions, rows)
+    return config.train.global_batch_size * flops.per_row(config.model, config.data.seq_len, num_predictions, rows)
