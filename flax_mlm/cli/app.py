@@ -24,7 +24,6 @@ from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import environment
 from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError
-from flax_mlm.hf.folder import is_hf_folder
 from flax_mlm.inference.config import apply_folder, read_config
 
 _ROOT = Path(__file__).parents[2]
@@ -72,7 +71,7 @@ def _parse(argv: list[str], from_checkpoint: bool, positional: str) -> Config:
     if not from_checkpoint:
         config = config_of(argv)
     elif source:
-        config = _config_from_checkpoint(source, overrides)
+        config = build(read_config(source, overrides))
         rest.insert(1, f"--checkpoint={source}")
     else:
         raise UserError("--checkpoint is missing; name the workdir of a run, a checkpoint or a Hugging Face folder")
@@ -146,15 +145,6 @@ def config_of(arguments: list[str]) -> Config:
         raise UserError(f"--config: {e.args[0]} Start the config from configs/base.py") from e
     if config.get("init_from"):
         apply_folder(config, overrides.keys())
-    return build(config)
-
-
-def _config_from_checkpoint(path: str, overrides: dict[str, Any]) -> Config:
-    """Builds the config of a checkpoint or a Hugging Face folder. Raises UserError."""
-    config = read_config(path)
-    config.update_from_flattened_dict(overrides)
-    if is_hf_folder(path):
-        apply_folder(config, overrides.keys(), as_is=True)
     return build(config)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax_mlm.config.load import build
 from flax_mlm.errors import UserError
 from flax_mlm.inference import embeddings, likelihood, mask_filler
-from flax_mlm.inference.config import apply_folder, read_config
+from flax_mlm.inference.config import read_config
 from flax_mlm.inference.load import LoadedModel, load_model
 
 
@@ -26,10 +26,7 @@ def load(path: str | os.PathLike[str]) -> "Model":
       UserError: there is no checkpoint, none is sound, or the folder holds a model that our encoder cannot compute.
     """
     path = os.fspath(path)
-    config = read_config(path)
-    if config.init_from == path:  # a Hugging Face folder
-        apply_folder(config, as_is=True)
-    return Model(load_model(path, build(config)))
+    return Model(load_model(path, build(read_config(path))))
 
 
 class Model:

@@ -1,7 +1,9 @@
 """The config of a checkpoint or of a Hugging Face folder."""
 
 import sys
-from collections.abc import Set
+from collections.abc import Mapping, Set
+from types import MappingProxyType
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -13,22 +15,25 @@ from flax_mlm.hf.folder import is_hf_folder, open_folder
 from flax_mlm.hf.sentence_transformers import read_pooling
 
 
-def read_config(path: str) -> ConfigDict:
-    """Reads the config of a checkpoint, with a mesh that fits these devices.
+def read_config(path: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> ConfigDict:
+    """Reads the config of a checkpoint, with a mesh that fits these devices, or makes that of a Hugging Face folder.
 
     Args:
       path: the workdir of a run (its newest sound checkpoint), WORKDIR@STEP, the folder of one checkpoint, or a Hugging
-        Face folder; for that, the defaults with `init_from` set (see `apply_folder`).
+        Face folder.
+      overrides: field -> value.
 
     Raises:
-      UserError: there is no such checkpoint.
+      UserError: there is no such checkpoint, or the folder cannot be used (see `apply_folder`).
     """
     if is_hf_folder(path):
-        config = from_dict({})
-        config.init_from = path
+        config = from_dict({"init_from": path})
+        config.update_from_flattened_dict(overrides)
+        apply_folder(config, overrides.keys(), as_is=True)
     else:
         config = stored_config(newest_meta(path)[1])
-        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
+        config.mesh.update(data=-1, fsdp=1, tensor=1)
+        config.update_from_flattened_dict(overrides)
     return config
 
 
@@ -46,10 +51,8 @@ def apply_folder(config: ConfigDict, given: Set[str] = frozenset(), as_is: bool 
     """
     folder = open_folder(config.init_from)
     for name, value in folder.model_fields.items():
-        if f"model.{name}" in given and config.model[name] != value:
-            raise UserError(
-                f"model.{name} is {config.model[name]}, but {value} in '{folder.path}' (init_from); leave it out"
-            )
+        if f"model.{name}" in given and (own := config.model[name]) != value:
+            raise UserError(f"model.{name} is {own}, but {value} in '{folder.path}' (init_from); leave it out")
         config.model[name] = value
     if as_is and "objective.name" not in given:
         config.objective.name = folder.architecture.objective
