@@ -127,8 +127,6 @@ class Model:
           UserError: a text is empty, or has more tokens than the model was trained on; the list is empty; or the model
             was trained with objective rtd.
         """
-        if self.config.objective.name == "rtd":
-            raise UserError("objective.name is rtd; its encoder has no likelihoods of tokens; use mlm or clm")
         return likelihood.log_likelihood(self._model, _checked(texts))
 
 
