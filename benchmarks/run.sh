@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All measurements of speed on this machine, which should have nothing else to do, then the tables in RESULTS.md.
+# All measurements of speed on this machine, which should have nothing else to do, then the generated section of
+# docs/results/speed-cpu.md.
 #
 #   bash benchmarks/run.sh --config.data.source='text:wiki.txt.gz'
 #

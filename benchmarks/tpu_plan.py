@@ -1,8 +1,8 @@
-"""What compiles and fits on which TPUs, and how many bytes move from 8 chips to 256: the tables of RESULTS.md.
+"""Compiles models for TPUs that are not here: what fits, and how many bytes move from 8 chips to 256.
 
     python benchmarks/tpu_plan.py fits OUTPUT.jsonl        # two to three hours on two cores
     python benchmarks/tpu_plan.py scaling OUTPUT.jsonl
-    python benchmarks/tpu_plan.py table OUTPUT.jsonl
+    python benchmarks/tpu_plan.py table OUTPUT.jsonl       # writes both tables into docs/results/tpu-plans.md
 
 Run from the repository, with launch/tpu-requirements.txt installed. What is in the file already is not done again.
 """
@@ -15,6 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.results import PAGES, dated, replaced
+from flax_mlm.cli import tables
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import chips
@@ -110,35 +112,43 @@ def scaling(file: Path, done: list[Any]) -> None:
             record(file, key, found, planned)
 
 
-def table(lines: list[dict[str, Any]]) -> None:
-    print(
-        "| model | target | data × fsdp | rows a device, in parts | attention, remat | GiB | best to worst | MFU "
-        "| matmuls | GB | fusions, copies |"
-    )
-    print("|---|---|---|---|---|--:|--:|--:|--:|--:|--:|")
+def table(lines: list[dict[str, Any]]) -> str:
+    """Returns both tables, Markdown."""
+    plans, scales = [], []
     for m in lines:
+        *_, topology, slices = m["key"]
+        where = topology + (f" × {slices}" if slices > 1 else "")
+        bounds = f"{1e3 * m['best']:,.0f} to {1e3 * m['worst']:,.0f} ms"
         if m["key"][0] == "scaling":
+            sent = [f"{m['sent'][network] / 1e6:,.0f}" for network in ("links", "network")]
+            taken = [f"{1e3 * m['roof'][network]:.1f}" for network in ("links", "network")]
+            scales.append([str(m["key"][1]), where, *sent, *taken, bounds])
             continue
-        model, topology, slices = m["key"]
-        where = topology + (f" × {slices}" if slices > 1 else "")
-        print(
-            f"| {model} | {where} | {m['mesh'][0]} × {m['mesh'][1]} | {m['rows']:,} in {m['microbatches']} "
-            f"| {m['attention']}, {m['remat']} | {m['bytes'] / 2**30:.1f} ({m['used']:.0%}) "
-            f"| {1e3 * m['best']:,.0f} to {1e3 * m['worst']:,.0f} ms | {m['mfu'][0]:.0%} to {m['mfu'][1]:.0%} "
-            f"| {m['matmuls']:.2f} | {m['traffic'] / 1e9:,.1f} | {m['fusions']:,}, {m['copies']:,} |"
+        plans.append(
+            [
+                m["key"][0],
+                where,
+                f"{m['mesh'][0]} × {m['mesh'][1]}",
+                f"{m['rows']:,} / {m['microbatches']}",
+                f"{m['attention']}, {m['remat']}",
+                f"{m['bytes'] / 2**30:.1f} ({m['used']:.0%})",
+                bounds,
+                f"{m['mfu'][0]:.0%} to {m['mfu'][1]:.0%}",
+                f"{m['matmuls']:.2f}",
+                f"{m['traffic'] / 1e9:,.1f}",
+                f"{m['fusions']:,}, {m['copies']:,}",
+            ]
         )
-    print("\n| fsdp | chips | MB on links | MB between slices | ms on links | ms between slices | best to worst |")
-    print("|--:|---|--:|--:|--:|--:|--:|")
-    for m in lines:
-        if m["key"][0] != "scaling":
-            continue
-        _, fsdp, topology, slices = m["key"]
-        where = topology + (f" × {slices}" if slices > 1 else "")
-        print(
-            f"| {fsdp} | {where} | {m['sent']['links'] / 1e6:,.0f} | {m['sent']['network'] / 1e6:,.0f} "
-            f"| {1e3 * m['roof']['links']:.1f} | {1e3 * m['roof']['network']:.1f} "
-            f"| {1e3 * m['best']:,.0f} to {1e3 * m['worst']:,.0f} ms |"
-        )
+    head = ("model, tokens per row", "target", "data × fsdp", "rows / microbatches", "attention, remat", "GiB")
+    columns = (*head, "step time", "MFU", "matmuls", "GB", "fusions, copies")
+    scale = ("fsdp", "chips", "MB on links", "MB between slices", "ms on links", "ms between slices", "step time")
+    return dated(
+        "### Fit and step time",
+        tables.markdown(columns, plans, text_columns=5),
+        "### Weak scaling",
+        "BERT-base, 64 rows of 128 tokens on each v5e chip: what each chip sends in a step.",
+        tables.markdown(scale, scales, text_columns=2),
+    )
 
 
 if __name__ == "__main__":
@@ -146,6 +156,7 @@ if __name__ == "__main__":
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     keys = [line["key"] for line in lines]
     if what == "table":
-        table(lines)
+        page = PAGES / "tpu-plans.md"
+        page.write_text(replaced(page.read_text(), "plans", table(lines)))
     else:
         {"fits": compile_all, "scaling": scaling}[what](path, keys)

@@ -2,7 +2,7 @@
 
     bash launch/local.sh
 
-A small ModernBERT trained with Muon; benchmarks/RESULTS.md shows the effect of each choice at this size. Expected
+A small ModernBERT trained with Muon; docs/results/quality.md shows the effect of each choice at this size. Expected
 held-out loss: 3.04 nats (unigram entropy: 6.59).
 """
 

@@ -132,7 +132,7 @@ def test_others_are_noticed():
 
 
 def test_tables_replace_what_was_between_the_marks():
-    text = results.RESULTS.read_text()
+    text = results.SPEED.read_text()
     once = results.rewritten(text, {"masking": "| a |\n", "input": "| b |, text:/my/own/wiki.txt.gz, 3"})
     assert "### Masking" in once and once.index("| a |") < once.index("| b |, text:wiki.txt.gz, 3")
     assert results.rewritten(once, {}).count("| a |") == text.count("| a |")
