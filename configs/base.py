@@ -123,7 +123,8 @@ def get_config() -> ConfigDict:
     # checkpoint; 0.0: unused
     c.train.budget_minutes = 0.0
     # changes during the run, each from a percentage of it on, or from a step (token, minute):
-    # `0%: objective.mask_rate=0.3->0.15; 90%: data.seq_len=512, train.global_batch_size=64` (README, "Phases")
+    # `0%: objective.mask_rate=0.3->0.15; 90%: data.seq_len=512, train.global_batch_size=64`; see
+    # docs/how-to/phases-and-budgets.md
     c.train.phases = ""
     c.train.global_batch_size = 256  # B, rows per step over all devices
     c.train.gradient_accumulation_steps = 1  # split each batch into this many parts to save memory

@@ -4,8 +4,8 @@
         --grid='optimizer.name=adamw,muon; objective.mask_rate=0.15,0.3'
 
 Each training is a `python -m flax_mlm.train` process with its own folder in --workdir; they run one after another. The
-same command continues after a kill, and with more settings or seeds it runs only the missing ones. cli/sweep.py
-explains --grid.
+same command continues after a kill, and with more settings or seeds it runs only the missing ones.
+docs/how-to/ablations.md explains --grid.
 """
 
 import contextlib

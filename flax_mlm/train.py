@@ -1,4 +1,4 @@
-"""Command: the run, told from top to bottom.
+"""Command: trains, evaluates and saves a model; the run from top to bottom.
 
     python -m flax_mlm.train --config=configs/quickstart.py --workdir=runs/quickstart
 

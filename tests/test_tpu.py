@@ -167,7 +167,10 @@ def lint(folder: Path, *lines: str) -> list[str]:
 
 @needs_gcloud
 def test_gcloud_knows_every_command(tmp_path):
-    files = [ROOT / "README.md", *(ROOT / "tests" / "golden" / "launch" / f"tpu_{name}.txt" for name in CASES)]
+    files = [
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "tests" / "golden" / "launch" / f"tpu_{name}.txt" for name in CASES),
+    ]
     lines = {line for file in files for line in file.read_text().splitlines() if line.startswith("gcloud ")}
     for line, error in zip(lines, lint(tmp_path, *lines), strict=True):
         assert not error, f"{line}: {error}"
