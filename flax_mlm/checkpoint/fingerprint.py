@@ -40,10 +40,8 @@ def leaves(tree: Any) -> dict[str, Any]:
 def table(tree: Any, sums: dict[str, Any]) -> dict[str, list[Any]]:
     """Returns the entries of `meta`, leaf name -> dtype, shape, fingerprint in hexadecimal; `sums` is that of
     `fingerprint_tree`."""
-    return {
-        name: [str(x.dtype), list(x.shape), "".join(f"{int(s):08x}" for s in np.asarray(sums[name])[:2])]
-        for name, x in leaves(tree).items()
-    }
+    digits = {name: "".join(f"{int(s):08x}" for s in x[:2]) for name, x in sums.items()}
+    return {name: [str(x.dtype), list(x.shape), digits[name]] for name, x in leaves(tree).items()}
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:

@@ -16,8 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from flax_mlm.checkpoint.store import MARKER, bound_retries, saved_steps
-from flax_mlm.config.load import from_dict
-from flax_mlm.config.schema import Config
+from flax_mlm.config import load, schema
 from flax_mlm.data.tokenizer import TOKENIZERS, Tokenizer
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
@@ -60,7 +59,7 @@ def find_checkpoints(path: str) -> list[epath.Path]:
     return [folder / "checkpoints" / str(step) for step in ([int(step)] if step else reversed(steps))]
 
 
-def make_meta(config: Config, tokenizer: Tokenizer, corpus: str, text: dict[str, Any]) -> dict[str, Any]:
+def make_meta(config: schema.Config, tokenizer: Tokenizer, corpus: str, text: dict[str, Any]) -> dict[str, Any]:
     """Makes the `meta` that all checkpoints of a run share.
 
     Args:
@@ -86,10 +85,8 @@ def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
                 raise ValueError(f"it has {size} bytes")
             meta = json.loads(file.read_text())
         if isinstance(meta["format"], int) and meta["format"] != FORMAT:
-            raise UserError(
-                f"checkpoint '{checkpoint}' has format {meta['format']}; this version of flax_mlm reads {FORMAT}; use "
-                "the version that saved it, or train again"
-            )
+            what = f"checkpoint '{checkpoint}' has format {meta['format']}; this version of flax_mlm reads {FORMAT}"
+            raise UserError(f"{what}; use the version that saved it, or train again")
         if meta["sha256"] != files.digest(meta):
             raise ValueError("its checksum is not that of its content")
         _check_meta(meta)
@@ -140,7 +137,7 @@ def newest_meta(path: str) -> tuple[epath.Path, dict[str, Any]]:
 
 def stored_config(meta: dict[str, Any]) -> ConfigDict:
     """Returns the config of a checkpoint's last step, that of its phase."""
-    config = from_dict(meta["config"])
+    config = load.from_dict(meta["config"])
     config.train.phases = ""
     return config
 

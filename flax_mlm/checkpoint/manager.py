@@ -180,11 +180,9 @@ class Checkpoints:
             checkpoint = self._folder / str(step)
             try:
                 meta = read_meta(checkpoint)
-                if meta["corpus"] != self._meta["corpus"]:
-                    raise UserError(
-                        f"--workdir: '{self._workdir}' was trained on corpus {meta['corpus'][:12]}, and this is "
-                        f"{self._meta['corpus'][:12]}; use another --workdir"
-                    )
+                if (theirs := meta["corpus"]) != (ours := self._meta["corpus"]):
+                    what = f"was trained on corpus {theirs[:12]}, and this is {ours[:12]}"
+                    raise UserError(f"--workdir: '{self._workdir}' {what}; use another --workdir")
                 restored = restore(checkpoint, meta, items)
             except Damaged as e:
                 self._quarantine(step, e, log)
@@ -194,10 +192,8 @@ class Checkpoints:
             return abstract._replace(**{**restored.pop("rest"), **restored})
         # Also when an earlier start has moved them there: a run never starts over by itself.
         if self._store.has_quarantine():
-            raise UserError(
-                f"none of the checkpoints in '{self._workdir}' is sound (they are in checkpoints/.quarantine); "
-                "use another --workdir"
-            )
+            what = f"none of the checkpoints in '{self._workdir}' is sound (they are in checkpoints/.quarantine)"
+            raise UserError(f"{what}; use another --workdir")
         return None
 
     def _quarantine(self, step: int, damage: Damaged, log: Callable[[str], None]) -> None:

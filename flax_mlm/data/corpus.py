@@ -100,10 +100,8 @@ class Shard:
         tokens = np.frombuffer(data, self.dtype).reshape(-1, self.seq_len)
         if (largest := tokens.max()) >= self.vocab_size:
             row = wanted[tokens.max(axis=1).argmax()]
-            raise UserError(
-                f"{self.file.path} contains token id {largest} >= vocabulary size {self.vocab_size} in row {row}; "
-                "prepare it again"
-            )
+            what = f"contains token id {largest} >= vocabulary size {self.vocab_size} in row {row}"
+            raise UserError(f"{self.file.path} {what}; prepare it again")
         return tokens[inverse.reshape(-1)]
 
 
@@ -196,10 +194,8 @@ class Corpus:
         try:
             manifest = json.loads(data)
             if manifest["format"] != FORMAT:
-                raise UserError(
-                    f"{folder} has corpus format {manifest['format']!r:.40}; this program reads {FORMAT}; "
-                    "delete it and prepare again"
-                )
+                what = f"{folder} has corpus format {manifest['format']!r:.40}; this program reads {FORMAT}"
+                raise UserError(f"{what}; delete it and prepare again")
             corpus = cls._parse(folder, manifest)
             if manifest["sha256"] != files.digest(manifest):
                 raise ValueError("its checksum differs from that of its content")
@@ -256,8 +252,7 @@ class Corpus:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes corpus.json, with its own checksum in it."""
-    sealed = json.dumps({**manifest, "sha256": files.digest(manifest)}, indent=1)
-    files.write_bytes(folder / MANIFEST, sealed.encode())
+    files.write_text(folder / MANIFEST, json.dumps({**manifest, "sha256": files.digest(manifest)}, indent=1))
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
@@ -311,7 +306,5 @@ def _reading(path: epath.Path) -> Iterator[None]:
     except (UserError, Failure):
         raise
     except Exception as e:  # object stores have exceptions of their own
-        reason = " ".join(str(e).split())
-        raise UserError(
-            f"{path} cannot be read ({type(e).__name__}: {reason}); check that its disk is mounted, or its network up"
-        ) from e
+        what = f"{path} cannot be read ({type(e).__name__}: {' '.join(str(e).split())})"
+        raise UserError(f"{what}; check that its disk is mounted, or its network up") from e

@@ -43,20 +43,15 @@ class Mixture:
         first = corpora[0]
         for i, corpus in enumerate(corpora):
             if paths[i] in paths[:i]:
-                raise UserError(
-                    f"data.corpus: {corpora[paths.index(paths[i])].path} and {corpus.path} are the same folder; name "
-                    "it once, with the sum of the weights"
-                )
+                both = f"{corpora[paths.index(paths[i])].path} and {corpus.path}"
+                raise UserError(f"data.corpus: {both} are the same folder; name it once, with the sum of the weights")
             if corpus.manifest["tokenizer"]["sha256"] != first.manifest["tokenizer"]["sha256"]:
-                raise UserError(
-                    f"data.corpus: {first.path} and {corpus.path} were made with different tokenizers; prepare the "
-                    f"second with --config.tokenizer.path={first.path / first.manifest['tokenizer']['file']}"
-                )
+                what = f"{first.path} and {corpus.path} were made with different tokenizers"
+                option = f"--config.tokenizer.path={first.path / first.manifest['tokenizer']['file']}"
+                raise UserError(f"data.corpus: {what}; prepare the second with {option}")
             if corpus.seq_len != first.seq_len:
-                raise UserError(
-                    f"data.corpus: {first.path} has rows of {first.seq_len} tokens, and {corpus.path} of "
-                    f"{corpus.seq_len}; prepare one of them again with the data.seq_len of the other"
-                )
+                what = f"{first.path} has rows of {first.seq_len} tokens, and {corpus.path} of {corpus.seq_len}"
+                raise UserError(f"data.corpus: {what}; prepare one of them again with the data.seq_len of the other")
         rows = (corpus.counts["train"]["rows"] for corpus in corpora)
         weights = [Fraction(weight or n) for weight, n in zip(folders.values(), rows, strict=True)]
         named = dict(zip(_unique_names(paths), corpora, strict=True))
@@ -188,11 +183,9 @@ def open_corpus(config: Config, log: Callable[[str], None] = print) -> Mixture:
     t = config.tokenizer
     if t.path and load_tokenizer(t.path, t.extra_tokens_file).fingerprint != mixture.tokenizer().fingerprint:
         raise UserError(f"data.corpus: {mixture} was made with another tokenizer than {t.path}")
-    if mixture.seq_len > config.model.max_positions:
-        raise UserError(
-            f"model.max_positions is {config.model.max_positions}; expected at least {mixture.seq_len}, the row length "
-            "of data.corpus"
-        )
+    if mixture.seq_len > (limit := config.model.max_positions):
+        needed = f"{mixture.seq_len}, the row length of data.corpus"
+        raise UserError(f"model.max_positions is {limit}; expected at least {needed}")
     return mixture
 
 

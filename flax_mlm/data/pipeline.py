@@ -16,6 +16,8 @@ from flax_mlm.data.stream import Stream
 from flax_mlm.data.tf import tensorflow
 from flax_mlm.errors import UserError
 
+Batch = dict[str, np.ndarray]  # this host's rows of a batch, see `train_batches`
+
 
 def train_batches(
     rows: Rows,
@@ -27,7 +29,7 @@ def train_batches(
     first_row: int = 0,
     local_rows: np.ndarray | None = None,
     stream: Stream | None = None,
-) -> Generator[dict[str, np.ndarray]]:
+) -> Generator[Batch]:
     """Makes this host's rows of the batches of steps start_step, ..., stop_step - 1.
 
     Args:
@@ -77,7 +79,7 @@ def train_batches(
     return generator
 
 
-def _numpy_batches(tf: Any, dataset: Any, failures: list[Exception]) -> Generator[dict[str, np.ndarray]]:
+def _numpy_batches(tf: Any, dataset: Any, failures: list[Exception]) -> Generator[Batch]:
     """Iterates over a dataset; raises the first of `failures` in place of TensorFlow's report about it."""
     try:
         yield from dataset.as_numpy_iterator()
@@ -107,32 +109,27 @@ def _permuted(tf: Any, order: Any, position: Any, num_rows: Any, seed: int) -> A
         words = tf.stack([tf.constant(seed, tf.int64), epoch])
         return tf.random.stateless_uniform((3,), words, None, None, tf.uint32, alg="philox")
 
-    keys = tf.map_fn(key, epochs, fn_output_signature=tf.uint32)
-    return tf.raw_ops.RandomIndexShuffle(
-        index=position % num_rows, seed=tf.gather(keys, which), max_index=num_rows - 1, rounds=16
-    )
+    keys = tf.gather(tf.map_fn(key, epochs, fn_output_signature=tf.uint32), which)
+    return tf.raw_ops.RandomIndexShuffle(index=position % num_rows, seed=keys, max_index=num_rows - 1, rounds=16)
 
 
-def eval_batches(
-    rows: Rows, numbers: np.ndarray, *, batch_size: int, local_rows: np.ndarray | None = None
-) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(rows: Rows, numbers: np.ndarray, *, batch_size: int, local_rows: np.ndarray) -> Iterator[Batch]:
     """Makes this host's rows of one pass over some rows of a split, in order; needs no TensorFlow.
 
     Args:
       rows: the split.
       numbers: int64 (n,) row numbers to be seen.
       batch_size: rows of a batch over all hosts.
-      local_rows: as for training.
+      local_rows: int64 (n,), numbers below `batch_size` of the rows that this host feeds.
 
     Yields:
       Dicts as for training; row_ids hold the row's number in the split. Rows of padding fill the last batch.
     """
-    own = np.arange(batch_size) if local_rows is None else local_rows
     for start in range(0, len(numbers), batch_size):
-        is_real = start + own < len(numbers)
-        index = np.zeros(len(own), np.int64)
-        index[is_real] = numbers[start + own[is_real]]
-        tokens = np.full((len(own), rows.seq_len), rows.pad_id, np.int32)
+        is_real = start + local_rows < len(numbers)
+        index = np.zeros(len(local_rows), np.int64)
+        index[is_real] = numbers[start + local_rows[is_real]]
+        tokens = np.full((len(local_rows), rows.seq_len), rows.pad_id, np.int32)
         tokens[is_real] = rows.read(index[is_real])
         row_ids = np.stack([index >> 32, index & 0xFFFFFFFF], axis=1).astype(np.uint32)
         yield {"tokens": tokens, "row_ids": row_ids}

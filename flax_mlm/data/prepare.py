@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from flax_mlm.config.schema import Config, TokenizerConfig
+from flax_mlm.data import sources, units
 from flax_mlm.data.corpus import FORMAT, MANIFEST, Corpus, row_dtype, write_manifest
-from flax_mlm.data.sources import Source, TextChunk, check_fraction, open_source
 from flax_mlm.data.text import cut
 from flax_mlm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from flax_mlm.data.units import make_units
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files
 
@@ -44,7 +43,7 @@ def prepare(config: Config, output: str | Path | None = None, log: Log = print) 
     Raises:
       UserError: the source cannot be read, or `output` holds something else or cannot be written.
     """
-    source = open_source(config.data.source)
+    source = sources.open_source(config.data.source)
     request = _request(config, source)
     if output is None:
         name = re.sub(r"[^A-Za-z0-9]+", "-", config.data.source).strip("-")[:40]
@@ -71,7 +70,7 @@ def prepare(config: Config, output: str | Path | None = None, log: Log = print) 
     return Corpus.open(output)
 
 
-def _request(config: Config, source: Source) -> str:
+def _request(config: Config, source: sources.Source) -> str:
     """Hashes all that decides the bytes of the corpus."""
     d, t = config.data, config.tokenizer
     tokenizer: Any = [t.model_type, t.vocab_size, t.normalization, t.character_coverage, t.sample_bytes]
@@ -109,15 +108,15 @@ def _lock(work: Path, log: Log) -> Iterator[None]:
         yield
 
 
-def _build(config: Config, source: Source, request: str, output: Path, work: Path, log: Log) -> None:
+def _build(config: Config, source: sources.Source, request: str, output: Path, work: Path, log: Log) -> None:
     """Makes the corpus in the work folder and renames it to `output`."""
     log(f"source: {source.name}; licence: {source.licence}")
     data, counts = config.data, Counter[str]()
-    check_fraction(source, data.validation_fraction)
+    sources.check_fraction(source, data.validation_fraction)
     work.mkdir(exist_ok=True)
     tokenizer = _tokenizer(config, source, work / "tokenizer", log)
     chunks = _with_progress("tokenising", source, counts, log)
-    splits = make_units(chunks, work, tokenizer, data, log)
+    splits = units.make_units(chunks, work, tokenizer, data, log)
     for name, split in splits.items():
         if not split["rows"]:
             raise UserError(f"data.source is '{data.source}'; its {name} documents hold no text")
@@ -159,7 +158,7 @@ def _log_summary(manifest: dict[str, Any], log: Log) -> None:
             log(f"warning: {counts[kind]:,} {kind.replace('_', ' ')}")
 
 
-def _tokenizer(config: Config, source: Source, folder: Path, log: Log) -> Tokenizer:
+def _tokenizer(config: Config, source: sources.Source, folder: Path, log: Log) -> Tokenizer:
     """Returns the given tokenizer, or trains one, and keeps it in a folder: a kill does not cost the work."""
     t = config.tokenizer
     if folder.exists():
@@ -240,7 +239,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             yield from cut(line.replace("\u2585", " "), _LINE_CHARS)
 
 
-def _with_progress(title: str, source: Source, counts: Counter[str], log: Log) -> Iterator[TextChunk]:
+def _with_progress(title: str, source: sources.Source, counts: Counter[str], log: Log) -> Iterator[sources.TextChunk]:
     """Reads the chunks of a source, with a bar on a terminal and a line every ten seconds elsewhere."""
     from rich.console import Console
     from rich.progress import Progress

@@ -274,10 +274,8 @@ def check_fraction(source: Source, fraction: float) -> None:
         raise UserError(f"the source, {source.name}, holds no text")
     if len(lowest) < 2:
         raise UserError(f"the source, {source.name}, is one document, so none can be held out; give it as several")
-    raise UserError(
-        f"data.validation_fraction is {fraction}, which holds out {'none' if lowest[0] >= fraction else 'all'} of the "
-        f"{documents:,} documents of {source.name}; set it to {_between(*lowest)}"
-    )
+    what = f"holds out {'none' if lowest[0] >= fraction else 'all'} of the {documents:,} documents of {source.name}"
+    raise UserError(f"data.validation_fraction is {fraction}, which {what}; set it to {_between(*lowest)}")
 
 
 def _between(low: float, high: float) -> float:

@@ -107,11 +107,10 @@ def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
         header = [str(i) for i in range(1, max((len(row) for _, row in rows), default=0) + 1)]
     else:
         header = [name.strip() for name in rows.pop(0)[1]] if rows else []
-        if longer := next(((where, len(row)) for where, row in rows if len(row) > len(header)), None):
-            raise UserError(
-                f"{longer[0]} has {longer[1]} columns, and the first line {len(header)}; put text with a comma into "
-                "double quotes"
-            )
+        for where, row in rows:
+            if len(row) > len(header):
+                what = f"{where} has {len(row)} columns, and the first line {len(header)}"
+                raise UserError(f"{what}; put text with a comma into double quotes")
     return [(where, dict(zip(header, row, strict=False))) for where, row in rows]
 
 

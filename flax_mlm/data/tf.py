@@ -40,10 +40,8 @@ def prepared_tfds(error_prefix: str, spec: str) -> tuple[Any, str]:
         raise UserError(f"{error_prefix}; write tfds:NAME, tfds:NAME/config or tfds:NAME/config:split")
     name, split = match["name"], match["split"] or "train"
     data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
-    missing = UserError(
-        f"{error_prefix}; '{name}' is not prepared in {data_dir} (TFDS_DATA_DIR); "
-        f"prepare it with `tfds build {name} --data_dir={data_dir}` on a machine with a network"
-    )
+    remedy = f"prepare it with `tfds build {name} --data_dir={data_dir}` on a machine with a network"
+    missing = UserError(f"{error_prefix}; '{name}' is not prepared in {data_dir} (TFDS_DATA_DIR); {remedy}")
     if not (epath.Path(data_dir) / name.split(":")[0]).is_dir():  # before the slow imports
         raise missing
     tensorflow()

@@ -47,10 +47,9 @@ def resolve(cluster: ClusterConfig) -> tuple[str, int, int]:
         try:
             address, count, index, _ = detect(address, count, index, [], None, timeout)
         except Exception as e:
-            raise UserError(
-                f"the settings of this cluster cannot be read ({type(e).__name__}: {e}); give --coordinator, "
-                "--num_processes and --process_id, or --num_processes=1"
-            ) from e
+            what = f"the settings of this cluster cannot be read ({type(e).__name__}: {e})"
+            options = "--coordinator, --num_processes and --process_id, or --num_processes=1"
+            raise UserError(f"{what}; give {options}") from e
     if count == 1 and index:
         raise UserError(out_of_range(index, count))
     if count == 1 or (address is None and count is None and index is None):
@@ -96,9 +95,8 @@ def slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
     if tasks == 1 or on_node == 0 or divided_by_slurm:
         return None
     if on_node % tasks:
-        raise UserError(
-            f"--ntasks-per-node is {tasks}, with {on_node} GPUs on a node; expected 1 or a divisor of {on_node}"
-        )
+        what = f"--ntasks-per-node is {tasks}, with {on_node} GPUs on a node"
+        raise UserError(f"{what}; expected 1 or a divisor of {on_node}")
     per_task = on_node // tasks
     first = int(env.get("SLURM_LOCALID", "0")) * per_task
     return list(range(first, first + per_task))

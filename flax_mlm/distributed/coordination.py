@@ -21,7 +21,7 @@ from typing import Any, Self
 from flax_mlm.distributed import cluster
 from flax_mlm.errors import UserError
 
-_NEVER = 10**6  # seconds: the store's clients have no timeouts of JAX's, which would abort the process
+_LONG = 10**6  # seconds: the store's clients have no timeouts of JAX's, which would abort the process
 
 
 class Unreachable(Exception):
@@ -43,10 +43,9 @@ class Store:
         from jaxlib import _jax
 
         # A recoverable service accepts any number of clients for its only node, so that none has to wait for others.
-        service = _jax.get_distributed_runtime_service(
-            address, 1, heartbeat_timeout=_NEVER, shutdown_timeout=1, recoverable=True
-        )
-        store = cls.connect(address, _NEVER, patience)
+        start = _jax.get_distributed_runtime_service
+        service = start(address, 1, heartbeat_timeout=_LONG, shutdown_timeout=1, recoverable=True)
+        store = cls.connect(address, _LONG, patience)
         store._service = service
         return store
 
@@ -57,12 +56,7 @@ class Store:
 
         _bypass_proxies(address)
         client = _jax.get_distributed_runtime_client(
-            address,
-            0,
-            init_timeout=_NEVER,
-            heartbeat_timeout=_NEVER,
-            shutdown_on_destruction=False,
-            use_compression=True,
+            address, 0, init_timeout=_LONG, heartbeat_timeout=_LONG, shutdown_on_destruction=False, use_compression=True
         )
         _call(client.connect, timeout)
         return cls(client, patience)
@@ -189,7 +183,7 @@ def gather(name: str, value: str, count: int, index: int) -> list[str]:
 
     client: Any = global_state.client
     client.key_value_set(f"flax_mlm/{name}/{index}", value)
-    return [client.blocking_key_value_get(f"flax_mlm/{name}/{i}", 1000 * _NEVER) for i in range(count)]
+    return [client.blocking_key_value_get(f"flax_mlm/{name}/{i}", 1000 * _LONG) for i in range(count)]
 
 
 def wait_for_all(name: str) -> None:
@@ -197,4 +191,4 @@ def wait_for_all(name: str) -> None:
     from jax._src.distributed import global_state
 
     client: Any = global_state.client
-    client.wait_at_barrier(f"flax_mlm/{name}", 1000 * _NEVER)
+    client.wait_at_barrier(f"flax_mlm/{name}", 1000 * _LONG)

@@ -38,10 +38,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     inner = config.fsdp * config.tensor
     data = config.data if config.data != -1 else max(1, len(devices) // inner)
     if data * inner != len(devices):
-        raise UserError(
-            f"mesh.data × mesh.fsdp × mesh.tensor is {data} × {config.fsdp} × {config.tensor} = {data * inner}; "
-            f"expected {len(devices)}, the number of devices"
-        )
+        sizes = f"{data} × {config.fsdp} × {config.tensor} = {data * inner}"
+        expected = f"expected {len(devices)}, the number of devices"
+        raise UserError(f"mesh.data × mesh.fsdp × mesh.tensor is {sizes}; {expected}")
     axis_types = (AxisType.Explicit,) * 3
     is_tpu = devices[0].platform == "tpu"  # on other platforms each machine counts as a slice
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
@@ -50,10 +49,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types)
     if data % slices:
-        raise UserError(
-            f"mesh.data is {data}; expected a multiple of {slices}, the number of TPU slices, because a slice holds "
-            "whole copies of the model, and only gradients cross the network between slices"
-        )
+        expected = f"expected a multiple of {slices}, the number of TPU slices"
+        why = "a slice holds whole copies of the model, and only gradients cross the network between slices"
+        raise UserError(f"mesh.data is {data}; {expected}, because {why}")
     within, between = (data // slices, config.fsdp, config.tensor), (slices, 1, 1)
     grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types)
@@ -73,10 +71,8 @@ def check_batch(name: str, size: int, mesh: Mesh, gradient_accumulation_steps: i
     divisor = num_batch_shards(mesh) * gradient_accumulation_steps
     if size % divisor:
         each = f" × {gradient_accumulation_steps} microbatches" if gradient_accumulation_steps > 1 else ""
-        raise UserError(
-            f"{name} is {size}; expected a multiple of {divisor} "
-            f"(mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']}{each})"
-        )
+        factors = f"mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']}{each}"
+        raise UserError(f"{name} is {size}; expected a multiple of {divisor} ({factors})")
 
 
 def param_spec(dims: str, ndim: int) -> PartitionSpec:

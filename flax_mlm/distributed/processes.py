@@ -20,11 +20,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from flax_mlm.distributed import coordination
+from flax_mlm.distributed import coordination, watch
 from flax_mlm.distributed.cluster import ClusterConfig, resolve
 from flax_mlm.distributed.coordination import Store, Unreachable
 from flax_mlm.distributed.rendezvous import LINGER, meet
-from flax_mlm.distributed.watch import Watch
 from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError
 
 
@@ -86,7 +85,7 @@ class ProcessGroup:
         self.lost_within = 1.5 * heartbeat + LINGER
         self._leaving = threading.Lock()
         self._at_leave: list[Callable[[], None]] = []
-        self._watch = Watch(index, hosts, store, heartbeat, stall_timeout, self._end)
+        self._watch = watch.Watch(index, hosts, store, heartbeat, stall_timeout, self._end)
         self._watch.start()
 
     def progress(self, doing: str, step: int = 0) -> None:

@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax_mlm.distributed import coordination
 from flax_mlm.distributed.cluster import ClusterConfig, out_of_range
@@ -26,23 +26,9 @@ class Lost(Failure):
     """Another process is lost, or never came."""
 
 
-class Meeting(NamedTuple):
-    """Outcome of `meet`.
-
-    Attributes:
-      store: shared by all processes.
-      run_id: random, the same on all processes.
-      hosts: host names, by index.
-      jax_address: where process 0 is to serve `jax.distributed`.
-    """
-
-    store: Store
-    run_id: str
-    hosts: list[str]
-    jax_address: str
-
-
-def meet(cluster: ClusterConfig, address: str, count: int, index: int, identity: dict[str, str]) -> Meeting:
+def meet(
+    cluster: ClusterConfig, address: str, count: int, index: int, identity: dict[str, str]
+) -> tuple[Store, str, list[str], str]:
     """Waits for all processes.
 
     Args:
@@ -51,6 +37,10 @@ def meet(cluster: ClusterConfig, address: str, count: int, index: int, identity:
       index: of this process.
       identity: names and values that must be the same on all processes.
 
+    Returns:
+      the store that all processes share; the run_id, random and the same on all of them; their host names, by index;
+      and the address where process 0 is to serve `jax.distributed`.
+
     Raises:
       UserError: the processes do not fit together, or process 0 cannot listen at `address`.
       Lost: not all came within `cluster.initialization_timeout`.
@@ -58,7 +48,7 @@ def meet(cluster: ClusterConfig, address: str, count: int, index: int, identity:
     coordination.hold_aborts(for_ever=True)
     me = {"id": index, "count": count, "host": socket.gethostname(), "pid": os.getpid(), "identity": identity}
     store, answer = _gather(cluster, address, me) if index == 0 else _attend(cluster, address, me)
-    return Meeting(store, answer["run_id"], answer["hosts"], _next_port(address))
+    return store, answer["run_id"], answer["hosts"], _next_port(address)
 
 
 def _next_port(address: str) -> str:
@@ -107,10 +97,9 @@ def _gather(cluster: ClusterConfig, address: str, me: dict[str, Any]) -> tuple[S
                 hello = guest.hello
                 print(f"host {count - len(missing)} of {count} joined: {hello['host']} ({hello['pid']})", flush=True)
     if mistake or missing:
-        names = ", ".join(map(str, sorted(missing)[:10])) + (
-            f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        )
-        reason = mistake or f"process {names} of {count} did not come within {timeout} s"
+        names = ", ".join(map(str, sorted(missing)[:10]))
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        reason = mistake or f"process {names}{more} of {count} did not come within {timeout} s"
         answer = {"mistake": bool(mistake), "reason": reason}
         store.set("answer/0", json.dumps(answer))
         time.sleep(LINGER)

@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from flax_mlm.distributed.coordination import Store, Unreachable
 
+End = Callable[[str, int, str], NoReturn]  # takes "lost" or "end", an exit code and the reason
+
 _IN_FLIGHT = 3  # heartbeats of a process that may still arrive when it is gone: written, on their way, or both
 
 
@@ -60,19 +62,13 @@ class Watch(threading.Thread):
     """
 
     def __init__(
-        self,
-        index: int,
-        hosts: list[str],
-        store: Store | None,
-        heartbeat: int,
-        stall_timeout: float,
-        end: Callable[[str, int, str], NoReturn],
+        self, index: int, hosts: list[str], store: Store | None, heartbeat: int, stall_timeout: float, end: End
     ):
         """
         Args:
           heartbeat: seconds without a heartbeat after which a process is lost.
           stall_timeout: seconds without progress of any process after which the run is stuck; 0.0: never.
-          end: ends this process; takes "lost" or "end", an exit code and the reason.
+          end: ends this process.
         """
         super().__init__(name="processes", daemon=True)
         self.members = [Member(f"process {i} ({host})") for i, host in enumerate(hosts)]
@@ -153,8 +149,7 @@ class Watch(threading.Thread):
             self._end("lost", 1, f"no progress for {idle:.0f} s{who}, {_after(busy[0].step)}")
 
     def _lose(self, member: Member) -> NoReturn:
-        reason = f"{member.name} is lost: no heartbeat for {self._heartbeat} s, {_after(self.me.step)}"
-        self._end("lost", 1, reason)
+        self._end("lost", 1, f"{member.name} is lost: no heartbeat for {self._heartbeat} s, {_after(self.me.step)}")
 
 
 def _after(step: int) -> str:

@@ -11,8 +11,7 @@ import numpy as np
 from flax_mlm.data import tables
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import metrics, report
-from flax_mlm.finetuning.heads import fine_tune_head
-from flax_mlm.finetuning.loop import SearchResult
+from flax_mlm.finetuning import heads, loop
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.load import LoadedModel, Log, OnBatch
 
@@ -66,7 +65,7 @@ def run(
         searched = _probe(model, rows, labels["train"], score, on_batch)
     else:
         num_outputs = max(len(classes), 1)
-        searched = fine_tune_head(model, rows, labels["train"], num_outputs, predict, score, log, on_batch)
+        searched = heads.fine_tune_head(model, rows, labels["train"], num_outputs, predict, score, log, on_batch)
     scores = [score("test", predictions) for predictions in searched.outcomes]
     median = searched.outcomes[report.median_run(scores)]
     names = np.array(classes) if classes else None
@@ -100,7 +99,7 @@ def encode_labels(part: tables.Labelled, name: str, classes: list[str]) -> np.nd
 
 def _probe(
     model: LoadedModel, rows: dict[str, Any], labels: np.ndarray, score: Callable[..., float], on_batch: OnBatch
-) -> SearchResult:
+) -> loop.SearchResult:
     """Fits a logistic or ridge regression to pooled states; the development set chooses its penalty."""
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
@@ -116,7 +115,7 @@ def _probe(
         probe = make_pipeline(StandardScaler(), linear).fit(vectors["train"], labels)
         probes[f"{penalty:g}"], dev_scores[f"{penalty:g}"] = probe, score("dev", probe.predict(vectors["dev"]))
     best = max(dev_scores, key=lambda name: dev_scores[name])
-    return SearchResult(best, dev_scores, [probes[best].predict(vectors["test"])])
+    return loop.SearchResult(best, dev_scores, [probes[best].predict(vectors["test"])])
 
 
 def evaluate(

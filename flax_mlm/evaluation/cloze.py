@@ -110,8 +110,6 @@ def table(result: dict[str, Any]) -> list[str]:
         f"{a['text']}\n    {a['answer']}: rank {a['rank']:,}, probability {a['probability']:.4f}; {', '.join(a['own'])}"
         for a in result["answers"]
     ]
-    return [
-        *lines,
-        f"rank 1: {result['top1']:.0%}  rank 1 to 5: {result['top5']:.0%}  mean reciprocal rank "
-        f"{result['mean_reciprocal_rank']:.3f}  over {result['clozes']} clozes",
-    ]
+    ranks = f"rank 1: {result['top1']:.0%}  rank 1 to 5: {result['top5']:.0%}"
+    mean = f"mean reciprocal rank {result['mean_reciprocal_rank']:.3f}"
+    return [*lines, f"{ranks}  {mean}  over {result['clozes']} clozes"]

@@ -15,8 +15,7 @@ import numpy as np
 from flax_mlm.data import tables
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import classification, metrics, report
-from flax_mlm.finetuning import contrastive
-from flax_mlm.finetuning.loop import SearchResult, search
+from flax_mlm.finetuning import contrastive, loop
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.load import LoadedModel, Log, OnBatch, Params
 from flax_mlm.storage import files
@@ -60,10 +59,8 @@ def read_pairs(source: str, split: str) -> contrastive.Pairs:
         query, positive, negatives = (_first(record, *names) for names in (_QUERY, _POSITIVE + _SECOND, _NEGATIVE))
         second = next((name for name in _SECOND if record.get(name)), "")
         if second and (label := next((name for name in tables.LABEL if name in record), "")):
-            raise UserError(
-                f"{location} has columns {second} and {label}, so that some pairs may not belong together; keep those "
-                "that do, in columns query and positive"
-            )
+            what = f"{location} has columns {second} and {label}, so that some pairs may not belong together"
+            raise UserError(f"{what}; keep those that do, in columns query and positive")
         positive = query if len(record) == 1 else positive
         negatives = negatives or []
         negatives = negatives if isinstance(negatives, list) else [negatives]
@@ -138,14 +135,14 @@ def run(
     """
     measure = _similarity(test) if isinstance(test, tables.Labelled) else functools.partial(_search, test, on_batch)
     encoder = embeddings.make_encoder(model)
-    searched = SearchResult("", {}, [model.params])
+    searched = loop.SearchResult("", {}, [model.params])
     if train is not None:
         if dev is None:
             train, dev = (tables.take(train, i) for i in report.hold_out_queries(train.queries))
         if any(train.negatives) and not model.config.finetune.hard_negatives:
             log("note: the negatives of --train are not used; set finetune.hard_negatives to use them")
         problem = contrastive.make_problem(model, train, dev, encoder, on_batch)
-        searched = search(model, problem, lambda params: params, log, on_batch)
+        searched = loop.search(model, problem, lambda params: params, log, on_batch)
 
     def evaluated(params: Params) -> dict[str, Any]:
         return measure(lambda texts: embeddings.embed(model, texts, encoder, params, on_batch))
@@ -232,8 +229,7 @@ def evaluate(
         files.check_writable("--save", folder, makes_folders=True)
     sources = (train, "train"), (dev, "dev")
     pairs, dev_pairs = (read_pairs(source, name) if source else None for source, name in sources)
-    is_benchmark = Path(test).expanduser().is_dir()
-    examples = read_benchmark(test, "test") if is_benchmark else tables.read(test, **columns)
+    examples = read_benchmark(test, "test") if Path(test).expanduser().is_dir() else tables.read(test, **columns)
     result, params = run(model, examples, pairs, dev_pairs, print, on_batch)
     if save:
         contrastive.save_encoder(folder, model, params["encoder"], result["examples"]["train"])

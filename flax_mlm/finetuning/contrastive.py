@@ -54,10 +54,8 @@ def make_problem(model: LoadedModel, train: Pairs, dev: Pairs, encoder: Any, on_
     """
     rates = model.config.model.dropout_rate, model.config.model.attention_dropout_rate
     if train.are_single_texts and not any(rates):
-        raise UserError(
-            "--train has single texts, which need dropout as the only difference between query and positive, but "
-            "model.dropout_rate is 0; set --config.model.dropout_rate=0.1"
-        )
+        what = "--train has single texts, which need dropout as the only difference between query and positive"
+        raise UserError(f"{what}, but model.dropout_rate is 0; set --config.model.dropout_rate=0.1")
     loss = make_loss(model)
     jitted_loss = jax.jit(loss)
     dev_lengths, dev_batch = _make_batches(model, dev)

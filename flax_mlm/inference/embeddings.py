@@ -79,9 +79,8 @@ def pool(model: LoadedModel, states_BLD: jax.Array, tokens_BL: jax.Array) -> jax
     pooling = model.config.finetune.pooling
     if pooling == "cls":
         if model.config.objective.name == "clm":
-            raise UserError(
-                "finetune.pooling is cls, but the first token of a causal model sees no other token; use mean or last"
-            )
+            what = "finetune.pooling is cls, but the first token of a causal model sees no other token"
+            raise UserError(f"{what}; use mean or last")
         return states_BLD[:, 0]
     real_BL = tokens_BL != model.tokenizer.pad_id
     if pooling == "last":
@@ -161,11 +160,7 @@ def normalize(x_ND: Any) -> Any:
 
 
 def embed(
-    model: LoadedModel,
-    texts: Sequence[str],
-    encoder: Encoder | None = None,
-    params: Params | None = None,
-    on_batch: OnBatch = lambda: None,
+    model: LoadedModel, texts: Sequence[str], encoder: Any = None, params: Any = None, on_batch: OnBatch = lambda: None
 ) -> np.ndarray:
     """Embeds texts by `finetune.pooling`, cut to `finetune.max_length` tokens.
 

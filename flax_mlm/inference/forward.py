@@ -126,10 +126,8 @@ def _log_probs(
       UserError: the objective is rtd, whose encoder has no vocabulary head.
     """
     if config.objective.name == "rtd":
-        raise UserError(
-            "objective.name is rtd; this encoder predicts which tokens were replaced and has no logits over the "
-            "vocabulary; use a model trained with mlm or clm"
-        )
+        what = "this encoder predicts which tokens were replaced and has no logits over the vocabulary"
+        raise UserError(f"objective.name is rtd; {what}; use a model trained with mlm or clm")
     logits_BKV = model.logits(params, _encode(config, model, params, tokens_BL, vocab))(predict_BK)
     if labels_BK is None:
         return replicate(jax.nn.log_softmax(logits_BKV, axis=-1))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from flax_mlm.checkpoint.format import Damaged, find_checkpoints, read_meta, restore, stored_tokenizer
 from flax_mlm.config.schema import Config
@@ -34,7 +35,7 @@ class LoadedModel(NamedTuple):
     """A model with its parameters on a mesh. Use it under `jax.set_mesh(mesh)`."""
 
     config: Config
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
     forward: Forward
     params: Any
     tokenizer: Tokenizer
@@ -114,9 +115,7 @@ def load_model(path: str, config: Config) -> LoadedModel:
     raise AssertionError
 
 
-def _load_checkpoint(
-    checkpoint: epath.Path, meta: dict[str, Any], config: Config, mesh: jax.sharding.Mesh
-) -> LoadedModel:
+def _load_checkpoint(checkpoint: epath.Path, meta: dict[str, Any], config: Config, mesh: Mesh) -> LoadedModel:
     tokenizer = stored_tokenizer(meta)
     with jax.set_mesh(mesh):
         forward = build_forward(config, tokenizer.vocab_size, mesh)
@@ -127,7 +126,7 @@ def _load_checkpoint(
         return untied(model) if config.objective.name == "rtd" else model
 
 
-def _load_folder(config: Config, mesh: jax.sharding.Mesh) -> LoadedModel:
+def _load_folder(config: Config, mesh: Mesh) -> LoadedModel:
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
     with jax.set_mesh(mesh):
         forward = build_forward(config, tokenizer.vocab_size, mesh)

@@ -8,14 +8,12 @@ from flax_mlm.objectives.masking import Masked
 BROKEN = "broken: "  # prefix of the counts of violations
 
 
-def measure(
-    tokens_BL: np.ndarray, masked: Masked, tokenizer: Tokenizer, strategy: str, mask_rate: float
-) -> dict[str, int]:
+def measure(tokens_BL: np.ndarray, masked: Masked, tokenizer: Tokenizer, unit: str, mask_rate: float) -> dict[str, int]:
     """Counts of one masked batch; those whose names begin with `BROKEN` are 0 unless a law is broken.
 
     Args:
       tokens_BL: int32, before masking.
-      strategy: `objective.masking`.
+      unit: `objective.masking`.
       mask_rate: fraction of the maskable tokens to predict.
     """
     inputs_BL, positions_BK, labels_BK, weights_BK = map(np.asarray, masked)
@@ -40,7 +38,7 @@ def measure(
     size_BW, chosen_BW = _words(tokens_BL, maskable_BL, selected_BL, tokenizer)
     fits_B = ((size_BW > 0) & (size_BW <= expected_B[:, None])).any(1)
     cut_BW = (chosen_BW > 0) & (chosen_BW < size_BW) & fits_B[:, None]
-    whole = strategy == "whole_word"  # may fall short, but neither cuts a word nor predicts nothing
+    whole = unit == "whole_word"  # may fall short, but neither cuts a word nor predicts nothing
     wrong_B = (used_B > expected_B) | (short_B & ((used_B == 0) | (not whole)))
     return {
         "rows": len(tokens_BL),

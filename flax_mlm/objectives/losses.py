@@ -138,11 +138,9 @@ def replaced_token_detection(generator: Model, discriminator: Model, vocab_size:
     def predict(params: Any, t: Targets, dropout_keys_B: Any) -> DetectionLosses:
         context = t.segment_ids_BL, t.positions_BL
         fold_in = jax.vmap(lambda key: jax.random.fold_in(key, 2**32 - 1))
-        generator_keys_B = jax.tree.map(fold_in, dropout_keys_B)  # None stays None
+        keys_B = jax.tree.map(fold_in, dropout_keys_B)  # None stays None
         with jax.named_scope("generator"):
-            logits_BKV = generator.apply(
-                params, t.inputs_BL, *context, predict_BK=t.predict_BK, dropout_keys_B=generator_keys_B
-            )
+            logits_BKV = generator.apply(params, t.inputs_BL, *context, predict_BK=t.predict_BK, dropout_keys_B=keys_B)
             generator_losses = token_losses(logits_BKV, t.labels_BK, t.weights_BK)
             sampled_BK = sample_tokens(logits_BKV, t.sample_keys_B, vocab_size)
         corrupted_BL, replaced_BL = corrupt(t, sampled_BK)

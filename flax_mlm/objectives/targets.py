@@ -60,10 +60,8 @@ def make_targets(
         if objective.name == "mlm":
             return targets
         sample_key = jax.random.fold_in(key, 2**32 - 1)  # the high half of no row's number
-        return targets._replace(
-            ordinary_BL=(~vocab.is_special[tokens_BL]).astype(jnp.float32),
-            sample_keys_B=row_keys(sample_key, rows["row_ids"]),
-        )
+        ordinary_BL = (~vocab.is_special[tokens_BL]).astype(jnp.float32)
+        return targets._replace(ordinary_BL=ordinary_BL, sample_keys_B=row_keys(sample_key, rows["row_ids"]))
 
     rates = Rates(*(jnp.asarray(x, jnp.float32) for x in rates))
     return per_row(local_targets, rows, key, vocab, rates)

@@ -30,14 +30,9 @@ def update_average(config: OptimizerConfig, total_steps: int, step: jax.Array, a
     """
     if average is None:
         return None
-    weight = update_weight(config, total_steps, step)
-    return jax.tree.map(lambda a, p: a + weight * (p - a), average, params)
-
-
-def update_weight(config: OptimizerConfig, total_steps: int, step: jax.Array) -> jax.Array:
-    """Weight of the newest parameters in the average after int32 `step`, from 0; float32 in [0, 1]."""
     weights = {"ema": _ema, "lawa": _lawa, "schedule_free": _schedule_free}
-    return weights[config.averages](config, total_steps, step + 1)
+    weight = weights[config.averages](config, total_steps, step + 1)  # of the newest parameters, in [0, 1]
+    return jax.tree.map(lambda a, p: a + weight * (p - a), average, params)
 
 
 def _ema(config: OptimizerConfig, total_steps: int, done: jax.Array) -> jax.Array:

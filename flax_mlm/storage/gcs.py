@@ -32,6 +32,7 @@ _MAX_REQUESTS = 32  # at the same time
 _TEMPORARY = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b")
 _FORBIDDEN = re.compile(r"^Forbidden|\bPERMISSION_DENIED\b")
 _UNAUTHENTICATED = re.compile(r"\bUNAUTHENTICATED\b|Invalid Credentials|Anonymous caller")
+_LOGIN = "attach a service account to a Google Cloud machine, elsewhere run `gcloud auth application-default login`"
 
 
 class Unreachable(Failure):
@@ -85,8 +86,7 @@ def client() -> Any:
     for name in ("gcsfs", "fsspec", "google.auth", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT, sock_read=_READ_TIMEOUT)
-    settings = {"use_listings_cache": False, "requests_timeout": timeout}
-    fsspec.config.conf.setdefault("gcs", {}).update(settings)
+    fsspec.config.conf.setdefault("gcs", {}).update(use_listings_cache=False, requests_timeout=timeout)
     return fsspec.filesystem("gcs")
 
 
@@ -123,10 +123,7 @@ def explain(path: AnyPath, e: Exception) -> UserError | Unreachable | None:
     if _FORBIDDEN.search(message):
         return UserError(f"'{path}' cannot be used: these credentials do not allow it ({message})")
     if code == "401" or is_auth or _UNAUTHENTICATED.search(message):
-        return UserError(
-            f"'{path}' cannot be used: there are no valid credentials ({message}); attach a service account to a "
-            "Google Cloud machine, elsewhere run `gcloud auth application-default login`"
-        )
+        return UserError(f"'{path}' cannot be used: there are no valid credentials ({message}); {_LOGIN}")
     if isinstance(e, client_errors) or _TEMPORARY.search(message):
         return Unreachable(f"'{path}' cannot be reached ({type(e).__name__}: {message})")
     return None

@@ -21,7 +21,6 @@ from typing import Any
 
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import gcs
-from flax_mlm.storage.gcs import AnyPath
 
 _NAME = "lease.json"
 _BEAT = 5.0  # seconds between increments of the counter
@@ -33,7 +32,7 @@ _MAX_BYTES = 1 << 16
 class Lease:
     """A lease on a workdir. Once taken, a thread increments its counter."""
 
-    def __init__(self, workdir: AnyPath, run_id: str):
+    def __init__(self, workdir: gcs.AnyPath, run_id: str):
         """`run_id` identifies this holder among all jobs."""
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self._holder = {**_machine(), "pid": os.getpid(), "started": _start_time(os.getpid())}
@@ -95,7 +94,7 @@ class Lease:
                 self._write(content)
 
 
-def holder(workdir: AnyPath) -> str:
+def holder(workdir: gcs.AnyPath) -> str:
     """The run_id of the holder of a workdir's lease; empty if there is none."""
     try:
         return str(_parse(_read(workdir / _NAME)).get("run_id", ""))
@@ -103,7 +102,7 @@ def holder(workdir: AnyPath) -> str:
         return ""
 
 
-def _wait_until_gone(workdir: AnyPath, content: bytes, log: Callable[[str], None], stale: float) -> None:
+def _wait_until_gone(workdir: gcs.AnyPath, content: bytes, log: Callable[[str], None], stale: float) -> None:
     """Returns once the holder is known to be gone. Raises UserError if it is alive."""
     current = _parse(content)
     who = _describe(current)
@@ -164,7 +163,7 @@ def _start_time(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _read(file: AnyPath) -> bytes | None:
+def _read(file: gcs.AnyPath) -> bytes | None:
     """Reads the first 64 KiB; None if there is no file. Raises OSError for a link, and does not wait for a pipe."""
     if not isinstance(file, Path):
         return gcs.read(file)[0]
@@ -178,7 +177,7 @@ def _read(file: AnyPath) -> bytes | None:
         os.close(descriptor)
 
 
-def _replace(file: AnyPath, expected: bytes | None, content: bytes | None, run_id: str) -> bool:
+def _replace(file: gcs.AnyPath, expected: bytes | None, content: bytes | None, run_id: str) -> bool:
     """Replaces the file if its content is still as expected; None: there is no file. Returns False if it has changed.
 
     Args:

@@ -44,10 +44,8 @@ class Budget:
                 recorded = json.loads(self._file.read_text()) if self._file.exists() else {"seconds": 0.0}
                 self._before = float(recorded["seconds"])
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(
-                f"--workdir: '{self._file}', the time used, cannot be read ({type(e).__name__}: {e}); delete the file "
-                "to restart the budget"
-            ) from e
+            what = f"'{self._file}', the time used, cannot be read ({type(e).__name__}: {e})"
+            raise UserError(f"--workdir: {what}; delete the file to restart the budget") from e
         self.interval = max(1.0, min(30.0, 0.002 * seconds))
         self._last_step: float | None = None
         self._step_seconds: float | None = None  # running mean, without pauses

@@ -10,9 +10,7 @@ from jax.sharding import Mesh
 from flax_mlm.config.phases import Phase, is_over
 from flax_mlm.config.schema import Config
 from flax_mlm.data.mixture import DataCursor, Mixture
-from flax_mlm.distributed.chips import peak_flops
-from flax_mlm.distributed.preemption import Stop
-from flax_mlm.distributed.processes import ProcessGroup
+from flax_mlm.distributed import chips, preemption, processes
 from flax_mlm.evaluation import metrics
 from flax_mlm.storage.gcs import AnyPath
 from flax_mlm.storage.lease import Lease
@@ -36,8 +34,8 @@ class RunContext:
     phases: list[Phase]
     mixtures: list[Mixture]
     mesh: Mesh
-    group: ProcessGroup
-    stop: Stop
+    group: processes.ProcessGroup
+    stop: preemption.Stop
     log: Callable[[str], None]
     lease: Lease | None
     budget: Budget | None
@@ -54,7 +52,7 @@ class Logger:
           totals: tokens_seen and train_seconds of that fraction; empty for a new run.
         """
         self._context, self.writers = context, writers
-        self.speed = Throughput(progress, peak_flops(context.mesh.devices.flat[:]), totals)
+        self.speed = Throughput(progress, chips.peak_flops(context.mesh.devices.flat[:]), totals)
 
     @contextlib.contextmanager
     def pause(self, activity: str) -> Iterator[None]:
@@ -89,14 +87,12 @@ class Logger:
         summary = f"clozes  top1 {result['top1']:.2f}  top5 {result['top5']:.2f}"
         self._write(step, "cloze", progress, summary, numbers, table)
 
-    def _write(
-        self, step: int, kind: str, progress: float, summary: str, values: dict[str, float], text: str = ""
-    ) -> None:
-        """Prints `step N/TOTAL` and a summary; the total of a run with a budget is extrapolated."""
+    def _write(self, step: int, kind: str, progress: float, line: str, values: dict[str, Any], text: str = "") -> None:
+        """Prints `step N/TOTAL` and a line; the total of a run with a budget is extrapolated."""
         if self.writers:
             train = self._context.phases[-1].config.train
             total = f"~{max(step, round(step / max(progress, 1e-9)))}" if train.budget_minutes else f"{train.steps}"
-            print(f"step {step}/{total}  {summary}", flush=True)
+            print(f"step {step}/{total}  {line}", flush=True)
             self.writers.write(step, kind, values, text)
 
 

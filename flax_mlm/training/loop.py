@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -24,18 +24,12 @@ from flax_mlm.training.metrics import Writers
 from flax_mlm.training.state import TrainState, start_phase
 from flax_mlm.training.step import build_training
 
+# A step that was dispatched, and whose metrics are not read yet: its number, its phase, the cursor after it, metrics.
+_Pending = tuple[int, int, mixture.DataCursor, dict[str, jax.Array]]
+
 
 class Diverged(Failure):
     """More updates in a row were skipped than `optimizer.max_skipped_steps` allows."""
-
-
-class _Pending(NamedTuple):
-    """A step that was dispatched, and whose metrics are not read yet."""
-
-    step: int
-    phase: int
-    cursor: mixture.DataCursor
-    metrics: dict[str, jax.Array]
 
 
 class Run:
@@ -62,9 +56,8 @@ class Run:
         self._tokenizer = mixtures[0].tokenizer()
         self._vocab = Vocabulary.from_tokenizer(self._tokenizer)
         self.training_of = [build_training(p.config, mixtures[0].vocab_size, context.mesh, p) for p in context.phases]
-        meta = make_meta(
-            context.phases[0].config, self._tokenizer, mixture.fingerprint_of(mixtures), mixture.about_of(mixtures)
-        )
+        corpus, text = mixture.fingerprint_of(mixtures), mixture.about_of(mixtures)
+        meta = make_meta(context.phases[0].config, self._tokenizer, corpus, text)
         self._checkpoints = Checkpoints(context.workdir, context.config, meta, context.group.lost_within)
         with context.group.untimed("restoring"):
             restored = self._checkpoints.restore_latest(self.training_of[0].abstract, context.log)
@@ -178,7 +171,7 @@ class Run:
             jax.block_until_ready(metrics)  # simulated devices deadlock when steps queue up
         self.step += 1
         self.cursor = dataclasses.replace(self.cursor, row=self.cursor.row + len(batch["tokens"]))
-        return _Pending(self.step, self.phase, self.cursor, metrics)
+        return self.step, self.phase, self.cursor, metrics
 
     def _read(self, pending: _Pending) -> dict[str, float]:
         """Waits for a step, and logs its metrics."""
@@ -191,10 +184,9 @@ class Run:
     def _end(self, values: dict[str, float]) -> Diverged | Stopped | None:
         """The exception that ends the run after a step with these metrics."""
         if values["skipped_in_a_row"] >= self._context.config.optimizer.max_skipped_steps:
-            return Diverged(
-                f"{values['skipped_in_a_row']:.0f} steps in a row had a non-finite loss or gradient, or a spike; "
-                f"their updates were skipped, and step {self.step} is saved. Try a lower optimizer.learning_rate"
-            )
+            what = f"{values['skipped_in_a_row']:.0f} steps in a row had a non-finite loss or gradient, or a spike"
+            state = f"their updates were skipped, and step {self.step} is saved"
+            return Diverged(f"{what}; {state}. Try a lower optimizer.learning_rate")
         return Stopped() if values["stop"] else None
 
     @property
@@ -222,9 +214,8 @@ class Run:
             self.logger.writers.flush()
 
         def is_saved() -> bool:
-            return self._checkpoints.save(self.step, self.state, before, **run_meta) and (
-                not waits or self._checkpoints.wait()
-            )
+            is_started = self._checkpoints.save(self.step, self.state, before, **run_meta)
+            return is_started and (not waits or self._checkpoints.wait())
 
         config = context.phases[self.phase].config
         train = dataclasses.replace(config.train, phases=context.config.train.phases)

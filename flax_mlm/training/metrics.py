@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_mlm.config.schema import Config
-from flax_mlm.storage import files, gcs
-from flax_mlm.storage.mirror import Mirror
+from flax_mlm.storage import files, gcs, mirror
 
 _METRICS = "metrics.jsonl"
 
@@ -63,21 +62,16 @@ class Throughput:
     def totals(self) -> dict[str, float]:
         """Returns tokens_seen (padding excluded) and train_seconds of the run over all its restarts, without pauses,
         compilation, and steps that a kill has lost."""
-        return {
-            "tokens_seen": self._before["tokens_seen"] + int(self._tokens),
-            "train_seconds": self._before["train_seconds"] + self._elapsed(),
-        }
+        since = {"tokens_seen": int(self._tokens), "train_seconds": self._elapsed()}
+        return {name: self._before[name] + value for name, value in since.items()}
 
     def report(self, progress: float) -> dict[str, float]:
         """Returns tokens_per_second, data_wait (fraction of the time), eta_seconds, mfu (where the peak is known) and
         the totals. The rates of the next report start here."""
         elapsed, self._before = self._elapsed(), self.totals()
         remaining = (1.0 - progress) / max(progress - self._progress, 1e-9)
-        rates = {
-            "tokens_per_second": self._tokens / elapsed,
-            "data_wait": self._waited / elapsed,
-            "eta_seconds": min(remaining * elapsed, 1e9),
-        }
+        rates = {"tokens_per_second": self._tokens / elapsed, "data_wait": self._waited / elapsed}
+        rates["eta_seconds"] = min(remaining * elapsed, 1e9)
         if self._peak:
             rates["mfu"] = self._flops / elapsed / self._peak
         self._start(progress)
@@ -120,7 +114,7 @@ class Writers:
 
     def __init__(self, workdir: gcs.AnyPath, config: Config, start_step: int):
         """Opens the files, and drops the lines of steps after `start_step`: an interrupted run repeats those."""
-        self._mirror = None if isinstance(workdir, Path) else Mirror(workdir)
+        self._mirror = None if isinstance(workdir, Path) else mirror.Mirror(workdir)
         if self._mirror:
             self._mirror.fetch(_METRICS)
         self._folder = self._mirror.folder if self._mirror else Path(workdir)

@@ -32,9 +32,8 @@ def refuse_foreign(workdir: gcs.AnyPath) -> None:
     with _usable(workdir):
         foreign = next(_foreign(workdir), None)
     if foreign:
-        raise UserError(
-            f"--workdir: '{workdir}' holds '{foreign}', which no run of flax_mlm has written; use a new folder"
-        )
+        what = f"holds '{foreign}', which no run of flax_mlm has written"
+        raise UserError(f"--workdir: '{workdir}' {what}; use a new folder")
 
 
 def _foreign(workdir: gcs.AnyPath) -> Iterator[str]:
@@ -87,10 +86,8 @@ def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) ->
     for name, value in flatten(config.to_dict()).items():
         may_differ = name in free or f"{name.split('.')[0]}." in free
         if stored.get(name) != value and not may_differ:
-            raise UserError(
-                f"--workdir: '{workdir}' holds a run with {name} = {stored.get(name)}, and this one has {value}; "
-                "use another --workdir"
-            )
+            what = f"holds a run with {name} = {stored.get(name)}, and this one has {value}"
+            raise UserError(f"--workdir: '{workdir}' {what}; use another --workdir")
 
 
 @contextlib.contextmanager
