@@ -21,7 +21,7 @@ from typing import Any, Self
 from flax_mlm.distributed import cluster
 from flax_mlm.errors import UserError
 
-_LONG = 10**6  # seconds: the store's clients have no timeouts of JAX's, which would abort the process
+_LONG = 10**6  # seconds, more than a run takes: JAX would abort the process when the time is up
 
 
 class Unreachable(Exception):
