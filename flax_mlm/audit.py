@@ -10,7 +10,7 @@ not selected, or a word cut in two by `whole_word`.
 from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
@@ -47,12 +47,11 @@ def main(config: Config) -> int:
     return audit(phase, corpus.tokenizer(), batches, _ROWS.value, Console())
 
 
-def audit(
-    phase: phases.Phase, tokenizer: Tokenizer, batches: Iterable[dict[str, np.ndarray]], rows: int, console: Console
-) -> int:
+def audit(phase: phases.Phase, tokenizer: Tokenizer, batches: Iterable[Any], rows: int, console: Console) -> int:
     """Masks the batches of steps 0, 1, 2 ..., and prints some rows and a report.
 
     Args:
+      batches: dicts of arrays, from `data.pipeline`.
       rows: number of rows to print.
 
     Returns:

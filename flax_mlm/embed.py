@@ -17,17 +17,12 @@ from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files, gcs
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder"
-)
 _INPUT = flags.DEFINE_string("input", "", "file of texts: .txt (one a line), .tsv, .csv, .jsonl")
 _TEXT = flags.DEFINE_string("text", "text", "column of the text")
-_OUTPUT = flags.DEFINE_string(
-    "output", "", "file of vectors: .npy (float32, texts × dimensions), or .parquet (the input's columns and `vector`)"
-)
-_DIMENSIONS = flags.DEFINE_integer(
-    "dimensions", 0, "number of dimensions to keep, from the first; scaled to length 1 again; 0: all", lower_bound=0
-)
+_HELP = "file of vectors: .npy (float32, texts × dimensions), or .parquet (the input's columns and `vector`)"
+_OUTPUT = flags.DEFINE_string("output", "", _HELP)
+_HELP = "number of dimensions to keep, from the first; scaled to length 1 again; 0: all"
+_DIMENSIONS = flags.DEFINE_integer("dimensions", 0, _HELP, lower_bound=0)
 
 
 def main(config: Config) -> None:
@@ -51,7 +46,7 @@ def main(config: Config) -> None:
     for location, record in records:
         if not isinstance(record.get(_TEXT.value), str):
             raise UserError(f"{location} has no column {_TEXT.value}; it has {', '.join(map(str, record))}")
-    model, texts = load_model(_CHECKPOINT.value, config), [record[_TEXT.value] for _, record in records]
+    model, texts = load_model(flags.FLAGS.checkpoint, config), [record[_TEXT.value] for _, record in records]
     with Progress(disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("embedding", total=-(-len(texts) // config.finetune.batch_size))
         vectors_ND = embeddings.embed(model, texts, on_batch=lambda: progress.advance(bar))

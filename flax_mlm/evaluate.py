@@ -19,7 +19,6 @@ from flax_mlm.evaluation.registry import TASKS
 from flax_mlm.storage import files, gcs
 
 _TEXTS = {
-    "checkpoint": "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder",
     "data": "test data. cloze: lines `text with [MASK]<TAB>answer`, empty: built-in clozes; minimal_pairs: a .jsonl "
     "file, a folder of them, or tfds:blimp/NAME",
     "train": "training data. classification: a table, .jsonl or tfds:NAME:split; tagging: CoNLL format; retrieval: a "

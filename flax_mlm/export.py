@@ -12,13 +12,9 @@ from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import gcs
 
-flags.DEFINE_string(
-    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a folder, or a Hugging Face folder"
-)
 flags.DEFINE_string("output", "", "the folder to create")
-flags.DEFINE_enum(
-    "architecture", "", ["", "bert", "roberta", "albert", "modernbert", "electra"], "empty: the first one that fits"
-)
+_ARCHITECTURES = ["", "bert", "roberta", "albert", "modernbert", "electra"]
+flags.DEFINE_enum("architecture", "", _ARCHITECTURES, "empty: the first one that fits")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the weights")
 flags.DEFINE_string("licence", "", "licence of the model, for its card, as Hugging Face spells it: apache-2.0, mit")
 flags.DEFINE_string("language", "", "language of the text, for the card: en, de, multilingual")

@@ -10,9 +10,6 @@ from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder"
-)
 _TEXT = flags.DEFINE_string("text", "", "the text, if it is not the last argument")
 _TOP_K = flags.DEFINE_integer("top_k", 5, "number of words shown for each [MASK]", lower_bound=1)
 _TARGETS = flags.DEFINE_list("targets", [], "rank only these words (comma-separated); each may have several tokens")
@@ -24,7 +21,7 @@ def main(config: Config) -> None:
 
     if config.objective.name != "mlm":
         raise UserError(f"objective.name is {config.objective.name}; expected mlm, the objective that fills masks")
-    filler = MaskFiller(load_model(_CHECKPOINT.value, config))
+    filler = MaskFiller(load_model(flags.FLAGS.checkpoint, config))
     text, k = _TEXT.value, _TOP_K.value
     masks = [filler.rank_words(text, _TARGETS.value)] if _TARGETS.value else filler.top_words(text, k)
     for number, ranked in enumerate(masks, 1):

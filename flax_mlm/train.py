@@ -24,9 +24,7 @@ from flax_mlm.errors import PREEMPTED, Preempted, UserError
 from flax_mlm.storage import files, gcs
 
 
-def train(
-    config: Config, workdir: str | os.PathLike[str] | gcs.AnyPath, cluster: ClusterConfig | None = None
-) -> dict[str, float]:
+def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfig | None = None) -> dict[str, float]:
     """Trains a model, saves and evaluates it; continues the run in `workdir` if there is one.
 
     Args:
@@ -88,9 +86,8 @@ def train(
             mixtures = mixture.open_corpora([phase.config for phase in run_phases], log)
         group.check_same("corpus", mixture.fingerprint_of(mixtures))
         group.check_same("--workdir", holder(workdir))
-        run_phases = phases.with_corpora(
-            run_phases, [m.seq_len for m in mixtures], [m.tokens_per_row for m in mixtures]
-        )
+        tokens_per_row = [m.tokens_per_row for m in mixtures]
+        run_phases = phases.with_corpora(run_phases, [m.seq_len for m in mixtures], tokens_per_row)
         if is_main:
             run_config.take(workdir, config)
             if config.train.budget_minutes:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from configs import base, quickstart
+from docs import config_reference
 from flax_mlm.cli.app import config_arguments, config_of
-from flax_mlm.config import load
 from flax_mlm.config.knobs import knobs
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.errors import UserError
@@ -309,13 +309,13 @@ def test_every_default_has_the_type_of_its_field():
 
 
 def test_every_field_is_explained():
-    assert not [entry.name for entry in load.entries() if not entry.comment]
+    assert not [entry.name for entry in config_reference.entries() if not entry.comment]
     source = (ROOT / "configs" / "base.py").read_text()
     assert not re.findall(r"\bNone\b|\[", re.sub("#.*", "", source.split('"""', 2)[2]))
 
 
 def test_the_reference_lists_type_default_allowed_values_and_comment():
-    entries = {entry.name: entry for entry in load.entries()}
+    entries = {entry.name: entry for entry in config_reference.entries()}
     depth, dtype, scan = (entries[f"model.{name}"] for name in ("num_layers", "dtype", "scan_layers"))
     assert depth == ("model.num_layers", "int", 4, "at least 1", "N")
     assert dtype.allowed == "float32 | bfloat16"

@@ -235,7 +235,7 @@ def test_xla_attention_and_its_gradients_are_those_of_the_definition(dtype, tole
 
     attend = xla(segments, False, [None])
     drop = (lambda weights: weights * kept.astype(dtype)) if drops else None
-    y, backward = jax.vjp(lambda *qkv: attend(0, *qkv, drop), q, k, v)
+    y, backward = jax.vjp(lambda *qkv: attend(0, *qkv, drop=drop), q, k, v)
     exact, exact_backward = jax.vjp(definition, *(x.astype(jnp.float32) for x in (q, k, v)))
     assert y.dtype == dtype
     residuals = [x.nbytes for x in jax.tree.leaves(backward)]

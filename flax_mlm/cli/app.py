@@ -41,6 +41,9 @@ def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, pos
     """
     environment.prepare_paths()
     flags.DEFINE_bool("print_config", False, "print the resolved config as JSON and exit")
+    if from_checkpoint:
+        source = "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder"
+        flags.DEFINE_string("checkpoint", "", source)
     try:
         if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(sys.argv):
             _help(from_checkpoint)
@@ -90,7 +93,7 @@ def _help(from_checkpoint: bool) -> None:
     """Prints the command's flags and exits."""
     file = "" if from_checkpoint else "config file, default configs/quickstart.py; "
     flags.DEFINE_string("config", "", f"{file}--config.section.field=value sets a field; --print_config lists them")
-    for name in ("config", "print_config"):
+    for name in ("config", "print_config", *["checkpoint"] * from_checkpoint):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     try:
         app.run(lambda _: None)

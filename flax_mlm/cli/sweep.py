@@ -65,9 +65,8 @@ def _parse_axis(statement: str) -> tuple[list[str], list[Setting]]:
     for item in split(right, ","):
         values = split(item, "&")
         if len(values) != len(fields):
-            raise UserError(
-                f"--grid: '{item}' has {len(values)} of the {len(fields)} values of {left.strip()}; separate them by &"
-            )
+            found = f"{len(values)} of the {len(fields)} values of {left.strip()}"
+            raise UserError(f"--grid: '{item}' has {found}; separate them by &")
         try:
             setting = {path: parse(path, _unquote(value)) for path, value in zip(fields, values, strict=True)}
         except UserError as e:

@@ -1,11 +1,10 @@
-"""Builds checked configs from ConfigDicts and from stored JSON, and lists their fields for the documentation."""
+"""Builds checked configs from ConfigDicts and from stored JSON."""
 
-import re
 import runpy
 import typing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -59,38 +58,3 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
-
-
-class Entry(NamedTuple):
-    """One field as a user sees it."""
-
-    name: str
-    type: str
-    default: Any
-    allowed: str
-    comment: str
-
-
-def entries() -> list[Entry]:
-    """Every field with its default and comment from configs/base.py, in the order of the dataclasses."""
-    defaults, comments, result = flatten(base().to_dict()), _comments(BASE.read_text()), []
-    for name, field in knobs().items():
-        allowed = " | ".join(field.allowed) if isinstance(field.allowed, tuple) else str(field.allowed or "")
-        kind = field.type.__name__ + " or none" * field.optional
-        result.append(Entry(name, kind, defaults[name], allowed, comments[name]))
-    return result
-
-
-def _comments(source: str) -> dict[str, str]:
-    """Field -> the comment lines directly above its assignment and the comment behind it."""
-    comments: dict[str, str] = {}
-    above: list[str] = []
-    for line in map(str.strip, source.splitlines()):
-        code, _, behind = line.rpartition("  # ") if "  # " in line else (line, "", "")
-        if line.startswith("# "):
-            above.append(line.removeprefix("# "))
-            continue
-        if match := re.match(r"c\.([\w.]+) = ", code):
-            comments[match[1]] = " ".join(filter(None, [*above, behind]))
-        above = []
-    return comments

@@ -153,9 +153,8 @@ def _check_phase(before: Phase, begin: float, config: Config, final_values: Mapp
     for name in _FIXED_WITH_RTD:
         old, new = getattr(before.config.objective, name), getattr(config.objective, name)
         if begin > 0 and "rtd" in (before.config.objective.name, config.objective.name) and old != new:
-            raise _error(
-                f"'{text}' changes objective.{name} from {old} to {new}, but the parameters of rtd depend on it"
-            )
+            change = f"'{text}' changes objective.{name} from {old} to {new}"
+            raise _error(f"{change}, but the parameters of rtd depend on it")
 
 
 def _check_schedule_free(config: Config, phases: Sequence[Phase]) -> None:
@@ -166,11 +165,9 @@ def _check_schedule_free(config: Config, phases: Sequence[Phase]) -> None:
     fixed = ["optimizer.learning_rate"]
     if config.train.unit == "tokens":
         fixed += ["train.global_batch_size", "data.seq_len", "data.corpus"]
-    for path, phase in itertools.product(fixed, phases):
-        if path in phase.final_values or value_of(phase.config, path) != value_of(config, path):
-            raise _error(
-                f"'{phase.changes}' changes {path}, which must stay the same with optimizer.name=schedule_free"
-            )
+    for path, p in itertools.product(fixed, phases):
+        if path in p.final_values or value_of(p.config, path) != value_of(config, path):
+            raise _error(f"'{p.changes}' changes {path}, which must stay the same with optimizer.name=schedule_free")
 
 
 def with_corpora(phases: Sequence[Phase], seq_len: Sequence[int], tokens_per_row: Sequence[float]) -> list[Phase]:

@@ -65,23 +65,18 @@ def _need_at_most_1(c: Config, *paths: str) -> None:
 
 
 def _check_start(c: Config) -> None:
-    _need(
-        not c.reinit_head or bool(c.init_from),
-        "reinit_head is True, but init_from is empty; set init_from to the Hugging Face folder to start from",
-    )
-    _need(
-        not c.tokenizer.extra_tokens_file or bool(c.tokenizer.path),
-        "tokenizer.extra_tokens_file is set, but there is no tokenizer to extend; set tokenizer.path or init_from",
-    )
+    message = "reinit_head is True, but init_from is empty; set init_from to the Hugging Face folder to start from"
+    _need(not c.reinit_head or bool(c.init_from), message)
+    message = "tokenizer.extra_tokens_file is set, but there is no tokenizer to extend; set tokenizer.path or init_from"
+    _need(not c.tokenizer.extra_tokens_file or bool(c.tokenizer.path), message)
 
 
 def _check_model(c: Config) -> None:
     m = c.model
     _need_divisible(c, "model.hidden_size", by="model.num_heads")
-    _need(
-        m.position_embedding == "learned" or (m.hidden_size // m.num_heads) % 2 == 0,
-        f"model.hidden_size / model.num_heads is {m.hidden_size // m.num_heads}; rope needs an even number",
-    )
+    head_width = m.hidden_size // m.num_heads
+    message = f"model.hidden_size / model.num_heads is {head_width}; rope needs an even number"
+    _need(m.position_embedding == "learned" or head_width % 2 == 0, message)
     expected = "False with model.norm_position=pre, where the first layer has no attention norm"
     _need_value(c, "model.share_layers", not (m.share_layers and m.norm_position == "pre"), expected)
     _need(
@@ -121,9 +116,8 @@ def _check_generator(c: Config) -> None:
     )
     _need(c.train.cloze_every == 0, "rtd encoders cannot fill masks; set train.cloze_every=0")
     _need_equal(c, "with rtd, which samples from the generator's logits", train__logits_chunks=1)
-    _need_value(
-        c, "model.embedding_size", m.embedding_size != m.hidden_size, "0 with rtd for embeddings of model.hidden_size"
-    )
+    expected = "0 with rtd for embeddings of model.hidden_size"
+    _need_value(c, "model.embedding_size", m.embedding_size != m.hidden_size, expected)
     nearest = f"such as {max(1, g.num_heads) / m.num_heads:.4g}"
     is_whole = g.num_heads >= 1 and abs(m.num_heads * c.objective.generator_size - g.num_heads) < 0.05
     expected = f"a fraction of model.num_heads, {m.num_heads}, that is a whole number of heads, {nearest}"

@@ -48,7 +48,7 @@ def linear(param: str, *names: str) -> WeightRule:
     return WeightRule(param, names, Layout.LINEAR)
 
 
-def vocabulary_head(dense: str, norm: str, bias: str) -> tuple[WeightRule, ...]:
+def vocab_head(dense: str, norm: str, bias: str) -> tuple[WeightRule, ...]:
     """Makes the rows of a weight table for a `VocabularyHead`."""
     return linear("head/dense", dense), weight("head/norm", norm), weight("head/decoder_bias", bias)
 

@@ -34,6 +34,12 @@ def _to_bert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
     }
 
 
+def _tied(prefix: str, head: str) -> dict[str, str]:
+    """Names the weights of a vocabulary head that repeat others: name -> name of the weight that it equals."""
+    embedding = f"{prefix}embeddings.word_embeddings.weight"
+    return {f"{head}.decoder.weight": embedding, f"{head}.decoder.bias": f"{head}.bias"}
+
+
 BERT = Architecture(
     model_type="bert",
     class_name="BertForMaskedLM",
@@ -52,14 +58,11 @@ BERT = Architecture(
         linear("encoder/layers/mlp_in", "bert.encoder.layer.{}.intermediate.dense"),
         linear("encoder/layers/mlp_out", "bert.encoder.layer.{}.output.dense"),
         weight("encoder/layers/mlp_norm", "bert.encoder.layer.{}.output.LayerNorm"),
-        *arch.vocabulary_head(
+        *arch.vocab_head(
             "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
         ),
     ),
-    tied={
-        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    },
+    tied=_tied("bert.", "cls.predictions"),
     unused=("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids"),
 )
 
@@ -93,12 +96,9 @@ ROBERTA = dataclasses.replace(
         # Position p has row p + pad_token_id + 1.
         weight("encoder/embeddings/position", "roberta.embeddings.position_embeddings.weight", layout=Layout.OFFSET),
         *_with_prefix("roberta.", BERT.weights[2:10]),
-        *arch.vocabulary_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+        *arch.vocab_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
     ),
-    tied={
-        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
-        "lm_head.decoder.bias": "lm_head.bias",
-    },
+    tied=_tied("roberta.", "lm_head"),
     unused=("roberta.pooler.", "roberta.embeddings.position_ids"),
 )
 
@@ -134,12 +134,9 @@ ALBERT = dataclasses.replace(
         linear("encoder/layers/mlp_in", f"{_ALBERT_LAYER}.ffn"),
         linear("encoder/layers/mlp_out", f"{_ALBERT_LAYER}.ffn_output"),
         weight("encoder/layers/mlp_norm", f"{_ALBERT_LAYER}.full_layer_layer_norm"),
-        *arch.vocabulary_head("predictions.dense", "predictions.LayerNorm", "predictions.bias"),
+        *arch.vocab_head("predictions.dense", "predictions.LayerNorm", "predictions.bias"),
     ),
-    tied={
-        "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
-        "predictions.decoder.bias": "predictions.bias",
-    },
+    tied=_tied("albert.", "predictions"),
     unused=("albert.pooler", "sop_classifier.", "albert.embeddings.position_ids"),
 )
 
@@ -164,9 +161,7 @@ ELECTRA_GENERATOR = dataclasses.replace(
     weights=(
         *_with_prefix("electra.", BERT.weights[:10]),
         linear("encoder/projection", "electra.embeddings_project"),  # absent where embeddings are as wide as layers
-        *arch.vocabulary_head(
-            "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"
-        ),
+        *arch.vocab_head("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias"),
     ),
     tied={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
     unused=("electra.embeddings.position_ids",),

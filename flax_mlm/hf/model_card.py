@@ -44,27 +44,25 @@ class ModelCard:
 
     def text(self) -> str:
         """Returns the whole card."""
-        is_causal = self.objective == "clm"
-        return (
-            self._fill(
-                "card",
-                metadata=self._metadata(),
-                kind="A causal language model"
-                if is_causal
-                else "An encoder of texts"
-                if self.fine_tuned
-                else "An encoder",
-                origin="pretrained" if self.corpus else "written",
-                use=self._fill("use_fine_tuned" if self.fine_tuned else f"use_{self.objective}"),
-                training="\n".join(self._training()),
-                stated_licence=self.licence or "not stated",
-                glu=" (GeGLU)" if self.config.model.glu else "",
-                settings=self._settings(),
-                evaluation=self._evaluation(),
-                limit="What it writes may be false." if is_causal else "It understands rather than writes.",
-            )
-            + "\n"
+        kind, limit = "An encoder", "It understands rather than writes."
+        if self.fine_tuned:
+            kind = "An encoder of texts"
+        if self.objective == "clm":
+            kind, limit = "A causal language model", "What it writes may be false."
+        text = self._fill(
+            "card",
+            metadata=self._metadata(),
+            kind=kind,
+            origin="pretrained" if self.corpus else "written",
+            use=self._fill("use_fine_tuned" if self.fine_tuned else f"use_{self.objective}"),
+            training="\n".join(self._training()),
+            stated_licence=self.licence or "not stated",
+            glu=" (GeGLU)" if self.config.model.glu else "",
+            settings=self._settings(),
+            evaluation=self._evaluation(),
+            limit=limit,
         )
+        return f"{text}\n"
 
     def _fill(self, template: str, **values: Any) -> str:
         """Fills in a file of `card/`; `values` are added to the fields of the card."""

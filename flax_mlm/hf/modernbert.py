@@ -88,7 +88,7 @@ MODERNBERT = Architecture(
         linear("encoder/layers/mlp_in", "model.layers.{}.mlp.Wi"),
         linear("encoder/layers/mlp_out", "model.layers.{}.mlp.Wo"),
         weight("encoder/final_norm", "model.final_norm"),
-        *arch.vocabulary_head("head.dense", "head.norm", "decoder.bias"),
+        *arch.vocab_head("head.dense", "head.norm", "decoder.bias"),
     ),
     tied={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
     unused=(),
@@ -116,6 +116,6 @@ DECODER = dataclasses.replace(
         *MODERNBERT.weights[:3],
         linear("encoder/layers/qkv", *(f"model.layers.{{}}.attn.{x}_proj" for x in "qkv")),
         *MODERNBERT.weights[4:9],
-        *arch.vocabulary_head("lm_head.dense", "lm_head.norm", "decoder.bias"),
+        *arch.vocab_head("lm_head.dense", "lm_head.norm", "decoder.bias"),
     ),
 )

@@ -12,6 +12,8 @@ from flax_mlm.hf.architecture import Architecture, Layout, position_offset
 from flax_mlm.hf.folder import Folder
 
 Path = tuple[str, ...]  # keys that lead to a parameter
+Params = dict[Path, np.ndarray]
+Log = Callable[[str], None]
 
 _SUFFIXES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 
@@ -83,9 +85,7 @@ def params_to_tensors(mappings: Sequence[ParamMapping], params: Any, offset: int
     return tensors
 
 
-def tensors_to_params(
-    mappings: Sequence[ParamMapping], tensors: Mapping[str, np.ndarray], offset: int
-) -> dict[Path, np.ndarray]:
+def tensors_to_params(mappings: Sequence[ParamMapping], tensors: Mapping[str, np.ndarray], offset: int) -> Params:
     """Converts weights to parameters, float32 by path. A parameter with a missing weight is left out.
 
     Raises:
@@ -116,8 +116,8 @@ def load_params(
     mappings: Sequence[ParamMapping],
     new_tokens: Mapping[int, np.ndarray],
     reinit_head: bool,
-    log: Callable[[str], None],
-) -> dict[Path, np.ndarray]:
+    log: Log,
+) -> Params:
     """Reads the parameters of a model from a folder.
 
     Args:
@@ -155,9 +155,7 @@ def subtokens(before: Tokenizer, after: Tokenizer) -> dict[int, np.ndarray]:
     return {i: before.encode([after.decode([i])])[0] for i in new}
 
 
-def _select(
-    folder: Folder, mappings: Sequence[ParamMapping], reinit_head: bool, log: Callable[[str], None]
-) -> dict[str, np.ndarray]:
+def _select(folder: Folder, mappings: Sequence[ParamMapping], reinit_head: bool, log: Log) -> dict[str, np.ndarray]:
     """Returns the weights that the parameters are made of, and checks that they are complete and nothing is lost."""
     architecture, tensors = folder.architecture, folder.tensors()
     for name, twin in architecture.tied.items():

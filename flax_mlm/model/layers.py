@@ -172,7 +172,7 @@ class Layer(nnx.Module):
         """Computes the hidden states (B, L, D) after this layer.
 
         Args:
-          attend: (q, k, v, drop) -> (B, L, H, d), see `attention.types.Attend`; with the windows of this layer.
+          attend: (q, k, v, *, drop) -> (B, L, H, d), see `attention.types.Attend`; with the windows of this layer.
           rotary: None: position embeddings are learned.
           norm: With `norm_position = pre`: the norm before attention; None: x_BLD is normalised already.
           keys_B: One dropout key per row; None: no dropout.
@@ -194,7 +194,7 @@ class Layer(nnx.Module):
         drop, rate = None, self.config.attention_dropout_rate
         if keys_B is not None and rate > 0.0:
             drop = functools.partial(dropout, keys_B=keys_B, rate=rate, site=Site.ATTENTION_PROBABILITIES)
-        return self.attention_out("BLHd,HdD->BLD", attend(q, k, v, drop), "LD")
+        return self.attention_out("BLHd,HdD->BLD", attend(q, k, v, drop=drop), "LD")
 
     @jax.named_scope("mlp")
     def _mlp(self, x_BLD: jax.Array) -> jax.Array:

@@ -6,14 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 
 SAVED = "projection"  # checkpoint_name of a projection's result, for recomputation policies
 
 
-def project(
-    equation: str, x: jax.Array, kernel: jax.Array, spec: PartitionSpec, dtype: DTypeLike | None = None
-) -> jax.Array:
+def project(equation: str, x: jax.Array, kernel: jax.Array, spec: PartitionSpec, dtype: Any = None) -> jax.Array:
     """Computes jnp.einsum(equation, x, kernel).
 
     Args:
@@ -26,7 +23,7 @@ def project(
     return checkpoint_name(einsum(equation, x, kernel, spec, dtype), SAVED)
 
 
-def _einsum(equation: str, x: jax.Array, kernel: jax.Array, spec: PartitionSpec, dtype: DTypeLike | None) -> jax.Array:
+def _einsum(equation: str, x: jax.Array, kernel: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
     return jnp.einsum(equation, x, kernel, out_sharding=spec, preferred_element_type=dtype)
 
 
@@ -37,7 +34,7 @@ def _forward(equation: str, x: jax.Array, kernel: jax.Array, *args: Any) -> tupl
     return _unsharded_einsum(equation, x, kernel, *args), (x, kernel)
 
 
-def _backward(equation: str, spec: PartitionSpec, dtype: DTypeLike | None, residuals: tuple, g: jax.Array) -> tuple:
+def _backward(equation: str, spec: PartitionSpec, dtype: Any, residuals: tuple, g: jax.Array) -> tuple:
     """Computes the kernel's gradient as one product of two matrices.
 
     perf(xla-cpu): matrices are multiplied as they lie in memory; with more dimensions XLA would transpose one first,

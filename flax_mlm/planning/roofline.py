@@ -45,12 +45,8 @@ def estimate(step: CompiledStep, config: Config, chip: chips.Chip) -> Roofline:
             network += c["sent"] / (chip.network * chips_per_device)
         elif c["links"]:
             links += c["sent"] / (chip.link * c["links"] * chips_per_device)
-    return Roofline(
-        compute=recomputation * step.flops / (chip.flops * step.chips),
-        memory=step.traffic / (chip.bandwidth * chips_per_device),
-        links=links,
-        network=network,
-    )
+    compute = recomputation * step.flops / (chip.flops * step.chips)
+    return Roofline(compute, step.traffic / (chip.bandwidth * chips_per_device), links, network)
 
 
 def mfu(step: CompiledStep, chip: chips.Chip, seconds: float) -> float:

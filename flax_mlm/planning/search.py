@@ -124,7 +124,6 @@ def parse_meshes(text: str, config: Config, devices: int, slices: int) -> list[M
                 raise ValueError(item)
             meshes.append((data, fsdp, tensor))
     except ValueError:
-        raise UserError(
-            f"--meshes is '{text}'; expected DATAxFSDPxTENSOR with a product of {devices}, comma-separated"
-        ) from None
+        expected = f"DATAxFSDPxTENSOR with a product of {devices}, comma-separated"
+        raise UserError(f"--meshes is '{text}'; expected {expected}") from None
     return meshes
