@@ -32,10 +32,8 @@ def banner(run_phases: list[Phase], mixtures: list[Any], mesh: Any, training: An
     print(f"model       {num_params:,} parameters, {flops / 1e6:,.1f} MFLOPs per token")
     if memory:
         most = max(memory, key=lambda m: m.temp_size_in_bytes)
-        print(
-            f"memory      {most.argument_size_in_bytes / 2**20:,.0f} MiB of state and batch on each device, "
-            f"{most.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries"
-        )
+        state, temporaries = most.argument_size_in_bytes / 2**20, most.temp_size_in_bytes / 2**20
+        print(f"memory      {state:,.0f} MiB of state and batch on each device, {temporaries:,.0f} MiB of temporaries")
     rows = [(p.num_steps or 0) * p.config.train.global_batch_size for p in run_phases]
     for mixture in {id(mixture): mixture for mixture in mixtures}.values():  # phases may share one
         _print_corpora(mixture, sum(n for m, n in zip(mixtures, rows, strict=True) if m is mixture))
@@ -57,10 +55,8 @@ def _print_corpora(mixture: Any, rows: int) -> None:
         counts, fraction = corpus.counts["train"], mixture.fractions[name]
         read = f", {fraction:.1%} of the rows" * (fraction < 1) + f" ({epochs:.2f} epochs)" * bool(rows)
         print(f"corpus      {corpus.path} ({corpus.about['name']})")
-        print(
-            f"            {counts['rows']:,} rows of {mixture.seq_len}, {counts['tokens']:,} tokens, vocabulary "
-            f"{mixture.vocab_size:,}{read}"
-        )
+        size = f"{counts['rows']:,} rows of {mixture.seq_len}, {counts['tokens']:,} tokens"
+        print(f"            {size}, vocabulary {mixture.vocab_size:,}{read}")
 
 
 def summary(workdir: gcs.AnyPath, trained: Any, result: dict[str, float]) -> None:

@@ -185,10 +185,8 @@ def with_corpora(phases: Sequence[Phase], seq_len: Sequence[int], tokens_per_row
         return phases
     counts = [p.num_steps or 0 for p in phases]
     validate.check_snapshots(phases[0].config.optimizer, sum(counts))
-    return [
-        p._replace(config=_with_values(p.config, {"train.steps": sum(counts)}), first_step=sum(counts[:i]))
-        for i, p in enumerate(phases)
-    ]
+    steps = {"train.steps": sum(counts)}
+    return [p._replace(config=_with_values(p.config, steps), first_step=sum(counts[:i])) for i, p in enumerate(phases)]
 
 
 def in_fractions(phases: Sequence[Phase]) -> str:

@@ -79,11 +79,8 @@ def _check_model(c: Config) -> None:
     _need(m.position_embedding == "learned" or head_width % 2 == 0, message)
     expected = "False with model.norm_position=pre, where the first layer has no attention norm"
     _need_value(c, "model.share_layers", not (m.share_layers and m.norm_position == "pre"), expected)
-    _need(
-        c.data.seq_len <= m.max_positions,
-        f"data.seq_len is {c.data.seq_len}, longer than model.max_positions, {m.max_positions}; raise "
-        "model.max_positions",
-    )
+    longer = f"longer than model.max_positions, {m.max_positions}; raise model.max_positions"
+    _need(c.data.seq_len <= m.max_positions, f"data.seq_len is {c.data.seq_len}, {longer}")
     _need_at_most_1(c, "objective.mask_replace_prob", "objective.random_replace_prob")
 
 
@@ -109,11 +106,8 @@ def _check_mesh(c: Config) -> None:
 
 def _check_generator(c: Config) -> None:
     m, g, size = c.model, c.generator, "objective.generator_size"
-    _need(
-        not c.init_from,
-        "objective.name=rtd cannot start from init_from: a folder holds only one of its two models; leave init_from "
-        "empty",
-    )
+    problem = "objective.name=rtd cannot start from init_from: a folder holds only one of its two models"
+    _need(not c.init_from, f"{problem}; leave init_from empty")
     _need(c.train.cloze_every == 0, "rtd encoders cannot fill masks; set train.cloze_every=0")
     _need_equal(c, "with rtd, which samples from the generator's logits", train__logits_chunks=1)
     expected = "0 with rtd for embeddings of model.hidden_size"
@@ -145,11 +139,9 @@ def _check_reproducible(c: Config) -> None:
 
 def check_snapshots(o: OptimizerConfig, steps: int) -> None:
     """Raises UserError if a run of this many steps is too short for the snapshots that `lawa` averages."""
-    _need(
-        o.averaging != "lawa" or (o.lawa_count - 1) * o.lawa_every < steps,
-        f"optimizer.lawa_count × optimizer.lawa_every is {o.lawa_count} × {o.lawa_every}, which exceeds the run length "
-        f"of {steps} steps; lower one of them",
-    )
+    if o.averaging == "lawa" and (o.lawa_count - 1) * o.lawa_every >= steps:
+        span = f"optimizer.lawa_count × optimizer.lawa_every is {o.lawa_count} × {o.lawa_every}"
+        raise UserError(f"{span}, which exceeds the run length of {steps} steps; lower one of them")
 
 
 def _check_training(c: Config) -> None:
@@ -159,11 +151,8 @@ def _check_training(c: Config) -> None:
     if t.unit == "steps":
         check_snapshots(o, t.steps)
     for setting, value in (("name", "schedule_free"), ("averaging", "lawa")):
-        _need(
-            not t.budget_minutes or getattr(o, setting) != value,
-            f"train.{t.unit} is set, but optimizer.{setting}={value} needs a known number of steps; set train.steps or "
-            "train.tokens",
-        )
+        needs = f"optimizer.{setting}={value} needs a known number of steps; set train.steps or train.tokens"
+        _need(not t.budget_minutes or getattr(o, setting) != value, f"train.{t.unit} is set, but {needs}")
     if o.name == "schedule_free":
         why = "with optimizer.name=schedule_free"
         _need_equal(c, why, optimizer__schedule="constant")

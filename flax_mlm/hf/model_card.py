@@ -99,10 +99,8 @@ class ModelCard:
             corpora = self.corpus.get("corpora", {"": self.corpus}).values()
             for text in corpora:
                 fraction = f", {text['fraction']:.1%} of the rows" if len(corpora) > 1 else ""
-                yield (
-                    f"- Text{fraction}: {text['name']}; {text['documents']:,} documents, {text['words']:,} words, "
-                    f"{text['tokens']:,} tokens. Its licence: {text['licence']}."
-                )
+                size = f"{text['documents']:,} documents, {text['words']:,} words, {text['tokens']:,} tokens"
+                yield f"- Text{fraction}: {text['name']}; {size}. Its licence: {text['licence']}."
             seen = meta.get("totals", {}).get("tokens_seen", 0)
             yield self._fill(
                 f"training_{self.objective}",
@@ -114,10 +112,8 @@ class ModelCard:
         if phases := meta.get("config", {}).get("train", {}).get("phases"):
             yield f"- In phases: `{phases}`. The above is of the last one that it has seen."
         if self.fine_tuned:
-            yield (
-                f"- Fine-tuned for search: contrastive (InfoNCE), {self.fine_tuned['examples']:,} pairs, vectors by "
-                f"{config.finetune.pooling} pooling."
-            )
+            pairs = f"{self.fine_tuned['examples']:,} pairs, vectors by {config.finetune.pooling} pooling"
+            yield f"- Fine-tuned for search: contrastive (InfoNCE), {pairs}."
 
     def _settings(self) -> str:
         """Returns the config without the sections that may name paths of somebody's machine."""

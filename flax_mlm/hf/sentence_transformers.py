@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from flax_mlm.config.schema import Config
 
 _FILE = "1_Pooling/config.json"
+_TYPE = "sentence_transformers.models."  # beginning of a module's type
 _MODES = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}  # up to version 4: pooling_mode_NAME
 _NEWER_MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 
@@ -24,10 +25,7 @@ def files(config: Config) -> dict[str, Any]:
     The modules are sentence-transformers' own: Transformer, Pooling, Normalize.
     """
     chain = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(chain)
-    ]
+    modules = [{"idx": i, "name": str(i), "path": path, "type": _TYPE + kind} for i, (path, kind) in enumerate(chain)]
     mode = {f"pooling_mode_{name}": pooling == config.finetune.pooling for pooling, name in _MODES.items()}
     length = min(config.finetune.max_length, config.model.max_positions)
     return {

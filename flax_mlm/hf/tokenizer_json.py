@@ -31,30 +31,23 @@ def content(tokenizer: Tokenizer, pair_type: int) -> bytes:
 
     proto = _proto(tokenizer)
     converted = HfTokenizer(_model(proto, tokenizer))
-    converted.add_tokens(
-        [
-            AddedToken(
-                p.piece,
-                lstrip=i == tokenizer.mask_id,  # the space before a mask is part of the masked word
-                normalized=p.type == p.USER_DEFINED,
-                special=p.type != p.USER_DEFINED,
-            )
-            for i, p in enumerate(proto.pieces)
-            if p.type in (p.CONTROL, p.UNKNOWN) or (p.type == p.USER_DEFINED and not p.piece.startswith("▁"))
-        ]
-    )
+    added = []
+    for i, p in enumerate(proto.pieces):
+        is_own = p.type == p.USER_DEFINED
+        if p.type in (p.CONTROL, p.UNKNOWN) or (is_own and not p.piece.startswith("▁")):
+            # The space before a mask is part of the masked word.
+            added.append(AddedToken(p.piece, lstrip=i == tokenizer.mask_id, normalized=is_own, special=not is_own))
+    converted.add_tokens(added)
     converted.normalizer = Sequence(list(_normalizers(proto.normalizer_spec)))
     has_spaces = any("▁" in p.piece[1:] and p.type == p.NORMAL for p in proto.pieces)  # a token of several words
     prefix = "first" if proto.normalizer_spec.add_dummy_prefix else "never"
     converted.pre_tokenizer = pre_tokenizers.Metaspace("▁", prefix, split=not has_spaces)
     ids = {tokenizer.tokens[i]: i for i in (tokenizer.cls_id, tokenizer.sep_id)}
     cls, sep = ids
-    converted.post_processor = processors.TemplateProcessing(
-        f"{cls} $A {sep}", f"{cls} $A {sep} $B:{pair_type} {sep}:{pair_type}", list(ids.items())
-    )
-    converted.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    single, pair = f"{cls} $A {sep}", f"{cls} $A {sep} $B:{pair_type} {sep}:{pair_type}"
+    converted.post_processor = processors.TemplateProcessing(single, pair, list(ids.items()))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    converted.decoder = decoders.Sequence(steps)
     return converted.to_str(pretty=True).encode()
 
 

@@ -112,11 +112,7 @@ def tensors_to_params(mappings: Sequence[ParamMapping], tensors: Mapping[str, np
 
 
 def load_params(
-    folder: Folder,
-    mappings: Sequence[ParamMapping],
-    new_tokens: Mapping[int, np.ndarray],
-    reinit_head: bool,
-    log: Log,
+    folder: Folder, mappings: Sequence[ParamMapping], new_tokens: Mapping[int, np.ndarray], reinit_head: bool, log: Log
 ) -> Params:
     """Reads the parameters of a model from a folder.
 
@@ -171,10 +167,8 @@ def _select(folder: Folder, mappings: Sequence[ParamMapping], reinit_head: bool,
     left_out = [name for name in extra if name.startswith(architecture.unused) or name in others]
     extra = [name for name in extra if name not in left_out]
     if missing and all(used[name][0] == "head" for name in missing):
-        raise UserError(
-            f"init_from: '{folder.path}' has no vocabulary head (it lacks {_abridge(missing)}); "
-            "set reinit_head=True to train a new one"
-        )
+        problem = f"has no vocabulary head (it lacks {_abridge(missing)})"
+        raise UserError(f"init_from: '{folder.path}' {problem}; set reinit_head=True to train a new one")
     problems = [f"lacks {_abridge(missing)}"] if missing else []
     problems += [f"has {_abridge(extra)}, which our model does not use"] if extra else []
     if problems:

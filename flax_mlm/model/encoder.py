@@ -81,15 +81,13 @@ class Encoder(nnx.Module):
             x_BLD = layers.dropout(x_BLD, dropout_keys_B, self.config.dropout_rate, layers.Site.EMBEDDINGS)
             if self.config.embedding_size:
                 x_BLD = layers.gathered(self.projection)("BLE,ED->BLD", x_BLD, "LD")
-        attention = self._attention(segment_ids_BL, positions_BL, causal, dropout_keys_B is not None)
+        attend, rotary = self._attention(segment_ids_BL, positions_BL, causal, dropout_keys_B is not None)
         with jax.named_scope("layers"):
-            x_BLD = self._apply_layers(x_BLD, *attention, dropout_keys_B)
+            x_BLD = self._apply_layers(x_BLD, attend, rotary, dropout_keys_B)
         return self.final_norm(x_BLD) if self.config.norm_position == "pre" else x_BLD
 
-    def _attention(
-        self, segment_ids_BL: jax.Array, positions_BL: jax.Array, causal: bool, has_dropout: bool
-    ) -> tuple[types.Attend, Rotary | None]:
-        """Builds the attention and the rotary tables of the layer types: [global], or [global, local]."""
+    def _attention(self, segment_ids_BL: jax.Array, positions_BL: jax.Array, causal: bool, has_dropout: bool) -> tuple:
+        """Builds the attention and the rotary tables (or None) of the layer types: [global], or [global, local]."""
         c = self.config
         layer_types = [(None, c.rope_theta_global), (c.sliding_window, c.rope_theta_local)]
         windows, thetas = zip(*layer_types[: c.global_attn_every_n_layers], strict=True)  # 1: all layers are global

@@ -20,15 +20,11 @@ def model_lines(config: Config, step: CompiledStep, target: Target) -> Iterator[
     devices = f", {step.devices} devices" if step.devices != step.chips else ""
     yield f"target      {target}: {step.chips} chip(s){devices}, mesh {step.mesh}"
     yield f"model       {step.parameters:,} parameters, {step.vocab_rows:,} rows of vocabulary"
-    yield (
-        f"step        {rows:,} rows of {length:,} = {rows * length:,} tokens; {step.flops / rows / length / 1e6:,.1f} "
-        f"MFLOPs per token, {step.flops / 1e12:,.1f} TFLOPs per step"
-    )
+    flops = f"{step.flops / rows / length / 1e6:,.1f} MFLOPs per token, {step.flops / 1e12:,.1f} TFLOPs per step"
+    yield f"step        {rows:,} rows of {length:,} = {rows * length:,} tokens; {flops}"
     kernel = f"{step.attention} (cuDNN's where available, which keeps less)" if step.cudnn else step.attention
-    yield (
-        f"            attention {kernel}, remat {config.model.remat}, {config.train.gradient_accumulation_steps} "
-        f"microbatch(es), {config.train.logits_chunks} logits chunk(s), {config.model.dtype}"
-    )
+    parts = f"{config.train.gradient_accumulation_steps} microbatch(es), {config.train.logits_chunks} logits chunk(s)"
+    yield f"            attention {kernel}, remat {config.model.remat}, {parts}, {config.model.dtype}"
 
 
 def memory_lines(step: CompiledStep, chip: Chip | None) -> Iterator[str]:

@@ -2,7 +2,7 @@
 in bfloat16, where XLA calls its flash attention (arXiv:2205.14135)."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,7 @@ def _attend_within(mask: jax.Array) -> Callable[..., jax.Array]:
 
 
 @jax.custom_vjp
-def _softmax_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, factors: jax.Array | None
-) -> jax.Array:
+def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, factors: Any) -> jax.Array:
     """Computes softmax attention, dividing by the softmax's sum after the product with v.
 
     perf(xla-cpu): the derivative that JAX finds goes over arrays (L, M) three more times.
