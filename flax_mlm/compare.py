@@ -29,7 +29,7 @@ _HELP = "workdirs, checkpoints or Hugging Face folders, comma-separated; NAME=PA
 _CHECKPOINTS = flags.DEFINE_list("checkpoints", [], _HELP)
 _HELP = "tasks of evaluate with their options, separated by `;`; NAME=TASK ... sets a row's name"
 _TASKS = flags.DEFINE_string("tasks", "mlm; cloze", _HELP)
-_OUTPUT = flags.DEFINE_string("output", "", "folder for the results, table.md, comparison.json and plot.png")
+flags.DEFINE_string("output", "", "folder for the results, table.md, comparison.json and plot.png")
 _DRAWS = flags.DEFINE_integer("draws", 1000, "number of bootstrap resamples", 10)
 
 
@@ -38,9 +38,7 @@ def main(config: Config) -> None:
     if overrides and overrides[0].startswith("--config="):
         raise UserError(f"{overrides[0]} is not used, checkpoints have configs; use --config.section.field=value")
     tasks = parse_tasks(_TASKS.value)
-    if not _OUTPUT.value:
-        raise UserError("--output is missing; name a folder for the results")
-    output = gcs.local("--output", _OUTPUT.value)
+    output = gcs.local("--output", app.required("output", "name a folder for the results"))
     checkpoints = {name: find(path) for name, path in paths.items()}
     rows: list[Row] = []
     for task, options in tasks.items():

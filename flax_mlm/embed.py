@@ -30,8 +30,7 @@ def main(config: Config) -> None:
     if output.suffix not in (".npy", ".parquet"):
         raise UserError(f"--output is '{_OUTPUT.value}'; expected a name that ends in .npy or .parquet")
     files.check_writable("--output", output)
-    if not _INPUT.value:
-        raise UserError("--input is missing; name a file of texts")
+    source = app.required("input", "name a file of texts")
     if _DIMENSIONS.value > (size := config.model.hidden_size):
         raise UserError(f"--dimensions is {_DIMENSIONS.value}; the vectors of this encoder have {size}")
 
@@ -42,7 +41,7 @@ def main(config: Config) -> None:
     from flax_mlm.inference import embeddings
     from flax_mlm.inference.load import load_model
 
-    records = tables.records(_INPUT.value)
+    records = tables.records(source)
     for location, record in records:
         if not isinstance(record.get(_TEXT.value), str):
             raise UserError(f"{location} has no column {_TEXT.value}; it has {', '.join(map(str, record))}")

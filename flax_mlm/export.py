@@ -9,7 +9,7 @@ from absl import flags
 
 from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
-from flax_mlm.errors import Failure, UserError
+from flax_mlm.errors import Failure
 from flax_mlm.storage import gcs
 
 flags.DEFINE_string("output", "", "the folder to create")
@@ -25,9 +25,8 @@ LIMIT = 1e-4  # largest difference of a hidden state or a logit that --check all
 
 def main(config: Config) -> None:
     values = flags.FLAGS
-    if not values.output:
-        raise UserError("--output is missing; name the folder to create, such as --output=exported")
-    output = gcs.local("--output", values.output).absolute()
+    named = app.required("output", "name the folder to create, such as --output=exported")
+    output = gcs.local("--output", named).absolute()
 
     import jax
 

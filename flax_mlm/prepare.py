@@ -11,15 +11,12 @@ from absl import flags
 from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
 from flax_mlm.data.prepare import prepare
-from flax_mlm.errors import UserError
 
-_OUTPUT = flags.DEFINE_string("output", "", "folder to make; unfinished work is kept in OUTPUT.tmp")
+flags.DEFINE_string("output", "", "folder to make; unfinished work is kept in OUTPUT.tmp")
 
 
 def main(config: Config) -> None:
-    if not _OUTPUT.value:
-        raise UserError("--output is missing; name the folder to make")
-    prepare(config, _OUTPUT.value)
+    prepare(config, app.required("output", "name the folder to make"))
 
 
 if __name__ == "__main__":

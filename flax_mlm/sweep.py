@@ -31,7 +31,7 @@ from flax_mlm.storage import gcs
 _HELP = "all combinations of field=value,value; field=value,...; a&b=1&2,3&4 changes two fields together"
 _GRID = flags.DEFINE_string("grid", "", _HELP)
 _SEEDS = flags.DEFINE_integer("seeds", 1, "runs per setting, with seeds from config.seed on", lower_bound=1)
-_WORKDIR = flags.DEFINE_string("workdir", "", "folder of the runs, sweep.md, sweep.json and sweep.png")
+flags.DEFINE_string("workdir", "", "folder of the runs, sweep.md, sweep.json and sweep.png")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the training commands and run none")
 
 # The environment before environment.prepare changes it for the base config: each run prepares its own.
@@ -42,9 +42,8 @@ _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # <sys/prctl.h>
 
 def main(config: Config) -> int:
     settings = parse_grid(_GRID.value)
-    if not _WORKDIR.value:
-        raise UserError("--workdir is missing; name a folder for the runs, such as --workdir=runs/sweep")
-    workdir = gcs.local("--workdir", _WORKDIR.value)
+    named = app.required("workdir", "name a folder for the runs, such as --workdir=runs/sweep")
+    workdir = gcs.local("--workdir", named)
     seeds = range(config.seed, config.seed + _SEEDS.value)
     base = app.config_arguments(sys.argv)
     runs = [make_run(base, setting, seed, workdir) for setting in settings for seed in seeds]

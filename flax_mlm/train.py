@@ -20,7 +20,7 @@ from flax_mlm.config.load import flatten
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import environment, preemption, processes
 from flax_mlm.distributed.cluster import ClusterConfig
-from flax_mlm.errors import PREEMPTED, Preempted, UserError
+from flax_mlm.errors import PREEMPTED, Preempted
 from flax_mlm.storage import files, gcs
 
 
@@ -152,12 +152,11 @@ if __name__ == "__main__":
     from flax_mlm.cli import cluster
 
     where = "folder of the run, or gs://BUCKET/FOLDER: checkpoints, metrics.jsonl, config.json"
-    workdir = flags.DEFINE_string("workdir", "", where)
+    flags.DEFINE_string("workdir", "", where)
     flags.adopt_module_key_flags(cluster)
 
     def main(config: Config) -> None:
-        if not workdir.value:
-            raise UserError("--workdir is missing; name a folder for the run, such as --workdir=runs/first")
-        train(config, workdir.value, cluster.from_flags())
+        workdir = app.required("workdir", "name a folder for the run, such as --workdir=runs/first")
+        train(config, workdir, cluster.from_flags())
 
     app.run(main)

@@ -68,6 +68,13 @@ def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, pos
         sys.exit(1)
 
 
+def required(flag: str, hint: str) -> str:
+    """Returns the value of a flag. Raises UserError, with a hint of what to give, if it is empty."""
+    if not (value := flags.FLAGS[flag].value):
+        raise UserError(f"--{flag} is missing; {hint}")
+    return value
+
+
 def _parse(argv: list[str], from_checkpoint: bool, positional: str) -> Config:
     """Sets the flags and builds the config. Raises UserError."""
     source, overrides, rest = _split(argv, "--checkpoint" if from_checkpoint else "--config")

@@ -28,9 +28,7 @@ def _to_bert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
         "type_vocab_size": model.type_vocab_size,
         "hidden_dropout_prob": model.dropout_rate,
         "attention_probs_dropout_prob": model.attention_dropout_rate,
-        "hidden_act": "gelu",
-        "position_embedding_type": "absolute",
-        "is_decoder": False,
+        **dict(hidden_act="gelu", position_embedding_type="absolute", is_decoder=False),
     }
 
 

@@ -60,14 +60,10 @@ def _to_modernbert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
         "local_attention": model.sliding_window,
         "global_rope_theta": model.rope_theta_global,
         "local_rope_theta": model.rope_theta_local,
-        "mlp_dropout": model.dropout_rate,
-        "embedding_dropout": model.dropout_rate,
+        **dict.fromkeys(("mlp_dropout", "embedding_dropout"), model.dropout_rate),
         "attention_dropout": model.attention_dropout_rate,
-        "hidden_activation": "gelu",
-        "classifier_activation": "gelu",
-        "decoder_bias": True,
-        "cls_token_id": ids.cls_id,
-        "sep_token_id": ids.sep_id,
+        **dict(hidden_activation="gelu", classifier_activation="gelu", decoder_bias=True),
+        **dict(cls_token_id=ids.cls_id, sep_token_id=ids.sep_id),
     }
 
 

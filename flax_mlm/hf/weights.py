@@ -32,11 +32,6 @@ class ParamMapping(NamedTuple):
         """Returns whether the first dimension is that of the layers."""
         return len(self.shape) > len(self.dims)
 
-    @property
-    def num_inputs(self) -> int:
-        """Returns how many dimensions of a kernel are inputs."""
-        return 1 if self.dims[0] in "DFE" else len(self.dims) - 1
-
 
 def param_mappings(architecture: Architecture, shapes: Any, dims: Any, num_layers: int) -> Iterator[ParamMapping]:
     """Yields the location of every parameter of a model.
@@ -75,7 +70,8 @@ def params_to_tensors(mappings: Sequence[ParamMapping], params: Any, offset: int
         for layer, names in zip(leaf if mapping.is_stacked else [leaf], mapping.names, strict=True):
             if mapping.layout is Layout.LINEAR:
                 if mapping.path[-1] == "kernel":
-                    layer = layer.reshape(int(np.prod(layer.shape[: mapping.num_inputs])), -1).T
+                    num_inputs = 1 if mapping.dims[0] in "DFE" else len(mapping.dims) - 1
+                    layer = layer.reshape(int(np.prod(layer.shape[:num_inputs])), -1).T
                 else:
                     layer = layer.reshape(-1)
             elif mapping.layout is Layout.OFFSET:

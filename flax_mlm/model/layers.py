@@ -162,19 +162,15 @@ class Layer(nnx.Module):
         self.mlp_norm = LayerNorm(c)
 
     def __call__(
-        self,
-        x_BLD: jax.Array,
-        attend: Callable[..., jax.Array],
-        rotary: Rotary | None,
-        norm: Callable[[jax.Array], jax.Array] | None,
-        keys_B: jax.Array | None,
+        self, x_BLD: jax.Array, attend: Callable, rotary: Rotary | None, norm: Callable | None, keys_B: jax.Array | None
     ) -> jax.Array:
         """Computes the hidden states (B, L, D) after this layer.
 
         Args:
           attend: (q, k, v, *, drop) -> (B, L, H, d), see `attention.types.Attend`; with the windows of this layer.
           rotary: None: position embeddings are learned.
-          norm: With `norm_position = pre`: the norm before attention; None: x_BLD is normalised already.
+          norm: With `norm_position = pre`: the norm before attention, (B, L, D) -> (B, L, D); None: x_BLD is normalised
+            already.
           keys_B: One dropout key per row; None: no dropout.
         """
         drop = functools.partial(dropout, keys_B=keys_B, rate=self.config.dropout_rate)

@@ -46,10 +46,9 @@ def parse_target(text: str, slices: int = 1) -> Target:
             return Target(kind, number, gpu=gpu)
     elif re.fullmatch(r"(v\d+\w*|tpu7x)", kind) and len(rest) == 1 and re.fullmatch(r"\d+(x\d+){1,2}", rest[0]):
         return Target(kind, rest[0], slices)
-    raise UserError(
-        f"--topology is '{text}'{f' with --slices={slices}' if slices > 1 else ''}; expected a TPU slice such as "
-        "v5e:4x4 or v5p:4x4x4, cpu, cpu:8, gpu:h100 or gpu:h100:8; only TPUs have slices"
-    )
+    given = f"'{text}'" + f" with --slices={slices}" * (slices > 1)
+    expected = "a TPU slice such as v5e:4x4 or v5p:4x4x4, cpu, cpu:8, gpu:h100 or gpu:h100:8; only TPUs have slices"
+    raise UserError(f"--topology is {given}; expected {expected}")
 
 
 @dataclasses.dataclass
