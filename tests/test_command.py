@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from configs import base, quickstart
-from docs import config_reference
 from flax_mlm.cli.app import config_arguments, config_of
 from flax_mlm.config.knobs import knobs
 from flax_mlm.config.load import build, from_dict
@@ -306,23 +305,6 @@ def test_every_default_has_the_type_of_its_field():
         for name in path.split("."):
             node = node.get_oneway_ref(name).get() if node.get_ref(name).get() is None else node[name]
         assert (node is None and knob.optional) or type(node) is knob.type, path
-
-
-def test_every_field_is_explained():
-    assert not [entry.name for entry in config_reference.entries() if not entry.comment]
-    source = (ROOT / "configs" / "base.py").read_text()
-    assert not re.findall(r"\bNone\b|\[", re.sub("#.*", "", source.split('"""', 2)[2]))
-
-
-def test_the_reference_lists_type_default_allowed_values_and_comment():
-    entries = {entry.name: entry for entry in config_reference.entries()}
-    depth, dtype, scan = (entries[f"model.{name}"] for name in ("num_layers", "dtype", "scan_layers"))
-    assert depth == ("model.num_layers", "int", 4, "at least 1", "N")
-    assert dtype.allowed == "float32 | bfloat16"
-    assert dtype.comment.startswith("of the computation: ")
-    assert (scan.type, scan.default, scan.allowed) == ("bool or none", None, "")
-    assert scan.comment.startswith("True: scan one compiled layer; ")
-    assert scan.comment.endswith(" otherwise scan")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

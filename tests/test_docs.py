@@ -235,5 +235,22 @@ def test_the_functions_of_the_python_page_exist():
         assert getattr(importlib.import_module(module), function).__doc__, name
 
 
+def test_every_field_is_explained():
+    assert not [entry.name for entry in generate.entries() if not entry.comment]
+    source = (ROOT / "configs" / "base.py").read_text()
+    assert not re.findall(r"\bNone\b|\[", re.sub("#.*", "", source.split('"""', 2)[2]))
+
+
+def test_the_reference_lists_type_default_allowed_values_and_comment():
+    entries = {entry.name: entry for entry in generate.entries()}
+    depth, dtype, scan = (entries[f"model.{name}"] for name in ("num_layers", "dtype", "scan_layers"))
+    assert depth == ("model.num_layers", "int", 4, "at least 1", "N")
+    assert dtype.allowed == "float32 | bfloat16"
+    assert dtype.comment.startswith("of the computation: ")
+    assert (scan.type, scan.default, scan.allowed) == ("bool or none", None, "")
+    assert scan.comment.startswith("True: scan one compiled layer; ")
+    assert scan.comment.endswith(" otherwise scan")
+
+
 def test_generated_pages_are_current():
     assert not generate.stale(), "run python docs/generate.py"
