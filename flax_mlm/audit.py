@@ -10,7 +10,7 @@ not selected, or a word cut in two by `whole_word`.
 from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -23,9 +23,6 @@ from flax_mlm.config import phases
 from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import UserError
-
-if TYPE_CHECKING:
-    from flax_mlm.objectives.masking import Masked
 
 _ROWS = flags.DEFINE_integer("rows", 4, "number of rows to print", lower_bound=0)
 _TOKENS = flags.DEFINE_integer("tokens", 1_000_000, "number of tokens to check", lower_bound=1)
@@ -121,8 +118,8 @@ def _report(phase: phases.Phase, counts: Counter[str], console: Console) -> int:
     return 1 if broken else 0
 
 
-def _print_rows(tokenizer: Tokenizer, tokens_BL: np.ndarray, masked: "Masked", console: Console) -> None:
-    """Prints rows with marks that can be read without colour."""
+def _print_rows(tokenizer: Tokenizer, tokens_BL: np.ndarray, masked: Any, console: Console) -> None:
+    """Prints rows and their `Masked`, with marks that can be read without colour."""
     marks = ("⟨■masked⟩", "bold red"), ("  ", ""), ("⟨original→random⟩", "yellow"), ("  ", "")
     console.print(Text.assemble(*marks, ("⟨=unchanged⟩", "underline green")), "\n", sep="")
     for b, tokens_L in enumerate(tokens_BL.tolist()):

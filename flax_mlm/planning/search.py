@@ -9,9 +9,8 @@ from flax_mlm.config.load import build, from_dict
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import chips
 from flax_mlm.errors import UserError
-from flax_mlm.planning import roofline
+from flax_mlm.planning import report, roofline
 from flax_mlm.planning.compile import CompiledStep, Target, compile_step_for
-from flax_mlm.planning.report import gib
 
 _REMATS = ("none", "dots", "full")
 # The compiler recomputes and fuses some of what the forward pass keeps, so that up to this many times the chip's memory
@@ -68,7 +67,7 @@ def smallest_change(config: Config, vocab_size: int, target: Target, chip: chips
         description = ", ".join(f"{name}={value}" for name, value in change.items() if value != -1)
         _, step = compile_changed(config, change, vocab_size, target, chip)
         if step is not None:
-            _log(f"  {description}: fits, {gib(step.total_bytes)}")
+            _log(f"  {description}: fits, {report.gib(step.total_bytes)}")
             return {name: value for name, value in change.items() if value != -1 or config.mesh.data != -1}
         _log(f"  {description}: does not fit")
     return None
