@@ -131,5 +131,4 @@ def eval_batches(rows: Rows, numbers: np.ndarray, *, batch_size: int, local_rows
         index[is_real] = numbers[start + local_rows[is_real]]
         tokens = np.full((len(local_rows), rows.seq_len), rows.pad_id, np.int32)
         tokens[is_real] = rows.read(index[is_real])
-        row_ids = np.stack([index >> 32, index & 0xFFFFFFFF], axis=1).astype(np.uint32)
-        yield {"tokens": tokens, "row_ids": row_ids}
+        yield {"tokens": tokens, "row_ids": np.stack([index >> 32, index & 0xFFFFFFFF], axis=1).astype(np.uint32)}

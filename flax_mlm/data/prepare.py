@@ -115,8 +115,7 @@ def _build(config: Config, source: sources.Source, request: str, output: Path, w
     sources.check_fraction(source, data.validation_fraction)
     work.mkdir(exist_ok=True)
     tokenizer = _tokenizer(config, source, work / "tokenizer", log)
-    chunks = _with_progress("tokenising", source, counts, log)
-    splits = units.make_units(chunks, work, tokenizer, data, log)
+    splits = units.make_units(_with_progress("tokenising", source, counts, log), work, tokenizer, data, log)
     for name, split in splits.items():
         if not split["rows"]:
             raise UserError(f"data.source is '{data.source}'; its {name} documents hold no text")
@@ -144,11 +143,9 @@ def _build(config: Config, source: sources.Source, request: str, output: Path, w
 def _log_summary(manifest: dict[str, Any], log: Log) -> None:
     """Logs the size of a corpus, and warnings about its text."""
     for name, s in manifest["splits"].items():
-        log(
-            f"{name}: {s['documents']:,} documents, {s['words']:,} words, {s['bytes']:,} bytes, {s['tokens']:,} tokens "
-            f"({s['tokens'] / s['bytes']:.3f} per byte), {s['rows']:,} rows, "
-            f"{s['padding'] / (s['rows'] * manifest['seq_len']):.2%} padding"
-        )
+        text = f"{s['documents']:,} documents, {s['words']:,} words, {s['bytes']:,} bytes, {s['tokens']:,} tokens"
+        padding = s["padding"] / (s["rows"] * manifest["seq_len"])
+        log(f"{name}: {text} ({s['tokens'] / s['bytes']:.3f} per byte), {s['rows']:,} rows, {padding:.2%} padding")
     counts = Counter(manifest["source"]["counts"])
     if counts["undecodable_bytes"]:
         where = f" in {counts['undecodable_files']:,} files" if counts["undecodable_files"] else ""

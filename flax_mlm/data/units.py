@@ -72,8 +72,7 @@ def _joined(results: Iterable[Tokenised]) -> tuple[np.ndarray, np.ndarray, np.nd
     """Joins jobs: ids (T,), the table of `write_shard` (C, 4), and the hash of each chunk's document (C,)."""
     jobs, ids, sizes = zip(*results, strict=True)
     chunks = list(itertools.chain(*jobs))
-    documents = np.array([chunk.document for chunk in chunks], np.int64)
-    table = np.column_stack([documents, np.concatenate(sizes)])
+    table = np.column_stack([np.array([chunk.document for chunk in chunks], np.int64), np.concatenate(sizes)])
     return np.concatenate(ids), table, np.array([chunk.hash for chunk in chunks])
 
 

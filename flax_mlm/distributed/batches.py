@@ -10,26 +10,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_mlm.distributed.mesh import BATCH, num_batch_shards
 
 
-def abstract_batch(
-    batch_size: int, seq_len: int, mesh: Mesh, has_progress: bool = False
-) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(B: int, L: int, mesh: Mesh, has_progress: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the result of `shard_batch`."""
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "tokens": ((batch_size, seq_len), np.int32),
-        "row_ids": ((batch_size, 2), np.uint32),
-        "stop": ((batch_size,), np.bool_),
-    }
+    arrays: dict[str, Any] = {"tokens": ((B, L), np.int32), "row_ids": ((B, 2), np.uint32), "stop": ((B,), np.bool_)}
     if has_progress:
-        shapes["progress"] = ((batch_size,), np.float32)
+        arrays["progress"] = ((B,), np.float32)
     split = NamedSharding(mesh, PartitionSpec(BATCH))
-    return {name: jax.ShapeDtypeStruct(*shape, sharding=split) for name, shape in shapes.items()}
+    return {name: jax.ShapeDtypeStruct(*array, sharding=split) for name, array in arrays.items()}
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Indices of the batch's rows on this process's devices: int64 (n,), ascending. On a TPU slice they need not be
     consecutive, and processes that differ only in `tensor` have the same rows."""
-    split = NamedSharding(mesh, PartitionSpec(BATCH))
-    indices = split.addressable_devices_indices_map((batch_size,)).values()
+    indices = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((batch_size,)).values()
     ranges = {rows.indices(batch_size)[:2] for (rows,) in filter(None, indices)}
     return np.concatenate([np.arange(*one) for one in sorted(ranges)])
 
@@ -78,10 +71,9 @@ def split_microbatches(x: jax.Array, count: int) -> jax.Array:
     return jnp.swapaxes(split, 0, 1)
 
 
-def merge_rows(tree: Any) -> Any:
+def merge_rows(x: jax.Array) -> jax.Array:
     """(B, G, ...) -> (B·G, ...), each group staying on its device."""
-    spec = PartitionSpec(BATCH)
-    return jax.tree.map(lambda x: jax.lax.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), out_sharding=spec), tree)
+    return jax.lax.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), out_sharding=PartitionSpec(BATCH))
 
 
 def unmerge_rows(x: jax.Array, size: int) -> jax.Array:

@@ -36,15 +36,13 @@ def prepare(reproducible: int = 0) -> None:
     prepare_paths()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     _keep_freed_memory()
-    is_x86 = platform.machine() in ("x86_64", "AMD64")
-    if is_x86 and not _add_flag(_RIGHT_SUMS):
+    if platform.machine() in ("x86_64", "AMD64") and not _add_flag(_RIGHT_SUMS):
         what = f"JAX has started without {_RIGHT_SUMS}, so sums of more than 32,768 numbers on x86 CPUs may be wrong"
         warnings.warn(f"{what} (jax-ml/jax#39103); use flax_mlm before the first computation", stacklevel=3)
     if reproducible:
         # XLA:CPU cuts a large matmul by the number of its threads, by default that of cores or of devices.
         threads = str(reproducible)
-        is_new = os.environ.get("NPROC") != threads
-        if (is_new and _backend_runs()) or not _add_flag(_FIXED_ORDER):
+        if (os.environ.get("NPROC") != threads and _backend_runs()) or not _add_flag(_FIXED_ORDER):
             what = "train.reproducible is True, but JAX has started its backend with other settings"
             remedy = f"set it in the first run of a process, or start Python with NPROC={threads}"
             raise UserError(f"{what}; {remedy} XLA_FLAGS={_FIXED_ORDER}")

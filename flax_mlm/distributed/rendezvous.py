@@ -22,13 +22,16 @@ _POLL = 0.1  # seconds between two requests to the store
 _STALE = 3.0  # seconds without a change after which an entry belongs to a process that is gone
 
 
+# The store that all processes share; the run_id, random and the same on all of them; their host names, by index; the
+# address where process 0 is to serve `jax.distributed`.
+Meeting = tuple[Store, str, list[str], str]
+
+
 class Lost(Failure):
     """Another process is lost, or never came."""
 
 
-def meet(
-    cluster: ClusterConfig, address: str, count: int, index: int, identity: dict[str, str]
-) -> tuple[Store, str, list[str], str]:
+def meet(cluster: ClusterConfig, address: str, count: int, index: int, identity: dict[str, str]) -> Meeting:
     """Waits for all processes.
 
     Args:
@@ -36,10 +39,6 @@ def meet(
       count: number of processes, at least 2.
       index: of this process.
       identity: names and values that must be the same on all processes.
-
-    Returns:
-      the store that all processes share; the run_id, random and the same on all of them; their host names, by index;
-      and the address where process 0 is to serve `jax.distributed`.
 
     Raises:
       UserError: the processes do not fit together, or process 0 cannot listen at `address`.

@@ -61,13 +61,11 @@ class Watch(threading.Thread):
       period: seconds between two heartbeats.
     """
 
-    def __init__(
-        self, index: int, hosts: list[str], store: Store | None, heartbeat: int, stall_timeout: float, end: End
-    ):
+    def __init__(self, index: int, hosts: list[str], store: Store | None, heartbeat: int, stall_after: float, end: End):
         """
         Args:
           heartbeat: seconds without a heartbeat after which a process is lost.
-          stall_timeout: seconds without progress of any process after which the run is stuck; 0.0: never.
+          stall_after: seconds without progress of any process after which the run is stuck; 0.0: never.
           end: ends this process.
         """
         super().__init__(name="processes", daemon=True)
@@ -78,7 +76,7 @@ class Watch(threading.Thread):
         self.period = min(heartbeat / 5, 3.0)  # within the time that coordination.hold_aborts gives
         self._index = index
         self._heartbeat = heartbeat
-        self._stall_timeout = stall_timeout
+        self._stall_after = stall_after
         self._end = end
         self._stopped = False
         self._hurry = threading.Event()
@@ -135,14 +133,14 @@ class Watch(threading.Thread):
             for other in self.others:
                 if now - max(other.heard, awake) > self._heartbeat + self.period:
                     self._lose(self.me if awaited else other)
-            if self._stall_timeout and self._index == 0:
+            if self._stall_after and self._index == 0:
                 self._judge(now, awake)
 
     def _judge(self, now: float, awake: float) -> None:
         """Ends the run if no process makes progress. All wait for the one that is stuck, so its step is the lowest."""
         busy = sorted((member for member in self.members if not member.done), key=lambda member: member.step)
         idle = now - max([awake, *(member.since or now for member in busy)]) if busy else 0.0
-        if idle > self._stall_timeout:
+        if idle > self._stall_after:
             stuck = [f"{member.name} is stuck while {member.doing}" for member in busy if member.step == busy[0].step]
             more = f", {len(stuck) - 3} more" if len(stuck) > 3 else ""
             who = f": {', '.join(stuck[:3])}{more}" if self.others else f" while {busy[0].doing}"

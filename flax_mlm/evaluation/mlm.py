@@ -165,6 +165,8 @@ def summary(m: Measurement, corpus: Mixture) -> dict[str, float]:
         text_sizes[name] = [num_rows / max(counts["rows"], 1) * counts[key] for key in ("tokens", "bytes")]
     total = metrics.loss_and_accuracy(count_R, loss_R, correct_R)
     by_corpus = metrics.by_corpus((count_R, loss_R, correct_R), m.num_rows, "predicted_tokens")
+    for name in metrics.corpus_names(by_corpus):
+        by_corpus[f"bits_per_byte/{name}"] = _bits_per_byte(by_corpus[f"loss/{name}"], text_sizes[name])
     return {
         **total,
         "perplexity": math.exp(min(total["loss"], 700.0)),
@@ -174,10 +176,6 @@ def summary(m: Measurement, corpus: Mixture) -> dict[str, float]:
         "rows": int((count_R > 0).sum()),
         "predicted_tokens": int(count_R.sum()),
         **by_corpus,
-        **{
-            f"bits_per_byte/{name}": _bits_per_byte(by_corpus[f"loss/{name}"], text_sizes[name])
-            for name in metrics.corpus_names(by_corpus)
-        },
     }
 
 

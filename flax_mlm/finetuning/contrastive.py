@@ -105,8 +105,7 @@ def make_loss(model: LoadedModel) -> Callable[..., jax.Array]:
     def loss(params: Params, tokens_BGL: jax.Array, ids_BG: jax.Array, key: jax.Array) -> jax.Array:
         batch_size, group_size = ids_BG.shape
         tokens_RL = batches.merge_rows(tokens_BGL)
-        keys_R = embeddings.dropout_keys(key, tokens_RL[:, 0])
-        states_RLD = embeddings.hidden_states(model, params, tokens_RL, keys_R)
+        states_RLD = embeddings.hidden_states(model, params, tokens_RL, embeddings.dropout_keys(key, tokens_RL[:, 0]))
         vectors_BGD = batches.unmerge_rows(embeddings.pool(model, states_RLD, tokens_RL), group_size)
         queries_BD = vectors_BGD[:, 0]
         candidates_CD = mesh.replicate(vectors_BGD[:, 1:]).reshape(batch_size * (group_size - 1), -1)

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping, Set
-from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,7 +14,7 @@ from flax_mlm.hf.folder import is_hf_folder, open_folder
 from flax_mlm.hf.sentence_transformers import read_pooling
 
 
-def read_config(path: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> ConfigDict:
+def read_config(path: str, overrides: Mapping[str, Any] = {}) -> ConfigDict:
     """Reads the config of a checkpoint, with a mesh that fits these devices, or makes that of a Hugging Face folder.
 
     Args:

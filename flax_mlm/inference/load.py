@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +39,7 @@ class LoadedModel(NamedTuple):
     params: Any
     tokenizer: Tokenizer
     vocab: Vocabulary
-    meta: Mapping[str, Any] = MappingProxyType({})  # of the checkpoint; empty for a Hugging Face folder
+    meta: Mapping[str, Any] = {}  # of the checkpoint; empty for a Hugging Face folder
 
     @property
     def row_length(self) -> int:

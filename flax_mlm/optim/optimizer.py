@@ -13,10 +13,8 @@ from flax_mlm.config.schema import OptimizerConfig
 from flax_mlm.distributed.mesh import with_auto_axes
 
 # Whether a parameter decays, by the last component of its path.
-_DECAYS = {
-    **dict.fromkeys(("kernel", "token", "position", "token_type", "detector"), True),
-    **dict.fromkeys(("bias", "scale", "decoder_bias", "detector_bias"), False),
-}
+_DECAYS = dict.fromkeys(("kernel", "token", "position", "token_type", "detector"), True)
+_DECAYS |= dict.fromkeys(("bias", "scale", "decoder_bias", "detector_bias"), False)
 
 
 def decay_mask(params: Any) -> Any:
@@ -46,12 +44,9 @@ def make(config: OptimizerConfig, dims: Any) -> optax.GradientTransformationExtr
         "lamb": lambda: adam,  # arXiv:1904.00962; the trust ratio follows the decay, below
         "muon": lambda: optax.partition({"muon": _muon(dims), "adam": adam}, muon_labels),
     }
-    return optax.chain(
-        direction[config.name](),
-        _add_decayed_weights(config.weight_decay),
-        # As in the authors' code, only for parameters that decay: a bias begins at 0, and would stay near it.
-        optax.masked(_trust_ratio_per_layer(), decay_mask) if config.name == "lamb" else optax.identity(),
-    )
+    # As in the authors' code, only for parameters that decay: a bias begins at 0, and would stay near it.
+    trust = optax.masked(_trust_ratio_per_layer(), decay_mask) if config.name == "lamb" else optax.identity()
+    return optax.chain(direction[config.name](), _add_decayed_weights(config.weight_decay), trust)
 
 
 def _add_decayed_weights(default: float) -> optax.GradientTransformationExtraArgs:
@@ -86,10 +81,8 @@ def _muon(dims: Any) -> optax.GradientTransformation:
 
         return jax.tree.map(one, dims, params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
 
-    chain = optax.chain(
-        optax.contrib.scale_by_muon(weight_dimension_numbers=dimension_numbers),
-        scale_by_shape(dimension_numbers, consistent_rms=0.2),
-    )
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=dimension_numbers)
+    chain = optax.chain(muon, scale_by_shape(dimension_numbers, consistent_rms=0.2))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return with_auto_axes(chain.update, like=(updates, state))(updates, state)
