@@ -202,8 +202,7 @@ def _json_documents(path: Path, file: BinaryIO, counts: Counter[str], field: str
         if not isinstance(text, str):
             has = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
             raise UserError(f"{path}:{number} has no string field '{field}' (it has {has}); write jsonl:GLOB#field")
-        for chunk in _document_chunks(text, counts):
-            yield offset, chunk
+        yield from ((offset, chunk) for chunk in _document_chunks(text, counts))
 
 
 def _document_chunks(text: str, counts: Counter[str]) -> Iterator[str]:

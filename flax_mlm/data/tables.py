@@ -92,12 +92,10 @@ def _names(record: dict[str, Any]) -> str:
 def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
     content = files.read_text(file)
     if file.suffix in (".jsonl", ".json", ".txt"):
-        records = []
-        for number, line in enumerate(content.split("\n"), 1):  # unlike splitlines, which also splits at U+2028
-            where = f"{file}:{number}"
-            if line.strip():
-                records.append((where, {"text": line} if file.suffix == ".txt" else _json_object(where, line)))
-        return records
+        numbered_lines = enumerate(content.split("\n"), 1)  # unlike splitlines, which also splits at U+2028
+        lines = [(f"{file}:{number}", line) for number, line in numbered_lines if line.strip()]
+        is_text = file.suffix == ".txt"
+        return [(where, {"text": line} if is_text else _json_object(where, line)) for where, line in lines]
     has_tabs = "\t" in content.partition("\n")[0]
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if has_tabs else {}
     csv.field_size_limit(1 << 24)

@@ -324,8 +324,7 @@ def load_tokenizer(path: str | Path, extra_tokens_file: str | Path = "") -> Toke
     if not file.exists():
         raise UserError(f"tokenizer file {file} does not exist; give a SentencePiece .model or a tokenizer.json")
     kind = TOKENIZERS["tokenizer.model" if file.suffix == ".model" else "tokenizer.json"]
-    content = wordpiece_json(file) if file.suffix == ".txt" else file.read_bytes()
-    tokenizer = kind(content, str(file))
+    tokenizer = kind(wordpiece_json(file) if file.suffix == ".txt" else file.read_bytes(), str(file))
     if extra_tokens_file:
         try:
             lines = epath.Path(extra_tokens_file).expanduser().read_text().split("\n")

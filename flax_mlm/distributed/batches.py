@@ -49,8 +49,7 @@ def shard_rows(tree: Any, mesh: Mesh) -> Any:
     def to_global(x: np.ndarray) -> jax.Array:
         size = len(x) // len(local_shards)
 
-        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index
+        def shard(index: Any) -> np.ndarray:
             i = local_shards.index((index[0].start or 0) // size)
             return x[i * size : (i + 1) * size]
 

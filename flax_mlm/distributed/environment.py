@@ -97,9 +97,6 @@ def _keep_freed_memory() -> None:
     """Keeps freed memory in the process (glibc only)."""
     # perf(xla-cpu): XLA allocates and frees its temporaries every step; giving them back to the system each time costs
     # a page fault per 4 KiB, up to 30% of a step.
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
             mallopt(option, value)

@@ -38,23 +38,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     inner = config.fsdp * config.tensor
     data = config.data if config.data != -1 else max(1, len(devices) // inner)
     if data * inner != len(devices):
-        sizes = f"{data} × {config.fsdp} × {config.tensor} = {data * inner}"
-        expected = f"expected {len(devices)}, the number of devices"
-        raise UserError(f"mesh.data × mesh.fsdp × mesh.tensor is {sizes}; {expected}")
-    axis_types = (AxisType.Explicit,) * 3
+        what = f"mesh.data × mesh.fsdp × mesh.tensor is {data} × {config.fsdp} × {config.tensor} = {data * inner}"
+        raise UserError(f"{what}; expected {len(devices)}, the number of devices")
     is_tpu = devices[0].platform == "tpu"  # on other platforms each machine counts as a slice
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
-    if slices == 1:
-        shape = (data, config.fsdp, config.tensor)
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types)
     if data % slices:
         expected = f"expected a multiple of {slices}, the number of TPU slices"
         why = "a slice holds whole copies of the model, and only gradients cross the network between slices"
         raise UserError(f"mesh.data is {data}; {expected}, because {why}")
-    within, between = (data // slices, config.fsdp, config.tensor), (slices, 1, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types)
+    within = (data // slices, config.fsdp, config.tensor)
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, (AxisType.Explicit,) * 3)
 
 
 def num_batch_shards(mesh: Any) -> int:

@@ -1,5 +1,6 @@
 """Held-out loss and accuracy, with fixed masks and standard errors, beside two context-free baselines."""
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -91,13 +92,11 @@ def evaluate(model: LoadedModel, on_batch: OnBatch, mask_rates: str) -> dict[str
 
 
 def _parse_rates(text: str) -> list[float]:
-    try:
+    with contextlib.suppress(ValueError):
         rates = [float(rate) for rate in text.split(",") if rate.strip()]
-        if not all(0 < rate <= 1 for rate in rates):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--mask_rates is '{text}'; expected fractions such as 0.15,0.3") from None
-    return rates
+        if all(0 < rate <= 1 for rate in rates):
+            return rates
+    raise UserError(f"--mask_rates is '{text}'; expected fractions such as 0.15,0.3")
 
 
 def with_eval(model: LoadedModel, seq_len: int, mask_rate: float) -> LoadedModel:

@@ -83,8 +83,7 @@ def _mean(metric: str, values_N: np.ndarray, examples: Any) -> HeadlineMetric:
 
 def _resampled(metric: str, result: dict[str, Any], resample: Callable[[np.ndarray], float]) -> HeadlineMetric:
     size = len(result["labels"])
-    value = resample(np.arange(size))
-    return HeadlineMetric(metric, value, result["stderr"], size, result["labels"], resample)
+    return HeadlineMetric(metric, resample(np.arange(size)), result["stderr"], size, result["labels"], resample)
 
 
 class Task(NamedTuple):

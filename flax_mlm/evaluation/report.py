@@ -48,14 +48,12 @@ def median_run(scores: Sequence[float]) -> int:
     return list(scores).index(statistics.median_low(scores))
 
 
-def summary(
-    scores: list[float], search: SearchResult, examples: dict[str, int], chosen_on_test: bool = False
-) -> dict[str, Any]:
+def summary(scores: list[float], search: SearchResult, sizes: dict[str, int], chosen_on_test: bool) -> dict[str, Any]:
     """Builds the entries that every fine-tuning result has.
 
     Args:
       scores: of every seed, on the test set.
-      examples: number of examples of each part.
+      sizes: number of examples of each part.
       chosen_on_test: the development set is the test set.
     """
     return {
@@ -64,7 +62,7 @@ def summary(
         "scores": scores,
         "best": search.best,
         "dev_scores": search.dev_scores,
-        "examples": examples,
+        "examples": sizes,
         "chosen_on_test": chosen_on_test,
     }
 

@@ -153,7 +153,7 @@ def run(
     examples = {"test": len(test.texts if isinstance(test, tables.Labelled) else test.relevance)}
     if train and dev:
         examples |= {"train": len(train.queries), "dev": len(dev.queries)}
-    return {**results[median], **report.summary(scores, searched, examples)}, searched.outcomes[median]
+    return {**results[median], **report.summary(scores, searched, examples, False)}, searched.outcomes[median]
 
 
 def _similarity(test: tables.Labelled) -> Callable[[Embed], dict[str, Any]]:

@@ -82,11 +82,8 @@ def _make_training(model: LoadedModel, problem: Problem, on_batch: OnBatch) -> _
     config = model.config.finetune
     total = max(len(problem.lengths) // config.batch_size, 1) * config.epochs
     warmup = max(round(config.warmup_fraction * total), 1)
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(0.9, 0.999, 1e-6),
-        optax.add_decayed_weights(config.weight_decay, optimizer.decay_mask),
-    )
+    decay = optax.add_decayed_weights(config.weight_decay, optimizer.decay_mask)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.999, 1e-6), decay)
 
     @jax.jit
     def init(encoder: Any, key: jax.Array) -> tuple[Params, Any]:

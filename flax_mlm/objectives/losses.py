@@ -155,9 +155,6 @@ def replaced_token_detection(generator: Model, discriminator: Model, vocab_size:
                 ordinary_BL=t.ordinary_BL,
             )
 
-    def counts(t: Targets) -> tuple[jax.Array, ...]:
-        return denominator(t.weights_BK), denominator(t.ordinary_BL)
-
     def total(losses: DetectionLosses, counts: tuple[jax.Array, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
         predictions, ordinary = counts
         generator_means = losses.generator.means(predictions, config.z_loss)
@@ -174,7 +171,7 @@ def replaced_token_detection(generator: Model, discriminator: Model, vocab_size:
         }
         return loss + means.get("z_loss", 0.0), means
 
-    return Loss(predict, counts, total)
+    return Loss(predict, lambda t: (denominator(t.weights_BK), denominator(t.ordinary_BL)), total)
 
 
 def sample_tokens(logits_BKV: jax.Array, keys_B: jax.Array, vocab_size: int) -> jax.Array:

@@ -42,14 +42,9 @@ class Vocabulary(NamedTuple):
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> "Vocabulary":
         """Copies the tables of a tokenizer to the device."""
-        return cls(
-            is_special=jnp.asarray(tokenizer.is_special),
-            starts_word=jnp.asarray(tokenizer.starts_word),
-            ordinary_ids=jnp.asarray(np.flatnonzero(~tokenizer.is_special), jnp.int32),
-            pad_id=int(tokenizer.pad_id),
-            cls_id=int(tokenizer.cls_id),
-            mask_id=int(tokenizer.mask_id),
-        )
+        ordinary_ids = jnp.asarray(np.flatnonzero(~tokenizer.is_special), jnp.int32)
+        ids = (int(i) for i in (tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id))
+        return cls(jnp.asarray(tokenizer.is_special), jnp.asarray(tokenizer.starts_word), ordinary_ids, *ids)
 
 
 def segment_ids(tokens_BL: jax.Array, vocab: Vocabulary) -> jax.Array:

@@ -142,11 +142,9 @@ def _describe(values: dict[str, Any]) -> str:
 def _machine() -> dict[str, str]:
     """The scope in which a process id is unique: host, boot and, in containers, the process namespace."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
-    return {
-        "host": socket.gethostname(),
-        "boot": boot.read_text().strip() if boot.exists() else "",
-        "processes": os.readlink(namespace) if os.path.islink(namespace) else "",
-    }
+    boot_id = boot.read_text().strip() if boot.exists() else ""
+    processes = os.readlink(namespace) if os.path.islink(namespace) else ""
+    return {"host": socket.gethostname(), "boot": boot_id, "processes": processes}
 
 
 def _start_time(pid: int) -> str | None:

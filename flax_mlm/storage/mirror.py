@@ -28,8 +28,7 @@ class Mirror:
 
     def fetch(self, name: str) -> None:
         """Copies a file from the bucket to the folder if it exists. Raises the errors of `gcs.errors`."""
-        content, _ = gcs.read(self._target / name)
-        if content is not None:
+        if (content := gcs.read(self._target / name)[0]) is not None:
             (self.folder / name).write_bytes(content)
 
     def soon(self) -> None:

@@ -65,8 +65,7 @@ class Logger:
         """Counts a step, and writes its metrics every `train.log_every` steps and after the last one."""
         context, progress = self._context, values["progress"]
         self.speed.add(values["tokens"], flops)
-        is_due = step % context.config.train.log_every == 0 or is_over(context.phases, step, progress)
-        if self.writers and is_due:
+        if self.writers and (step % context.config.train.log_every == 0 or is_over(context.phases, step, progress)):
             line = {name: value for name, value in values.items() if name != "stop"} | {"rows": cursor.row}
             line |= self.speed.report(progress) | _epochs(cursor, context.mixtures[phase])
             self._write(step, "train", progress, train_line(line), line)
