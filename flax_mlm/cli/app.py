@@ -57,9 +57,8 @@ def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, pos
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except Failure as e:
-        print(f"stopped: {e}", file=sys.stderr)
+        print(f"stopped: {e}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(1)  # a failed thread may be stuck, and must not delay the exit
     except Preempted:  # train has printed the line on process 0
         sys.exit(PREEMPTED)

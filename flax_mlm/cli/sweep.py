@@ -155,12 +155,11 @@ class Row(NamedTuple):
 def summarise(runs: list[Run], errors: dict[str, str]) -> list[Row]:
     """The rows of the table, one per setting. `errors`: name of a failed run -> reason."""
     results = {run.name: run.result() for run in runs}
-    entries = {run.name: _entry(run, results[run.name], errors.get(run.name)) for run in runs}
     rows: list[Row] = []
     reference, first_losses = None, dict[int, float]()
     for setting, some in itertools.groupby(runs, lambda run: run.setting):
         group = list(some)
-        all_entries = [entries[run.name] for run in group]
+        all_entries = [_entry(run, results[run.name], errors.get(run.name)) for run in group]
         finished = [entry for entry in all_entries if "loss" in entry]
         definitions = [_loss_definition(run.config, result) for run in group if (result := results[run.name])]
         reference = reference or next(iter(definitions[-1:]), None)

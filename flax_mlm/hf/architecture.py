@@ -61,7 +61,6 @@ class Architecture:
       model_type: its value in config.json and of --architecture.
       class_name: its class in transformers.
       objective: mlm, clm or rtd.
-      prefix: beginning of the encoder's weight names; a model without head leaves it out.
       from_hf_config: config.json -> the fields of `ModelConfig` that it determines. Raises ValueError where our encoder
         cannot compute the model.
       to_hf_config: the inverse: `ModelConfig` and token ids -> keys of config.json.
@@ -73,12 +72,16 @@ class Architecture:
     model_type: str
     class_name: str
     objective: str
-    prefix: str
     from_hf_config: Callable[[HfConfig], dict[str, Any]]
     to_hf_config: Callable[[ModelConfig, SpecialIds], dict[str, Any]]
     weights: tuple[WeightRule, ...]
     tied: Mapping[str, str]
     unused: tuple[str, ...]
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of the encoder's weight names, such as `bert.`; a model without head leaves it out."""
+        return self.weights[0].names[0].partition(".")[0] + "."
 
 
 _SIZES = {  # field of ModelConfig -> key of config.json, in all architectures

@@ -42,7 +42,6 @@ BERT = Architecture(
     model_type="bert",
     class_name="BertForMaskedLM",
     objective="mlm",
-    prefix="bert.",
     from_hf_config=_from_bert,
     to_hf_config=_to_bert,
     weights=(
@@ -86,7 +85,6 @@ ROBERTA = dataclasses.replace(
     BERT,
     model_type="roberta",
     class_name="RobertaForMaskedLM",
-    prefix="roberta.",
     from_hf_config=_from_roberta,
     to_hf_config=_to_roberta,
     weights=(
@@ -120,7 +118,6 @@ ALBERT = dataclasses.replace(
     BERT,
     model_type="albert",
     class_name="AlbertForMaskedLM",
-    prefix="albert.",
     from_hf_config=_from_albert,
     to_hf_config=_to_albert,
     weights=(
@@ -153,7 +150,6 @@ ELECTRA_GENERATOR = dataclasses.replace(
     BERT,
     model_type="electra",
     class_name="ElectraForMaskedLM",
-    prefix="electra.",
     from_hf_config=_from_electra,
     to_hf_config=_to_electra,
     weights=(

@@ -71,7 +71,6 @@ MODERNBERT = Architecture(
     model_type="modernbert",
     class_name="ModernBertForMaskedLM",
     objective="mlm",
-    prefix="model.",
     from_hf_config=_from_modernbert,
     to_hf_config=_to_modernbert,
     weights=(

@@ -2,7 +2,7 @@
 in bfloat16, where XLA calls its flash attention (arXiv:2205.14135)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,7 @@ def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
     return _softmax_attention_forward(q, k, v, mask, factors)[0]
 
 
-def _softmax_attention_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, factors: jax.Array | None
-) -> tuple[jax.Array, tuple]:
+def _softmax_attention_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, factors: Any) -> tuple:
     logits = jnp.einsum("...LHd,...MHd->...HLM", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
     logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(logits - max_last_axis(logits)[..., None])
@@ -84,17 +82,14 @@ def _apply_dropout(x: jax.Array, factors: jax.Array | None) -> jax.Array:
 
 
 def cudnn(
-    segment_ids_BL: jax.Array,
-    causal: bool,
-    windows: Sequence[int | None],
-    implementation: Literal["cudnn", "xla"] = "cudnn",
+    segment_ids_BL: jax.Array, causal: bool, windows: Sequence[int | None], implementation: Any = "cudnn"
 ) -> Attend:
     """Builds attention as `xla` does, without dropout.
 
     cuDNN knows neither segments nor two-sided windows, so it gets masks, one for all heads.
 
     Args:
-      implementation: "xla" computes the same on any device.
+      implementation: "cudnn" or "xla"; "xla" computes the same on any device.
     """
 
     def attend_on_device(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, mask: jax.Array) -> jax.Array:
