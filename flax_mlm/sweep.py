@@ -22,8 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from flax_mlm.cli import app
-from flax_mlm.cli.sweep import Run, make_run, parse_grid, write
+from flax_mlm.cli import app, sweep
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import PREEMPTED, UserError
 from flax_mlm.storage import gcs
@@ -41,12 +40,12 @@ _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # <sys/prctl.h>
 
 
 def main(config: Config) -> int:
-    settings = parse_grid(_GRID.value)
+    settings = sweep.parse_grid(_GRID.value)
     named = app.required("workdir", "name a folder for the runs, such as --workdir=runs/sweep")
     workdir = gcs.local("--workdir", named)
     seeds = range(config.seed, config.seed + _SEEDS.value)
     base = app.config_arguments(sys.argv)
-    runs = [make_run(base, setting, seed, workdir) for setting in settings for seed in seeds]
+    runs = [sweep.make_run(base, setting, seed, workdir) for setting in settings for seed in seeds]
     missing = [run for run in runs if not run.result()]
     count = f"{len(settings)} settings × {len(seeds)} seeds = {len(runs)} runs, {len(runs) - len(missing)} finished"
     if _DRY_RUN.value:
@@ -122,10 +121,10 @@ def _end_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def run_all(runs: list[Run], trainer: Trainer, workdir: Path) -> int:
+def run_all(runs: list[sweep.Run], trainer: Trainer, workdir: Path) -> int:
     """Trains what is not finished, and writes the report after each run. Returns the exit code."""
     errors: dict[str, str] = {}
-    write(workdir, runs, errors)
+    sweep.write(workdir, runs, errors)
     for number, run in enumerate(runs, 1):
         is_new = not run.result()
         code = trainer.train(run.workdir, run.arguments) if is_new else 0
@@ -140,7 +139,7 @@ def run_all(runs: list[Run], trainer: Trainer, workdir: Path) -> int:
             outcome = f"FAILED: {errors[run.name]}"
         print(f"{number}/{len(runs)}  {run.name}  {outcome}{'' if is_new else '  (before)'}", flush=True)
         if is_new:
-            write(workdir, runs, errors)
+            sweep.write(workdir, runs, errors)
     print(f"\n{(workdir / 'sweep.md').read_text()}\nwritten to {workdir}: sweep.md  sweep.json  sweep.png")
     return 1 if errors else 0
 

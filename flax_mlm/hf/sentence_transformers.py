@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax_mlm.config.schema import Config
 
@@ -10,13 +10,6 @@ _FILE = "1_Pooling/config.json"
 _TYPE = "sentence_transformers.models."  # beginning of a module's type
 _MODES = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}  # up to version 4: pooling_mode_NAME
 _NEWER_MODES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
-
-
-class Pooling(NamedTuple):
-    """How a folder says that its vectors are made."""
-
-    mode: str | None  # value of `finetune.pooling`; None where there is none that is like it
-    unsupported: list[str]  # further modules, which we do not compute
 
 
 def files(config: Config) -> dict[str, Any]:
@@ -36,8 +29,13 @@ def files(config: Config) -> dict[str, Any]:
     }
 
 
-def read_pooling(folder: Path) -> Pooling:
-    """Reads how the vectors of a folder are made; a folder without these files has no pooling."""
+def read_pooling(folder: Path) -> tuple[str | None, list[str]]:
+    """Reads how the vectors of a folder are made; a folder without these files has no pooling.
+
+    Returns:
+      the value of `finetune.pooling`, None where there is none that is like it; and further modules, which we do not
+      compute.
+    """
     try:
         stored = json.loads((folder / _FILE).read_text(encoding="utf8"))
         enabled = [key for key, value in stored.items() if key.startswith("pooling_mode_") and value is True]
@@ -45,10 +43,10 @@ def read_pooling(folder: Path) -> Pooling:
         modules = json.loads(chain.read_text(encoding="utf8")) if chain.exists() else []
         kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return Pooling(None, [])
+        return None, []
     if "pooling_mode" in stored:
         mode = _NEWER_MODES.get(str(stored["pooling_mode"]))
     else:
         mode = next((mode for mode, name in _MODES.items() if enabled == [f"pooling_mode_{name}"]), None)
     unsupported = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    return Pooling(mode, unsupported + ([] if mode else ["Pooling"]))
+    return mode, unsupported + ([] if mode else ["Pooling"])

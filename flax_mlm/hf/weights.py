@@ -68,12 +68,11 @@ def params_to_tensors(mappings: Sequence[ParamMapping], params: Any, offset: int
     for mapping in mappings:
         leaf = np.asarray(leaves[mapping.path])
         for layer, names in zip(leaf if mapping.is_stacked else [leaf], mapping.names, strict=True):
-            if mapping.layout is Layout.LINEAR:
-                if mapping.path[-1] == "kernel":
-                    num_inputs = 1 if mapping.dims[0] in "DFE" else len(mapping.dims) - 1
-                    layer = layer.reshape(int(np.prod(layer.shape[:num_inputs])), -1).T
-                else:
-                    layer = layer.reshape(-1)
+            if mapping.layout is Layout.LINEAR and mapping.path[-1] == "kernel":
+                num_inputs = 1 if mapping.dims[0] in "DFE" else len(mapping.dims) - 1
+                layer = layer.reshape(int(np.prod(layer.shape[:num_inputs])), -1).T
+            elif mapping.layout is Layout.LINEAR:
+                layer = layer.reshape(-1)
             elif mapping.layout is Layout.OFFSET:
                 layer = np.concatenate([np.zeros((offset, layer.shape[1]), layer.dtype), layer])
             for name, tensor in zip(names, np.split(layer, len(names)), strict=True):

@@ -58,10 +58,10 @@ def apply_folder(config: ConfigDict, given: Set[str] = frozenset(), as_is: bool 
     if not config.tokenizer.path:
         config.tokenizer.path = config.init_from
     if "finetune.pooling" not in given:
-        pooling = read_pooling(folder.path)
-        config.finetune.pooling = pooling.mode or config.finetune.pooling
-        if pooling.unsupported:
-            modules = " and ".join(pooling.unsupported)
+        mode, unsupported = read_pooling(folder.path)
+        config.finetune.pooling = mode or config.finetune.pooling
+        if unsupported:
+            modules = " and ".join(unsupported)
             print(f"note: vectors will differ from those of '{folder.path}': no support for {modules}", file=sys.stderr)
     rows = folder.config["vocab_size"]
     if config.tokenizer.extra_tokens_file:

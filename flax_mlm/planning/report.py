@@ -91,13 +91,11 @@ def program_lines(step: CompiledStep) -> Iterator[str]:
         return
     yield ""
     yield f"{'collective':20}{'axes':14}{'size':>5}  {'scope':12}{'times':>6}{'MB in total':>12}{'MB sent':>11}"
-    small = 0.0
-    for (kind, axes, size, scope), (times, moved, sent) in sorted(sums.items(), key=lambda item: -item[1][2]):
-        if sent < _SMALL_TRANSFER:
-            small += sent
-        else:
+    rows = sorted(sums.items(), key=lambda item: -item[1][2])
+    for (kind, axes, size, scope), (times, moved, sent) in rows:
+        if sent >= _SMALL_TRANSFER:
             yield f"{kind:20}{axes:14}{size:5}  {scope:12}{times:6.0f}{moved / 1e6:12,.1f}{sent / 1e6:11,.1f}"
-    if small:
+    if small := sum(sent for _, (_, _, sent) in rows if sent < _SMALL_TRANSFER):
         yield f"{'others, small':69}{small / 1e6:11,.1f}"
 
 
