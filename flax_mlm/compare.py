@@ -110,8 +110,7 @@ def result_of(task: str, arguments: list[str], name: str, path: str, sha256: str
       Failure: evaluate failed.
     """
     print(f"{task}: {name}", flush=True)
-    inputs = json.dumps([path, sha256, *arguments, *files_in(arguments)])
-    key = hashlib.sha256(inputs.encode()).hexdigest()[:12]
+    key = files.digest([path, sha256, *arguments, *files_in(arguments)])[:12]
     file = output / "results" / f"{task}-{name}-{key}.json"
     if not file.exists():
         try:

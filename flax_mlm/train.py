@@ -95,8 +95,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
                 stack.callback(budget.close)
 
         # Model and optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.
-        context = RunContext(config, workdir, run_phases, mixtures, mesh, group, stop, log, lease, budget)
-        run = loop.Run(context)
+        run = loop.Run(RunContext(config, workdir, run_phases, mixtures, mesh, group, stop, log, lease, budget))
         result_file = workdir / "result.json"
         if run.is_over and result_file.exists():
             result = json.loads(result_file.read_text())

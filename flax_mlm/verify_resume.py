@@ -12,7 +12,6 @@ Then it compares what the runs wrote, bit for bit, and exits with 1 if a guarant
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from flax_mlm.cli import app
 from flax_mlm.config import phases
 from flax_mlm.config.schema import LENGTHS, Config
 from flax_mlm.errors import Failure, UserError
-from flax_mlm.storage import gcs
+from flax_mlm.storage import files, gcs
 from flax_mlm.training import metrics
 
 _STEPS = flags.DEFINE_integer("steps", 30, "steps of each run", lower_bound=6)
@@ -205,7 +204,7 @@ def hashes(workdir: Path, step: int) -> list[str]:
         [{k: v for k, v in line.items() if k not in _TIMES} for line in lines],
         json.loads((workdir / "result.json").read_text()),
     )
-    return [hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:12] for part in parts]
+    return [files.digest(part)[:12] for part in parts]
 
 
 if __name__ == "__main__":

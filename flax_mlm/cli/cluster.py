@@ -1,7 +1,6 @@
 """Flags of the commands that run as several processes."""
 
-import dataclasses
-from typing import Any
+from dataclasses import fields
 
 from absl import flags
 
@@ -18,5 +17,4 @@ flags.DEFINE_integer("heartbeat", 15, _HELP, lower_bound=1, upper_bound=300)
 
 def from_flags() -> ClusterConfig:
     """Cluster settings of the command line, where each flag is a field of them."""
-    values: dict[str, Any] = flags.FLAGS.flag_values_dict()
-    return ClusterConfig(**{field.name: values[field.name] for field in dataclasses.fields(ClusterConfig)})
+    return ClusterConfig(**{field.name: getattr(flags.FLAGS, field.name) for field in fields(ClusterConfig)})

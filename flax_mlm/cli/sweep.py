@@ -129,8 +129,7 @@ def make_run(base: list[str], setting: Setting, seed: int, workdir: Path) -> Run
     Raises:
       UserError: the config is not valid, or the run's folder holds a run with another config.
     """
-    values = {**setting, "seed": seed}
-    arguments = [*base, *(f"--config.{path}={spell(value)}" for path, value in values.items())]
+    arguments = [*base, *(f"--config.{path}={spell(value)}" for path, value in (setting | {"seed": seed}).items())]
     folder = workdir / folder_name(setting, seed)
     try:
         config = app.config_of(arguments)

@@ -217,8 +217,7 @@ class FinetuneConfig:
 
     def rates(self) -> list[float]:
         """The learning rates to try. Raises UserError."""
-        items = split(self.learning_rates, ",")
-        return self._numbers("learning_rates", float, items, 1, "numbers such as 2e-5,5e-5")
+        return self._numbers("learning_rates", float, split(self.learning_rates, ","), 1, "numbers such as 2e-5,5e-5")
 
     def _numbers(self, name: str, kind: type, items: Iterable[str], end: int, expected: str) -> list[Any]:
         """Converts the items of a field to numbers between 0 and `end`."""

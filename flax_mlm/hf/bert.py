@@ -10,6 +10,7 @@ from flax_mlm.hf import architecture as arch
 from flax_mlm.hf.architecture import Architecture, HfConfig, Layout, SpecialIds, expect, linear, number, weight
 
 _QKV = ("query", "key", "value")
+_HEAD = "cls.predictions"
 
 
 def _from_bert(config: HfConfig) -> dict[str, Any]:
@@ -55,11 +56,9 @@ BERT = Architecture(
         linear("encoder/layers/mlp_in", "bert.encoder.layer.{}.intermediate.dense"),
         linear("encoder/layers/mlp_out", "bert.encoder.layer.{}.output.dense"),
         weight("encoder/layers/mlp_norm", "bert.encoder.layer.{}.output.LayerNorm"),
-        *arch.vocab_head(
-            "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
-        ),
+        *arch.vocab_head(f"{_HEAD}.transform.dense", f"{_HEAD}.transform.LayerNorm", f"{_HEAD}.bias"),
     ),
-    tied=_tied("bert.", "cls.predictions"),
+    tied=_tied("bert.", _HEAD),
     unused=("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids"),
 )
 

@@ -129,8 +129,7 @@ def _read_tensors(file: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError) as e:
-        message = " ".join(str(e).split())
-        raise UserError(f"init_from: {file} is damaged or not safetensors ({message})") from e
+        raise UserError(f"init_from: {file} is damaged or not safetensors ({' '.join(str(e).split())})") from e
 
 
 def matching_architecture(model: ModelConfig, objective: str, name: str, cls_token: str) -> Architecture:

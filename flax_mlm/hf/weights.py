@@ -142,8 +142,7 @@ def subtokens(before: Tokenizer, after: Tokenizer) -> dict[int, np.ndarray]:
     """
     if after.tokens[: before.vocab_size] != before.tokens:
         raise UserError("the corpus was made with another tokenizer than tokenizer.path; prepare it again")
-    new = range(before.vocab_size, after.vocab_size)
-    return {i: before.encode([after.decode([i])])[0] for i in new}
+    return {i: before.encode([after.decode([i])])[0] for i in range(before.vocab_size, after.vocab_size)}
 
 
 def _select(folder: Folder, mappings: Sequence[ParamMapping], reinit_head: bool, log: Log) -> dict[str, np.ndarray]:

@@ -29,8 +29,7 @@ def executed(program: Program, computation: str = "", times: int = 1) -> Iterato
     for i in program.computations[computation].values():
         yield i, computation, times
         if i.operation == "while":
-            trips = program.trip_count(i.called("condition")[0])
-            yield from executed(program, i.called("body")[0], times * trips)
+            yield from executed(program, i.called("body")[0], times * program.trip_count(i.called("condition")[0]))
         elif i.operation == "conditional":
             branches = i.called("branch_computations|(?:true|false)_computation")
             yield from executed(program, max(branches, key=lambda name: _branch_traffic(program, name)), times)

@@ -18,6 +18,7 @@ _REMATS = ("none", "dots", "full")
 _MEMORY_FACTOR = 1.5
 
 Change = dict[str, Any]  # field -> value
+Found = tuple[Config | None, CompiledStep | None]
 Mesh = tuple[int, int, int]  # data, fsdp, tensor
 _log = functools.partial(print, flush=True)
 
@@ -30,9 +31,7 @@ class Candidate(NamedTuple):
     line: str  # of the table
 
 
-def compile_changed(
-    config: Config, change: Change, vocab_size: int, target: Target, chip: chips.Chip | None
-) -> tuple[Config | None, CompiledStep | None]:
+def compile_changed(config: Config, change: Change, vocab_size: int, target: Target, chip: chips.Chip | None) -> Found:
     """Applies a change, and compiles the step.
 
     Returns:

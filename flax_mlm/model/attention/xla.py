@@ -95,8 +95,7 @@ def cudnn(
     def attend_on_device(q_BLHd: jax.Array, k_BLHd: jax.Array, v_BLHd: jax.Array, mask: jax.Array) -> jax.Array:
         arrays = (*split_blocks(q_BLHd, k_BLHd, v_BLHd, mask), mask)
         q, k, v, mask = (x.reshape(-1, *x.shape[-3:]) for x in arrays)  # cuDNN takes a block as a row
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
-        return y.reshape(q_BLHd.shape)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation).reshape(q_BLHd.shape)
 
     def attend_within(window: int | None) -> Callable[..., jax.Array]:
         mask = layer_mask(segment_ids_BL, causal, window)
