@@ -118,9 +118,8 @@ def compile_step_for(config: Config, vocab_size: int, target: Target, compiles: 
     if not target.is_tpu:
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={target.shape}".strip()
     request = pickle.dumps((config, vocab_size, target, compiles and target.kind != "gpu"))
-    done = subprocess.run(
-        [sys.executable, "-m", "flax_mlm.planning.worker"], input=request, env=env, capture_output=True
-    )
+    worker = [sys.executable, "-m", "flax_mlm.planning.worker"]
+    done = subprocess.run(worker, input=request, env=env, capture_output=True)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["?"])[-1]
