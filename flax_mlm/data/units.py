@@ -111,8 +111,7 @@ def write_shard(
     rows = pack(ids, np.add.reduceat(table[:, 1], first), seq_len, tokenizer, packing)
     crc32 = np.array([zlib.crc32(row) for row in rows], np.uint32)
     shard = {"rows": len(rows), **_save(file, rows), "crc32": _save(file.with_suffix(".crc32.npy"), crc32)}
-    columns = table[:, 1:].sum(axis=0).tolist()
-    counts = [len(rows), len(documents), *columns, int((rows == tokenizer.pad_id).sum())]
+    counts = [len(rows), len(documents), *table[:, 1:].sum(axis=0).tolist(), int((rows == tokenizer.pad_id).sum())]
     return {**dict(zip(COUNTS, counts, strict=True)), "shards": [shard]}
 
 

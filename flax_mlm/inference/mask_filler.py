@@ -113,9 +113,9 @@ class MaskFiller:
           UserError: the text has not exactly one [MASK], a word is empty, or the text is too long with a word.
         """
         ids = self.encode(text)
-        if (num_masks := len(self.mask_positions(ids))) != 1:
-            raise UserError(f"ranking words needs a text with exactly one [MASK]; this one has {num_masks}")
-        (position,) = self.mask_positions(ids)
+        position, *others = self.mask_positions(ids)
+        if others:
+            raise UserError(f"ranking words needs a text with exactly one [MASK]; this one has {1 + len(others)}")
         tokens_of = {word: self._model.tokenizer.encode_answer(word, text) for word in words}
         if empty := [word for word, tokens in tokens_of.items() if not tokens]:
             raise UserError(f"the word '{empty[0]}' has no tokens; give words that are not empty")
