@@ -25,10 +25,10 @@ from flax_mlm.config.schema import Config, split
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
 
-_HELP = "workdirs, checkpoints or Hugging Face folders, comma-separated; NAME=PATH sets a column's name"
-_CHECKPOINTS = flags.DEFINE_list("checkpoints", [], _HELP)
-_HELP = "tasks of evaluate with their options, separated by `;`; NAME=TASK ... sets a row's name"
-_TASKS = flags.DEFINE_string("tasks", "mlm; cloze", _HELP)
+_CHECKPOINTS_HELP = "workdirs, checkpoints or Hugging Face folders, comma-separated; NAME=PATH sets a column's name"
+_CHECKPOINTS = flags.DEFINE_list("checkpoints", [], _CHECKPOINTS_HELP)
+_TASKS_HELP = "tasks of evaluate with their options, separated by `;`; NAME=TASK ... sets a row's name"
+_TASKS = flags.DEFINE_string("tasks", "mlm; cloze", _TASKS_HELP)
 flags.DEFINE_string("output", "", "folder for the results, table.md, comparison.json and plot.png")
 _DRAWS = flags.DEFINE_integer("draws", 1000, "number of bootstrap resamples", 10)
 

@@ -19,10 +19,10 @@ from flax_mlm.storage import files, gcs
 
 _INPUT = flags.DEFINE_string("input", "", "file of texts: .txt (one a line), .tsv, .csv, .jsonl")
 _TEXT = flags.DEFINE_string("text", "text", "column of the text")
-_HELP = "file of vectors: .npy (float32, texts × dimensions), or .parquet (the input's columns and `vector`)"
-_OUTPUT = flags.DEFINE_string("output", "", _HELP)
-_HELP = "number of dimensions to keep, from the first; scaled to length 1 again; 0: all"
-_DIMENSIONS = flags.DEFINE_integer("dimensions", 0, _HELP, lower_bound=0)
+_OUTPUT_HELP = "file of vectors: .npy (float32, texts × dimensions), or .parquet (the input's columns and `vector`)"
+_OUTPUT = flags.DEFINE_string("output", "", _OUTPUT_HELP)
+_DIMENSIONS_HELP = "number of dimensions to keep, from the first; scaled to length 1 again; 0: all"
+_DIMENSIONS = flags.DEFINE_integer("dimensions", 0, _DIMENSIONS_HELP, lower_bound=0)
 
 
 def main(config: Config) -> None:

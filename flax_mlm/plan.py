@@ -23,15 +23,15 @@ from flax_mlm.planning import report, roofline, search
 from flax_mlm.planning.compile import CompiledStep, Target, compile_step_for, parse_target
 from flax_mlm.storage import files
 
-_HELP = "devices: a TPU slice such as v5e:4x4 or v5p:4x4x4, cpu[:DEVICES], gpu:NAME[:DEVICES]"
-_TOPOLOGY = flags.DEFINE_string("topology", "cpu", _HELP)
+_TOPOLOGY_HELP = "devices: a TPU slice such as v5e:4x4 or v5p:4x4x4, cpu[:DEVICES], gpu:NAME[:DEVICES]"
+_TOPOLOGY = flags.DEFINE_string("topology", "cpu", _TOPOLOGY_HELP)
 _SLICES = flags.DEFINE_integer("slices", 1, "number of TPU slices", lower_bound=1)
-_HELP = "number of tokens to train on; default: as the config says"
-_TOKEN_BUDGET = flags.DEFINE_float("token_budget", None, _HELP, lower_bound=1.0)
+_TOKEN_BUDGET_HELP = "number of tokens to train on; default: as the config says"
+_TOKEN_BUDGET = flags.DEFINE_float("token_budget", None, _TOKEN_BUDGET_HELP, lower_bound=1.0)
 _PRICE = flags.DEFINE_float("price", None, "price per chip-hour, in any currency", lower_bound=0.0)
 _SWEEP = flags.DEFINE_bool("sweep", False, "compare meshes, remat and microbatches, and name the fastest")
-_HELP = "meshes for --sweep: DATAxFSDPxTENSOR, comma-separated; empty: every fsdp that is a power of two"
-_MESHES = flags.DEFINE_string("meshes", "", _HELP)
+_MESHES_HELP = "meshes for --sweep: DATAxFSDPxTENSOR, comma-separated; empty: every fsdp that is a power of two"
+_MESHES = flags.DEFINE_string("meshes", "", _MESHES_HELP)
 _JSON = flags.DEFINE_string("json", "", "file to write the result to")
 
 

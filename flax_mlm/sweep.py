@@ -27,8 +27,8 @@ from flax_mlm.config.schema import Config
 from flax_mlm.errors import PREEMPTED, UserError
 from flax_mlm.storage import gcs
 
-_HELP = "all combinations of field=value,value; field=value,...; a&b=1&2,3&4 changes two fields together"
-_GRID = flags.DEFINE_string("grid", "", _HELP)
+_GRID_HELP = "all combinations of field=value,value; field=value,...; a&b=1&2,3&4 changes two fields together"
+_GRID = flags.DEFINE_string("grid", "", _GRID_HELP)
 _SEEDS = flags.DEFINE_integer("seeds", 1, "runs per setting, with seeds from config.seed on", lower_bound=1)
 flags.DEFINE_string("workdir", "", "folder of the runs, sweep.md, sweep.json and sweep.png")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the training commands and run none")

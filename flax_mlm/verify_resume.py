@@ -35,8 +35,8 @@ from flax_mlm.training import metrics
 
 _STEPS = flags.DEFINE_integer("steps", 30, "steps of each run", lower_bound=6)
 _KILLS = flags.DEFINE_integer("kills", 2, "how often the interrupted run receives SIGKILL", lower_bound=1)
-_HELP = "PROCESSESxDEVICES to move to, comma-separated, on CPUs only; empty: no moves"
-_SHAPES = flags.DEFINE_string("shapes", "1x4,2x2", _HELP)
+_SHAPES_HELP = "PROCESSESxDEVICES to move to, comma-separated, on CPUs only; empty: no moves"
+_SHAPES = flags.DEFINE_string("shapes", "1x4,2x2", _SHAPES_HELP)
 _WORKDIR = flags.DEFINE_string("workdir", "", "folder to keep the runs in; default: a temporary folder")
 
 _PARTS = ("batches", "parameters", "state", "metrics", "result")  # of what a run writes

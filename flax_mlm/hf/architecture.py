@@ -104,7 +104,9 @@ def sizes_to_hf(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
         **{key: getattr(model, field) for field, key in _SIZES.items()},
         "initializer_range": model.initializer_range,
         "tie_word_embeddings": True,
-        **dict(pad_token_id=ids.pad_id, bos_token_id=ids.cls_id, eos_token_id=ids.sep_id),
+        "pad_token_id": ids.pad_id,
+        "bos_token_id": ids.cls_id,
+        "eos_token_id": ids.sep_id,
     }
 
 

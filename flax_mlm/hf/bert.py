@@ -29,7 +29,9 @@ def _to_bert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
         "type_vocab_size": model.type_vocab_size,
         "hidden_dropout_prob": model.dropout_rate,
         "attention_probs_dropout_prob": model.attention_dropout_rate,
-        **dict(hidden_act="gelu", position_embedding_type="absolute", is_decoder=False),
+        "hidden_act": "gelu",
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
     }
 
 

@@ -25,8 +25,12 @@ def _from_modernbert(config: HfConfig) -> dict[str, Any]:
         "sliding_window": number(config, "local_attention", int, 128),
         "rope_theta_global": theta,
         "rope_theta_local": _rope_theta(config, "sliding_attention", "local_rope_theta", 10_000.0, theta),
-        **dict(position_embedding="rope", norm_position="pre", glu=True),
-        **dict(type_vocab_size=0, embedding_size=0, share_layers=False),
+        "position_embedding": "rope",
+        "norm_position": "pre",
+        "glu": True,
+        "type_vocab_size": 0,
+        "embedding_size": 0,
+        "share_layers": False,
     }
 
 
@@ -60,10 +64,14 @@ def _to_modernbert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
         "local_attention": model.sliding_window,
         "global_rope_theta": model.rope_theta_global,
         "local_rope_theta": model.rope_theta_local,
-        **dict.fromkeys(("mlp_dropout", "embedding_dropout"), model.dropout_rate),
+        "mlp_dropout": model.dropout_rate,
+        "embedding_dropout": model.dropout_rate,
         "attention_dropout": model.attention_dropout_rate,
-        **dict(hidden_activation="gelu", classifier_activation="gelu", decoder_bias=True),
-        **dict(cls_token_id=ids.cls_id, sep_token_id=ids.sep_id),
+        "hidden_activation": "gelu",
+        "classifier_activation": "gelu",
+        "decoder_bias": True,
+        "cls_token_id": ids.cls_id,
+        "sep_token_id": ids.sep_id,
     }
 
 

@@ -160,7 +160,11 @@ def normalize(x_ND: Any) -> Any:
 
 
 def embed(
-    model: LoadedModel, texts: Sequence[str], encoder: Any = None, params: Any = None, on_batch: OnBatch = lambda: None
+    model: LoadedModel,
+    texts: Sequence[str],
+    encoder: Encoder | None = None,
+    params: Params | None = None,
+    on_batch: OnBatch = lambda: None,
 ) -> np.ndarray:
     """Embeds texts by `finetune.pooling`, cut to `finetune.max_length` tokens.
 
