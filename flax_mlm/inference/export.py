@@ -21,7 +21,13 @@ from flax_mlm.storage import gcs
 
 
 def export(
-    path: str, output: Path, config: Config, architecture: str, dtype: str, licence: str = "", language: str = ""
+    path: str,
+    output: Path,
+    config: Config,
+    architecture: str = "",
+    dtype: str = "float32",
+    licence: str = "",
+    language: str = "",
 ) -> LoadedModel:
     """Writes a Hugging Face folder, complete or not at all.
 

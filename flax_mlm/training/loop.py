@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Generator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,12 +24,18 @@ from flax_mlm.training.metrics import Writers
 from flax_mlm.training.state import TrainState, start_phase
 from flax_mlm.training.step import build_training
 
-# A step that was dispatched, and whose metrics are not read yet: its number, its phase, the cursor after it, metrics.
-_Pending = tuple[int, int, mixture.DataCursor, dict[str, jax.Array]]
-
 
 class Diverged(Failure):
     """More updates in a row were skipped than `optimizer.max_skipped_steps` allows."""
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched, and whose metrics are not read yet."""
+
+    step: int
+    phase: int
+    cursor: mixture.DataCursor
+    metrics: dict[str, jax.Array]
 
 
 class Run:
@@ -171,7 +177,7 @@ class Run:
             jax.block_until_ready(metrics)  # simulated devices deadlock when steps queue up
         self.step += 1
         self.cursor = dataclasses.replace(self.cursor, row=self.cursor.row + len(batch["tokens"]))
-        return self.step, self.phase, self.cursor, metrics
+        return _Pending(self.step, self.phase, self.cursor, metrics)
 
     def _read(self, pending: _Pending) -> dict[str, float]:
         """Waits for a step, and logs its metrics."""
