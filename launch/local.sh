@@ -52,7 +52,7 @@ fi
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh" requirements.txt
 # Memory in huge pages, where the system gives them to who asks: 3% of a step of 4 layers of 256 or of 512. glibc takes
-# such a setting only before a program starts; those that can be made later are in flax_mlm/environment.py.
+# such a setting only before a program starts; those that can be made later are in flax_mlm/distributed/environment.py.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1"
 if [ -n "$devices" ]; then
   export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS-} --xla_force_host_platform_device_count=$devices"
