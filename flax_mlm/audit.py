@@ -24,6 +24,8 @@ from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import UserError
 
+Batches = Iterable[dict[str, np.ndarray]]  # from data.pipeline
+
 _ROWS = flags.DEFINE_integer("rows", 4, "number of rows to print", lower_bound=0)
 _TOKENS = flags.DEFINE_integer("tokens", 1_000_000, "number of tokens to check", lower_bound=1)
 
@@ -44,11 +46,10 @@ def main(config: Config) -> int:
     return audit(phase, corpus.tokenizer(), batches, _ROWS.value, Console())
 
 
-def audit(phase: phases.Phase, tokenizer: Tokenizer, batches: Iterable[Any], rows: int, console: Console) -> int:
+def audit(phase: phases.Phase, tokenizer: Tokenizer, batches: Batches, rows: int, console: Console) -> int:
     """Masks the batches of steps 0, 1, 2 ..., and prints some rows and a report.
 
     Args:
-      batches: dicts of arrays, from `data.pipeline`.
       rows: number of rows to print.
 
     Returns:

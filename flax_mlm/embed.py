@@ -19,10 +19,8 @@ from flax_mlm.storage import files, gcs
 
 _INPUT = flags.DEFINE_string("input", "", "file of texts: .txt (one a line), .tsv, .csv, .jsonl")
 _TEXT = flags.DEFINE_string("text", "text", "column of the text")
-_OUTPUT_HELP = "file of vectors: .npy (float32, texts × dimensions), or .parquet (the input's columns and `vector`)"
-_OUTPUT = flags.DEFINE_string("output", "", _OUTPUT_HELP)
-_DIMENSIONS_HELP = "number of dimensions to keep, from the first; scaled to length 1 again; 0: all"
-_DIMENSIONS = flags.DEFINE_integer("dimensions", 0, _DIMENSIONS_HELP, lower_bound=0)
+_OUTPUT = flags.DEFINE_string("output", "", "vectors: .npy (float32, N × D), or .parquet (input's columns, `vector`)")
+_DIMENSIONS = flags.DEFINE_integer("dimensions", 0, "number of first dimensions to keep, at length 1; 0: all", 0)
 
 
 def main(config: Config) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 
 from flax_mlm.cli import app
-from flax_mlm.config import phases
+from flax_mlm.config import phases, validate
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import chips
 from flax_mlm.errors import UserError
@@ -26,8 +26,7 @@ from flax_mlm.storage import files
 _TOPOLOGY_HELP = "devices: a TPU slice such as v5e:4x4 or v5p:4x4x4, cpu[:DEVICES], gpu:NAME[:DEVICES]"
 _TOPOLOGY = flags.DEFINE_string("topology", "cpu", _TOPOLOGY_HELP)
 _SLICES = flags.DEFINE_integer("slices", 1, "number of TPU slices", lower_bound=1)
-_TOKEN_BUDGET_HELP = "number of tokens to train on; default: as the config says"
-_TOKEN_BUDGET = flags.DEFINE_float("token_budget", None, _TOKEN_BUDGET_HELP, lower_bound=1.0)
+_TOKEN_BUDGET = flags.DEFINE_float("token_budget", None, "number of tokens to train on; default: the config's", 1.0)
 _PRICE = flags.DEFINE_float("price", None, "price per chip-hour, in any currency", lower_bound=0.0)
 _SWEEP = flags.DEFINE_bool("sweep", False, "compare meshes, remat and microbatches, and name the fastest")
 _MESHES_HELP = "meshes for --sweep: DATAxFSDPxTENSOR, comma-separated; empty: every fsdp that is a power of two"
@@ -118,8 +117,9 @@ def adopt_corpus(config: Config) -> tuple[Config, int]:
         from flax_mlm.data.mixture import Mixture
 
         corpus = Mixture.open(config.data)
-        data = dataclasses.replace(config.data, seq_len=corpus.seq_len)
-        return dataclasses.replace(config, data=data), corpus.vocab_size
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=corpus.seq_len))
+        validate.check(config)
+        return config, corpus.vocab_size
     if config.tokenizer.path:
         from flax_mlm.data.tokenizer import load_tokenizer
 

@@ -35,8 +35,7 @@ from flax_mlm.training import metrics
 
 _STEPS = flags.DEFINE_integer("steps", 30, "steps of each run", lower_bound=6)
 _KILLS = flags.DEFINE_integer("kills", 2, "how often the interrupted run receives SIGKILL", lower_bound=1)
-_SHAPES_HELP = "PROCESSESxDEVICES to move to, comma-separated, on CPUs only; empty: no moves"
-_SHAPES = flags.DEFINE_string("shapes", "1x4,2x2", _SHAPES_HELP)
+_SHAPES = flags.DEFINE_string("shapes", "1x4,2x2", "PROCESSESxDEVICES to move to, on CPUs only; empty: no moves")
 _WORKDIR = flags.DEFINE_string("workdir", "", "folder to keep the runs in; default: a temporary folder")
 
 _PARTS = ("batches", "parameters", "state", "metrics", "result")  # of what a run writes
@@ -161,8 +160,9 @@ def train(arguments: list[str], workdir: Path, shape: Shape, kill_at: int | None
     """Runs `train` to its end, or kills it after step `kill_at`. Raises Failure."""
     line = [sys.executable, "-m", "flax_mlm.train", *arguments, f"--workdir={workdir}"]
     env = dict(os.environ)
-    with socket.create_server(("127.0.0.1", 0)) as server:  # which finds a free port
-        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with socket.socket() as probe:  # finds a free port
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
     if shape.devices is not None:
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={shape.devices}"
         env["JAX_PLATFORMS"] = "cpu"

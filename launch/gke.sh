@@ -154,6 +154,7 @@ EOF
               ports:
               - containerPort: 8471
               - containerPort: 8476
+              - containerPort: 8477
               resources:
                 limits:
                   google.com/tpu: $chips_per_host

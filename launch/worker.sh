@@ -140,7 +140,7 @@ patiently read_secrets || finish 1 "the secrets cannot be read: $SECRETS"
 
 arguments=()
 while IFS= read -r -d '' argument; do arguments+=("$argument"); done <job/arguments
-# Google's network lets machines of a project reach each other at these ports, but not everywhere at JAX's own choice.
+# Process 0 listens at this port and the next one, which the network must let through between the machines.
 export JAX_COORDINATOR_PORT=8476
 line=(python -m flax_mlm.train --initialization_timeout=1800 "${arguments[@]}")
 export JAX_COMPILATION_CACHE_DIR="$home/compiled" TPU_STDERR_LOG_LEVEL=2 TPU_MIN_LOG_LEVEL=2

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from configs import base
 from flax_mlm import plan
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
+from flax_mlm.data.prepare import prepare
 from flax_mlm.distributed import chips
 from flax_mlm.errors import UserError
 from flax_mlm.planning import cost, hlo, report, roofline, search, worker
@@ -426,3 +428,13 @@ def test_meshes_are_all_that_stay_inside_a_slice():
     assert search.parse_meshes("", bert(), 32, 2) == [(32, 1, 1), (16, 2, 1), (8, 4, 1), (4, 8, 1), (2, 16, 1)]
     assert search.parse_meshes("2x2x2,8x1x1", bert(), 8, 1) == [(2, 2, 2), (8, 1, 1)]
     assert np.prod(search.parse_meshes("", bert(), 8, 1), axis=1).tolist() == [8] * 4
+
+
+def test_rows_of_a_corpus_that_are_longer_than_the_positions_are_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"number {i} is {i * i} and {i + 7}" for i in range(300)))
+    c = base.get_config()
+    c.data.source, c.data.seq_len, c.tokenizer.vocab_size = f"text:{tmp_path}/text.txt", 32, 300
+    prepare(build(c), tmp_path / "corpus", lambda line: None)
+    c.data.corpus, c.data.seq_len, c.model.max_positions = str(tmp_path / "corpus"), 16, 16
+    with pytest.raises(UserError, match=r"data\.seq_len is 32, longer than model\.max_positions, 16"):
+        plan.adopt_corpus(build(c))

@@ -260,7 +260,7 @@ def mesh() -> Figure:
         split = [letter for letter, by in zip(letters, axes, strict=True) if by != "None"]
         axis.text(left - 0.1, bottom + height / 2, split[0], size=9, ha="right", va="center", family=MONO)
         axis.text(left + width / 2, bottom + height + 0.08, split[1], size=9, ha="center", va="center", family=MONO)
-    axis.text(5.9, 0.08, "Vectors (biases, norms) are whole on every device.", size=9)
+    axis.text(5.9, 0.08, "Vectors are whole on every device, but the biases of q, k and v are split like H.", size=9)
     return figure
 
 

@@ -13,7 +13,6 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from absl import app, flags
@@ -164,8 +163,10 @@ def _load_file(path_and_argument: str) -> ConfigDict:
         raise UserError(f"--config: no file '{path}'; try configs/quickstart.py")
     sys.path.insert(0, str(_ROOT))  # lets a config say `from configs import base`
     try:
-        module = SimpleNamespace(**runpy.run_path(path))
-        return module.get_config(argument) if argument else module.get_config()
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError(f"--config: {path} has no function get_config; see configs/small.py")
+        return get_config(argument) if argument else get_config()
     except UserError:
         raise
     except Exception as e:

@@ -9,10 +9,8 @@ from flax_mlm.distributed.cluster import ClusterConfig
 flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0; empty: detected (TPU, Slurm, Open MPI)")
 flags.DEFINE_integer("num_processes", 0, "number of processes; 0: detected, else 1", lower_bound=0)
 flags.DEFINE_integer("process_id", -1, "index of this process, from 0; -1: detected", lower_bound=-1)
-_INITIALIZATION_TIMEOUT_HELP = "seconds to wait until all processes have connected"
-flags.DEFINE_integer("initialization_timeout", 600, _INITIALIZATION_TIMEOUT_HELP, lower_bound=1)
-_HEARTBEAT_HELP = "seconds without a heartbeat after which a process counts as lost"
-flags.DEFINE_integer("heartbeat", 15, _HEARTBEAT_HELP, lower_bound=1, upper_bound=300)
+flags.DEFINE_integer("initialization_timeout", 600, "seconds to wait until all processes have connected", lower_bound=1)
+flags.DEFINE_integer("heartbeat", 15, "seconds without a heartbeat after which a process counts as lost", 1, 300)
 
 
 def from_flags() -> ClusterConfig:

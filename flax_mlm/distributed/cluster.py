@@ -41,11 +41,11 @@ def resolve(cluster: ClusterConfig) -> tuple[str, int, int]:
     count = cluster.num_processes or _integer("JAX_NUM_PROCESSES")
     index = cluster.process_id if cluster.process_id >= 0 else _integer("JAX_PROCESS_ID")
     if count != 1 and (address is None or count is None or index is None):
-        from jax._src.clusters import ClusterEnv  # as jax.distributed.initialize does
-
-        detect, timeout = ClusterEnv.auto_detect_unset_distributed_params, cluster.initialization_timeout
         try:
-            address, count, index, _ = detect(address, count, index, [], None, timeout)
+            from jax._src.clusters import ClusterEnv  # as jax.distributed.initialize does
+
+            detect, timeout = ClusterEnv.auto_detect_unset_distributed_params, cluster.initialization_timeout
+            address, count, index, *_ = detect(address, count, index, [], None, timeout)
         except Exception as e:
             what = f"the settings of this cluster cannot be read ({type(e).__name__}: {e})"
             options = "--coordinator, --num_processes and --process_id, or --num_processes=1"

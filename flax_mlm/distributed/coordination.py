@@ -67,9 +67,13 @@ class Store:
 
     def set_first(self, key: str, value: str) -> str:
         """Sets a key unless another process has done so, and returns its value. Raises Unreachable."""
-        with contextlib.suppress(Unreachable):  # it is set already
-            _call(lambda: self._client.key_value_set(key, value, False), self._patience)
-        return _call(lambda: self._client.key_value_try_get(key), self._patience)
+
+        def request() -> str:
+            with contextlib.suppress(Exception):  # it is set already; if JAX's service is gone, so the next line says
+                self._client.key_value_set(key, value, False)
+            return self._client.key_value_try_get(key)
+
+        return _call(request, self._patience)
 
     def read(self, folder: str) -> dict[str, str]:
         """Reads all keys below `folder`, which ends in a slash, with their values. Raises Unreachable."""
@@ -93,10 +97,10 @@ def _call(request: Callable[[], Any], timeout: float) -> Any:
         except Exception as e:
             answers.put(e)
 
-    threading.Thread(target=answer, name="store", daemon=True).start()
     try:
+        threading.Thread(target=answer, name="store", daemon=True).start()
         result = answers.get(timeout=timeout)
-    except queue.Empty as e:
+    except (queue.Empty, RuntimeError) as e:  # or the system has no more threads
         raise Unreachable(f"no answer within {timeout} s") from e
     if isinstance(result, Exception):
         raise Unreachable(str(result)) from result
@@ -124,9 +128,9 @@ def check_free(address: str) -> str:
 def _bypass_proxies(address: str) -> None:
     """Lets gRPC connect to `address` directly: it would ask a proxy for hosts of ours, and wait for it without end."""
     variable = "no_grpc_proxy"
-    before = os.environ.get(variable) or os.environ.get("no_proxy")
-    host = address.rpartition(":")[0].strip("[]")
-    os.environ[variable] = f"{before},{host}" if before else host
+    before = os.environ.get(variable) or os.environ.get("no_proxy") or ""
+    if (host := address.rpartition(":")[0].strip("[]")) not in before.split(","):
+        os.environ[variable] = f"{before},{host}".lstrip(",")
 
 
 def hold_aborts(for_ever: bool) -> None:

@@ -134,9 +134,13 @@ class ProcessGroup:
         watch = self._watch
         watch.me.done = True
         if self.count > 1:
-            coordination.wait_for_all("finished")
-            watch.wait_for_signs_of_life()  # one that had finished may be lost since
-            coordination.wait_for_all("leaving")
+            try:
+                coordination.wait_for_all("finished")
+                watch.wait_for_signs_of_life()  # one that had finished may be lost since
+                coordination.wait_for_all("leaving")
+            except Exception:  # JAX's service is gone: the watch finds out who is lost, and ends this process
+                watch.wait_for_signs_of_life()
+                raise
         watch.stop()
         watch.join()  # a thread that is inside of JAX aborts the interpreter when that ends
         if store := watch.store:
@@ -189,7 +193,7 @@ class ProcessGroup:
             with contextlib.suppress(Unreachable):
                 end = json.loads(store.set_first("run/end", json.dumps(end)))
                 if self.index == 0:
-                    time.sleep(self._watch.period + 1)  # the others read it from the store of this process
+                    time.sleep(LINGER)  # the others read it from the store of this process
         return end
 
     def _end(self, kind: str, code: int, reason: str) -> NoReturn:

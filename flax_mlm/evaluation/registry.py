@@ -100,12 +100,8 @@ _COLUMNS = ("text", "pair", "label")
 TASKS = {
     "mlm": Task("loss and accuracy on held-out rows, with the model's own objective", ("mask_rates",), _mlm),
     "cloze": Task("rank of the words that belong in a [MASK]", ("data",), _cloze),
-    "minimal_pairs": Task(
-        "whether the good sentence of a pair is likelier than the bad one", ("data", "variant"), _minimal_pairs
-    ),
-    "classification": Task(
-        "fine-tuning for the label or number of a text or pair", (*_SPLITS, *_COLUMNS, "metric"), _classification
-    ),
+    "minimal_pairs": Task("how often the good sentence of a pair is likelier", ("data", "variant"), _minimal_pairs),
+    "classification": Task("fine-tuning for labels or numbers", (*_SPLITS, *_COLUMNS, "metric"), _classification),
     "tagging": Task("fine-tuning for tags of words", _SPLITS, _tagging),
     "retrieval": Task("vectors for search, as they are or fine-tuned", (*_SPLITS, *_COLUMNS, "save"), _retrieval),
 }

@@ -40,7 +40,9 @@ class Pairs(NamedTuple):
         return self.queries == self.positives
 
 
-def make_problem(model: LoadedModel, train: Pairs, dev: Pairs, encoder: Any, on_batch: OnBatch) -> Problem:
+def make_problem(
+    model: LoadedModel, train: Pairs, dev: Pairs, encoder: embeddings.Encoder, on_batch: OnBatch
+) -> Problem:
     """Builds the fine-tuning problem of a set of pairs.
 
     The score on the development set is the mean reciprocal rank of the positives among all its positives and negatives;

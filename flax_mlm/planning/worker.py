@@ -61,7 +61,7 @@ def answer(config: Config, vocab_size: int, target: Target, compiles: bool) -> C
 
 def _traced(phase: Phase, vocab_size: int, training: Training, mesh: Any, vocab: Any) -> CompiledStep:
     """Measures what is known before the step is compiled."""
-    config, devices, state = phase.config, mesh.devices.flat, training.abstract
+    config, devices, state = phase.config, list(mesh.devices.flat), training.abstract
     choice = dispatch.resolve_attention(config, devices[0].platform)
     kernel = dispatch.select_kernel(choice, config.data.seq_len, config.model.attention_dropout_rate > 0.0)
     return CompiledStep(

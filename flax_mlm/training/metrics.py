@@ -101,9 +101,9 @@ def lines(workdir: Path, kind: str = "") -> list[dict[str, Any]]:
     incomplete line, left by a kill, is skipped."""
     file, entries = workdir / _METRICS, []
     for line in file.read_text().splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if kind in ("", entry["kind"])]
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entries += [m for m in [json.loads(line)] if m["step"] >= 0 and kind in ("", m["kind"])]
+    return entries
 
 
 class Writers:

@@ -84,8 +84,7 @@ def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) ->
             return
         stored = flatten(from_dict(json.loads((workdir / _FILE).read_text())).to_dict())
     for name, value in flatten(config.to_dict()).items():
-        may_differ = name in free or f"{name.split('.')[0]}." in free
-        if stored.get(name) != value and not may_differ:
+        if stored.get(name) != value and not {name, f"{name.split('.')[0]}."} & {*free}:
             what = f"holds a run with {name} = {stored.get(name)}, and this one has {value}"
             raise UserError(f"--workdir: '{workdir}' {what}; use another --workdir")
 
