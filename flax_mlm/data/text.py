@@ -67,9 +67,7 @@ def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     """Opens the content of a file, which is compressed if its name ends in .gz or .zst."""
     if path.suffix == ".gz":
         return gzip.open(raw)  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(raw), 1 << 20)
-    return raw
+    return io.BufferedReader(_ZstdReader(raw), 1 << 20) if path.suffix == ".zst" else raw
 
 
 class _ZstdReader(io.RawIOBase):

@@ -47,7 +47,11 @@ def join(cluster: ClusterConfig, identity: dict[str, Any], stall_timeout: float)
     hosts, run_id, store = [socket.gethostname()], secrets.token_hex(8), None
     if count > 1:
         values = {name: str(value) for name, value in identity.items()} | {"--heartbeat": str(cluster.heartbeat)}
-        store, run_id, hosts, address = meet(cluster, address, count, index, values)
+        try:
+            store, run_id, hosts, address = meet(cluster, address, count, index, values)
+        except (UserError, Failure) as e:
+            atexit.register(_kill, 2 if isinstance(e, UserError) else 1)
+            raise
         coordination.hold_aborts(for_ever=False)
     group = ProcessGroup(index, hosts, run_id, store, cluster.heartbeat, stall_timeout)
     try:
@@ -154,12 +158,10 @@ class ProcessGroup:
 
     def abandon(self, error: BaseException) -> None:
         """Tells the others of an exception that ends this process, and sees to it that the process ends."""
-        code, reason = 1, str(error)
-        is_planned = isinstance(error, Failure | SystemExit)
+        code, reason = 2 if isinstance(error, UserError) else 1, str(error)
+        is_planned = isinstance(error, UserError | Failure | SystemExit)
         if isinstance(error, SystemExit) and isinstance(error.code, int):
             code, reason = error.code, ""
-        elif isinstance(error, UserError):
-            code = 2
         elif not is_planned:
             reason = f"{type(error).__name__}: {error}"
         if code == 1 and (error.__cause__ or not is_planned):
@@ -168,14 +170,9 @@ class ProcessGroup:
         self._announce("end", code, self._farewell(code, reason))
         self._watch.stop()
 
-        def go() -> None:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
         if self.count > 1:  # at exit JAX would wait for the others, and so would threads that save
-            atexit.register(go)
-            timer = threading.Timer(LINGER - 1, go)
+            atexit.register(_kill, code)
+            timer = threading.Timer(LINGER - 1, _kill, [code])
             timer.daemon = True
             timer.start()
 
@@ -199,6 +196,13 @@ class ProcessGroup:
     def _end(self, kind: str, code: int, reason: str) -> NoReturn:
         kind, code, reason = self._announce(kind, code, reason)
         _exit(PREEMPTED if code == PREEMPTED else 1, reason, self._at_leave, stacks=kind == "lost")
+
+
+def _kill(code: int) -> NoReturn:
+    """Ends this process although threads of JAX may be stuck, such as one that `hold_aborts` holds for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _exit(code: int, reason: str = "", actions: Sequence[Callable[[], None]] = (), stacks: bool = False) -> NoReturn:

@@ -14,7 +14,6 @@ from flax_mlm.inference import embeddings
 from flax_mlm.inference.load import LoadedModel
 
 _TEXTS = 64
-_PADDING = 8  # tokens after each row that transformers must ignore
 _AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "clm": "AutoModelForCausalLM", "rtd": "AutoModelForPreTraining"}
 CLOZES = ("The [MASK] sat on the mat.", "[MASK] barked at the mailman.", "It was un[MASK]able, and so [MASK] [MASK].")
 
@@ -85,7 +84,7 @@ def compare_outputs(net: Any, model: LoadedModel, rows: list[list[int]]) -> tupl
     hidden = logits = 0.0
     for i, hidden_LD, logits_LV in embeddings.row_outputs(model, rows):
         L = len(rows[i])
-        num_pads = min(_PADDING, model.config.model.max_positions - L)
+        num_pads = min(8, model.config.model.max_positions - L)  # transformers must ignore them
         padded, attended = rows[i] + [model.tokenizer.pad_id] * num_pads, [1] * L + [0] * num_pads
         with torch.no_grad():
             out = net(torch.tensor([padded]), attention_mask=torch.tensor([attended]), output_hidden_states=True)
