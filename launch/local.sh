@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on this machine: a small encoder on the built-in corpus, about five minutes on two CPU cores.
+# The main job on this machine: a small encoder on the built-in corpus, five to seven minutes on two CPU cores.
 #
 #   bash launch/local.sh
 #   bash launch/local.sh --config.train.steps=200 --workdir=runs/short
