@@ -94,7 +94,7 @@ def test_wrong_options(refused, arguments, said):
     [
         ("def get_config():\n    raise KeyError('lost')", "cannot be loaded: KeyError: 'lost'"),
         ("def get_config(:", "cannot be loaded: SyntaxError"),
-        ("x = 1", "cannot be loaded: AttributeError"),
+        ("x = 1", "has no function get_config"),
         ("from configs import base\ndef get_config():\n    c = base.get_config()\n    c.x = 1\n    return c", "'x'"),
         (
             "from configs import base\ndef get_config():\n    c = base.get_config()\n    del c.seed\n    return c",
