@@ -23,7 +23,7 @@ from absl import flags
 from flax_mlm.cli import app, tables
 from flax_mlm.config.schema import Config, split
 from flax_mlm.errors import Failure, UserError
-from flax_mlm.storage import files, gcs
+from flax_mlm.storage import files
 
 _CHECKPOINTS_HELP = "workdirs, checkpoints or Hugging Face folders, comma-separated; NAME=PATH sets a column's name"
 _CHECKPOINTS = flags.DEFINE_list("checkpoints", [], _CHECKPOINTS_HELP)
@@ -38,7 +38,7 @@ def main(config: Config) -> None:
     if overrides and overrides[0].startswith("--config="):
         raise UserError(f"{overrides[0]} is not used, checkpoints have configs; use --config.section.field=value")
     tasks = parse_tasks(_TASKS.value)
-    output = gcs.local("--output", app.required("output", "name a folder for the results"))
+    output = app.required_folder("output", "name a folder for the results")
     checkpoints = {name: find(path) for name, path in paths.items()}
     rows: list[Row] = []
     for task, options in tasks.items():

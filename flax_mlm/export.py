@@ -10,7 +10,6 @@ from absl import flags
 from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure
-from flax_mlm.storage import gcs
 
 flags.DEFINE_string("output", "", "the folder to create")
 _ARCHITECTURES = ["", "bert", "roberta", "albert", "modernbert", "electra"]
@@ -25,8 +24,7 @@ LIMIT = 1e-4  # largest difference of a hidden state or a logit that --check all
 
 def main(config: Config) -> None:
     values = flags.FLAGS
-    named = app.required("output", "name the folder to create, such as --output=exported")
-    output = gcs.local("--output", named).absolute()
+    output = app.required_folder("output", "name the folder to create, such as --output=exported").absolute()
 
     import jax
 

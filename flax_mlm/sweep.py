@@ -25,7 +25,6 @@ from absl import flags
 from flax_mlm.cli import app, sweep
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import PREEMPTED, UserError
-from flax_mlm.storage import gcs
 
 _GRID_HELP = "all combinations of field=value,value; field=value,...; a&b=1&2,3&4 changes two fields together"
 _GRID = flags.DEFINE_string("grid", "", _GRID_HELP)
@@ -41,8 +40,7 @@ _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # <sys/prctl.h>
 
 def main(config: Config) -> int:
     settings = sweep.parse_grid(_GRID.value)
-    named = app.required("workdir", "name a folder for the runs, such as --workdir=runs/sweep")
-    workdir = gcs.local("--workdir", named)
+    workdir = app.required_folder("workdir", "name a folder for the runs, such as --workdir=runs/sweep")
     seeds = range(config.seed, config.seed + _SEEDS.value)
     base = app.config_arguments(sys.argv)
     runs = [sweep.make_run(base, setting, seed, workdir) for setting in settings for seed in seeds]

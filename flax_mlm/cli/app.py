@@ -24,6 +24,7 @@ from flax_mlm.config.schema import Config
 from flax_mlm.distributed import environment
 from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError
 from flax_mlm.inference.config import apply_folder, read_config
+from flax_mlm.storage import gcs
 
 _ROOT = Path(__file__).parents[2]
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
@@ -71,6 +72,11 @@ def required(flag: str, hint: str) -> str:
     if not (value := flags.FLAGS[flag].value):
         raise UserError(f"--{flag} is missing; {hint}")
     return value
+
+
+def required_folder(flag: str, hint: str) -> Path:
+    """Returns the value of a flag as a local path. Raises UserError, also for a URL; see `required`."""
+    return gcs.local(f"--{flag}", required(flag, hint))
 
 
 def _parse(argv: list[str], from_checkpoint: bool, positional: str) -> Config:

@@ -102,7 +102,9 @@ def lines(workdir: Path, kind: str = "") -> list[dict[str, Any]]:
     file, entries = workdir / _METRICS, []
     for line in file.read_text().splitlines() if file.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            entries += [m for m in [json.loads(line)] if m["step"] >= 0 and kind in ("", m["kind"])]
+            entry = json.loads(line)
+            if entry["step"] >= 0 and kind in ("", entry["kind"]):
+                entries.append(entry)
     return entries
 
 
