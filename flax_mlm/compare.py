@@ -129,7 +129,7 @@ def result_of(task: str, arguments: list[str], name: str, path: str, sha256: str
 def files_in(arguments: list[str]) -> list[tuple[str, int, int]]:
     """Name, size and modification time of every file named by an option's value."""
     result = []
-    for path in (Path(argument.partition("=")[2]).expanduser() for argument in arguments):
+    for path in (Path(value).expanduser() for argument in arguments if (value := argument.partition("=")[2])):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
                 result.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))

@@ -185,3 +185,7 @@ def test_a_task_that_refuses_is_named(toy, trained_run, tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
     assert done.stderr.startswith("error: pairs of a: --data is missing")
     assert not list((tmp_path / "out" / "results").iterdir())
+
+
+def test_an_option_without_a_value_names_no_files():
+    assert compare.files_in(["--mask_rates=", "--flag"]) == []
