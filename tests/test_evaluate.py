@@ -102,7 +102,7 @@ def test_every_row_is_counted_once(model, corpus, result):
     maskable_R = (~model.tokenizer.is_special[tokens_RL]).sum(1)
     rate = model.config.eval.mask_rate
     expected_R = np.maximum((round(rate * 100_000) * maskable_R + 50_000) // 100_000, np.minimum(maskable_R, 1))
-    assert result["rows"] == len(tokens_RL) == corpus.counts["validation"]["rows"]
+    assert result["rows"] == len(tokens_RL) == corpus.corpora["toy"].counts["validation"]["rows"]
     assert result["predicted_tokens"] == expected_R.sum()
 
 
@@ -110,7 +110,7 @@ def test_the_baselines_are_those_of_the_text(model, corpus, result):
     tokens_RL = held_out_tokens(corpus, model)
     tokens = tokens_RL[~model.tokenizer.is_special[tokens_RL]].tolist()
     counts = {t: tokens.count(t) for t in set(tokens)}
-    assert len(tokens) == corpus.counts["validation"]["tokens"]
+    assert len(tokens) == corpus.corpora["toy"].counts["validation"]["tokens"]
     entropy = -sum(n / len(tokens) * math.log(n / len(tokens)) for n in counts.values())
     assert result["unigram_entropy"] == pytest.approx(entropy, rel=1e-9)
     assert result["majority_accuracy"] == pytest.approx(max(counts.values()) / len(tokens), rel=1e-9)
@@ -144,7 +144,7 @@ def test_loss_accuracy_and_their_standard_errors(model, corpus, result):
         pick = np.random.default_rng(0).integers(0, rows, (2000, rows))
         bootstrap = (sum_R[pick].sum(1) / count_R[pick].sum(1)).std()
         assert result[f"{name}_stderr"] == pytest.approx(bootstrap, rel=0.2)
-    held_out = corpus.counts["validation"]
+    held_out = corpus.corpora["toy"].counts["validation"]
     bits = result["loss"] / math.log(2) * held_out["tokens"] / held_out["bytes"]
     assert result["bits_per_byte"] == pytest.approx(bits)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
