@@ -1,14 +1,13 @@
 """Compiles the train step for devices that are not present, to measure its memory, collectives and FLOPs.
 
 The TPU compiler needs no TPU, but its own environment variables, and some of its failures end the process. So
-`compile_step_for` runs `python -m flax_mlm.planning.worker`, which reads a pickled request and prints a JSON answer.
+`compile_step_for` runs `python -m flax_mlm.planning.worker`, which reads a JSON request and prints a JSON answer.
 """
 
 import dataclasses
 import importlib.util
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -117,12 +116,12 @@ def compile_step_for(config: Config, vocab_size: int, target: Target, compiles: 
     }
     if not target.is_tpu:
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={target.shape}".strip()
-    request = pickle.dumps((config, vocab_size, target, compiles and target.kind != "gpu"))
+    request = json.dumps([config.to_dict(), vocab_size, target, compiles and target.kind != "gpu"])
     worker = [sys.executable, "-m", "flax_mlm.planning.worker"]
-    done = subprocess.run(worker, input=request, env=env, capture_output=True)
+    done = subprocess.run(worker, input=request, env=env, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["?"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["?"])[-1]
         raise Failure(f"the compiler failed ({done.returncode}): {reason}")
     answer = json.loads(lines[-1])
     if "user_error" in answer:

@@ -1,8 +1,7 @@
-"""Worker of `compile_step_for`: reads a pickled request, traces or compiles the train step, and prints JSON."""
+"""Worker of `compile_step_for`: reads a JSON request, traces or compiles the train step, and prints JSON."""
 
 import dataclasses
 import json
-import pickle
 import sys
 import time
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_mlm.config.load import build, from_dict
 from flax_mlm.config.phases import Phase, parse_phases
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import batches, chips
@@ -164,7 +164,8 @@ def _links(group: list[Any], target: Target) -> float:
 
 if __name__ == "__main__":
     try:
-        result = dataclasses.asdict(answer(*pickle.load(sys.stdin.buffer)))
+        config_dict, size, target_fields, compiles_too = json.load(sys.stdin)
+        result = dataclasses.asdict(answer(build(from_dict(config_dict)), size, Target(*target_fields), compiles_too))
     except UserError as e:
         result = {"user_error": str(e)}
     print(json.dumps(result))
