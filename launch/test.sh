@@ -3,7 +3,7 @@
 # Arguments go to pytest, which then is one process.
 #
 #   bash launch/test.sh
-#   bash launch/test.sh tests/test_masking.py -k whole_word
+#   bash launch/test.sh tests/unit/test_masking.py -k whole_word
 #   bash launch/test.sh --full       # also what is too long for every commit
 #   bash launch/test.sh --faults     # every fault of tests/faults, under 20 minutes on two cores
 #   bash launch/test.sh --references # what needs torch, transformers or the TPU compiler, which are installed for it
@@ -15,7 +15,8 @@ shared=(-n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder)
 case " $* " in
 *" --references "*)
   . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt
-  exec python -m pytest "${shared[@]}" tests/test_hf_reference.py tests/test_transformers_parity.py tests/test_plan_tpu.py "$@"
+  exec python -m pytest "${shared[@]}" tests/parity/test_hf_reference.py tests/parity/test_transformers_parity.py \
+    tests/parity/test_plan_tpu.py "$@"
   ;;
 "  " | " --full ") exec python -m pytest "${shared[@]}" "$@" ;;
 " --faults "*) exec python -m pytest tests/faults "$@" ;;

@@ -1,9 +1,6 @@
 """Every test runs on 8 simulated CPU devices, with strict dtype promotion."""
 
 import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,10 @@ from flax_mlm.distributed import environment
 environment.prepare()
 
 import jax  # noqa: E402  (only now that the environment is set)
+
+pytest.register_assert_rewrite("tests.helpers")
+
+from tests.helpers.toy import Toy  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Steps of fine-tuning that come from the cache deadlock in their collectives on simulated devices.
@@ -42,13 +43,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 # Seconds that files take. The long ones begin, so that not one of them is left to a single process in the end.
 _LONG = {
     "test_tpu.py": 900, "test_step.py": 350, "test_detection.py": 330, "test_buckets.py": 300, "test_train.py": 250,
-    "test_hf.py": 180, "faults/test_runs.py": 170, "test_phases.py": 150, "test_sweep.py": 140, "test_encoder.py": 120,
+    "test_hf.py": 180, "test_runs.py": 170, "test_phases.py": 150, "test_sweep.py": 140, "test_encoder.py": 120,
     "test_launch.py": 110, "test_compare.py": 110, "test_command.py": 100,
 }  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: -_LONG.get(str(item.path.relative_to(Path(__file__).parent)), 0))
+    items.sort(key=lambda item: -_LONG.get(item.path.name, 0))
     if not (config.getoption("--full") or config.getoption("--faults")):
         for item in items:
             if item.get_closest_marker("full"):
@@ -57,65 +58,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure() -> None:
     assert len(jax.devices()) == 8, f"tests need 8 simulated devices, found {len(jax.devices())}"
-
-
-ROOT = Path(__file__).parent.parent
-_QUICKLY = "--xla_backend_optimization_level=0"
-_ANIMALS = {
-    "dog": "barks in the garden",
-    "cat": "sleeps near the river",
-    "bird": "sings on the hill",
-    "horse": "runs by the house",
-    "fish": "swims under the bridge",
-    "cow": "eats behind the barn",
-}
-_TIMES = ("today", "at night", "every morning", "all day")
-
-
-class Toy:
-    """A small text that can be learned: what an animal does, and where, follows from the animal. `folder` holds
-    text.txt, a corpus made from it, and a cache of compiled programs that all commands share."""
-
-    animals = _ANIMALS
-
-    def __init__(self, folder: Path):
-        self.folder, self.text, self.corpus = folder, folder / "text.txt", folder / "corpus"
-        self.compiled = folder / "compiled"
-        rng = random.Random(0)
-        sentences = [f"The {a} {does} {when}." for a, does in _ANIMALS.items() for when in _TIMES]
-        documents = [" ".join(rng.choices(sentences, k=rng.randint(2, 8))) for _ in range(400)]
-        self.text.write_text("\n\n".join(documents))
-
-    def flags(self, **changes: object) -> list[str]:
-        """Options of a small model; `train__steps=9` stands for --config.train.steps=9."""
-        options: dict[str, object] = {
-            "data__corpus": self.corpus, "data__seq_len": 32, "data__num_workers": 1,
-            "data__cache_dir": self.folder / "cache", "tokenizer__vocab_size": 400,
-            "model__num_layers": 2, "model__hidden_size": 32, "model__num_heads": 2, "model__intermediate_size": 64,
-            "model__position_embedding": "rope", "model__norm_position": "pre", "model__scan_layers": True,
-            "train__global_batch_size": 16, "train__steps": 300, "train__log_every": 1, "train__eval_every": 0,
-            "train__checkpoint_every": 100, "eval__batch_size": 16,
-            "optimizer__name": "muon", "optimizer__learning_rate": 1e-2,
-            "model__dropout_rate": 0.0, "model__attention_dropout_rate": 0.0,
-            "log__tensorboard": False,
-        }  # fmt: skip
-        overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in {**options, **changes}.items()]
-        return [f"--config={ROOT / 'configs' / 'base.py'}", *overrides]
-
-    def start(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen:
-        """Starts `python -m flax_mlm.COMMAND` in a process of its own."""
-        env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {_QUICKLY}"}
-        env |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(self.compiled)}
-        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "2"}
-        env |= {"TF_ENABLE_ONEDNN_OPTS": "0"}
-        line = [sys.executable, "-m", f"flax_mlm.{command}", *map(str, arguments)]
-        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
-
-    def run(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-        """Runs `python -m flax_mlm.COMMAND` to its end."""
-        process = self.start(command, *arguments, devices=devices, cwd=cwd)
-        out, err = process.communicate(timeout=600)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture(scope="session")

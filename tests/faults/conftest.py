@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .kinds import KINDS
+from tests.helpers.fault_kinds import KINDS
 
 OUTCOMES = ("detected", "recovered", "harmless")
 PROMISED = {"kinds": 50, "cases": 120, "faults": 250, "kills": 40, "damages": 200}

@@ -15,70 +15,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import base
 from flax_mlm.checkpoint.format import FORMAT, Damaged, find_checkpoints, newest_meta, read_meta, restore
-from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.checkpoint.store import saved_steps
-from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files
-
-from .saver import State
+from tests.helpers.checkpoints import META, abstract, opened, restored, same_bits, state_at
+from tests.helpers.paths import ROOT
+from tests.helpers.saver import State
 
 # Coroutines that orbax drops when a checkpoint cannot be read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-ROOT = Path(__file__).parent.parent.parent
-META = {
-    "format": FORMAT,
-    "config": {},
-    "tokenizer": {"filename": "tokenizer.model", "base64": ""},
-    "corpus": "a" * 64,
-    "text": {},
-}
-
-
-def state_at(step: int, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> State:
-    """What a step holds follows from its number; it is split over the mesh."""
-    mesh = make_mesh(MeshConfig(*mesh_shape), jax.devices()[: int(np.prod(mesh_shape))])
-    w = np.random.default_rng(step).normal(size=(8, 24)).astype(np.float32)
-    split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("fsdp", None), PartitionSpec()))
-    tree = {"w": w, "b": w[0]}
-    put = {"w": jax.device_put(w, split), "b": jax.device_put(tree["b"], whole)}
-    moments = {"mu": jax.device_put(-w, split), "count": jax.device_put(np.int32(step), whole)}
-    return State(jax.device_put(np.int32(step), whole), put, moments)
-
-
-def abstract(state: State) -> State:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-def opened(workdir: Path, meta: dict = META, **changes) -> Checkpoints:
-    c = base.get_config()
-    c.train.update({"checkpoint_every": 10, **changes})
-    return Checkpoints(workdir, build(c), meta)
-
-
-def restored(workdir: Path, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> tuple[int | None, list[str]]:
-    """The step that a restart goes on from, its content compared with what was saved, and what was logged."""
-    log: list[str] = []
-    checkpoints = opened(workdir)
-    try:
-        state = checkpoints.restore_latest(abstract(state_at(0, mesh_shape)), log.append)
-    finally:
-        checkpoints.close()
-    if state is None:
-        return None, log
-    same_bits(state, state_at(int(state.step), mesh_shape))
-    return int(state.step), log
-
-
-def same_bits(a: State, b: State) -> None:
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), *jax.device_get((a, b)))
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +219,8 @@ def test_what_a_machine_cannot_read_is_not_taken_for_damaged(workdir, outcome, m
         m.setattr(ocp.Checkpointer, "restore", fails)
         with pytest.raises(Failure, match="cannot be read on this machine; it is kept"):
             restored(workdir)
-    assert saved_steps(workdir) == [10, 20, 30] and restored(workdir)[0] == 30
+    assert saved_steps(workdir) == [10, 20, 30]
+    assert restored(workdir)[0] == 30
     outcome("detected")
 
 
@@ -380,10 +330,14 @@ def test_a_disk_that_is_full_once(workdir, outcome, capsys):
         assert not (checkpoints.save(40, large_state_at(40)) and checkpoints.wait())
     finally:
         full_disk(False)
-    assert checkpoints.save(50, state_at(50)) and checkpoints.wait() and checkpoints.failed_in_a_row == 0
+    assert checkpoints.save(50, state_at(50))
+    assert checkpoints.wait()
+    assert checkpoints.failed_in_a_row == 0
     checkpoints.close()
-    assert "WARNING: step 40 could not be saved" in (out := capsys.readouterr().out) and "step 30 is the last" in out
-    assert saved_steps(workdir) == [20, 30, 50] and not (workdir / "checkpoints" / "40").exists()
+    assert "WARNING: step 40 could not be saved" in (out := capsys.readouterr().out)
+    assert "step 30 is the last" in out
+    assert saved_steps(workdir) == [20, 30, 50]
+    assert not (workdir / "checkpoints" / "40").exists()
     assert restored(workdir)[0] == 50
     outcome("recovered")
 
@@ -399,9 +353,11 @@ def test_a_disk_so_full_that_nothing_can_be_tidied_up(workdir, outcome, monkeypa
         m.setattr(checkpoints._checkpointer, "save", full)
         m.setattr(checkpoints, "_sweep", full)
         assert not checkpoints.save(40, state_at(40))
-    assert checkpoints.save(50, state_at(50)) and checkpoints.wait()
+    assert checkpoints.save(50, state_at(50))
+    assert checkpoints.wait()
     checkpoints.close()
-    assert "WARNING: step 40 could not be saved" in capsys.readouterr().out and restored(workdir)[0] == 50
+    assert "WARNING: step 40 could not be saved" in capsys.readouterr().out
+    assert restored(workdir)[0] == 50
     outcome("recovered")
 
 
@@ -452,7 +408,8 @@ def test_after_a_failed_save_the_folder_is_trusted(workdir, outcome):
         full_disk(False)
     state = checkpoints.restore_latest(abstract(state_at(0)), print)
     same_bits(state, state_at(30))
-    assert checkpoints.save(40, state_at(40)) and checkpoints.wait(), "the same step can be saved again"
+    assert checkpoints.save(40, state_at(40)), "the same step can be saved again"
+    assert checkpoints.wait(), "the same step can be saved again"
     same_bits(checkpoints.restore_latest(abstract(state_at(0)), print), state_at(40))
     checkpoints.close()
     outcome("recovered", 2)
@@ -498,7 +455,8 @@ def test_hostile_metadata_is_refused(workdir, tmp_path, outcome, attack):
     folder = find_checkpoints(f"{workdir}@30")[0]
     with pytest.raises(Damaged, match=r"its meta is damaged \("):
         read_meta(folder)
-    assert verdict(workdir) == "detected" and not canary.exists()
+    assert verdict(workdir) == "detected"
+    assert not canary.exists()
     outcome("detected")
 
 
@@ -508,7 +466,8 @@ def test_pickles_in_the_place_of_arrays_are_not_loaded(workdir, tmp_path, outcom
     for file in files_of(workdir):
         if file.parent.name == "d":
             file.write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % str(canary).encode())
-    assert verdict(workdir) == "detected" and not canary.exists()
+    assert verdict(workdir) == "detected"
+    assert not canary.exists()
     outcome("detected")
 
 
@@ -517,7 +476,8 @@ def test_pickles_in_the_place_of_arrays_are_not_loaded(workdir, tmp_path, outcom
 def test_names_are_only_names(saved, tmp_path, monkeypatch, outcome, name):
     monkeypatch.chdir(tmp_path)
     workdir = shutil.copytree(saved, tmp_path / name)
-    assert restored(workdir)[0] == 30 and find_checkpoints(f"{workdir}@20")[0].name == "20"
+    assert restored(workdir)[0] == 30
+    assert find_checkpoints(f"{workdir}@20")[0].name == "20"
     assert [p.name for p in tmp_path.iterdir()] == [name]
     outcome("harmless")
 
@@ -558,7 +518,9 @@ def test_tidying_up_does_not_fall_behind(tmp_path, monkeypatch):
         checkpoints.wait()
     goes_on.set()
     checkpoints.close()
-    assert len(settled) == 2 and settled[-1] == "50" and saved_steps(tmp_path) == [40, 50]
+    assert len(settled) == 2
+    assert settled[-1] == "50"
+    assert saved_steps(tmp_path) == [40, 50]
 
 
 class Saver:
@@ -566,7 +528,7 @@ class Saver:
 
     def __init__(self, workdir: Path, steps: int, max_to_keep: int):
         env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-        line = [sys.executable, "-m", "tests.faults.saver", str(workdir), str(steps), str(max_to_keep)]
+        line = [sys.executable, "-m", "tests.helpers.saver", str(workdir), str(steps), str(max_to_keep)]
         self.process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
         self.committed, self._lines = 0, queue.Queue[str]()
         threading.Thread(target=lambda: [self._lines.put(line) for line in self.process.stdout], daemon=True).start()
@@ -604,7 +566,7 @@ def test_killed_while_it_saves_or_deletes(tmp_path, outcome, kill, max_to_keep, 
         saver.kill_at(f"{kill} {safe + rng.randint(2, 6)}", rng.randrange(20_000))
         safe = max(safe, saver.committed)
         done = subprocess.run(
-            [sys.executable, "-m", "tests.faults.saver", str(tmp_path), "0", str(max_to_keep)],
+            [sys.executable, "-m", "tests.helpers.saver", str(tmp_path), "0", str(max_to_keep)],
             env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}, cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr  # it compares every value

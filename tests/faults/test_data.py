@@ -21,8 +21,7 @@ from flax_mlm.data import pipeline
 from flax_mlm.data.corpus import Corpus, write_manifest
 from flax_mlm.distributed.mesh import check_batch, make_mesh
 from flax_mlm.errors import UserError
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture
@@ -48,7 +47,8 @@ def verdict(folder: Path, original: list[np.ndarray]) -> str:
     try:
         found = everything(folder)
     except UserError as e:
-        assert str(folder) in str(e) and "\n" not in str(e)
+        assert str(folder) in str(e)
+        assert "\n" not in str(e)
         return "detected"
     for a, b in zip(found, original, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -236,8 +236,10 @@ def test_text_that_is_hardly_text(toy, tmp_path, outcome):
     done = toy.run("prepare", *flags, f"--output={tmp_path / 'corpus'}")
     assert done.returncode == 0, done.stderr
     rows, validation = everything(tmp_path / "corpus")
-    assert rows.shape[1] == 32 and len(rows) + len(validation) > 2_000
-    assert rows.max() < 800 and "warning: 2 empty files" in done.stdout
+    assert rows.shape[1] == 32
+    assert len(rows) + len(validation) > 2_000
+    assert rows.max() < 800
+    assert "warning: 2 empty files" in done.stdout
     assert re.search(r"warning: [\d,]+ bytes in 1 files were not UTF-8 and became U\+FFFD", done.stdout)
     outcome("recovered", 7)
 
@@ -254,7 +256,9 @@ def test_text_that_cannot_be_read_leaves_nothing(toy, tmp_path, outcome, name):
         (tmp_path / name).write_bytes(b"")
     flags = toy.flags(data__corpus="", data__source=f"text:{tmp_path / name}")
     done = toy.run("prepare", *flags, f"--output={tmp_path / 'corpus'}")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert name in done.stderr, done.stderr
     assert not [p for p in tmp_path.iterdir() if p.name != name]
     outcome("detected", damages=int(name.startswith("cut")))
 
@@ -396,7 +400,8 @@ def test_an_object_store_in_a_mood(copy, monkeypatch, outcome, mood, when):
         Store.mood = mood
         rows.read(np.arange(4))
     said = str(e.value)
-    assert str(copy) in said and "\n" not in said
+    assert str(copy) in said
+    assert "\n" not in said
     assert ("503 Service Unavailable" in said) == (mood == "fails")
     monkeypatch.setattr(Store, "mood", "")
     assert len(Corpus.open(copy).split("train").read(np.arange(4))) == 4

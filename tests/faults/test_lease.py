@@ -12,8 +12,8 @@ import pytest
 
 from flax_mlm.errors import UserError
 from flax_mlm.storage import lease
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -72,11 +72,13 @@ def test_a_second_job_is_refused(tmp_path, outcome):
         take(tmp_path)
     assert lease.holder(tmp_path) == "holder"
     holder.release()
-    assert lease.holder(tmp_path) == "" and list(tmp_path.iterdir()) == []
+    assert lease.holder(tmp_path) == ""
+    assert list(tmp_path.iterdir()) == []
     mine, log = take(tmp_path)
     mine.check()
     mine.release()
-    assert log == [] and list(tmp_path.iterdir()) == []
+    assert log == []
+    assert list(tmp_path.iterdir()) == []
     outcome("detected")
 
 
@@ -88,7 +90,8 @@ def test_a_killed_holder_is_replaced_at_once(tmp_path, outcome):
         holder.kill()
         assert (tmp_path / "lease.json").exists()
         mine, log = take(tmp_path, stale=1000.0)
-        assert len(log) == 1 and log[0].startswith(f"taking over '{tmp_path}' from process {holder.process.pid} ")
+        assert len(log) == 1
+        assert log[0].startswith(f"taking over '{tmp_path}' from process {holder.process.pid} ")
         mine.check()
         mine.release()
         outcome("recovered", kills=1)
@@ -106,7 +109,8 @@ def test_of_eight_at_once_one_wins(tmp_path, outcome, left, locks):
     said = [holder.said() for holder in eight]
     winners = [i for i, line in enumerate(said) if line == "taken"]
     others = [line for line in said if line != "taken"]
-    assert len(winners) == 1 and all("is in use by" in line or "now belongs to" in line for line in others)
+    assert len(winners) == 1
+    assert all("is in use by" in line or "now belongs to" in line for line in others)
     assert lease.holder(tmp_path) == f"job{winners[0]}"
     for holder in eight:
         holder.release()
@@ -123,7 +127,8 @@ def test_a_holder_elsewhere_is_watched(tmp_path, outcome):
     mine.release()
     file.write_text(json.dumps(about))
     other, log = take(tmp_path)
-    assert [line.split()[-1] for line in log] == ["is", "gone"] and "on elsewhere" in log[0]
+    assert [line.split()[-1] for line in log] == ["is", "gone"]
+    assert "on elsewhere" in log[0]
     other.release()
 
     file.write_text(json.dumps(about))
@@ -176,7 +181,8 @@ def test_a_stopped_holder_notices_that_it_was_replaced(tmp_path, monkeypatch, ou
 def test_a_lease_that_says_nothing_is_watched_too(tmp_path, outcome, content):
     (tmp_path / "lease.json").write_bytes(content)
     mine, log = take(tmp_path, stale=0.2)
-    assert len(log) == 2 and "waiting" in log[0]
+    assert len(log) == 2
+    assert "waiting" in log[0]
     mine.check()
     mine.release()
     outcome("recovered")
@@ -212,6 +218,7 @@ def test_a_process_number_that_was_given_to_another(tmp_path, outcome):
     mine.release()
     file.write_text(json.dumps({**about, "started": "1", "run_id": "theirs"}))  # our pid, an earlier process
     other, log = take(tmp_path, stale=1000.0)
-    assert len(log) == 1 and "which is gone" in log[0]
+    assert len(log) == 1
+    assert "which is gone" in log[0]
     other.release()
     outcome("recovered")

@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from test_step import V, host_batch, make_config, vocabulary
 
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.training.state import TrainState
 from flax_mlm.training.step import build_training
+from tests.helpers.steps import V, host_batch, make_config, vocabulary
 
 
 @pytest.mark.fault(46)

@@ -8,7 +8,8 @@ import threading
 import time
 
 import pytest
-from test_processes import HEARTBEAT, PROMISE, ends, make_groups, results, wait_for
+
+from tests.helpers.groups import HEARTBEAT, PROMISE, ends, make_groups, results, wait_for
 
 group = pytest.fixture(make_groups)
 

@@ -16,8 +16,7 @@ from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.errors import UserError
 from flax_mlm.training import run_config
-
-from .runs import Watched, arrays, assert_same_run, finish, metrics_of
+from tests.helpers.runs import Watched, arrays, assert_same_run, finish, metrics_of
 
 STEPS = 100
 SHORT = {
@@ -45,7 +44,8 @@ def test_killed_five_times_it_ends_with_the_same_bits(toy, undisturbed, tmp_path
         run.until_line(moment) if moment.startswith("step") else run.until_path(moment)
         run.kill()
     out = finish(toy, workdir, *flags)
-    assert re.search(r"restored step [6789]0", out) and "taking over" in out  # saving goes on beside the steps
+    assert re.search(r"restored step [6789]0", out)
+    assert "taking over" in out  # saving goes on beside the steps
     assert_same_run(workdir, undisturbed, STEPS)
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == [".trash", "100", "90"]
     outcome("recovered", 5, kills=5)
@@ -61,7 +61,8 @@ def test_killed_between_the_last_commit_and_the_end(toy, undisturbed, tmp_path, 
     run.kill()
     assert (workdir / "lease.json").exists()
     out = finish(toy, workdir, *flags)
-    assert "taking over" in out and f"restored step {STEPS}" in out
+    assert "taking over" in out
+    assert f"restored step {STEPS}" in out
     assert_same_run(workdir, undisturbed, STEPS)
     outcome("recovered", kills=1)
 
@@ -79,7 +80,8 @@ def test_sigterm_saves_the_step_and_leaves_with_75(toy, undisturbed, tmp_path, o
     codes, out = run.finish()
     assert codes == [75], run.err
     (step,) = saved_steps(workdir)[-1:]
-    assert f"stopped by a signal; step {step} is saved" in out and step >= 53
+    assert f"stopped by a signal; step {step} is saved" in out
+    assert step >= 53
     assert run.err == [f"{number.name}: saving, then leaving; a second one leaves at once\n"]
     assert not (workdir / "lease.json").exists()
     assert f"restored step {step}" in finish(toy, workdir, *flags)
@@ -117,8 +119,10 @@ def test_sigterm_before_the_first_step(toy, tmp_path, outcome, monkeypatch, mome
     run.process.send_signal(signal.SIGTERM)
     codes, out = run.finish()
     assert codes == [75], run.err
-    assert run.err[0].splitlines()[-1] == "stopped: SIGTERM: there is nothing to save" and "step 1/" not in out
-    assert saved_steps(workdir) == [] and not (workdir / "lease.json").exists()
+    assert run.err[0].splitlines()[-1] == "stopped: SIGTERM: there is nothing to save"
+    assert "step 1/" not in out
+    assert saved_steps(workdir) == []
+    assert not (workdir / "lease.json").exists()
     outcome("recovered")
 
 
@@ -178,7 +182,8 @@ def test_sigterm_to_one_of_two(toy, together, tmp_path, outcome, which):
     codes, out = run.finish()
     assert codes == [75, 75], run.err
     (step,) = saved_steps(workdir)[-1:]
-    assert f"stopped by a signal; step {step} is saved" in out and step >= 23
+    assert f"stopped by a signal; step {step} is saved" in out
+    assert step >= 23
     finish(toy, workdir, *flags, processes=2, devices=2)
     assert_same_run(workdir, together, 60)
     outcome("recovered")
@@ -200,13 +205,12 @@ def test_sigkill_of_one_of_two(toy, together, tmp_path, outcome, which, moment, 
     run.until_line(moment) if moment.startswith("step") else run.until_path(moment)
     run.kill(which)
     codes, _ = run.finish()
-    assert codes[which] == -signal.SIGKILL and codes[survivor] == 1, run.err
+    assert codes[which] == -signal.SIGKILL, run.err
+    assert codes[survivor] == 1, run.err
     last = run.err[survivor].splitlines()[-1]
-    assert (
-        last.startswith(f"stopped: process {which} (")
-        and "is lost: no heartbeat" in last
-        and "Thread 0x" in run.err[survivor]
-    )
+    assert last.startswith(f"stopped: process {which} (")
+    assert "is lost: no heartbeat" in last
+    assert "Thread 0x" in run.err[survivor]
     finish(toy, workdir, *flags, processes=2, devices=2)
     assert_same_run(workdir, together, 60)
     outcome("recovered", kills=1)
@@ -247,7 +251,8 @@ def test_two_jobs_in_one_workdir(toy, undisturbed, tmp_path, outcome):
     first = Watched(toy, workdir, *flags)
     first.until_line("step 3/")
     second = toy.run("train", f"--workdir={workdir}", *flags)
-    assert second.returncode == 2 and second.stderr.count("\n") == 1, second.stderr
+    assert second.returncode == 2, second.stderr
+    assert second.stderr.count("\n") == 1, second.stderr
     assert f"error: --workdir: '{workdir}' is in use by process {first.process.pid} on " in second.stderr
     assert first.finish()[0] == [0], first.err
     assert_same_run(workdir, undisturbed, STEPS)
@@ -273,7 +278,10 @@ def test_an_input_that_stalls(toy, own_corpus, tmp_path, outcome):
     (tmp_path / "pipe").replace(own_corpus / "train-00000.npy")
     codes, _ = run.finish()
     last = run.err[0].splitlines()[-1]
-    assert codes == [1] and last.startswith("stopped: ") and "waiting for a batch" in last and "Thread" in run.err[0]
+    assert codes == [1]
+    assert last.startswith("stopped: ")
+    assert "waiting for a batch" in last
+    assert "Thread" in run.err[0]
     assert saved_steps(tmp_path / "run")[-1] >= 20
     outcome("detected")
 
@@ -288,7 +296,8 @@ def test_an_input_that_fails(toy, own_corpus, tmp_path, outcome):
     content[-1000:] = bytes(1000)
     (own_corpus / "train-00000.npy").write_bytes(content)
     codes, _ = run.finish()
-    assert codes == [2] and run.err[0].count("\n") == 1, run.err
+    assert codes == [2], run.err
+    assert run.err[0].count("\n") == 1, run.err
     assert run.err[0].startswith(f"error: {own_corpus}/train-00000.npy is damaged: row ")
     outcome("detected")
 
@@ -310,7 +319,8 @@ def test_a_disk_that_is_full_for_a_while(toy, undisturbed, tmp_path, outcome):
     limit_files(run.process.pid, -1)
     codes, out = run.finish()
     assert codes == [0], run.err
-    assert "WARNING: metrics.jsonl cannot be written" in "".join(run.lines) and "is the last one saved" in out
+    assert "WARNING: metrics.jsonl cannot be written" in "".join(run.lines)
+    assert "is the last one saved" in out
     assert_same_run(workdir, undisturbed, STEPS)
     outcome("recovered")
 
@@ -325,9 +335,8 @@ def test_a_disk_that_stays_full(toy, undisturbed, tmp_path, outcome):
     codes, _ = run.finish()
     assert codes == [1], run.err
     last = run.err[0].splitlines()[-1]
-    assert last.startswith("stopped: step ") and re.search(
-        "3 saves in a row have failed; step [45]0 is the last one saved", last
-    )
+    assert last.startswith("stopped: step ")
+    assert re.search("3 saves in a row have failed; step [45]0 is the last one saved", last)
     finish(toy, workdir, *flags)
     assert_same_run(workdir, undisturbed, STEPS)
     outcome("recovered", 3)
@@ -338,7 +347,9 @@ def test_a_disk_that_stays_full(toy, undisturbed, tmp_path, outcome):
 def test_a_workdir_that_cannot_be(toy, tmp_path, outcome, where):
     (tmp_path / "file").write_text("")
     done = toy.run("train", f"--workdir={tmp_path / where}", *toy.flags())
-    assert done.returncode == 2 and done.stderr.startswith("error: --workdir: '") and done.stderr.count("\n") == 1
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --workdir: '")
+    assert done.stderr.count("\n") == 1
     outcome("detected")
 
 
@@ -379,7 +390,8 @@ def test_another_tokenizer_than_the_corpus_has(toy, trained_run, tmp_path, outco
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     done = toy.run("evaluate", f"--checkpoint={trained_run}", f"--config.data.corpus={other}")
-    assert done.returncode == 2 and "was made with another tokenizer" in done.stderr
+    assert done.returncode == 2
+    assert "was made with another tokenizer" in done.stderr
     outcome("detected")
 
 
@@ -392,8 +404,10 @@ def test_non_finite_losses_stop_the_run_with_a_finite_checkpoint(toy, tmp_path, 
     run = Watched(toy, tmp_path / "run", *toy.flags(**changes))
     codes, _ = run.finish()
     assert codes == [1], run.err
-    assert run.err[0].startswith("stopped: ") and "steps in a row had a non-finite loss" in run.err[0]
-    assert "lower optimizer.learning_rate" in run.err[0] and run.err[0].count("\n") == 1
+    assert run.err[0].startswith("stopped: ")
+    assert "steps in a row had a non-finite loss" in run.err[0]
+    assert "lower optimizer.learning_rate" in run.err[0]
+    assert run.err[0].count("\n") == 1
     (step,) = saved_steps(tmp_path / "run")
     assert f"step {step} is saved" in run.err[0]
     assert all(np.isfinite(value).all() for value in arrays(tmp_path / "run", step).values())

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from .runs import Watched
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import Watched
 
-ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 CANARY = "canary-7f3a9c51e2"
 
@@ -74,7 +74,8 @@ def test_values_reach_python_as_they_are(tmp_path, outcome, script):
     assert done.returncode == 0, done.stderr
     (call,) = python.calls()
     assert [a for a in call if a in HOSTILE] == HOSTILE
-    assert not list(tmp_path.rglob("canary")) and not (ROOT / "canary").exists()
+    assert not list(tmp_path.rglob("canary"))
+    assert not (ROOT / "canary").exists()
     outcome("harmless", len(HOSTILE))
 
 
@@ -83,7 +84,8 @@ def test_values_reach_python_as_they_are(tmp_path, outcome, script):
 def test_scripts_do_nothing_that_lets_text_become_code(path, outcome):
     text = path.read_text()
     assert not re.search(r"\beval\b|StrictHostKeyChecking|\| *(ba)?sh\b|chmod 777|bash -c|sh -c", text)
-    assert "$@" not in text.replace('"$@"', "") and "$*" not in text.replace('" $* "', "")
+    assert "$@" not in text.replace('"$@"', "")
+    assert "$*" not in text.replace('" $* "', "")
     outcome("harmless")
 
 
@@ -100,7 +102,8 @@ def test_no_pickle_no_shell_no_unsafe_yaml_in_the_code():
 def test_a_preempted_run_is_started_again_as_often_as_it_takes(tmp_path):
     python = Python(tmp_path / "venv", "75 75 75 75 75 0")
     done = python.run("local.sh", "--restarts=0")
-    assert done.returncode == 0 and len(python.calls()) == 6
+    assert done.returncode == 0
+    assert len(python.calls()) == 6
     assert done.stderr == "the run ended with exit code 75: restarting it\n" * 5
 
 
@@ -108,7 +111,8 @@ def test_a_preempted_run_is_started_again_as_often_as_it_takes(tmp_path):
 def test_failures_are_tried_again_and_mistakes_are_not(tmp_path, codes, options, calls):
     python = Python(tmp_path / "venv", codes)
     done = python.run("local.sh", *options)
-    assert done.returncode == int(codes[0]) and len(python.calls()) == calls
+    assert done.returncode == int(codes[0])
+    assert len(python.calls()) == calls
 
 
 def test_processes_get_their_places(tmp_path):
@@ -122,7 +126,8 @@ def test_processes_get_their_places(tmp_path):
 @pytest.mark.parametrize("option", ["--processes=0", "--processes=two", "--devices_per_process=-1", "--restarts=x"])
 def test_wrong_options_of_the_script(tmp_path, option):
     done = Python(tmp_path / "venv").run("local.sh", option)
-    assert done.returncode == 2 and done.stderr == f"error: {option}; it takes a whole number\n"
+    assert done.returncode == 2
+    assert done.stderr == f"error: {option}; it takes a whole number\n"
 
 
 @pytest.mark.parametrize("values", [[], ["--config.train.steps=5", "--config.data.source=text:$(touch canary) x/*"]])

@@ -1,0 +1,146 @@
+"""A run that ends when its time is used up, on a clock of the test's own, and in a real run."""
+
+import itertools
+import json
+import re
+import time
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flax_mlm.errors import UserError
+from flax_mlm.training import budget
+from tests.helpers.runs import Watched, finish, metrics_of
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now, self._monkeypatch = 0.0, monkeypatch
+        monkeypatch.setattr(budget.time, "monotonic", lambda: self.now)
+
+    def start(self) -> None:
+        """As a new process, that takes a while to get going."""
+        self._monkeypatch.setattr(budget, "_STARTED", self.now)
+        self.now += 20.0
+
+
+def simulate(
+    clock: Clock, workdir, seconds: float, step: list[float], kills: set[int], evaluate_every: int = 1000
+) -> tuple[float, list[float]]:
+    """Seconds that are used in the end, and the progress after each step. An evaluation takes 7 seconds; a kill costs
+    the last 10 steps; that a step was the last becomes known when another one has been done."""
+    clock.start()
+    used, run, noted = 0.0, budget.Budget(workdir, seconds), clock.now
+    progress: list[float] = []
+    for i in range(100_000):
+        if i in kills:
+            used += clock.now - budget._STARTED
+            clock.now += 5000.0  # away
+            clock.start()
+            run, noted = budget.Budget(workdir, seconds), clock.now
+            run.progress = progress[-10] if len(progress) > 10 else 0.0
+        if i % evaluate_every == 0:
+            with run.pause("evaluating"):
+                clock.now += 7.0
+        is_over = bool(progress) and progress[-1] >= 1.0
+        progress.append(run.next_progress())
+        clock.now += step[i * len(step) // 2000 % len(step)]
+        if is_over:
+            break
+        if clock.now - noted >= run.interval:  # what a thread does
+            run.note()
+            noted = clock.now
+    with run.pause("evaluating"):
+        clock.now += 7.0
+    return used + clock.now - budget._STARTED, progress[:-1]
+
+
+@settings(max_examples=20, deadline=None)
+@example(600.0, [1.0], {20, 21})  # killed again as soon as it had started
+@given(
+    st.floats(600.0, 3600.0),
+    st.lists(st.floats(0.2, 2.0), min_size=1, max_size=4),
+    st.sets(st.integers(20, 900), max_size=3),
+)
+def test_it_ends_in_time_and_annealed(tmp_path_factory, seconds, step, kills):
+    """Whatever a step takes, and however that changes; after kills, too."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        clock = Clock(monkeypatch)
+        used, progress = simulate(clock, tmp_path_factory.mktemp("run"), seconds, step, kills)
+    # Of what a kill costs, the time since the last note is not known; after one in the last seconds, the start is late.
+    assert 0.97 * seconds < used < 1.03 * seconds + (20.0 if kills else 0.0)
+    assert progress[-1] == 1.0
+    if not kills:
+        assert progress == sorted(progress)
+        last = 1 - (7.0 + 5 * max(step)) / (seconds - 60)
+        assert progress[-2] > last, "it ends by degrees, not with a jump longer than an evaluation"
+
+
+@pytest.mark.parametrize("evaluate_every", [1, 10, 1000])
+def test_equal_steps_take_it_equally_far(monkeypatch, tmp_path, evaluate_every):
+    """However much of the time goes to pauses: at every step seven seconds beside its one, too."""
+    _, progress = simulate(Clock(monkeypatch), tmp_path, 1000.0, [1.0], set(), evaluate_every)
+    gains = [b - a for a, b in itertools.pairwise(progress[20:-1:10])]
+    assert min(gains) == pytest.approx(max(gains), rel=0.2)
+    assert progress[-2] > 0.9
+
+
+def test_time_is_kept_for_the_evaluation_of_the_phase_at_hand(monkeypatch, tmp_path):
+    """Of longer rows, say, and not for the quickest there has been."""
+    clock = Clock(monkeypatch)
+    clock.start()
+    run = budget.Budget(tmp_path, 1000.0)
+    run.next_progress()
+    for seconds in (7.0, 100.0, 50.0):
+        clock.now += 1.0  # the step
+        run.forget("evaluating")
+        with run.pause("evaluating"):
+            clock.now += seconds
+        run.progress, run._behind = 0.0, 0.0
+        assert run.next_progress() == pytest.approx(1.0 / (budget._TARGET * 1000.0 - seconds - run.used() - 1.0))
+
+
+def test_time_that_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "clock.json").write_text('{"seconds": "many"}')
+    with pytest.raises(UserError, match=r"clock\.json', the time used, cannot be read .* to restart the budget"):
+        budget.Budget(tmp_path, 60.0)
+
+
+def test_the_time_used_before_a_restart_counts(tmp_path):
+    first = budget.Budget(tmp_path, 1000.0)
+    first.close()
+    (tmp_path / "clock.json").write_text(json.dumps({"seconds": 500.0}))
+    second = budget.Budget(tmp_path, 1000.0)
+    second.close()
+    assert 500 <= second.used() < 501 + time.monotonic() - budget._STARTED
+    assert json.loads((tmp_path / "clock.json").read_text())["seconds"] >= 500
+
+
+def test_a_run_with_a_budget(toy, tmp_path):
+    """Killed on the way: it ends, annealed and evaluated, when the time is used, that before the kill included."""
+    changes = {"train__budget_minutes": 1.2, "train__phases": "50%: train.global_batch_size=8", "eval__max_rows": 16}
+    flags = toy.flags(**changes, train__checkpoint_every=20, optimizer__schedule="linear")
+    workdir = tmp_path / "run"
+    run = Watched(toy, workdir, *flags)
+    run.until_path("checkpoints/20/commit_success.txt")
+    run.kill()
+    before = json.loads((workdir / "clock.json").read_text())["seconds"]
+    assert 0 < before < 72
+    restarted = time.monotonic()
+    out = finish(toy, workdir, *flags)
+    assert time.monotonic() - restarted < 72  # less than the budget, since what was before the kill counts
+    assert re.search(r"from 50% on train\.global_batch_size=8", out)
+    assert "restored step" in out
+    lines = metrics_of(workdir)
+    assert lines[-1]["progress"] == 1.0
+    assert lines[-1]["learning_rate"] < 0.05 * 1e-2
+    rows = [line["rows"] for line in lines]
+    sizes = [b - a for a, b in itertools.pairwise(rows)]
+    assert set(sizes) == {16, 8}
+    assert sizes == sorted(sizes, reverse=True)
+    assert [line["progress"] for line in lines] == sorted(line["progress"] for line in lines)
+    used = json.loads((workdir / "clock.json").read_text())["seconds"]
+    assert 0.9 * 72 < used < 1.03 * 72
+    assert json.loads((workdir / "result.json").read_text())["loss"] > 0
+    assert "this run is finished" in finish(toy, workdir, *flags)

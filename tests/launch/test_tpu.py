@@ -1,0 +1,607 @@
+"""launch/tpu.sh, driven through the real gcloud against a stand-in for the cloud, with processes for machines."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.fake_cloud import BUCKET, FakeCloud, Machine
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import finish
+
+needs_gcloud = pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
+JOB = {"RUN": "run", "PROJECT": "p", "ZONE": "us-central1-a", "TPU": "v5e:2x4", "BUCKET": BUCKET}
+TRAIN = ["--config=configs/quickstart.py", "--config.train.steps=4"]
+
+
+class Desk:
+    """A person's side: a job file and a shell."""
+
+    def __init__(self, cloud: FakeCloud):
+        self.cloud, self.job = cloud, cloud.folder / "job.env"
+        self.env = cloud.env | {"VENV": str(Path(sys.executable).parent.parent)}
+        self.write()
+
+    def write(self, **changes: object) -> None:
+        self.job.write_text("".join(f"{k}={v}\n" for k, v in {**JOB, **changes}.items()))
+
+    def train(self, script: str) -> None:
+        """What the machines run instead of training."""
+        (self.cloud.folder / "train").write_text(script)
+
+    def start(self, verb: str, *arguments: str, **env: str) -> subprocess.Popen:
+        line = ["bash", "launch/tpu.sh", verb, str(self.job), *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            line, env=self.env | env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
+        )
+
+    def run(self, verb: str, *arguments: str, code: int = 0, **env: str) -> str:
+        process = self.start(verb, *arguments, **env)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, f"{verb}: {process.returncode}\n{out}\n{err}\n{self.cloud.logs()}"
+        return out + err
+
+
+@pytest.fixture
+def desk(tmp_path) -> Iterator[Desk]:
+    with FakeCloud(tmp_path) as cloud:
+        yield Desk(cloud)
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def nothing_is_left(desk: Desk) -> bool:
+    return not desk.cloud.queued and not desk.cloud.nodes
+
+
+def until(condition: Callable[[], object], seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def boot_alone(desk: Desk) -> Machine:
+    """One machine that starts with the bundle that tpu.sh makes."""
+    script = f'. launch/job.sh; read_job "{desk.job}"; job_file={desk.job} arguments=(--config=x); upload_bundle'
+    subprocess.run(["bash", "-euc", script], env=desk.env, cwd=ROOT, check=True, capture_output=True)
+    metadata = {
+        "flax-mlm-job": f"gs://{BUCKET}/flax_mlm/run",
+        "startup-script": (ROOT / "launch/startup.sh").read_text(),
+    }
+    machine = Machine(desk.cloud, {"acceleratorType": "v5litepod-4", "metadata": metadata}, 0, 0, "127.0.9.1")
+    desk.cloud.machines["run"] = [machine]
+    machine.boot()
+    return machine
+
+
+WAIT = "trap 'exit 75' TERM; echo at work; while :; do sleep 0.1; done"
+
+
+# Job files and arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"RUNN": "x"}, [], "'RUNN' is not a setting; these are: RUN PROJECT"),
+        ({"RUN": "My Run"}, [], "RUN is 'My Run'; it takes lower-case letters"),
+        ({"RUN": ""}, [], "RUN is ''"),
+        ({"ZONE": ""}, [], "ZONE is missing"),
+        ({"TPU": "v5litepod-16"}, [], "TPU is 'v5litepod-16'; it takes what `plan --topology` does"),
+        ({"TPU": "tpu7x:2x2x2"}, [], "the Cloud TPU API does not have; use launch/gke.sh"),
+        ({"SLICES": "two"}, [], "SLICES is 'two'; it takes a whole number"),
+        ({"PROVISIONING": "cheap"}, [], "it takes spot, reserved or on_demand"),
+        ({"MAX_COST": "10"}, [], "MAX_COST needs PRICE"),
+        ({"PRICE": "1,2"}, [], "PRICE is '1,2'; it takes a number"),
+        ({"SECRETS": "WANDB_API_KEY=$(cat key)"}, [], "it takes VARIABLE=NAME of secrets in Secret Manager"),
+        ({}, ["--workdir=runs/x"], "--workdir is 'runs/x'; all workers write there, so it is in a bucket"),
+        ({}, ["--config=/tmp/mine.py"], "the workers get the folder configs/ of this repository"),
+        ({}, ["--config", "configs/small.py"], "--config has no value; write --config=VALUE"),
+        ({}, ["--config.train.stepz=3"], "config has no field 'train.stepz'; did you mean 'train.steps'?"),
+    ],
+)
+def test_mistakes_in_the_job_are_found_before_anything_is_made(desk, changes, arguments, message):
+    desk.write(**changes)
+    answer = desk.run("submit", "--dry_run", "--", *arguments, code=2)
+    assert message in last_line(answer)
+    assert last_line(answer).startswith("error: ")
+    assert not desk.cloud.created
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["submit", "a.env", "b.env"], ["status", "no.env"], ["stop", "--now"]]
+)
+def test_a_wrong_call_is_one_line(arguments):
+    done = subprocess.run(["bash", "launch/tpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+
+
+# Dry runs
+
+CASES = {
+    "v5e-16_spot": {"TPU": "v5e:4x4", "ZONE": "us-west4-a", "BUCKET": "gs://b/deep"},
+    "v6e-256_reserved": {"TPU": "v6e:16x16", "PROVISIONING": "reserved", "SERVICE_ACCOUNT": "me@p.com"},
+    "v5p-128_on_demand": {"TPU": "v5p:4x4x4", "PROVISIONING": "on_demand", "NETWORK": "n", "SUBNETWORK": "s"},
+    "v4-32_slices": {"TPU": "v4:2x2x4", "SLICES": "4", "RUNTIME_VERSION": "tpu-vm-v4-base", "MAX_WAIT_HOURS": "6"},
+}
+
+
+def lines_of(desk: Desk, name: str) -> list[str]:
+    desk.write(**CASES[name])
+    said = desk.run(
+        "submit", "--dry_run", "--", "--config=configs/bert_base.py", "--config.data.corpus=gs://b/it's $HOME; rm -rf *"
+    )
+    for verb in ("status", "stop", "delete", "babysit"):
+        said += desk.run(verb, "--dry_run")
+    said += desk.run("ssh", "--dry_run", "--worker=all", "--", "echo", "it's $HOME")
+    lines = [line[2:] for line in said.splitlines() if line.startswith("+ ")]
+    return [re.sub(r"/tmp/[\w./-]*", "FILE", line) for line in lines]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dry_runs_print_what_would_be_run(desk, name, request):
+    file, found = ROOT / "tests" / "golden" / "launch" / f"tpu_{name}.txt", "\n".join(lines_of(desk, name)) + "\n"
+    if request.config.getoption("--update_golden"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(found)
+    assert found == file.read_text(), "if the new commands are meant: pytest tests/launch/test_tpu.py --update_golden"
+    assert not desk.cloud.calls, "a dry run asks nobody"
+    assert not desk.cloud.gcs.requests, "a dry run asks nobody"
+
+
+def lint(folder: Path, *lines: str) -> list[str]:
+    """What the real gcloud finds wrong with each command line; empty: nothing."""
+    file = folder / "commands.json"
+    file.write_text(json.dumps([{"command_string": line} for line in lines]))
+    command = ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={file}"]
+    answers = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+    return ["" if answer["success"] else answer["error_message"] for answer in answers]
+
+
+@needs_gcloud
+def test_gcloud_knows_every_command(tmp_path):
+    files = [
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "tests" / "golden" / "launch" / f"tpu_{name}.txt" for name in CASES),
+    ]
+    lines = {line for file in files for line in file.read_text().splitlines() if line.startswith("gcloud ")}
+    for line, error in zip(lines, lint(tmp_path, *lines), strict=True):
+        assert not error, f"{line}: {error}"
+
+
+@needs_gcloud
+def test_the_linter_finds_what_is_wrong(tmp_path):
+    wrong = "gcloud compute tpus queued-resources create r --node-id=r --node-count=2 --zone=z --best-effort"
+    assert lint(tmp_path, wrong, "gcloud storage ls gs://bucket")[0]
+
+
+# Faults before anything is made: one line, exit code 2, nothing made
+
+
+@needs_gcloud
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda c: setattr(c, "quota", 4), "may use 4 v5e in us-central1-a, spot, and 1 × v5e:2x4 take 8"),
+        (lambda c: c.answers.update({("GET", "cloudresourcemanager"): (403, "denied")}), "project p cannot be used"),
+        (lambda c: setattr(c, "services", []), "gcloud services enable tpu.googleapis.com --project=p"),
+        (lambda c: c.answers.update({("GET", "acceleratorTypes"): (404, "none")}), "us-central1-a has no v5litepod-8"),
+        (lambda c: c.answers.update({("GET", "runtimeVersions"): (404, "none")}), "RUNTIME_VERSION: zone"),
+        (lambda c: c.gcs.buckets.clear(), "BUCKET: gs://bucket cannot be used"),
+        (lambda c: setattr(c.gcs, "fault", lambda *_: 403), "BUCKET: gs://bucket cannot be used"),
+    ],
+    ids=["quota", "project", "api", "zone", "runtime", "no_bucket", "bucket_denied"],
+)
+def test_what_is_missing_is_said_before_anything_is_made(desk, break_it, message):
+    break_it(desk.cloud)
+    answer = desk.run("submit", "--", *TRAIN, code=2)
+    assert message in last_line(answer), answer
+    assert not desk.cloud.created
+    assert nothing_is_left(desk)
+
+
+@needs_gcloud
+def test_a_bucket_elsewhere_is_refused(desk):
+    desk.write(ZONE="europe-west4-b")
+    answer = desk.run("check", "--", *TRAIN, code=2)
+    assert "gs://bucket is in us-central1, and the TPUs in europe-west4" in last_line(answer)
+
+
+@needs_gcloud
+def test_a_quota_that_cannot_be_asked_for_is_only_mentioned(desk):
+    desk.cloud.answers["GET", "cloudquotas"] = (403, "denied")
+    assert "quota not checked" in desk.run("check", "--", *TRAIN)
+
+
+@needs_gcloud
+def test_tpus_that_are_refused_cost_nothing(desk):
+    desk.cloud.answers["POST", "queuedResources"] = (429, "Quota limit exceeded")
+    answer = desk.run("submit", "--", *TRAIN, code=1)
+    assert "run was not created, and costs nothing" in last_line(answer)
+    assert "Quota limit" in answer
+    assert nothing_is_left(desk)
+
+
+# Real machines: launch/startup.sh and launch/worker.sh, with a script for training
+
+
+@needs_gcloud
+def test_a_run_is_watched_to_its_end_and_deleted(desk):
+    desk.write(PRICE="1.5", SECRETS="WANDB_API_KEY=wandb")
+    words = ["--config.data.source=text:a b/*.txt", '--config.data.corpus=gs://b/it\'s "$HOME"; exit']
+    desk.train("""
+        printf '%s\\n' "$@" >"$MACHINE/../../arguments$JAX_PROCESS_ID"
+        echo "${#WANDB_API_KEY} characters, port $JAX_COORDINATOR_PORT"
+    """)
+    desk.run("submit", "--", *TRAIN, *words)
+    bundle = desk.cloud.gcs.buckets[BUCKET]["flax_mlm/run/bundle.tgz"].content
+    assert b"secret" not in json.dumps(desk.cloud.queued).encode() + bundle, "secrets are read on the machines alone"
+    answer = desk.run("babysit")
+    assert "run is ACTIVE" in answer
+    assert re.search(r"run is done, for 0\.\d\d: gs://bucket/runs/run", last_line(answer))
+    assert nothing_is_left(desk)
+    for index in (0, 1):
+        given = (desk.cloud.folder / f"arguments{index}").read_text().splitlines()
+        assert [w for w in words if w in given] == words
+        assert "--workdir=gs://bucket/runs/run" in given
+    log = desk.run("logs", "--worker=slice0-worker1")
+    assert "training ended with exit code 0" in log
+    assert "6 characters, port 8476" in log
+    assert "ended with exit code 0" in desk.run("status"), "what the machines said is still there"
+    absent = desk.run("logs", "--worker=slice9-worker9", code=2)
+    assert "no log of slice9-worker9 yet; available: slice0-worker0 slice0-worker1" in absent
+
+
+@needs_gcloud
+def test_several_slices_are_nodes_of_their_own(tmp_path):
+    with FakeCloud(tmp_path, hosts=1, slices=2) as cloud:
+        desk = Desk(cloud)
+        desk.write(SLICES=2, TPU="v5e:2x2")
+        desk.train(WAIT)
+        desk.run("submit", "--", *TRAIN)
+        until(lambda: cloud.says("workers/slice0-worker0") and cloud.says("workers/slice1-worker0"))
+        assert set(cloud.nodes) == {"run-0", "run-1"}
+        desk.run("delete")
+        assert nothing_is_left(desk)
+
+
+@needs_gcloud
+def test_stop_saves_and_keeps_the_tpus_and_submit_starts_anew_on_them(desk):
+    """On the way, ssh breaks off once: gcloud runs the command again, and nothing trains twice."""
+    desk.train('echo x >>"$MACHINE/../../started$JAX_PROCESS_ID"\n' + WAIT)
+    desk.run("submit", "--", *TRAIN)
+    started = [desk.cloud.folder / f"started{i}" for i in (0, 1)]
+    until(lambda: all(file.exists() for file in started))
+    (desk.cloud.folder / "drops").touch()
+    desk.run("ssh", "--worker=all", "--", "sudo", "google_metadata_script_runner", "startup")
+    until(lambda: desk.cloud.logs().count("a worker is already running here") >= 3)
+    codes = [list((machine.folder / "home").glob("code.*/launch/worker.sh")) for machine in desk.cloud.machines["run"]]
+    assert min(map(len, codes)) >= 2, "what the first runs from is still there"
+    assert [file.read_text() for file in started] == ["x\n", "x\n"]
+    assert "all machines have saved and exited" in desk.run("stop")
+    assert "exit code 75" in desk.run("status")
+    assert desk.cloud.nodes
+    desk.train("exit 0")
+    for machine in desk.cloud.machines["run"]:
+        shutil.rmtree(machine.folder / "home" / "venv")
+    desk.cloud.say("babysitter", "nobody 20 3 3600 1\n")
+    assert "starting the run on the existing TPUs" in desk.run("submit", "--", *TRAIN)
+    assert desk.cloud.created == 1
+    assert desk.cloud.says("babysitter").startswith("nobody 0 0 3600 "), "what was spent is spent; the rest begins anew"
+    until(lambda: desk.cloud.says("DONE"))
+    desk.run("delete")
+    assert nothing_is_left(desk)
+
+
+@needs_gcloud
+@pytest.mark.parametrize(
+    ("train", "code", "said", "starts"),
+    [
+        ('echo "error: corpus not found" >&2; exit 2', 2, "2 slice0-worker0: error: corpus not found", 1),
+        ('echo "stopped: the loss diverged" >&2; exit 1', 1, "1 slice0-worker0: stopped: the loss diverged", 2),
+        ('[ -e "$MACHINE/again" ] && exit 0; touch "$MACHINE/again"; exit 75', 0, "", 2),
+    ],
+    ids=["mistake", "failure", "preempted"],
+)
+def test_a_worker_starts_training_again_where_that_helps(tmp_path, train, code, said, starts):
+    with FakeCloud(tmp_path, hosts=1) as cloud:
+        desk = Desk(cloud)
+        desk.train(f'echo x >>"$MACHINE/started"\n{train}')
+        cloud.machine_env["WORKER_RESTARTS"] = "1"
+        machine = boot_alone(desk)
+        until(lambda: "ended" in cloud.says("workers/slice0-worker0"))
+        assert f"ended with exit code {code}" in cloud.says("workers/slice0-worker0")
+        assert cloud.says("FAILED").strip() == said
+        assert bool(cloud.says("DONE")) == (code == 0)
+        assert (machine.folder / "started").read_text() == starts * "x\n"
+
+
+@needs_gcloud
+def test_a_machine_that_cannot_begin_says_so(tmp_path):
+    with FakeCloud(tmp_path, hosts=1) as cloud:
+        (cloud.folder / "no_packages").touch()
+        cloud.machine_env["WORKER_PATIENCE"] = "0"
+        boot_alone(Desk(cloud))
+        until(lambda: cloud.says("FAILED"))
+        assert cloud.says("FAILED") == "1 slice0-worker0: Python and its packages cannot be installed\n"
+
+
+@needs_gcloud
+def test_what_still_holds_a_tpu_is_killed_before_training(tmp_path):
+    with FakeCloud(tmp_path, hosts=1) as cloud:
+        desk, device = Desk(cloud), tmp_path / "accel0"
+        device.touch()
+        with device.open() as held:
+            stale = subprocess.Popen(["sleep", "1000"], stdin=held)
+        cloud.machine_env["TPU_DEVICES"] = str(device)
+        desk.train("exit 0")
+        boot_alone(desk)
+        assert stale.wait(timeout=60) == -signal.SIGKILL
+
+
+# Faults of TPUs: the babysitter goes on, or ends with one line; nothing that costs is left
+
+
+@pytest.fixture
+def watched(tmp_path) -> Iterator[Desk]:
+    """A submitted run whose machines say DONE as soon as they are there."""
+    with FakeCloud(tmp_path, hosts=0) as cloud:
+        cloud.on_active = lambda: cloud.say("DONE", "slice0-worker0\n")
+        yield Desk(cloud)
+
+
+def becomes(desk: Desk, *states: str):
+    """TPUs that go from state to state."""
+
+    def what(name: str) -> None:
+        for state in states:
+            time.sleep(1.0)
+            desk.cloud.become(name, state)
+
+    return what
+
+
+@needs_gcloud
+def test_tpus_that_never_come_are_not_waited_for_for_ever(watched):
+    watched.write(MAX_WAIT_HOURS=3)
+    watched.cloud.plan = [lambda _: None]
+    watched.cloud.queue()
+    answer = watched.run("babysit", code=1, HOUR="1")
+    assert "still WAITING_FOR_RESOURCES after 3 hours (MAX_WAIT_HOURS)" in last_line(answer)
+    assert nothing_is_left(watched)
+
+
+@needs_gcloud
+@pytest.mark.parametrize("states", [("PROVISIONING", "SUSPENDED"), ("FAILED",)], ids=["suspended", "failed"])
+def test_tpus_lost_while_they_are_made_are_made_anew(watched, states):
+    watched.cloud.plan = [becomes(watched, *states)]
+    watched.cloud.queue()
+    answer = watched.run("babysit")
+    assert "recreating it (restart 1 of 20)" in answer
+    assert "run is done" in answer
+    assert watched.cloud.created == 2
+    assert nothing_is_left(watched)
+
+
+@needs_gcloud
+def test_tpus_that_somebody_deleted_are_made_anew(watched):
+    watched.cloud.plan = [lambda name: watched.cloud.queued.pop(name)]
+    watched.cloud.queue()
+    assert "run is gone: recreating it" in watched.run("babysit")
+    assert watched.cloud.created == 2
+    assert nothing_is_left(watched)
+
+
+@needs_gcloud
+def test_restarts_are_counted(watched):
+    watched.write(MAX_RESTARTS=1)
+    watched.cloud.plan = [becomes(watched, "SUSPENDED")] * 3
+    watched.cloud.queue()
+    answer = watched.run("babysit", code=1)
+    assert "run: run was preempted, and was recreated 1 times (MAX_RESTARTS)" in last_line(answer)
+    assert nothing_is_left(watched)
+
+
+@needs_gcloud
+def test_tpus_that_are_refused_when_made_anew_end_the_run(watched):
+    watched.cloud.plan = [becomes(watched, "SUSPENDED")]
+    watched.cloud.queue()
+    watched.cloud.answers["POST", "queuedResources"] = (429, "Quota limit exceeded")
+    answer = watched.run("babysit", code=1)
+    assert "run cannot be recreated" in last_line(answer)
+    assert "Quota limit" in last_line(answer)
+    assert nothing_is_left(watched)
+
+
+@needs_gcloud
+@pytest.mark.parametrize("word", ["", "1 starting\n"], ids=["from_the_start", "later"])
+def test_machines_that_stay_silent_are_given_up(watched, word):
+    watched.cloud.on_active = lambda: word and watched.cloud.say("workers/slice0-worker0", word)
+    watched.cloud.queue()
+    answer = watched.run("babysit", code=1, SILENT_AFTER="1")
+    assert "none of its machines has said a word for 1 s" in last_line(answer)
+    assert watched.cloud.created == 3
+    assert nothing_is_left(watched)
+
+
+@needs_gcloud
+def test_a_run_that_fails_again_and_again_is_given_up(watched):
+    """A machine that never comes, say: the others name it, try again, and then the TPU is made anew."""
+    why = "1 slice0-worker0: stopped: process 1 of 2 did not come within 1800 s\n"
+    watched.cloud.on_active = lambda: watched.cloud.say("FAILED", why)
+    watched.cloud.queue()
+    answer = watched.run("babysit", code=1)
+    assert "run failed 3 times, the last time: slice0-worker0: stopped: process 1 of 2" in last_line(answer)
+    assert watched.cloud.created == 3
+    assert nothing_is_left(watched)
+
+
+@needs_gcloud
+def test_a_mistake_is_not_tried_again(watched):
+    watched.cloud.on_active = lambda: watched.cloud.say("FAILED", "2 slice0-worker0: error: corpus not found\n")
+    watched.cloud.queue()
+    answer = watched.run("babysit", code=2)
+    assert "run: a mistake; slice0-worker0: error: corpus not found" in last_line(answer)
+    assert watched.cloud.created == 1
+    assert nothing_is_left(watched)
+
+
+@needs_gcloud
+def test_a_deletion_that_fails_is_tried_again(watched):
+    watched.cloud.queue()
+    watched.cloud.deletions_that_fail = 3
+    assert "run is deleted" in watched.run("delete")
+    assert nothing_is_left(watched)
+
+
+@needs_gcloud
+def test_what_cannot_be_deleted_is_named(watched):
+    watched.cloud.queue()
+    watched.cloud.deletions_that_fail = 1000
+    answer = watched.run("babysit", code=1, GONE_AFTER="4")
+    assert "not deleted, and billed until it is: run (ACTIVE)" in answer
+    watched.cloud.deletions_that_fail = 0
+    watched.run("delete")
+    assert nothing_is_left(watched)
+
+
+@needs_gcloud
+def test_a_node_that_outlives_its_queued_resource_is_deleted_too(watched):
+    watched.cloud.queue()
+    until(lambda: watched.cloud.nodes)
+    del watched.cloud.queued["run"]
+    watched.run("delete")
+    assert nothing_is_left(watched)
+
+
+@needs_gcloud
+def test_the_money_ends_the_run(watched):
+    watched.write(PRICE=100000, MAX_COST=200)
+    watched.cloud.on_active = lambda: watched.cloud.say("workers/slice0-worker0", "1 ended with exit code 75\n")
+    watched.cloud.queue()
+    answer = watched.run("babysit", code=1)
+    assert "(MAX_COST is 200); it is saved" in last_line(answer)
+    assert "all machines have saved and exited" in answer
+    assert nothing_is_left(watched)
+
+
+@pytest.fixture
+def long_run(watched) -> Desk:
+    """A run that is at work, and goes on and on."""
+    watched.cloud.on_active = lambda: watched.cloud.say("workers/slice0-worker0", "1 at work\n")
+    watched.cloud.queue()
+    until(lambda: watched.cloud.says("workers/slice0-worker0"))  # before that, its coming undoes what a test changes
+    return watched
+
+
+@needs_gcloud
+def test_two_babysitters(long_run):
+    first = long_run.start("babysit")
+    until(lambda: long_run.cloud.says("babysitter"))
+    assert "has a babysitter already" in last_line(long_run.run("babysit", code=2))
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "the TPUs run on without a babysitter and continue to be billed" in err
+    second = long_run.start("babysit")  # the first has said that it goes
+    until(lambda: "nobody" not in long_run.cloud.says("babysitter"))
+    second.kill()
+    second.communicate()
+    assert "has a babysitter already" in long_run.run("babysit", code=2), "it cannot know yet that the second is dead"
+
+
+@needs_gcloud
+def test_a_run_that_is_told_to_stop_keeps_its_tpus(long_run):
+    first = long_run.start("babysit")
+    until(lambda: long_run.cloud.says("babysitter"))
+    long_run.cloud.say("STOP", "now\n")
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 0, err
+    assert "Its TPUs continue to be billed" in err, err
+    assert long_run.cloud.nodes
+    assert "nobody" in long_run.cloud.says("babysitter")
+
+
+@needs_gcloud
+def test_a_babysitter_that_was_killed_is_followed_and_its_counts_stay(long_run):
+    long_run.write(MAX_RESTARTS=1)
+    long_run.cloud.say("babysitter", f"killed 1 0 3600 {int(time.time()) - 1000}\n")
+    long_run.cloud.become("run", "SUSPENDED")
+    answer = long_run.run("babysit", code=1)
+    assert "was recreated 1 times (MAX_RESTARTS)" in last_line(answer)
+    assert nothing_is_left(long_run)
+
+
+@needs_gcloud
+def test_an_api_that_is_down_for_a_while_is_waited_for(long_run):
+    babysitter = long_run.start("babysit")
+    until(lambda: long_run.cloud.says("babysitter"))
+    long_run.cloud.answers["GET", "queuedResources"] = (403, "denied for a while")
+    asked = len(long_run.cloud.calls)
+    until(lambda: len(long_run.cloud.calls) > asked + 3)
+    long_run.cloud.answers.clear()
+    long_run.cloud.say("DONE", "slice0-worker0\n")
+    _, err = babysitter.communicate(timeout=120)
+    assert babysitter.returncode == 0
+    assert "cannot see run (1 of 20)" in err
+    assert nothing_is_left(long_run)
+
+
+@needs_gcloud
+def test_tpus_that_cannot_be_seen_any_more_are_named(long_run):
+    babysitter = long_run.start("babysit", POLL="0")
+    until(lambda: long_run.cloud.says("babysitter"))
+    long_run.cloud.answers["GET", "queuedResources"] = (403, "denied")
+    _, err = babysitter.communicate(timeout=120)
+    assert babysitter.returncode == 1
+    assert "it may exist and be billed: bash launch/tpu.sh delete" in err
+
+
+@needs_gcloud
+def test_a_bucket_that_is_denied_ends_the_run(long_run):
+    babysitter = long_run.start("babysit", POLL="0")
+    until(lambda: long_run.cloud.says("babysitter"))
+    long_run.cloud.gcs.fault = lambda *_: 403
+    _, err = babysitter.communicate(timeout=120)
+    assert babysitter.returncode == 1
+    assert "gs://bucket cannot be read" in err
+    assert nothing_is_left(long_run)
+
+
+# The whole way, with real training
+
+
+@needs_gcloud
+def test_a_preempted_run_is_made_anew_and_ends_as_one_that_was_left_alone(desk, toy, tmp_path):
+    flags = [f.replace(str(ROOT) + "/", "") for f in toy.flags(train__steps=30, train__checkpoint_every=10)]
+    for file in toy.corpus.rglob("*"):
+        if file.is_file():
+            name = f"corpora/toy/{file.relative_to(toy.corpus)}"
+            desk.cloud.gcs.put(BUCKET, name, file.read_bytes())
+    flags = [f for f in flags if "data.corpus" not in f and "cache_dir" not in f]
+    flags += ["--config.data.corpus=gs://bucket/corpora/toy"]
+    desk.cloud.machine_env |= {"PYTHONUNBUFFERED": "1", "WORKER_EVERY": "5"}
+    desk.run("submit", "--", *flags)
+    babysitter = desk.start("babysit", POLL="3")
+    until(lambda: "step 12/30" in desk.cloud.logs(), 240)
+    desk.cloud.take_away("run")
+    out, err = babysitter.communicate(timeout=400)
+    assert babysitter.returncode == 0, out + err + desk.cloud.logs()
+    assert "was preempted: recreating it" in err
+    assert nothing_is_left(desk)
+    files = desk.cloud.gcs.buckets[BUCKET]
+    assert "restored step" in files["flax_mlm/run/logs/slice0-worker0.log"].content.decode()
+    alone = tmp_path / "alone"
+    finish(toy, alone, *toy.flags(train__steps=30, train__checkpoint_every=10), processes=2)
+    assert json.loads((alone / "result.json").read_text()) == json.loads(files["runs/run/result.json"].content)

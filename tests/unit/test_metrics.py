@@ -1,0 +1,173 @@
+"""Where the numbers go, and how fast things are said to be."""
+
+import dataclasses
+import errno
+import json
+import re
+import resource
+import threading
+import time
+
+import pytest
+
+from configs import base, bert_base
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import Config
+from flax_mlm.model import flops
+from flax_mlm.training import metrics
+
+CONFIG = build(base.get_config())
+
+
+def with_log(**changes) -> Config:
+    return dataclasses.replace(CONFIG, log=dataclasses.replace(CONFIG.log, **changes))
+
+
+def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
+    config = with_log(tensorboard=False)
+    first = metrics.Writers(tmp_path, config, 0)
+    for step in (10, 20, 30):
+        first.write(step, "train", {"loss": float(step)})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 40, "ki')  # killed while writing
+    second = metrics.Writers(tmp_path, config, 20)
+    second.write(30, "train", {"loss": 3.0})
+    second.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(10, 10.0), (20, 20.0), (30, 3.0)]
+
+
+def steps_in(folder) -> list[tuple[int, str]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["kind"]) for line in lines]
+
+
+def test_an_evaluation_of_the_restored_step_is_done_again_its_training_is_not(tmp_path):
+    config = with_log(tensorboard=False)
+    writers = metrics.Writers(tmp_path, config, 0)
+    for step in (1, 2, 3):
+        writers.write(step, "train", {"loss": 1.0})
+        writers.write(step, "validation", {"loss": 1.0})
+    writers.close()
+    metrics.Writers(tmp_path, config, 2).close()
+    assert steps_in(tmp_path) == [(1, "train"), (1, "validation"), (2, "train")]
+
+
+def test_what_a_full_disk_refuses_is_written_later(tmp_path, capsys):
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=False), 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        for step in range(5):
+            writers.write(step, "train", {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 100
+    writers.write(5, "train", {"loss": 1.0})
+    writers.close()
+    assert steps_in(tmp_path) == [(step, "train") for step in range(6)]
+    assert "WARNING: metrics.jsonl cannot be written" in capsys.readouterr().out
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    from flax_mlm.data.tf import tensorflow  # reads event files, which tensorboardX wrote
+
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=True), 0)
+    writers.write(7, "validation", {"loss": 2.5})
+    writers.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events = tensorflow().compat.v1.train.summary_iterator(str(file))
+    found = [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value]
+    assert found == [("validation/loss", 2.5, 7)]
+
+
+def test_a_disk_that_is_full_for_tensorboard_stops_nothing(tmp_path, monkeypatch, capsys):
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=True), 0)
+    events = writers._tensorboard.file_writer.event_writer
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(events._ev_writer, "write_event", full)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    writers.write(1, "train", {f"{i}": 1.0 for i in range(50)})  # more than a queue of tensorboardX holds
+    events._worker.join(60)
+    writers.write(2, "train", {"loss": 1.0})
+    writers.close()
+    assert "WARNING: TensorBoard is off" in capsys.readouterr().out
+    assert steps_in(tmp_path) == [(1, "train"), (2, "train")]
+
+
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is optional")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=False, wandb_project="test"), 0)
+    writers.write(7, "train", {"loss": 2.5})
+    writers.close()
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert b"train/loss" in content
+    assert b"2.5" in content
+
+
+def test_a_missing_tracker_never_stops_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)  # as if it were not installed
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=False, wandb_project="test"), 0)
+    writers.write(1, "train", {"loss": 1.0})
+    writers.close()
+    assert "Weights & Biases is off" in capsys.readouterr().out
+
+
+def test_flops_of_bert_base_are_six_per_parameter_and_token_plus_attention_and_head():
+    shape = build(bert_base.get_config()).model
+    length, slots, vocab = 512, 76, 30_522
+    blocks = 12 * (4 * 768**2 + 2 * 768 * 3072)
+    expected = 6 * blocks * length + 12 * 12 * 768 * length**2 + 6 * slots * (768**2 + 768 * vocab)
+    assert flops.per_row(shape, length, slots, vocab) == pytest.approx(expected)
+
+
+def test_throughput_leaves_out_pauses():
+    speed = metrics.Throughput(0.0, 1e12, {})
+    for _ in range(10):
+        speed.add(1000, 1e9)
+    with speed.paused():
+        time.sleep(0.2)
+    with speed.waiting():
+        time.sleep(0.02)
+    rates = speed.report(0.1)
+    assert rates["tokens_per_second"] > 10_000 / 0.2
+    assert 0 < rates["data_wait"] <= 1
+    assert rates["mfu"] == pytest.approx(1e9 * rates["tokens_per_second"] / 1000 / 1e12)
+    assert rates["eta_seconds"] == pytest.approx(90 * 1000 / rates["tokens_per_second"])
+
+
+def test_totals_go_on_where_they_were_saved_without_the_pauses(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    speed = metrics.Throughput(0.1, None, {"tokens_seen": 5000, "train_seconds": 60.0})
+    now += 3
+    speed.add(100.0, 1e9)
+    reported = speed.report(0.11)
+    assert (reported["tokens_seen"], reported["train_seconds"]) == (5100, 63.0)
+    now += 4
+    speed.add(100.0, 1e9)
+    with pytest.raises(KeyError), speed.paused():
+        now += 1000
+        assert speed.totals() == {"tokens_seen": 5200, "train_seconds": 67.0}
+        raise KeyError
+    now += 5
+    assert speed.totals() == {"tokens_seen": 5200, "train_seconds": 72.0}
+    assert speed.report(0.12)["tokens_per_second"] == pytest.approx(100 / 9)
+
+
+def test_the_line_can_be_grepped():
+    values = dict(loss=1.5, accuracy=0.25, learning_rate=1e-3, grad_norm=0.5, skipped=0.0)
+    line = metrics.train_line({**values, "tokens_per_second": 1234.5, "data_wait": 0.01, "eta_seconds": 3661})
+    assert "\n" not in line
+    assert re.search(r"^loss 1\.5000  accuracy 0\.2500 .* tokens/s 1,234  mfu unknown .* eta 1:01:01$", line)
+    assert metrics.train_line(
+        {**values, "skipped": 2.0, "tokens_per_second": 1, "data_wait": 0, "eta_seconds": 1, "mfu": 0.5}
+    ).endswith("mfu 50.0%  data_wait 0.0%  eta 0:00:01  skipped 2")

