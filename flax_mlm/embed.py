@@ -14,7 +14,7 @@ from absl import flags
 
 from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import files, gcs
 
 _INPUT = flags.DEFINE_string("input", "", "file of texts: .txt (one a line), .tsv, .csv, .jsonl")
@@ -49,14 +49,12 @@ def main(config: Config) -> None:
         vectors_ND = embeddings.embed(model, texts, on_batch=lambda: progress.advance(bar))
     if _DIMENSIONS.value:
         vectors_ND = embeddings.normalize(vectors_ND[:, : _DIMENSIONS.value])
-    try:
-        with files.replacing(output) as temporary, temporary.open("wb") as file:
-            if output.suffix == ".npy":
-                np.save(file, vectors_ND)
-            else:
-                _write_parquet(file, [record for _, record in records], vectors_ND)
-    except OSError as e:
-        raise UserError(f"--output: '{output}' cannot be written: {e}") from e
+    unwritable = f"--output: '{output}' cannot be written: "
+    with as_user_error(unwritable, OSError), files.replacing(output) as temporary, temporary.open("wb") as file:
+        if output.suffix == ".npy":
+            np.save(file, vectors_ND)
+        else:
+            _write_parquet(file, [record for _, record in records], vectors_ND)
     print(f"written to {output}: {vectors_ND.shape[0]:,} vectors of {vectors_ND.shape[1]}")
 
 
@@ -65,12 +63,10 @@ def _write_parquet(file: Any, records: list[dict[str, Any]], vectors_ND: Any) ->
     import pyarrow.parquet as pq
 
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), vectors_ND.shape[1])
-    try:
+    with as_user_error(f"--input: '{_INPUT.value}' has columns that Parquet cannot store: ", pa.ArrowException):
         names = dict.fromkeys(name for record in records for name in record)  # pyarrow uses those of the first record
         columns = pa.table({name: [record.get(name) for record in records] for name in names})
         pq.write_table(columns.append_column("vector", column), file)
-    except pa.ArrowException as e:
-        raise UserError(f"--input: '{_INPUT.value}' has columns that Parquet cannot store: {e}") from e
 
 
 if __name__ == "__main__":

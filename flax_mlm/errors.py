@@ -1,5 +1,8 @@
 """Exceptions that end a command with one line instead of a traceback, each with an exit code."""
 
+import contextlib
+from collections.abc import Iterator
+
 PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h
 
 
@@ -23,3 +26,12 @@ class Preempted(Exception):
 
     Commands print the message as one line and exit with code 75 (`PREEMPTED`): the same command continues.
     """
+
+
+@contextlib.contextmanager
+def as_user_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns exceptions of some kinds into a UserError with this text before their message."""
+    try:
+        yield
+    except kinds as e:
+        raise UserError(f"{prefix}{e}") from e

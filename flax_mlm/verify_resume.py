@@ -29,7 +29,7 @@ from absl import flags
 from flax_mlm.cli import app
 from flax_mlm.config import phases
 from flax_mlm.config.schema import LENGTHS, Config
-from flax_mlm.errors import Failure, UserError
+from flax_mlm.errors import Failure, UserError, as_user_error
 from flax_mlm.storage import files, gcs
 from flax_mlm.training import metrics
 
@@ -63,10 +63,8 @@ def main(config: Config) -> int:
         shapes = []
     every = max(2, steps // 3)
     arguments = [*app.config_arguments(sys.argv), *shortened(config, steps, every)]
-    try:
+    with as_user_error(f"--steps is {steps}, which may be too few: ", UserError):
         app.config_of(arguments)
-    except UserError as e:
-        raise UserError(f"--steps is {steps}, which may be too few: {e}") from e
     here = Shape()
     found: dict[str, list[str]] = {}
     broken: list[str] = []

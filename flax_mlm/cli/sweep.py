@@ -19,7 +19,7 @@ from flax_mlm.cli import app, tables
 from flax_mlm.config import phases
 from flax_mlm.config.knobs import parse, spell
 from flax_mlm.config.schema import Config, split
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import files
 from flax_mlm.training import metrics, run_config
 
@@ -67,10 +67,8 @@ def _parse_axis(statement: str) -> tuple[list[str], list[Setting]]:
         if len(values) != len(fields):
             found = f"{len(values)} of the {len(fields)} values of {left.strip()}"
             raise UserError(f"--grid: '{item}' has {found}; separate them by &")
-        try:
+        with as_user_error("--grid: ", UserError):
             setting = {path: parse(path, _unquote(value)) for path, value in zip(fields, values, strict=True)}
-        except UserError as e:
-            raise UserError(f"--grid: {e}") from e
         if setting in axis:
             raise UserError(f"--grid names {describe(setting)} twice")
         axis.append(setting)
@@ -131,10 +129,8 @@ def make_run(base: list[str], setting: Setting, seed: int, workdir: Path) -> Run
     """
     arguments = [*base, *(f"--config.{path}={spell(value)}" for path, value in (setting | {"seed": seed}).items())]
     folder = workdir / folder_name(setting, seed)
-    try:
+    with as_user_error(f"--grid: {describe(setting)}: ", UserError):
         config = app.config_of(arguments)
-    except UserError as e:
-        raise UserError(f"--grid: {describe(setting)}: {e}") from e
     run_config.check(folder, config, _FREE)
     return Run(setting, seed, folder, [*arguments, f"--workdir={folder}"], config)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from flax_mlm.config import validate
 from flax_mlm.config.knobs import knob, knobs, parse, value_of
 from flax_mlm.config.schema import INTERPOLATED, Config, split
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, as_user_error
 
 _FIXED_WITH_RTD = ("name", "generator_size", "generator_depth", "embedding_sharing")  # parameters depend on them
 _NUMBER = r"\d+(?:_?\d)*(?:\.\d+)?(?:e[+-]?\d+)?"
@@ -146,10 +146,8 @@ def _check_phase(before: Phase, begin: float, config: Config, final_values: Mapp
     # A learning rate may end at 0, but not begin there.
     final = {path: value for path, value in final_values.items() if (path, value) != ("optimizer.learning_rate", 0.0)}
     for changed in (config, _with_values(config, final)):
-        try:
+        with as_user_error(f"train.phases: '{text}': ", UserError):
             validate.check(changed)
-        except UserError as e:
-            raise UserError(f"train.phases: '{text}': {e}") from e
     for name in _FIXED_WITH_RTD:
         old, new = getattr(before.config.objective, name), getattr(config.objective, name)
         if begin > 0 and "rtd" in (before.config.objective.name, config.objective.name) and old != new:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_mlm.data.tf import prepared_tfds
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import files
 
 _TEXT = ("sentence", "text", "sentence1", "premise", "question", "question1")
@@ -113,10 +113,8 @@ def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _json_object(where: str, line: str) -> dict[str, Any]:
-    try:
+    with as_user_error(f"{where} is not JSON: ", ValueError):
         record = json.loads(line)
-    except ValueError as e:
-        raise UserError(f"{where} is not JSON: {e}") from e
     if not isinstance(record, dict):
         raise UserError(f"{where} is not a JSON object")
     return record

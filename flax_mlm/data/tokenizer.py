@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from flax_mlm.data.text import cut
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import gcs
 
 MASK_TEXT = "[MASK]"  # how texts of users spell a mask, whatever the vocabulary calls it
@@ -145,7 +145,8 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
         proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-        try:
+        # protobuf's DecodeError and SentencePiece's RuntimeError have no useful base.
+        with as_user_error(f"{path} is not a SentencePiece model: ", Exception):
             proto.ParseFromString(content)
             if not proto.pieces:
                 raise ValueError("it has no pieces")
@@ -155,8 +156,6 @@ class SentencePieceTokenizer(Tokenizer):
             self._sp = SentencePieceProcessor(model_proto=proto.SerializeToString())
             proto.normalizer_spec.add_dummy_prefix = False
             self._sp_continued = SentencePieceProcessor(model_proto=proto.SerializeToString())
-        except Exception as e:  # protobuf's DecodeError and SentencePiece's RuntimeError have no useful base
-            raise UserError(f"{path} is not a SentencePiece model: {e}") from e
         special_ids = {i for i, p in enumerate(proto.pieces) if p.type in (p.UNKNOWN, p.CONTROL, p.UNUSED)}
         super().__init__(content, [p.piece for p in proto.pieces], special_ids, "▁", path)
         # In nearly every model the tokens of a word depend on nothing else, and can be cached.
@@ -210,14 +209,13 @@ class HuggingFaceTokenizer(Tokenizer):
         """Opens the content of a `tokenizer.json`; `path` names it in errors."""
         import tokenizers
 
-        try:
+        # `tokenizers` raises bare Exception.
+        with as_user_error(f"{path} is not a Hugging Face tokenizer.json: ", Exception):
             spec = json.loads(content)
             for token in spec["added_tokens"]:  # only tokens marked special can be kept from matching text
                 token["special"] |= is_special_spelling(token["content"])
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
             self._continued = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(spec)))
-        except Exception as e:  # `tokenizers` raises bare Exception
-            raise UserError(f"{path} is not a Hugging Face tokenizer.json: {e}") from e
         for tokenizer in (self._tokenizer, self._continued):
             tokenizer.encode_special_tokens = True  # "[MASK]" in a document is text
             tokenizer.no_truncation()
@@ -285,12 +283,11 @@ def wordpiece_json(file: epath.Path) -> bytes:
     """
     import tokenizers
 
-    try:
+    unreadable = f"{file} cannot be read, or tokenizer_config.json beside it: "
+    with as_user_error(unreadable, OSError, ValueError, AttributeError):
         tokens = file.read_text().removesuffix("\n").split("\n")  # not splitlines(): some tokens are odd spaces
         settings = file.parent / "tokenizer_config.json"
         lowercase = json.loads(settings.read_text()).get("do_lower_case") if settings.exists() else None
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"{file} cannot be read, or tokenizer_config.json beside it: {e}") from e
     if lowercase is None:
         lowercase = not any(token != token.lower() for token in tokens if not token.startswith("["))
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -326,10 +323,8 @@ def load_tokenizer(path: str | Path, extra_tokens_file: str | Path = "") -> Toke
     kind = TOKENIZERS["tokenizer.model" if file.suffix == ".model" else "tokenizer.json"]
     tokenizer = kind(wordpiece_json(file) if file.suffix == ".txt" else file.read_bytes(), str(file))
     if extra_tokens_file:
-        try:
+        with as_user_error(f"tokenizer.extra_tokens_file: {extra_tokens_file} cannot be read: ", OSError, ValueError):
             lines = epath.Path(extra_tokens_file).expanduser().read_text().split("\n")
-        except (OSError, ValueError) as e:
-            raise UserError(f"tokenizer.extra_tokens_file: {extra_tokens_file} cannot be read: {e}") from e
         words = [word for word in dict.fromkeys(line.strip() for line in lines) if word]
         tokenizer = kind(tokenizer.extended(words), f"{file} with {extra_tokens_file}")
     return tokenizer

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_mlm.config.schema import ModelConfig
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.hf import bert, modernbert
 from flax_mlm.hf.architecture import Architecture, SpecialIds
 
@@ -79,11 +79,9 @@ def open_folder(path: str) -> Folder:
         raise UserError(f"init_from: '{path}' is not a folder; give a Hugging Face folder with config.json in it")
     config = _read_json(folder / "config.json")
     architecture = _architecture(folder, config)
-    try:
+    with as_user_error(f"init_from: {folder / 'config.json'} has ", ValueError):
         _check_vocab(config)
         fields = architecture.from_hf_config(config)
-    except ValueError as e:
-        raise UserError(f"init_from: {folder / 'config.json'} has {e}") from e
     return Folder(folder, architecture, config, fields)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from flax_mlm.data.tokenizer import Tokenizer
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.hf.architecture import Architecture, Layout, position_offset
 from flax_mlm.hf.folder import Folder
 
@@ -128,10 +128,8 @@ def load_params(
     for mapping in mappings:
         if mapping.dims[0] == "V" and (name := mapping.names[0][0]) in tensors:
             tensors[name] = _extend_vocab(tensors[name], mapping.shape[0], new_tokens)
-    try:
+    with as_user_error(f"init_from: '{folder.path}': ", ValueError):
         return tensors_to_params(mappings, tensors, position_offset(folder.config))
-    except ValueError as e:
-        raise UserError(f"init_from: '{folder.path}': {e}") from e
 
 
 def subtokens(before: Tokenizer, after: Tokenizer) -> dict[int, np.ndarray]:

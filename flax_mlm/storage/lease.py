@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flax_mlm.errors import Failure, UserError
+from flax_mlm.errors import Failure, UserError, as_user_error
 from flax_mlm.storage import gcs
 
 _NAME = "lease.json"
@@ -51,7 +51,7 @@ class Lease:
         Raises:
           UserError: another job holds the lease, or the workdir cannot be written.
         """
-        try:
+        with as_user_error(f"--workdir: '{self._workdir}' cannot be used: ", OSError):
             if isinstance(self._workdir, Path):  # buckets have no folders
                 self._workdir.mkdir(parents=True, exist_ok=True)
             while True:
@@ -60,8 +60,6 @@ class Lease:
                 if self._write(content):
                     break
             self.check()
-        except OSError as e:
-            raise UserError(f"--workdir: '{self._workdir}' cannot be used: {e}") from e
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def check(self) -> None:

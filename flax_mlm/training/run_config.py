@@ -7,7 +7,7 @@ from typing import Any
 
 from flax_mlm.config.load import flatten, from_dict
 from flax_mlm.config.schema import Config
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import files, gcs
 
 _FILE = "config.json"
@@ -92,8 +92,6 @@ def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) ->
 @contextlib.contextmanager
 def _usable(workdir: gcs.AnyPath) -> Iterator[None]:
     """Raises UserError where the files of a workdir cannot be read or written."""
-    try:
-        with gcs.errors(workdir):
-            yield
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"--workdir: '{workdir}' cannot be used: {e}") from e
+    kinds = OSError, ValueError, TypeError, AttributeError
+    with as_user_error(f"--workdir: '{workdir}' cannot be used: ", *kinds), gcs.errors(workdir):
+        yield
