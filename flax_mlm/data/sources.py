@@ -94,7 +94,8 @@ def open_source(spec: str) -> Source:
         return _from_files(spec, _find(spec, pattern), functools.partial(_json_documents, field=field or "text"))
     if kind == "tfds" and rest:
         return _tfds(spec, rest)
-    raise UserError(f"data.source is '{spec}'; expected builtin, text:GLOB, jsonl:GLOB#field or tfds:NAME:split")
+    expected = "builtin, text:GLOB, jsonl:GLOB#field or tfds:NAME[/config][:version][:split]"
+    raise UserError(f"data.source is '{spec}'; expected {expected}")
 
 
 def _find(spec: str, pattern: str) -> list[Path]:

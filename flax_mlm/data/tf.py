@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, as_user_error
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def prepared_tfds(error_prefix: str, spec: str) -> tuple[Any, str]:
 
     Args:
       error_prefix: first words of an error.
-      spec: NAME, NAME/config or NAME/config:split (default train).
+      spec: NAME[/config][:version][:split]; default split train.
 
     Returns:
       The dataset's builder, and the split.
@@ -37,7 +37,7 @@ def prepared_tfds(error_prefix: str, spec: str) -> tuple[Any, str]:
     """
     match = re.fullmatch(r"(?P<name>[^:\[\]]+(?::\d+\.\d+\.\d+)?)(?::(?P<split>[^:].*))?", spec)
     if not match:
-        raise UserError(f"{error_prefix}; write tfds:NAME, tfds:NAME/config or tfds:NAME/config:split")
+        raise UserError(f"{error_prefix}; write tfds:NAME[/config][:version][:split]")
     name, split = match["name"], match["split"] or "train"
     data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     remedy = f"prepare it with `tfds build {name} --data_dir={data_dir}` on a machine with a network"
@@ -45,11 +45,9 @@ def prepared_tfds(error_prefix: str, spec: str) -> tuple[Any, str]:
     if not (epath.Path(data_dir) / name.split(":")[0]).is_dir():  # before the slow imports
         raise missing
     tensorflow()
-    try:
+    with as_user_error(f"{error_prefix}; `pip install tensorflow-datasets importlib_resources`: ", ImportError):
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import read_only_builder
-    except ImportError as e:
-        raise UserError(f"{error_prefix}; `pip install tensorflow-datasets importlib_resources` ({e})") from e
     try:
         # Reads files only. `tfds.load` would ask the network for minutes about a dataset that is missing.
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
