@@ -24,7 +24,7 @@ ablate() { # NAME GRID ARGUMENTS...: the others go on where one fails
   local name=$1 grid=$2
   shift 2
   case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
-  python -m flax_mlm.sweep --config=configs/quickstart.py --config.train.tokens=8e5 --config.train.eval_every=0 \
+  python -m flax_mlm.sweep --config=quickstart --config.train.tokens=8e5 --config.train.eval_every=0 \
     --config.train.phases="$fall" --config.eval.max_rows=2000 --seeds="${SEEDS:-3}" --workdir="$out/$name" --grid="$grid" "$@" ||
     code=$?
   if [ "$code" = 75 ]; then exit 75; fi # stopped

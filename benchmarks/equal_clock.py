@@ -1,7 +1,7 @@
 """Our recipe and transformers' own training by one clock: the same text, tokenizer, size and rows of tokens, and a loss
 on the same hidden tokens of held-out rows.
 
-    python -m benchmarks.equal_clock --config=configs/small.py --config.data.source='text:wiki.txt.gz' \
+    python -m benchmarks.equal_clock --config=small --config.data.source='text:wiki.txt.gz' \
         --config.data.validation_fraction=0.1 --output=runs/equal_clock
 
 The standard is what `run_mlm.py` does: Trainer, DataCollatorForLanguageModeling, documents put one after another and

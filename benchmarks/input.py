@@ -1,6 +1,6 @@
 """What one processor core feeds: text prepared a second, and tokens read from prepared rows.
 
-    python -m benchmarks.input --config=configs/small.py --config.data.seq_len=512 \
+    python -m benchmarks.input --config=small --config.data.seq_len=512 \
         --config.data.source='text:wiki.txt.gz' --json=input.json > input.md
 
 Everything here runs on one core, TensorFlow's threads and child processes included (they are bound to it), so that a

@@ -1,6 +1,6 @@
 """What packing is worth: tokens that are not padding a second, from packed rows and from rows of one piece each.
 
-    python -m benchmarks.packing --config=configs/small.py --config.data.seq_len=512 \
+    python -m benchmarks.packing --config=small --config.data.seq_len=512 \
         --config.train.global_batch_size=8 --config.data.source='text:wiki.txt.gz' --json=packing.json > packing.md
 
 One step, compiled once, is given packed rows and padded ones in turns. Both hold the same pieces of the same documents,

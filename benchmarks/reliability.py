@@ -1,6 +1,6 @@
 """What safety costs: a checkpoint while training goes on, and `train.reproducible`, against the same steps without.
 
-    python -m benchmarks.reliability --config=configs/small.py
+    python -m benchmarks.reliability --config=small
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m benchmarks.reliability
 
 Rounds of steps are interleaved (A B A B ...), on random rows; ratios are of medians.

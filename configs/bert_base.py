@@ -1,16 +1,16 @@
 """BERT-base (arXiv:1810.04805), 109.5M parameters with the MLM head, at 128 tokens a row.
 
-    python -m flax_mlm.train --config=configs/bert_base.py --workdir=runs/bert_base \
+    python -m flax_mlm.train --config=bert_base --workdir=runs/bert_base \
         --config.data.corpus=corpora/wiki
 
 For a TPU slice of 16 chips or a node of 8 GPUs. Prepare the corpus first, with the same config
-(`python -m flax_mlm.prepare --config=configs/bert_base.py --config.data.source=... --output=...`).
+(`python -m flax_mlm.prepare --config=bert_base --config.data.source=... --output=...`).
 Not trained to the end here, so without expected time and loss.
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from flax_mlm.configs import base
 
 
 def get_config() -> ConfigDict:

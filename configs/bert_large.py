@@ -1,6 +1,6 @@
 """BERT-large (arXiv:1810.04805), 335.2M parameters with the MLM head, with LAMB (arXiv:1904.00962).
 
-    python -m flax_mlm.train --config=configs/bert_large.py --workdir=runs/bert_large \
+    python -m flax_mlm.train --config=bert_large --workdir=runs/bert_large \
         --config.data.corpus=corpora/wiki --config.mesh.fsdp=16
 
 For a TPU slice of 64 chips or four nodes of 8 GPUs. Not trained to the end here, so without expected time and loss.
@@ -8,7 +8,7 @@ For a TPU slice of 64 chips or four nodes of 8 GPUs. Not trained to the end here
 
 from ml_collections import ConfigDict
 
-from configs import bert_base
+from flax_mlm.configs import bert_base
 
 
 def get_config() -> ConfigDict:

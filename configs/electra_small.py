@@ -1,6 +1,6 @@
 """ELECTRA-small (arXiv:2003.10555): an encoder of 13.5M parameters trained with replaced-token detection.
 
-    python -m flax_mlm.train --config=configs/electra_small.py --workdir=runs/electra_small \
+    python -m flax_mlm.train --config=electra_small --workdir=runs/electra_small \
         --config.data.corpus=corpora/wiki
 
 Sizes and settings from table 6 of the paper, where it trained for four days on one GPU. Not trained to the end here, so
@@ -9,7 +9,7 @@ without expected time and loss.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from flax_mlm.configs import base
 
 
 def get_config() -> ConfigDict:

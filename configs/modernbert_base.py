@@ -1,6 +1,6 @@
 """ModernBERT-base (arXiv:2412.13663), 149.7M parameters with a vocabulary of 50,368, at 1,024 tokens a row.
 
-    python -m flax_mlm.train --config=configs/modernbert_base.py --workdir=runs/modernbert_base \
+    python -m flax_mlm.train --config=modernbert_base --workdir=runs/modernbert_base \
         --config.data.corpus=corpora/web
 
 Optimizer, batch, learning rate and masks of the paper's first phase, for a twentieth of its length and with a decay at
@@ -10,7 +10,7 @@ loss.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from flax_mlm.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -1,6 +1,6 @@
 """ModernBERT-large (arXiv:2412.13663), 395.9M parameters with a vocabulary of 50,368, at 1,024 tokens a row.
 
-    python -m flax_mlm.train --config=configs/modernbert_large.py --workdir=runs/modernbert_large \
+    python -m flax_mlm.train --config=modernbert_large --workdir=runs/modernbert_large \
         --config.data.corpus=corpora/web --config.mesh.fsdp=16
 
 For a TPU slice of 64 chips or four nodes of 8 GPUs. Not trained to the end here, so without expected time and loss.
@@ -8,7 +8,7 @@ For a TPU slice of 64 chips or four nodes of 8 GPUs. Not trained to the end here
 
 from ml_collections import ConfigDict
 
-from configs import modernbert_base
+from flax_mlm.configs import modernbert_base
 
 
 def get_config() -> ConfigDict:

@@ -1,7 +1,7 @@
 """Trains the same small encoder with one of four objectives, on the same rows in the same order, to compare them.
 
     bash launch/compare_objectives.sh
-    python -m flax_mlm.train --config=configs/objectives.py:clm --workdir=runs/clm
+    python -m flax_mlm.train --config=objectives:clm --workdir=runs/clm
 
 The objective follows the colon: `mlm_15` and `mlm_30` (masked, 15% and 30% of the tokens predicted), `clm` (next
 token), `clm_mlm` (biphasic, arXiv:2507.00994: next token for half of the steps, then masked at 30%).
@@ -10,7 +10,7 @@ token), `clm_mlm` (biphasic, arXiv:2507.00994: next token for half of the steps,
 
 from ml_collections import ConfigDict
 
-from configs import small
+from flax_mlm.configs import small
 
 OBJECTIVES = ("mlm_15", "mlm_30", "clm", "clm_mlm")
 

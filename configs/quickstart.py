@@ -8,7 +8,7 @@ held-out loss: 3.09 nats (unigram entropy: 6.61).
 
 from ml_collections import ConfigDict
 
-from configs import small
+from flax_mlm.configs import small
 
 
 def get_config() -> ConfigDict:

@@ -2,12 +2,12 @@
 
 Expected held-out loss: 3.57 nats on 40 MB of Wikipedia (unigram entropy: 7.27).
 
-    python -m flax_mlm.train --config=configs/small.py --config.data.source='text:my/*.txt.gz' --workdir=runs/small
+    python -m flax_mlm.train --config=small --config.data.source='text:my/*.txt.gz' --workdir=runs/small
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from flax_mlm.configs import base
 
 
 def get_config() -> ConfigDict:

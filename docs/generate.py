@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from flax_mlm.__main__ import COMMANDS  # noqa: E402  (only now that it is found)
+
 REFERENCE = ROOT / "docs" / "reference"
-# In the order in which a user meets them.
-COMMANDS = (
-    *("prepare", "audit", "plan", "train", "sweep", "evaluate", "compare", "embed", "fill_mask", "export"),
-    "verify_resume",
-)
 _SECTIONS = {
     "": ("Top level", "Fields without a section."),
     "data": ("data", "The text, and how it is packed into rows."),
@@ -90,7 +89,8 @@ def commands_page() -> str:
     parts = [
         _NOTE,
         "# Commands\n\nThis page lists every command with its options, as `--help` prints them.",
-        "Every command is a module of the package: `python -m flax_mlm.NAME`. Options are written `--name=value` or "
+        "Every command is a module of the package: `python -m flax_mlm.NAME`. Where the package is "
+        "[installed](../how-to/install.md), `flax-mlm NAME` is the same. Options are written `--name=value` or "
         "`--name value`; a switch is written `--name` or `--noname`. All commands take `--config.section.field=value` "
         "for every field of the [configuration](configuration.md), any number of times. The commands that read a "
         "checkpoint take their config from the checkpoint. [Exit codes](errors-and-exit-codes.md) are the same for all "
@@ -111,8 +111,7 @@ def _description(text: str) -> str:
         elif block.startswith("- "):
             blocks.append(block)
         else:
-            joined = " ".join(block.split()).removeprefix("Command: ")
-            blocks.append(joined[:1].upper() + joined[1:])
+            blocks.append(" ".join(block.split()))
     return "\n\n".join(blocks)
 
 
@@ -140,9 +139,11 @@ class Entry(NamedTuple):
 def entries() -> list[Entry]:
     """Lists every field with its default and comment from configs/base.py, in the order of the dataclasses."""
     from flax_mlm.config.knobs import knobs
-    from flax_mlm.config.load import BASE, base, flatten
+    from flax_mlm.config.load import flatten
+    from flax_mlm.configs import base
 
-    defaults, comments, result = flatten(base().to_dict()), _comments(BASE.read_text()), []
+    comments = _comments(Path(base.__file__).read_text())
+    defaults, result = flatten(base.get_config().to_dict()), []
     for name, field in knobs().items():
         allowed = " | ".join(field.allowed) if isinstance(field.allowed, tuple) else str(field.allowed or "")
         kind = field.type.__name__ + " or none" * field.optional
@@ -232,5 +233,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """Prints training rows with their masks, and checks the laws of masking on a million tokens.
 
-    python -m flax_mlm.audit --config=configs/quickstart.py --config.objective.masking=whole_word --rows=4
+    python -m flax_mlm.audit --config=quickstart --config.objective.masking=whole_word --rows=4
 
 Rows, masks and mask rates are those of training from its first step on, in its first phase. The exit code is 1 if a
 law is broken: a special token selected, a wrong number of predictions in a row, a wrong label, a token changed that was

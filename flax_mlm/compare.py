@@ -1,4 +1,4 @@
-"""Command: checkpoints × tasks -> one table, with differences and their confidence intervals.
+"""Evaluates checkpoints on tasks: one table, with differences and their confidence intervals.
 
 python -m flax_mlm.compare --checkpoints=masked=runs/mlm,causal=runs/clm --output=compared \\
     --tasks='mlm; cloze; blimp=minimal_pairs --data=blimp/; cola=classification --train=cola.tsv --metric=matthews'

@@ -1,4 +1,4 @@
-"""Command: checkpoint + texts -> vectors.
+"""Computes vectors of texts.
 
 python -m flax_mlm.embed --checkpoint=runs/search --input=texts.txt --output=vectors.npy
 python -m flax_mlm.embed --checkpoint=runs/search --input=corpus.jsonl --output=vectors.parquet --dimensions=64

@@ -1,7 +1,8 @@
 """Exceptions that end a command with one line instead of a traceback, each with an exit code."""
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 
 PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h
 
@@ -35,3 +36,9 @@ def as_user_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as e:
         raise UserError(f"{prefix}{e}") from e
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:
+    """The end of a message about an unknown name: the nearest name, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else otherwise

@@ -1,4 +1,4 @@
-"""Command: checkpoint -> task -> table.
+"""Evaluates a checkpoint on a task, fine-tuned first where the task has training data.
 
 python -m flax_mlm.evaluate --checkpoint=runs/quickstart --task=mlm --json=result.json
 python -m flax_mlm.evaluate --checkpoint=runs/quickstart --task=minimal_pairs --data=blimp/

@@ -1,4 +1,4 @@
-"""Command: checkpoint -> a Hugging Face folder that transformers loads as it is.
+"""Writes a checkpoint as a Hugging Face folder that transformers loads as it is.
 
 python -m flax_mlm.export --checkpoint=runs/quickstart --output=exported --check
 

@@ -1,4 +1,4 @@
-"""Command: checkpoint + a text with [MASK] -> ranked words.
+"""Ranks words for each [MASK] in a text.
 
 python -m flax_mlm.fill_mask --checkpoint=runs/quickstart "The [MASK] of the United States."
 python -m flax_mlm.fill_mask --checkpoint=runs/quickstart --targets=war,peace "We are at [MASK] with them."

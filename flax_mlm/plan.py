@@ -1,8 +1,8 @@
-"""Command: does a run fit on these chips, how fast could it be, and what would it cost? No TPU needed.
+"""Compiles a train step for chips that are not here: does it fit, how fast could it be, what would it cost?
 
-    python -m flax_mlm.plan --config=configs/bert_base.py --topology=v5e:4x4
-    python -m flax_mlm.plan --config=configs/bert_base.py --topology=v5e:4x4 --slices=2 --token_budget=1e11 --price=1.2
-    python -m flax_mlm.plan --config=configs/modernbert_base.py --topology=v5e:4x4 --sweep
+    python -m flax_mlm.plan --config=bert_base --topology=v5e:4x4
+    python -m flax_mlm.plan --config=bert_base --topology=v5e:4x4 --slices=2 --token_budget=1e11 --price=1.2
+    python -m flax_mlm.plan --config=modernbert_base --topology=v5e:4x4 --sweep
 
 The train step is compiled by the TPU's own compiler (`pip install -r launch/tpu-requirements.txt`). If it does not fit,
 the smallest change that fits is searched for. The exit code is 1 if the config as it is does not fit.

@@ -1,6 +1,6 @@
-"""Command: documents -> tokenizer -> packed corpus.
+"""Makes a tokenizer and a packed corpus from documents.
 
-    python -m flax_mlm.prepare --config=configs/base.py --config.data.source='text:books/*.txt.gz' --output=corpus
+    python -m flax_mlm.prepare --config=base --config.data.source='text:books/*.txt.gz' --output=corpus
 
 Killed at any moment and started again, it continues, and ends with the same bytes, which do not depend on the number of
 workers either. Unfinished work is kept in OUTPUT.tmp, which is removed at the end.

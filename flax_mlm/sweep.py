@@ -1,6 +1,6 @@
-"""Command: a config × a grid of settings × seeds -> one training for each, a table and a plot.
+"""Trains a config once for each setting of a grid and each seed, and makes a table and a plot.
 
-    python -m flax_mlm.sweep --config=configs/quickstart.py --workdir=runs/sweep --seeds=3 \\
+    python -m flax_mlm.sweep --config=quickstart --workdir=runs/sweep --seeds=3 \\
         --grid='optimizer.name=adamw,muon; objective.mask_rate=0.15,0.3'
 
 Each training is a `python -m flax_mlm.train` process with its own folder in --workdir; they run one after another. The

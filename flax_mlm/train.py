@@ -1,6 +1,6 @@
-"""Command: trains, evaluates and saves a model; the run from top to bottom.
+"""Trains, evaluates and saves a model.
 
-    python -m flax_mlm.train --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m flax_mlm.train --config=quickstart --workdir=runs/quickstart
 
 The same line starts a run, continues one that was interrupted, and reports a finished one.
 """

@@ -1,7 +1,7 @@
-"""Command: checks that a run ends the same after kills, and after moves to other devices.
+"""Checks that a run ends the same after kills, and after moves to other devices.
 
-    python -m flax_mlm.verify_resume --config=configs/quickstart.py
-    python -m flax_mlm.verify_resume --config=configs/quickstart.py --config.train.reproducible=True --shapes=1x8,2x4
+    python -m flax_mlm.verify_resume --config=quickstart
+    python -m flax_mlm.verify_resume --config=quickstart --config.train.reproducible=True --shapes=1x8,2x4
 
 It trains a few steps of the config several times, in separate processes: without interruption; killed (SIGKILL) and
 restarted; continued on other numbers of processes and devices; and killed and moved from each of these to the next.

@@ -2,8 +2,8 @@
 # A run on TPUs of a GKE cluster: puts the code into the bucket and prints a JobSet, which starts a pod a TPU VM and
 # starts all of them again when one is lost.
 #
-#   bash launch/gke.sh job.env -- --config=configs/bert_base.py | kubectl apply -f -
-#   bash launch/gke.sh job.env --dry_run -- --config=configs/bert_base.py     # uploads nothing, prints the rest
+#   bash launch/gke.sh job.env -- --config=bert_base | kubectl apply -f -
+#   bash launch/gke.sh job.env --dry_run -- --config=bert_base     # uploads nothing, prints the rest
 #
 # JOB.env is a copy of launch/tpu.env.example; what follows -- is for `train`. The cluster is a Standard one (Autopilot
 # has no hostNetwork) with JobSet 0.6 or later, and has a node pool of this kind of TPU and topology for every slice:

@@ -147,7 +147,7 @@ train_arguments() {
     esac
   done
   config=${config%%:*}
-  if [ -n "$config" ] && { [ ! -f "$config" ] || [[ $config = /* || $config = *..* || $config != configs/* ]]; }; then
+  if [[ $config = *[./]* ]] && { [ ! -f "$config" ] || [[ $config = *..* || $config != configs/* ]]; }; then
     mistake "--config=$config: the workers get the folder configs/ of this repository; name a file in there"
   fi
   if [ -z "$workdir" ]; then

@@ -3,7 +3,7 @@
 #
 #   bash launch/local.sh
 #   bash launch/local.sh --config.train.steps=200 --workdir=runs/short
-#   bash launch/local.sh --config=configs/bert_base.py --workdir=runs/bert
+#   bash launch/local.sh --config=bert_base --workdir=runs/bert
 #   bash launch/local.sh --processes=2 --devices_per_process=4     # a rehearsal of two hosts with four chips each
 #
 # Arguments go to `python -m flax_mlm.train`, but for these:

@@ -2,8 +2,8 @@
 # A run on Cloud TPUs (v4 to v6e; for tpu7x and GKE see gke.sh): from a laptop with gcloud, through queued resources.
 #
 #   cp launch/tpu.env.example job.env                                # then fill it in
-#   bash launch/tpu.sh check job.env -- --config=configs/bert_base.py --config.data.corpus=gs://my-bucket/corpora/wiki
-#   bash launch/tpu.sh submit job.env -- --config=configs/bert_base.py --config.data.corpus=gs://my-bucket/corpora/wiki
+#   bash launch/tpu.sh check job.env -- --config=bert_base --config.data.corpus=gs://my-bucket/corpora/wiki
+#   bash launch/tpu.sh submit job.env -- --config=bert_base --config.data.corpus=gs://my-bucket/corpora/wiki
 #   bash launch/tpu.sh babysit job.env
 #
 #   check     verify login, project, zone, quota, bucket and its region, config; create nothing

@@ -23,9 +23,9 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from configs import quickstart
     from flax_mlm.config.load import build
     from flax_mlm.config.phases import parse_phases
+    from flax_mlm.configs import quickstart
     from flax_mlm.data import pipeline
     from flax_mlm.data.mixture import open_corpus
     from flax_mlm.objectives import masking

@@ -1,6 +1,6 @@
 """Runs a command: flags and a config in, one line of error and an exit code out.
 
-The config comes from `--config=FILE.py` or `--checkpoint=PATH`, and from `--config.section.field=value`.
+The config comes from `--config` (a packaged config or a file) or `--checkpoint`, and `--config.section.field=value`.
 
 Exit codes: 0 success, 1 failure, 2 user error (one line, no traceback), 75 stopped by a preemption after saving (run
 the same command again).
@@ -21,12 +21,13 @@ from ml_collections import ConfigDict
 from flax_mlm.config.knobs import knob, parse, spell
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
+from flax_mlm.configs import base
 from flax_mlm.distributed import environment
-from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError
+from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError, did_you_mean
 from flax_mlm.inference.config import apply_folder, read_config
 from flax_mlm.storage import gcs
 
-_ROOT = Path(__file__).parents[2]
+_CONFIGS = {file.stem: file for file in sorted(Path(base.__file__).parent.glob("*.py"))}
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -36,14 +37,14 @@ def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, pos
     Args:
       main: the command; its result is the exit code, None for 0.
       from_checkpoint: the config comes from the checkpoint or Hugging Face folder of `--checkpoint`, otherwise from
-        `--config=FILE.py` (default: the quickstart). `--config.section.field=value` overrides either.
+        `--config` (default: quickstart). `--config.section.field=value` overrides either.
       positional: the flag that a bare argument is the value of.
     """
     environment.prepare_paths()
-    flags.DEFINE_bool("print_config", False, "print the resolved config as JSON and exit")
+    flags.DEFINE_bool("print_config", False, "print the resolved config as JSON and exit", module_name=sys.argv[0])
     if from_checkpoint:
         source = "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder"
-        flags.DEFINE_string("checkpoint", "", source)
+        flags.DEFINE_string("checkpoint", "", source, module_name=sys.argv[0])
     try:
         if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(sys.argv):
             _help(from_checkpoint)
@@ -102,10 +103,9 @@ def _parse(argv: list[str], from_checkpoint: bool, positional: str) -> Config:
 
 def _help(from_checkpoint: bool) -> None:
     """Prints the command's flags and exits."""
-    file = "" if from_checkpoint else "config file, default configs/quickstart.py; "
-    flags.DEFINE_string("config", "", f"{file}--config.section.field=value sets a field; --print_config lists them")
-    for name in ("config", "print_config", *["checkpoint"] * from_checkpoint):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    source = "" if from_checkpoint else f"{', '.join(_CONFIGS)}, or a file; default: quickstart; "
+    meaning = f"{source}--config.section.field=value sets a field; --print_config lists them"
+    flags.DEFINE_string("config", "", meaning, module_name=sys.argv[0])
     try:
         app.run(lambda _: None)
     except SystemExit:  # absl exits with 1
@@ -146,36 +146,35 @@ def config_arguments(argv: list[str]) -> list[str]:
 
 
 def config_of(arguments: list[str]) -> Config:
-    """Builds the config of `--config=FILE.py`, the quickstart's by default, and `--config.section.field=value`.
+    """Builds the config of `--config`, quickstart by default, and `--config.section.field=value`.
 
     Raises:
-      UserError: there is no such file or field, or the config is not valid.
+      UserError: there is no such config or field, or the config is not valid.
     """
-    path, overrides, _ = _split(arguments)
-    config = _load_file(str(_ROOT / "configs" / "quickstart.py") if path is None else path)
+    source, overrides, _ = _split(arguments)
+    config = _load("quickstart" if source is None else source)
     try:
         config.update_from_flattened_dict(overrides)
     except KeyError as e:  # the file has deleted the section
-        raise UserError(f"--config: {e.args[0]} Start the config from configs/base.py") from e
+        raise UserError(f"--config: {e.args[0]} Start the config from flax_mlm.configs.base") from e
     if config.get("init_from"):
         apply_folder(config, overrides.keys())
     return build(config)
 
 
-def _load_file(path_and_argument: str) -> ConfigDict:
-    """Calls `get_config` of a config file, with the text after a colon as its argument."""
-    path, _, argument = path_and_argument.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--config: no file '{path}'; try configs/quickstart.py")
-    sys.path.insert(0, str(_ROOT))  # lets a config say `from configs import base`
+def _load(name_and_argument: str) -> ConfigDict:
+    """Calls `get_config` of a packaged config or of a file, with the text after a colon as its argument."""
+    name, _, argument = name_and_argument.partition(":")
+    file = _CONFIGS.get(name, Path(name))
+    if not file.is_file():
+        hint = did_you_mean(file.stem, _CONFIGS, f"the configs are {', '.join(_CONFIGS)}")
+        raise UserError(f"--config is '{name}'; expected a file or a config of flax_mlm; {hint}")
     try:
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            raise UserError(f"--config: {path} has no function get_config; see configs/small.py")
-        return get_config(argument) if argument else get_config()
-    except UserError:
-        raise
+        get_config = runpy.run_path(str(file)).get("get_config")
+        config = get_config and (get_config(argument) if argument else get_config())
     except Exception as e:
-        raise UserError(f"--config: {path} cannot be loaded: {type(e).__name__}: {e}") from e
-    finally:
-        sys.path.pop(0)
+        remedy = "; write `from flax_mlm.configs import ...`" * (isinstance(e, ImportError) and e.name == "configs")
+        raise UserError(f"--config: {name} cannot be loaded: {type(e).__name__}: {e}{remedy}") from e
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: {name} has no function get_config that returns a ConfigDict; define one")
+    return config

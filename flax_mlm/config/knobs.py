@@ -1,6 +1,5 @@
 """The config's fields by dotted name, such as `train.steps`: their types, allowed values, and how users write them."""
 
-import difflib
 import functools
 import math
 import types
@@ -9,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 from flax_mlm.config.schema import CHANGEABLE, INTERPOLATED, Config
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,9 @@ def _knob(annotation: Any) -> Knob:
 def knob(path: str) -> Knob:
     """One field of the config. Raises UserError, with the nearest name, if there is no such field."""
     if path not in knobs():
-        near = difflib.get_close_matches(path, knobs(), n=1, cutoff=0.5)
-        near = near or [name for name in knobs() if name.endswith("." + path.rsplit(".", 1)[-1])]
-        hint = f"did you mean '{near[0]}'?" if near else "--print_config lists all fields"
-        raise UserError(f"config has no field '{path}'; {hint}")
+        ends = [name for name in knobs() if name.endswith("." + path.rsplit(".", 1)[-1])]
+        otherwise = f"did you mean '{ends[0]}'?" if ends else "--print_config lists all fields"
+        raise UserError(f"config has no field '{path}'; {did_you_mean(path, knobs(), otherwise)}")
     return knobs()[path]
 
 

@@ -1,9 +1,7 @@
 """Builds checked configs from ConfigDicts and from stored JSON."""
 
-import runpy
 import typing
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,9 +10,8 @@ from flax_mlm.config import validate
 from flax_mlm.config.knobs import knob, knobs
 from flax_mlm.config.phases import parse_phases
 from flax_mlm.config.schema import Config
+from flax_mlm.configs import base
 from flax_mlm.errors import UserError
-
-BASE = Path(__file__).parents[2] / "configs" / "base.py"
 
 
 def build(config_dict: ConfigDict) -> Config:
@@ -26,7 +23,7 @@ def build(config_dict: ConfigDict) -> Config:
     values = config_dict.to_dict()
     names = flatten(values).keys()
     if missing := knobs().keys() - names:
-        raise UserError(f"config has no field '{min(missing)}'; start from configs/base.py")
+        raise UserError(f"config has no field '{min(missing)}'; start from flax_mlm.configs.base")
     for name in sorted(names - knobs().keys()):
         knob(name)  # raises
     for section in fields(Config):
@@ -38,15 +35,10 @@ def build(config_dict: ConfigDict) -> Config:
     return config
 
 
-def base() -> ConfigDict:
-    """The defaults of configs/base.py."""
-    return runpy.run_path(str(BASE))["get_config"]()
-
-
 def from_dict(values: dict[str, Any]) -> ConfigDict:
     """The ConfigDict of a config stored as JSON, the inverse of `Config.to_dict`; fields that did not exist when it
     was stored get their default."""
-    config = base()
+    config = base.get_config()
     with config.unlocked(), config.ignore_type():
         config.update(values)
     return config

@@ -1,5 +1,6 @@
 """Command lines: what is wrong ends in one line and code 2, and what should work does."""
 
+import importlib
 import json
 import re
 import shutil
@@ -9,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from configs import base, quickstart
 from flax_mlm.cli.app import config_arguments, config_of
 from flax_mlm.config.knobs import knobs
 from flax_mlm.config.load import build, from_dict
+from flax_mlm.configs import base, quickstart
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files
 from tests.helpers.paths import ROOT
 
-CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 COMMANDS = ("train", "prepare", "audit", "sweep", "evaluate", "compare", "embed", "fill_mask", "export")
+OF_BASE = "from flax_mlm.configs import base\ndef get_config():\n    c = base.get_config()\n    {}\n    return c"
 
 
 @pytest.fixture
@@ -81,7 +83,9 @@ def refused(toy, tmp_path):
         (["--config.train.phases=100%: objective.name=clm"], "begins at step 2200; expected one between steps 0"),
         (["--stpes=5"], "Unknown command line flag 'stpes'"),
         (["stray"], "unexpected argument 'stray'"),
-        (["--config=nowhere.py"], "no file 'nowhere.py'"),
+        (["--config=nowhere.py"], "is 'nowhere.py'; expected a file or a config of flax_mlm; the configs are base,"),
+        (["--config=quikstart"], "did you mean 'quickstart'?"),
+        (["--config=configs/small.py"], "did you mean 'small'?"),
         ([], "--workdir is missing"),
     ],
 )
@@ -95,17 +99,12 @@ def test_wrong_options(refused, arguments, said):
         ("def get_config():\n    raise KeyError('lost')", "cannot be loaded: KeyError: 'lost'"),
         ("def get_config(:", "cannot be loaded: SyntaxError"),
         ("x = 1", "has no function get_config"),
-        ("from configs import base\ndef get_config():\n    c = base.get_config()\n    c.x = 1\n    return c", "'x'"),
-        (
-            "from configs import base\ndef get_config():\n    c = base.get_config()\n    del c.seed\n    return c",
-            "'seed'",
-        ),
-        (
-            "from configs import base\ndef get_config():\n c = base.get_config()\n c.model.depth = 1\n return c",
-            "'model.depth'",
-        ),
+        ("def get_config():\n    return {}", "has no function get_config that returns a ConfigDict"),
+        (OF_BASE.format("c.x = 1"), "'x'"),
+        (OF_BASE.format("del c.seed"), "'seed'"),
+        (OF_BASE.format("c.model.depth = 1"), "'model.depth'"),
     ],
-    ids=["raises", "no Python", "no get_config", "extra", "lacking", "extra in a section"],
+    ids=["raises", "no Python", "no get_config", "no ConfigDict", "extra", "lacking", "extra in a section"],
 )
 def test_wrong_config_files(refused, tmp_path, content, said):
     (tmp_path / "mine.py").write_text(content)
@@ -114,9 +113,7 @@ def test_wrong_config_files(refused, tmp_path, content, said):
 
 def test_an_override_in_a_section_that_the_file_has_deleted(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text(
-        "from configs import base\ndef get_config():\n    c = base.get_config()\n    del c.mesh\n    return c"
-    )
+    file.write_text(OF_BASE.format("del c.mesh"))
     with pytest.raises(UserError, match=r'"mesh" was not found'):
         config_of([f"--config={file}", "--config.mesh.fsdp=1"])
 
@@ -285,6 +282,20 @@ def test_a_checkpoint_older_than_a_field_has_its_default(toy, trained_run, tmp_p
     assert found["finetune"] == defaults["finetune"]
     assert found["train"]["phases"] == ""
     assert found["model"]["hidden_size"] == 32
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_name_path_and_module_of_a_config_are_the_same(path, monkeypatch):
+    monkeypatch.chdir("/")
+    module = importlib.import_module(f"flax_mlm.configs.{path.stem}")
+    assert config_of([f"--config={path.stem}"]) == build(module.get_config())
+    assert config_of([f"--config={path}"]) == build(module.get_config())
+
+
+def test_a_name_takes_an_argument_and_means_the_config_where_a_file_has_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "objectives").write_text("")
+    assert config_of(["--config=objectives:clm"]).objective.name == "clm"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

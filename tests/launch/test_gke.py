@@ -28,7 +28,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.scripts import environment_with_everything, executable
 
 SCHEMA = yaml.safe_load((ROOT / "tests" / "launch" / "jobset_schema.yaml").read_text())
-BERT = "--config=configs/bert_base.py"
+BERT = "--config=bert_base"
 
 
 class Gke:
@@ -320,7 +320,7 @@ def test_the_start_command_starts_the_worker_of_each_pod(start, tmp_path):
             workdir = "--workdir=gs://my-bucket/runs/bert"
             assert arguments == f"{BERT} --config.data.source=text:my texts/*.txt {workdir} "
             assert (where / "flax_mlm" / "train.py").exists()
-            assert (where / "configs" / "base.py").exists()
+            assert (where / "flax_mlm" / "configs" / "base.py").exists()
             names.append(name)
     assert names == ["slice0-worker0", "slice0-worker1", "slice1-worker0", "slice1-worker1"]
     assert start(tmp_path / "alone").stdout.startswith("slice0-worker0\n")  # one slice, one host

@@ -107,6 +107,7 @@ WAIT = "trap 'exit 75' TERM; echo at work; while :; do sleep 0.1; done"
         ({"SECRETS": "WANDB_API_KEY=$(cat key)"}, [], "it takes VARIABLE=NAME of secrets in Secret Manager"),
         ({}, ["--workdir=runs/x"], "--workdir is 'runs/x'; all workers write there, so it is in a bucket"),
         ({}, ["--config=/tmp/mine.py"], "the workers get the folder configs/ of this repository"),
+        ({}, ["--config=bert_bas"], "--config is 'bert_bas'; expected a file or a config of flax_mlm; did you mean"),
         ({}, ["--config", "configs/small.py"], "--config has no value; write --config=VALUE"),
         ({}, ["--config.train.stepz=3"], "config has no field 'train.stepz'; did you mean 'train.steps'?"),
     ],

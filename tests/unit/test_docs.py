@@ -45,7 +45,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
     """The words of each line of a text that runs one of our commands, modules or scripts."""
     lines = iter(text.splitlines())
     for line in lines:
-        if not (match := re.search(r"(`?)((?:python -m (?:flax_mlm|benchmarks)\.|bash |sbatch ).*)", line)):
+        if not (match := re.search(r"(`?)((?:python -m (?:flax_mlm|benchmarks)\.|flax-mlm \w|bash |sbatch ).*)", line)):
             continue
         quoted, command = match.groups()
         if quoted:
@@ -58,7 +58,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
             if words and not command.endswith("\\"):
                 break
             command = command.removesuffix("\\") + " " + next(lines)
-        yield words
+        yield ["python", "-m", f"flax_mlm.{words[1]}", *words[2:]] if words[0] == "flax-mlm" else words
 
 
 def all_lines() -> list[tuple[str, list[str]]]:
@@ -179,6 +179,12 @@ def test_modules_exist():
             assert (ROOT / f"{words[2].replace('.', '/')}.py").exists(), (file, words)
 
 
+def test_configs_exist():
+    for file, words in all_lines():
+        for name in re.findall(r"--config=([^\s:]+)", " ".join(words)):
+            assert name == "..." or name.isupper() or ROOT / "configs" / f"{name}.py" in CONFIGS, (file, name)
+
+
 def test_options_of_scripts_exist():
     conftests = "".join(file.read_text() for file in (ROOT / "tests").rglob("conftest.py"))
     for file, words in all_lines():
@@ -219,7 +225,7 @@ def python_blocks() -> list[tuple[str, str]]:
 def test_python_blocks_compile_and_their_names_exist(file, block):
     tree = ast.parse(block)
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("flax_mlm", "configs"):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "flax_mlm":
             module = importlib.import_module(node.module)
             for alias in node.names:
                 if not hasattr(module, alias.name):

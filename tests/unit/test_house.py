@@ -70,6 +70,13 @@ def test_docstrings_begin_with_a_verb_or_a_noun(file):
             assert not NOT_A_VERB.match(docstring), f"line {getattr(node, 'lineno', 1)}: {docstring.splitlines()[0]}"
 
 
+def test_configs_import_only_each_other():
+    for file in (PACKAGE / "configs").glob("*.py"):
+        nodes = ast.walk(ast.parse(file.read_text()))
+        modules = {getattr(node, "module", "") for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)}
+        assert modules <= {"ml_collections", "ml_collections.config_dict", "flax_mlm.configs"}, file.name
+
+
 @pytest.mark.parametrize("name", ROOMS)
 def test_rooms_have_empty_init_files(name):
     assert not (PACKAGE / name / "__init__.py").read_text()
