@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import turns
-from configs import base
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.config.schema import Config
+from flax_mlm.configs import base
 from flax_mlm.errors import UserError
 
 BATCHES = 4  # taken in turn

@@ -39,7 +39,7 @@ SCALES += [("v5e:4x4", 16)]
 
 
 def of(name: str, changes: dict[str, Any]) -> Config:
-    values = importlib.import_module(f"configs.{name}").get_config()
+    values = importlib.import_module(f"flax_mlm.configs.{name}").get_config()
     values.update_from_flattened_dict(changes)
     return build(values)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from configs import base
 from flax_mlm.checkpoint import store
 from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build
+from flax_mlm.configs import base
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import gcs as gcs_lib
 from flax_mlm.storage import lease

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from configs import base
 from flax_mlm import compare
+from flax_mlm.configs import base
 from flax_mlm.evaluation.registry import headline_metric
 
 

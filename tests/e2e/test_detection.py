@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import electra_small
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
+from flax_mlm.configs import electra_small
 from flax_mlm.data import corpus as corpus_lib
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
 from flax_mlm.config.load import build, from_dict
+from flax_mlm.configs import base
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
 from flax_mlm.distributed.batches import shard_batch

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import base
 from flax_mlm.config.load import build
+from flax_mlm.configs import base
 from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import base
 from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import DataConfig
+from flax_mlm.configs import base
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
 from flax_mlm.data.prepare import train_tokenizer

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import base
 from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
+from flax_mlm.configs import base
 from flax_mlm.data.mixture import DataCursor
 from flax_mlm.data.stream import Stream
 from flax_mlm.distributed.batches import shard_batch

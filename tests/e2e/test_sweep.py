@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import base
 from flax_mlm.cli import sweep
 from flax_mlm.cli.app import config_of
+from flax_mlm.configs import base
 from flax_mlm.sweep import failure_reason
 from tests.helpers.runs import PATIENCE, Watched
 

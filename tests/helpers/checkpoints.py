@@ -6,11 +6,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import base
 from flax_mlm.checkpoint.format import FORMAT
 from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
+from flax_mlm.configs import base
 from flax_mlm.distributed.mesh import make_mesh
 from tests.helpers.saver import State
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from configs import base
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import ModelConfig
+from flax_mlm.configs import base
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.hf import bert, folder, modernbert, tokenizer_json

@@ -5,7 +5,7 @@ from flax_mlm.config.schema import Config
 
 
 def bert(**changes) -> Config:
-    from configs import bert_base
+    from flax_mlm.configs import bert_base
 
     values = bert_base.get_config()
     values.update_from_flattened_dict(changes)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from configs import base
 from flax_mlm.checkpoint.format import FORMAT
 from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.config.load import build
+from flax_mlm.configs import base
 
 
 class State(NamedTuple):

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import base
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
+from flax_mlm.configs import base
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.objectives.rows import Vocabulary

@@ -10,7 +10,9 @@ import json
 import jax
 import pytest
 
-from configs import (
+from flax_mlm.config.load import build
+from flax_mlm.config.schema import MeshConfig
+from flax_mlm.configs import (
     base,
     bert_base,
     bert_large,
@@ -21,8 +23,6 @@ from configs import (
     quickstart,
     small,
 )
-from flax_mlm.config.load import build
-from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh, param_spec
 from flax_mlm.model import electra, heads
 from tests.helpers.golden import compare_golden

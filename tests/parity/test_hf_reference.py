@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base, bert_base, modernbert_base
 from flax_mlm.config.load import build
+from flax_mlm.configs import base, bert_base, modernbert_base
 from flax_mlm.data import sources
 from flax_mlm.data import tables as labelled
 from flax_mlm.data.prepare import train_tokenizer

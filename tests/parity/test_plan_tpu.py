@@ -104,7 +104,7 @@ def test_what_the_compiler_makes_of_a_step_stays_as_it_was(name, request):
     if held["libtpu"] != libtpu and not updates:
         pytest.skip(f"the numbers are those of libtpu {held['libtpu']}, and here is {libtpu}")
     module, topology = name.split(" on ")
-    values = importlib.import_module(f"configs.{module}").get_config()
+    values = importlib.import_module(f"flax_mlm.configs.{module}").get_config()
     values.update_from_flattened_dict(STEPS[name])
     built = build(values)
     found = compile_step_for(built, built.tokenizer.vocab_size, parse_target(topology))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import bert_base, bert_large, modernbert_base, modernbert_large
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig, ModelConfig
+from flax_mlm.configs import bert_base, bert_large, modernbert_base, modernbert_large
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.hf import bert, folder

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from configs import base
 from flax_mlm import audit
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
+from flax_mlm.configs import base
 from flax_mlm.objectives import masking
 from flax_mlm.objectives.rows import Vocabulary, row_keys, run_key
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import base
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import OptimizerConfig
+from flax_mlm.configs import base
 from flax_mlm.optim import averaging, optimizer
 
 OPTIMIZER = build(base.get_config()).optimizer

@@ -14,9 +14,9 @@ from absl import flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import base
 from flax_mlm.cli import app
 from flax_mlm.config.knobs import knobs
+from flax_mlm.configs import base
 from flax_mlm.distributed import environment
 
 FIELDS = knobs()

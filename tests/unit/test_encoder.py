@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base, bert_base, bert_large, modernbert_base, modernbert_large
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig, ModelConfig
+from flax_mlm.configs import base, bert_base, bert_large, modernbert_base, modernbert_large
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.distributed.mesh import make_mesh, param_spec
 from flax_mlm.errors import UserError

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from configs import base
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
+from flax_mlm.configs import base
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import BATCH, make_mesh
 from flax_mlm.objectives import masking, rows

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from configs import base, bert_base
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
+from flax_mlm.configs import base, bert_base
 from flax_mlm.model import flops
 from flax_mlm.training import metrics
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import base
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
+from flax_mlm.configs import base
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.model import heads
 from flax_mlm.optim import optimizer

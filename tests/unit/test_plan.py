@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from configs import base
 from flax_mlm import plan
 from flax_mlm.config.load import build
+from flax_mlm.configs import base
 from flax_mlm.data.prepare import prepare
 from flax_mlm.distributed import chips
 from flax_mlm.errors import UserError

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import base
 from flax_mlm.config.load import build
+from flax_mlm.configs import base
 from flax_mlm.data import prepare as prepare_lib
 from flax_mlm.data import sources, units
 from flax_mlm.data.corpus import Corpus
@@ -132,7 +132,7 @@ SCRIPT = """
 import sys
 sys.modules |= dict.fromkeys(["jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "tensorflow_datasets"])
 sys.path.insert(0, {root!r})
-from configs import base
+from flax_mlm.configs import base
 from flax_mlm.config.load import build
 from flax_mlm.data import sources, units
 from flax_mlm.data.prepare import prepare
