@@ -1,6 +1,7 @@
 """Every test runs on 8 simulated CPU devices, with strict dtype promotion."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,12 @@ import jax  # noqa: E402  (only now that the environment is set)
 
 pytest.register_assert_rewrite("tests.helpers")
 
-from tests.helpers.toy import Toy  # noqa: E402
+from tests.helpers.fork_server import Forked  # noqa: E402
+from tests.helpers.toy import Toy, digest_of_sources  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Steps of fine-tuning that come from the cache deadlock in their collectives on simulated devices.
-jax.config.update("jax_compilation_cache_dir", None)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,35 +58,52 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="only with --full, or of faults with --faults"))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     assert len(jax.devices()) == 8, f"tests need 8 simulated devices, found {len(jax.devices())}"
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory) -> Toy:
-    toy = Toy(tmp_path_factory.mktemp("toy"))
-    done = toy.run("prepare", *toy.flags(data__corpus="", data__source=f"text:{toy.text}"), f"--output={toy.corpus}")
-    assert done.returncode == 0, done.stderr
-    return toy
+def toy(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Toy:
+    process = subprocess.Popen if pytestconfig.getoption("--full") else Forked
+    kept, compiled = pytestconfig.cache.mkdir(f"toy-{digest_of_sources()}"), pytestconfig.cache.mkdir("compiled")
+    return Toy(tmp_path_factory.mktemp("toy"), kept, compiled, process)
 
 
 @pytest.fixture(scope="session")
-def trained_run(toy) -> Path:
+def trained_run(toy: Toy) -> Path:
     """The workdir of a finished run on the toy text; copy it before changing it."""
-    workdir = toy.folder / "trained"
-    # Started from elsewhere, with a relative path, as people do.
-    done = toy.run("train", f"--workdir={workdir.name}", *toy.flags(), cwd=toy.folder)
-    (toy.folder / "trained.log").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, done.stderr
-    return workdir
+
+    def train() -> None:
+        # Started from elsewhere, with a relative path, as people do.
+        done = toy.run("train", "--workdir=trained", *toy.flags(), cwd=toy.kept)
+        assert done.returncode == 0, done.stderr
+        (toy.kept / "trained.log").write_text(done.stdout + done.stderr)
+
+    return toy.once("trained", train)
 
 
 @pytest.fixture(scope="session")
-def causal_run(toy) -> Path:
+def causal_run(toy: Toy) -> Path:
     """The same for a causal model."""
-    workdir = toy.folder / "causal"
-    done = toy.run("train", f"--workdir={workdir}", *toy.flags(objective__name="clm", train__steps=40))
-    assert done.returncode == 0, done.stderr
-    assert "next-token accuracy" in done.stdout
-    assert "flax_mlm.fill_mask" not in done.stdout, "a causal model fills no masks"
-    return workdir
+
+    def train() -> None:
+        workdir = toy.kept / "causal"
+        done = toy.run("train", f"--workdir={workdir}", *toy.flags(objective__name="clm", train__steps=40))
+        assert done.returncode == 0, done.stderr
+        assert "next-token accuracy" in done.stdout
+        assert "flax_mlm.fill_mask" not in done.stdout, "a causal model fills no masks"
+
+    return toy.once("causal", train)
+
+
+@pytest.fixture(scope="session")
+def bert_run(toy: Toy) -> Path:
+    """The workdir of a few steps of a small BERT."""
+
+    def train() -> None:
+        shape = {"model__position_embedding": "learned", "model__norm_position": "post"}
+        done = toy.run("train", f"--workdir={toy.kept / 'bert'}", *toy.flags(train__steps=20, **shape))
+        assert done.returncode == 0, done.stderr
+
+    return toy.once("bert", train)

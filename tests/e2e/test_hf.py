@@ -330,16 +330,6 @@ def test_masks_in_tokenizer_json_have_text_on_both_sides(vocabulary):
 # The commands
 
 
-@pytest.fixture(scope="module")
-def bert_run(toy) -> Path:
-    """The workdir of a few steps of a small BERT."""
-    workdir = toy.folder / "bert"
-    shape = {"model__position_embedding": "learned", "model__norm_position": "post"}
-    done = toy.run("train", f"--workdir={workdir}", *toy.flags(train__steps=20, **shape))
-    assert done.returncode == 0, done.stderr
-    return workdir
-
-
 def test_export_and_continue(toy, bert_run, tmp_path):
     exported = tmp_path / "exported"
     done = toy.run("export", f"--checkpoint={bert_run}", f"--output={exported}", "--licence=mit", "--language=en")

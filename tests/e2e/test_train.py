@@ -27,7 +27,7 @@ SHORT = {"train__steps": STEPS, "train__checkpoint_every": 10, "train__eval_ever
 
 
 def test_a_run_leaves_what_it_says_and_has_learned(toy, trained_run):
-    log = (toy.folder / "trained.log").read_text()
+    log = (toy.kept / "trained.log").read_text()
     assert "Traceback" not in log
     assert "step 300/300  loss" in log
     assert {p.name for p in trained_run.iterdir()} == {"checkpoints", "config.json", "metrics.jsonl", "result.json"}

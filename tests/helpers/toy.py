@@ -1,10 +1,16 @@
 """A small text that can be learned, and the commands on it."""
 
+import fcntl
+import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import jax
 
 from tests.helpers.paths import ROOT
 
@@ -21,18 +27,40 @@ _TIMES = ("today", "at night", "every morning", "all day")
 
 
 class Toy:
-    """A small text that can be learned: what an animal does, and where, follows from the animal. `folder` holds
-    text.txt, a corpus made from it, and a cache of compiled programs that all commands share."""
+    """A small text that can be learned: what an animal does, and where, follows from the animal.
+
+    `folder` is for what the tests of one process make. `kept` holds the text, a corpus made from it, and runs that are
+    made once, by the process that needs them first, and kept until the sources change. `compiled` is the cache of
+    compiled programs.
+    """
 
     animals = _ANIMALS
 
-    def __init__(self, folder: Path):
-        self.folder, self.text, self.corpus = folder, folder / "text.txt", folder / "corpus"
-        self.compiled = folder / "compiled"
+    def __init__(self, folder: Path, kept: Path, compiled: Path, process: type[subprocess.Popen]):
+        self.folder, self.kept, self.compiled, self._process = folder, kept, compiled, process
+        self.text, self.corpus = kept / "text.txt", kept / "corpus"
+        self.once("corpus", self._prepare)
+
+    def _prepare(self) -> None:
         rng = random.Random(0)
         sentences = [f"The {a} {does} {when}." for a, does in _ANIMALS.items() for when in _TIMES]
         documents = [" ".join(rng.choices(sentences, k=rng.randint(2, 8))) for _ in range(400)]
         self.text.write_text("\n\n".join(documents))
+        done = self.run(
+            "prepare", *self.flags(data__corpus="", data__source=f"text:{self.text}"), f"--output={self.corpus}"
+        )
+        assert done.returncode == 0, done.stderr
+
+    def once(self, name: str, make: Callable[[], object]) -> Path:
+        """Calls `make` unless it has made `kept / name` before, in this process or another; returns the path."""
+        made, path = self.kept / f"{name}.made", self.kept / name
+        with (self.kept / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                make()
+                made.touch()
+        return path
 
     def flags(self, **changes: object) -> list[str]:
         """Options of a small model; `train__steps=9` stands for --config.train.steps=9."""
@@ -57,10 +85,17 @@ class Toy:
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "2"}
         env |= {"TF_ENABLE_ONEDNN_OPTS": "0"}
         line = [sys.executable, "-m", f"flax_mlm.{command}", *map(str, arguments)]
-        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
+        return self._process(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
 
     def run(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         """Runs `python -m flax_mlm.COMMAND` to its end."""
         process = self.start(command, *arguments, devices=devices, cwd=cwd)
         out, err = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def digest_of_sources() -> str:
+    """Changes with whatever a run depends on."""
+    files = [*ROOT.glob("flax_mlm/**/*.py"), *ROOT.glob("configs/*.py"), Path(__file__)]
+    content = [jax.__version__.encode(), *(file.read_bytes() for file in sorted(files))]
+    return hashlib.sha256(b"\0".join(content)).hexdigest()[:16]
