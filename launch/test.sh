@@ -3,6 +3,7 @@
 # Arguments go to pytest, which then is one process.
 #
 #   bash launch/test.sh
+#   bash launch/test.sh --quick      # an answer within three minutes: unit tests, one mesh, one run
 #   bash launch/test.sh tests/unit/test_masking.py -k whole_word
 #   bash launch/test.sh --full       # also what is too long for every commit
 #   bash launch/test.sh --faults     # every fault of tests/faults, under 20 minutes on two cores
@@ -18,7 +19,7 @@ case " $* " in
   exec python -m pytest "${shared[@]}" tests/parity/test_hf_reference.py tests/parity/test_transformers_parity.py \
     tests/parity/test_plan_tpu.py "$@"
   ;;
-"  " | " --full ") exec python -m pytest "${shared[@]}" "$@" ;;
+"  " | " --quick " | " --full ") exec python -m pytest "${shared[@]}" "$@" ;;
 " --faults "*) exec python -m pytest tests/faults "$@" ;;
 *) exec python -m pytest "$@" ;;
 esac

@@ -30,6 +30,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update_golden", action="store_true", help="rewrite tests/golden/ with what is found now")
+    parser.addoption("--quick", action="store_true", help="run what answers within three minutes, of every layer")
     parser.addoption("--full", action="store_true", help="run also what is too long for every commit")
     parser.addoption("--faults", action="store_true", help="run the whole fault suite, not only its quick part")
     parser.addoption("--references", action="store_true", help="run what needs torch, transformers or the TPU compiler")
@@ -50,7 +51,21 @@ _LONG = {
 }  # fmt: skip
 
 
+# Fixtures that train.
+_TRAINING = {"toy", "trained_run", "causal_run", "bert_run"}
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    """True for unit tests that train nothing, and for what is marked so."""
+    if item.get_closest_marker("quick"):
+        return True
+    return item.path.parent.name == "unit" and not _TRAINING.intersection(getattr(item, "fixturenames", ()))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if not _is_quick(item)])
+        items[:] = filter(_is_quick, items)
     items.sort(key=lambda item: -_LONG.get(item.path.name, 0))
     if not (config.getoption("--full") or config.getoption("--faults")):
         for item in items:

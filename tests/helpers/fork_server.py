@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from functools import cache
 from typing import Any, NoReturn
 
@@ -71,14 +72,14 @@ def serve(requests: socket.socket) -> None:
         message, files, _, _ = socket.recv_fds(requests, 1 << 20, 3)
         if not message:
             return
-        if os.fork() == 0:
+        if _fork() == 0:
             requests.close()
             break
         for file in files:
             os.close(file)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     status, out, err = files
-    child = os.fork()
+    child = _fork()
     if child == 0:
         os.close(status)
         os.dup2(out, 1)
@@ -91,6 +92,12 @@ def serve(requests: socket.socket) -> None:
         _, code = os.waitpid(child, 0)
         answer.send(str(code).encode())
     os._exit(0)
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about threads: those of the libraries are idle
+        return os.fork()
 
 
 def _become(args: list[str], env: dict[str, str], cwd: str) -> NoReturn:

@@ -30,7 +30,7 @@ LAMB = (("optimizer.name", "lamb"), ("objective.name", "clm"), ("model.scan_laye
     ("mesh", "overrides"),
     [
         pytest.param((8, 1, 1), BERT, marks=pytest.mark.full),
-        ((2, 2, 2), BERT),
+        pytest.param((2, 2, 2), BERT, marks=pytest.mark.quick),
         pytest.param((1, 8, 1), MUON, marks=pytest.mark.full),
         ((2, 2, 2), MUON),
         ((1, 2, 4), LAMB),
