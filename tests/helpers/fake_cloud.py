@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from tests.helpers.fake_gcs import FakeGcs
+from tests.helpers.fork_server import gcloud_program
 
 PROJECT, ZONE, BUCKET = "p", "us-central1-a", "bucket"
 
@@ -174,9 +176,11 @@ class FakeCloud:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Api, self))
         self._server.daemon_threads = True
         url = f"http://127.0.0.1:{self._server.server_port}"
+        installed = shutil.which("gcloud")
+        gcloud = {"bin/gcloud": gcloud_program(installed)} if installed else {}
         for name, text in {"bin/ssh": SSH, "machine_bin/systemd-run": SYSTEMD_RUN, "machine_bin/uv": UV,
                            "machine_bin/google_metadata_script_runner": AGENT,
-                           "machine_bin/sudo": '#!/bin/bash\nexec "$@"\n'}.items():  # fmt: skip
+                           "machine_bin/sudo": '#!/bin/bash\nexec "$@"\n', **gcloud}.items():  # fmt: skip
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(
