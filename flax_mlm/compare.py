@@ -22,7 +22,7 @@ from absl import flags
 
 from flax_mlm.cli import app, tables
 from flax_mlm.config.schema import Config, split
-from flax_mlm.errors import Failure, UserError
+from flax_mlm.errors import Failure, UserError, as_user_error
 from flax_mlm.storage import files
 
 _CHECKPOINTS_HELP = "workdirs, checkpoints or Hugging Face folders, comma-separated; NAME=PATH sets a column's name"
@@ -70,10 +70,8 @@ def parse_tasks(text: str) -> dict[str, list[str]]:
     """Parses `--tasks`: name -> arguments of evaluate. Raises UserError."""
     tasks: dict[str, list[str]] = {}
     for statement in filter(None, split(text, ";")):
-        try:
+        with as_user_error(f"--tasks: cannot parse '{statement}': ", ValueError):
             first, *arguments = shlex.split(statement)
-        except ValueError as e:
-            raise UserError(f"--tasks: cannot parse '{statement}' ({e})") from e
         name, _, task = first.rpartition("=")
         name = name or task
         if any(re.match(r"--(checkpoint|json|task|save)\b", argument) for argument in arguments):

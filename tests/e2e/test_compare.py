@@ -176,7 +176,7 @@ def test_a_file_that_was_changed_is_read_again(tmp_path):
         (["--checkpoints=x", "--tasks= ; "], "--tasks is empty"),
         (["--checkpoints=x", "--tasks=mlm; mlm"], "names two 'mlm'; rename one with NAME=mlm"),
         (["--checkpoints=x", "--tasks=mlm --json=a"], "which compare sets"),
-        (["--checkpoints=x", "--tasks=mlm '"], "cannot parse 'mlm '' (No closing quotation)"),
+        (["--checkpoints=x", "--tasks=mlm '"], "cannot parse 'mlm '': No closing quotation"),
     ],
 )
 def test_what_the_command_refuses(toy, tmp_path, flags, message):
