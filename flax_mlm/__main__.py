@@ -2,6 +2,7 @@
 
 import ast
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -19,11 +20,11 @@ def main() -> None:
     if name in COMMANDS:
         runpy.run_module(f"flax_mlm.{name}", run_name="__main__", alter_sys=True)
     elif name in ("--help", "-h"):
-        print("usage: flax-mlm COMMAND --name=value ...\n")
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader of the list (head, grep -q) may exit
+        print("usage: flax-mlm COMMAND --name=value ...; `flax-mlm COMMAND --help` lists the options\n")
         for command in COMMANDS:
             source = Path(__file__).with_name(f"{command}.py").read_text()  # an import would define its flags
             print(f"  {command:15}{(ast.get_docstring(ast.parse(source)) or '').splitlines()[0]}")
-        print("\n`flax-mlm COMMAND --help` lists the options of a command.")
     else:
         hint = did_you_mean(name, COMMANDS, "`flax-mlm --help` lists the commands")
         print(f"error: flax-mlm has no command '{name}'; {hint}", file=sys.stderr)

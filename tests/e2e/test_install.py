@@ -67,8 +67,11 @@ def wheel(sources, tmp_path_factory) -> Path:
 class Installation:
     """An environment with the wheel and the packages of this one, and an empty folder to work in."""
 
-    def __init__(self, folder: Path, wheel: Path):
+    def __init__(self, folder: Path, wheel: Path, compiled: Path):
         self.scripts, self.cwd = folder / "venv" / "bin", folder / "empty"
+        self._env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self._env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+        self._env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.cwd.mkdir()
         venv.create(folder / "venv", symlinks=True)
         (self.site,) = (folder / "venv").glob("lib/python*/site-packages")
@@ -78,15 +81,13 @@ class Installation:
 
     def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess:
         """Runs a program of the environment in the folder."""
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
         line = [self.scripts / program, *arguments]
-        return subprocess.run(line, capture_output=True, text=True, cwd=self.cwd, env=env)
+        return subprocess.run(line, capture_output=True, text=True, cwd=self.cwd, env=self._env)
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Installation:
-    return Installation(tmp_path_factory.mktemp("installed"), wheel)
+def installed(wheel, tmp_path_factory, pytestconfig) -> Installation:
+    return Installation(tmp_path_factory.mktemp("installed"), wheel, pytestconfig.cache.mkdir("compiled"))
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,14 @@ def test_the_program_lists_its_commands(installed, arguments):
     assert done.returncode == 0
     assert [name for name, _ in listed] == [*COMMANDS]
     assert all(sentence[0].isupper() and sentence[-1] in ".?" for _, sentence in listed)
+
+
+def test_the_reader_of_the_list_may_exit():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "flax_mlm"], stdout=writing, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writing)
+    assert done.stderr == b""
 
 
 def test_the_nearest_command_is_named(installed):
