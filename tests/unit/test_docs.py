@@ -99,6 +99,15 @@ def test_the_readme_names_every_config():
     assert set(re.findall(r"\(configs/(\w+\.py)\)", README)) == {p.name for p in CONFIGS}
 
 
+def test_the_architecture_page_lists_every_file():
+    listed = set()
+    for section in (ROOT / "docs/development/architecture.md").read_text().split("\n### ")[1:]:
+        folder = section.split("\n")[0]
+        listed |= {f"{folder}/{file}" for file in re.findall(r"^\| `(\S+\.py)`", section, re.MULTILINE)}
+    in_rooms = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if p.parent.name != "configs"}
+    assert listed == {file for file in in_rooms if "/" in file and not file.endswith("__init__.py")}
+
+
 @pytest.mark.parametrize("file", ["README.md", "docs/development/architecture.md"])
 def test_the_layout_is_the_tree(file):
     text = (ROOT / file).read_text()
