@@ -5,7 +5,7 @@
 #   bash launch/test.sh
 #   bash launch/test.sh --quick      # an answer within three minutes: unit tests, one mesh, one run
 #   bash launch/test.sh tests/unit/test_masking.py -k whole_word
-#   bash launch/test.sh --full       # also what is too long for every commit
+#   bash launch/test.sh --full       # also what is too long for every commit; units with XLA's optimisations as well
 #   bash launch/test.sh --faults     # every fault of tests/faults, under 20 minutes on two cores
 #   bash launch/test.sh --references # what needs torch, transformers or the TPU compiler, which are installed for it
 set -euo pipefail
@@ -19,7 +19,12 @@ case " $* " in
   exec python -m pytest "${shared[@]}" tests/parity/test_hf_reference.py tests/parity/test_transformers_parity.py \
     tests/parity/test_plan_tpu.py "$@"
   ;;
-"  " | " --quick " | " --full ") exec python -m pytest "${shared[@]}" "$@" ;;
+" --full ")
+  python -m pytest "${shared[@]}" "$@"
+  # Compiled as in a real run: the tests compile without optimisations, which is faster.
+  XLA_FLAGS=--xla_backend_optimization_level=3 exec python -m pytest "${shared[@]}" tests/unit tests/parity
+  ;;
+"  " | " --quick ") exec python -m pytest "${shared[@]}" "$@" ;;
 " --faults "*) exec python -m pytest tests/faults "$@" ;;
 *) exec python -m pytest "$@" ;;
 esac

@@ -1,4 +1,4 @@
-"""Every test runs on 8 simulated CPU devices, with strict dtype promotion."""
+"""Every test runs on 8 simulated CPU devices, with strict promotion of dtypes and none of ranks."""
 
 import os
 import subprocess
@@ -6,24 +6,24 @@ from pathlib import Path
 
 import pytest
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0"  # compiling is most of what the tests do: a third of the time
-)
+pytest.register_assert_rewrite("tests.helpers")
+
+from flax_mlm.distributed import environment  # noqa: E402
+from tests.helpers import xla  # noqa: E402
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-
-from flax_mlm.distributed import environment
-
+if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = xla.COMPILE_FAST
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 environment.prepare()
 
 import jax  # noqa: E402  (only now that the environment is set)
-
-pytest.register_assert_rewrite("tests.helpers")
 
 from tests.helpers.fork_server import Forked  # noqa: E402
 from tests.helpers.toy import Toy, digest_of_sources  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -45,9 +45,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 # Seconds that files take. The long ones begin, so that not one of them is left to a single process in the end.
 _LONG = {
-    "test_tpu.py": 900, "test_step.py": 350, "test_detection.py": 330, "test_buckets.py": 300, "test_train.py": 250,
-    "test_hf.py": 180, "test_runs.py": 170, "test_phases.py": 150, "test_sweep.py": 140, "test_encoder.py": 120,
-    "test_launch.py": 110, "test_compare.py": 110, "test_command.py": 100, "test_install.py": 60,
+    "test_tpu.py": 500, "test_babysitter.py": 400, "test_step.py": 350, "test_detection.py": 330,
+    "test_buckets.py": 300, "test_train.py": 250, "test_hf.py": 180, "test_runs.py": 170, "test_phases.py": 150,
+    "test_sweep.py": 140, "test_encoder.py": 120, "test_launch.py": 110, "test_compare.py": 110,
+    "test_command.py": 100, "test_install.py": 60,
 }  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def prepare_paths() -> None:
 def _add_flag(flag: str) -> bool:
     """Adds a flag to XLA_FLAGS, unless the user has set it or this jaxlib has no such flag; False if it is too late."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if flag.split("=")[0] in flags or not _jaxlib_knows(flag):
+    if flag.split("=")[0] in flags or not jaxlib_knows(flag):
         return True
     if _backend_runs():
         return False
@@ -81,7 +81,7 @@ def _backend_runs() -> bool:
     return bool(bridge and getattr(bridge, "backends_are_initialized", lambda: False)())
 
 
-def _jaxlib_knows(flag: str) -> bool:
+def jaxlib_knows(flag: str) -> bool:
     """True if this jaxlib has the flag; an unknown one in XLA_FLAGS would abort the process."""
     spec = importlib.util.find_spec("jaxlib")
     name = flag.lstrip("-").split("=")[0].encode()

@@ -26,10 +26,10 @@ def sum_rows(x: jax.Array, vector: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def add_bias(x: jax.Array, vector: jax.Array) -> jax.Array:
     """Computes x (B, L, ...) + vector (...)."""
-    return x + vector
+    return x + vector[None, None]
 
 
-add_bias.defvjp(lambda x, vector: (x + vector, vector), lambda vector, g: (g, sum_rows(g, vector)))
+add_bias.defvjp(lambda x, vector: (x + vector[None, None], vector), lambda vector, g: (g, sum_rows(g, vector)))
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
@@ -82,15 +82,15 @@ def _layer_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array | None, 
     wide = x.astype(jnp.float32)
     mean = wide.mean(-1, keepdims=True)
     inverse_deviation = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps)
-    y = (wide - mean) * inverse_deviation * scale
-    return (y if bias is None else y + bias).astype(x.dtype), (x, mean, inverse_deviation, scale, bias)
+    y = (wide - mean) * inverse_deviation * scale[None, None]
+    return (y if bias is None else y + bias[None, None]).astype(x.dtype), (x, mean, inverse_deviation, scale, bias)
 
 
 def _layer_norm_backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None, None]:
     x, mean, inverse_deviation, scale, bias = residuals
     normalised = (x.astype(jnp.float32) - mean) * inverse_deviation
     g = g.astype(jnp.float32)
-    grad_x = g * scale
+    grad_x = g * scale[None, None]
     projected = normalised * (grad_x * normalised).mean(-1, keepdims=True)
     grad_x = inverse_deviation * (grad_x - grad_x.mean(-1, keepdims=True) - projected)
     grad_bias = None if bias is None else sum_rows(g, bias)

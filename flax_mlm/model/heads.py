@@ -108,4 +108,4 @@ def init_task_head(key: jax.Array, config: ModelConfig, num_outputs: int) -> dic
 
 def apply_task_head(head: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     """Computes the outputs (..., C) for states (..., D)."""
-    return x @ head["kernel"] + head["bias"]
+    return x @ head["kernel"] + head["bias"][(None,) * (x.ndim - 1)]

@@ -124,7 +124,9 @@ class Embeddings(nnx.Module):
             x_BLD += gather_fsdp(self.position[...]).at[positions_BL].get(out_sharding=spec)
         if self.config.type_vocab_size:
             table_TD = replicate(self.token_type[...])
-            x_BLD += table_TD[0] if token_types_BL is None else table_TD.at[token_types_BL].get(out_sharding=spec)
+            x_BLD += (
+                table_TD[None, :1] if token_types_BL is None else table_TD.at[token_types_BL].get(out_sharding=spec)
+            )
         return self.norm(x_BLD).astype(self.config.dtype)
 
 

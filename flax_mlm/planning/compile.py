@@ -121,8 +121,7 @@ def compile_step_for(config: Config, vocab_size: int, target: Target, compiles: 
     done = subprocess.run(worker, input=request, env=env, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        reason = (done.stderr.strip().splitlines() or ["?"])[-1]
-        raise Failure(f"the compiler failed ({done.returncode}): {reason}")
+        raise Failure(f"the compiler failed ({done.returncode}): {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     answer = json.loads(lines[-1])
     if "user_error" in answer:
         raise UserError(answer["user_error"])

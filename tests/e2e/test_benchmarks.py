@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import case, results, turns
 from tests.helpers.paths import ROOT
+from tests.helpers.xla import COMPILE_FAST
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def run(tmp_path_factory, toy):
     def run(name: str, *options: str, **env: str) -> tuple[dict, str]:
         file = folder / f"{name}.json"
         line = [sys.executable, "-m", f"benchmarks.{name}", f"--json={file}", "--rounds=1", *overrides, *options]
-        variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILE_FAST}
         variables |= {"BENCH_VENVS": str(folder / "none"), "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
         env = {**os.environ, **variables, **{k: v.format(folder=folder) for k, v in env.items()}}
         done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)

@@ -15,6 +15,7 @@ import pytest
 
 from flax_mlm.__main__ import COMMANDS
 from tests.helpers.paths import ROOT
+from tests.helpers.xla import COMPILE_FAST
 
 CONFIGS = {file.name for file in (ROOT / "configs").glob("*.py")}
 # What pip needs of the repository.
@@ -70,7 +71,7 @@ class Installation:
     def __init__(self, folder: Path, wheel: Path, compiled: Path):
         self.scripts, self.cwd = folder / "venv" / "bin", folder / "empty"
         self._env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self._env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+        self._env |= {"XLA_FLAGS": COMPILE_FAST, "JAX_COMPILATION_CACHE_DIR": str(compiled)}
         self._env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.cwd.mkdir()
         venv.create(folder / "venv", symlinks=True)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from tests.helpers import xla
 from tests.helpers.fake_gcs import FakeGcs
 from tests.helpers.fork_server import gcloud_program
 
@@ -199,7 +200,7 @@ class FakeCloud:
         }  # fmt: skip
         self.machine_env = {
             "JAX_PLATFORMS": "cpu", "WORKER_EVERY": "1", "WORKER_PAUSE": "0", "TF_CPP_MIN_LOG_LEVEL": "2",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+            "XLA_FLAGS": xla.flags(1),
             "TF_ENABLE_ONEDNN_OPTS": "0",
         }  # fmt: skip
 

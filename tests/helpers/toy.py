@@ -12,9 +12,9 @@ from pathlib import Path
 
 import jax
 
+from tests.helpers import xla
 from tests.helpers.paths import ROOT
 
-_QUICKLY = "--xla_backend_optimization_level=0"
 _ANIMALS = {
     "dog": "barks in the garden",
     "cat": "sleeps near the river",
@@ -80,7 +80,7 @@ class Toy:
 
     def start(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen:
         """Starts `python -m flax_mlm.COMMAND` in a process of its own."""
-        env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {_QUICKLY}"}
+        env = {**os.environ, "XLA_FLAGS": xla.flags(devices)}
         env |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(self.compiled)}
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "2"}
         env |= {"TF_ENABLE_ONEDNN_OPTS": "0"}

@@ -22,9 +22,10 @@ B, L, D = 2, 5, 6
 EPS = 1e-6
 
 
-def norm(x, scale, bias=0.0):
+def norm(x, scale, bias=None):
     deviation = jnp.sqrt(x.var(-1, keepdims=True) + EPS)
-    return (x - x.mean(-1, keepdims=True)) / deviation * scale + bias
+    y = (x - x.mean(-1, keepdims=True)) / deviation * scale[None, None]
+    return y if bias is None else y + bias[None, None]
 
 
 # What is tested, its definition, and the shapes that it takes.
@@ -45,7 +46,7 @@ CASES = {
         norm,
         [(B, L, D), (D,)],
     ),
-    "add_bias": (elementwise.add_bias, jnp.add, [(B, L, 3, D), (3, D)]),
+    "add_bias": (elementwise.add_bias, lambda x, vector: x + vector[None, None], [(B, L, 3, D), (3, D)]),
 }
 
 

@@ -58,7 +58,7 @@ def test_flags_are_added_to_the_users_own():
 
 
 def test_a_flag_that_jaxlib_does_not_know_is_seen_as_such():
-    from flax_mlm.distributed.environment import _jaxlib_knows
+    from flax_mlm.distributed.environment import jaxlib_knows
 
-    assert _jaxlib_knows("--xla_force_host_platform_device_count=8")
-    assert not _jaxlib_knows("--xla_there_is_no_such_flag_in_any_jaxlib=1")
+    assert jaxlib_knows("--xla_force_host_platform_device_count=8")
+    assert not jaxlib_knows("--xla_there_is_no_such_flag_in_any_jaxlib=1")
