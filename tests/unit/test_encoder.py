@@ -89,7 +89,7 @@ def influence(shape: ModelConfig, causal: bool) -> np.ndarray:
         encoder = {**params["encoder"], "embeddings": changed}
         hidden = m.encode({**params, "encoder": encoder}, tokens, segments, positions, causal=causal)
         here = jnp.where((jnp.arange(L) == i)[None, :, None], hidden, 0.0)
-        return (here * jnp.arange(1.0, hidden.shape[-1] + 1)).sum()
+        return (here * jnp.arange(1.0, hidden.shape[-1] + 1)[None, None]).sum()
 
     gradient = jax.jit(jax.grad(output))
     table = params["encoder"]["embeddings"]["token"]
