@@ -114,11 +114,9 @@ def write_case(config: Config, folder: Path) -> None:
 
 def documents(config: Config) -> Iterator[tuple[bool, str]]:
     """Every document, and whether it is held out."""
-    from collections import Counter
-
     from flax_mlm.data.sources import open_source
 
-    chunks = open_source(config.data.source).chunks(Counter())
+    chunks = open_source(config.data.source).chunks()
     for (_, value), document in itertools.groupby(chunks, lambda chunk: (chunk.document, chunk.hash)):
         yield value < config.data.validation_fraction, "".join(chunk.text for chunk in document)
 

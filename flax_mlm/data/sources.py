@@ -68,10 +68,10 @@ class Source:
     size: int
     _texts: Callable[[Counter[str]], Iterator[tuple[int, int, str]]]  # see `_numbered`
 
-    def chunks(self, counts: Counter[str]) -> Iterator[TextChunk]:
+    def chunks(self, counts: Counter[str] | None = None) -> Iterator[TextChunk]:
         """Reads the source from its start, and adds to the given counts as it goes: read, files, empty_files,
         undecodable_files, undecodable_bytes, empty_documents."""
-        return hashed(_numbered(self._texts(counts)))
+        return hashed(_numbered(self._texts(Counter() if counts is None else counts)))
 
 
 # Reads the documents of a file as (offset of the document's first byte, text of one of its chunks).
@@ -262,7 +262,7 @@ def check_fraction(source: Source, fraction: float) -> None:
     lowest: list[float] = []  # the two lowest hashes
     highest = 0.0
     documents = 0
-    for chunk in source.chunks(Counter()):
+    for chunk in source.chunks():
         lowest = sorted({*lowest, chunk.hash})[:2]
         highest = max(highest, chunk.hash)
         documents = chunk.document + 1

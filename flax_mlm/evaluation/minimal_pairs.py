@@ -50,8 +50,8 @@ def run(
       on_batch: called before every batch.
 
     Returns:
-      accuracy and accuracy_stderr (over pairs), pairs; and `paradigms`: name -> the same three, and `each`: 0, 0.5
-      or 1 a pair.
+      accuracy and accuracy_stderr (over pairs), pairs; and `paradigms`, name -> the same three, and `each`, which is
+      0, 0.5 or 1 for a pair.
     """
     results: dict[str, Any] = {}
     for name, some in pairs.items():

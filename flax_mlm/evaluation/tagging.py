@@ -34,7 +34,7 @@ def run(
       UserError: a tag of `dev` or `test` is not in `train`, or `finetune.method` is probe.
 
     Returns:
-      as `classification.run`, with entity F1 as the metric, and `kinds`: precision, recall and F1 of each kind of
+      as `classification.run`, with entity F1 as the metric, and `kinds` with precision, recall and F1 of each kind of
       entity, of the median run.
     """
     from seqeval.metrics import classification_report, f1_score

@@ -52,9 +52,9 @@ class Model:
           top_k: number of predictions for each mask.
 
         Returns:
-          For a text with one mask, a list of `top_k` dicts, the likeliest first: `score` (probability), `token` (id),
-          `token_str`, and `sequence` (the text with the mask filled). For a text with several masks, a list of such
-          lists, in whose sequences the other masks are kept. For a list of texts, a list of these.
+          For a text with one mask, a list of `top_k` dicts, the likeliest first, with `score` (probability), `token`
+          (id), `token_str`, and `sequence` (the text with the mask filled). For a text with several masks, a list of
+          such lists, in whose sequences the other masks are kept. For a list of texts, a list of these.
 
         Raises:
           UserError: a text has no `[MASK]`, or more tokens than the model was trained on; the list is empty; or the

@@ -1,7 +1,6 @@
 """Parity: compares token ids, hidden states and logits of an exported folder in transformers with ours."""
 
 import importlib.util
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +94,6 @@ def compare_outputs(net: Any, model: LoadedModel, rows: list[list[int]]) -> tupl
 
 def _sample_texts() -> list[str]:
     """Returns lines of the built-in corpus, from a word to a page long."""
-    chunks = sources.open_source("builtin").chunks(Counter())
+    chunks = sources.open_source("builtin").chunks()
     lines = [line for chunk in chunks for line in chunk.text.split("\n") if line.strip()]
     return lines[:: len(lines) // _TEXTS][:_TEXTS]

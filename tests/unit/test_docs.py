@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -243,12 +244,25 @@ def test_python_blocks_compile_and_their_names_exist(file, block):
             assert hasattr(importlib.import_module("flax_mlm"), node.attr)
 
 
+def functions_of_the_python_page() -> list[str]:
+    return re.findall(r"^::: ([\w.]+)$", (DOCS / "reference" / "python-api.md").read_text(), re.MULTILINE)
+
+
 def test_the_functions_of_the_python_page_exist():
-    names = re.findall(r"^::: ([\w.]+)$", (DOCS / "reference" / "python-api.md").read_text(), re.MULTILINE)
-    assert names
-    for name in names:
+    assert functions_of_the_python_page()
+    for name in functions_of_the_python_page():
         module, _, function = name.rpartition(".")
         assert getattr(importlib.import_module(module), function).__doc__, name
+
+
+def test_the_site_takes_no_sentence_for_a_type():
+    """mkdocstrings shows what precedes a colon in the first line of `Returns:` as a type."""
+    for name in functions_of_the_python_page():
+        module, _, function = name.rpartition(".")
+        listed = getattr(importlib.import_module(module), function)
+        for described in [listed, *vars(listed).values()] if inspect.isclass(listed) else [listed]:
+            first_lines = re.findall(r"Returns:\n *(.*)", getattr(described, "__doc__", None) or "")
+            assert not any(": " in line for line in first_lines), (name, first_lines)
 
 
 def test_every_field_is_explained():
