@@ -111,13 +111,13 @@ def make_loss(model: LoadedModel) -> Callable[..., jax.Array]:
         vectors_BGD = batches.unmerge_rows(embeddings.pool(model, states_RLD, tokens_RL), group_size)
         queries_BD = vectors_BGD[:, 0]
         candidates_CD = mesh.replicate(vectors_BGD[:, 1:]).reshape(batch_size * (group_size - 1), -1)
-        ids_C = mesh.replicate(ids_BG[:, 1:]).reshape(-1)
-        index_C = jnp.arange(len(ids_C), dtype=jnp.int32)
+        ids_1C = mesh.replicate(ids_BG[:, 1:]).reshape(1, -1)
+        index_1C = jnp.arange(ids_1C.size, dtype=jnp.int32)[None]
         positive_B = mesh.reshard_like(jnp.arange(batch_size, dtype=jnp.int32) * (group_size - 1), ids_BG[:, 0])
-        is_positive_BC = index_C == positive_B[:, None]
-        is_ignored_BC = (ids_C == ids_BG[:, :1]) | (ids_C == ids_BG[:, 1:2]) | (ids_C == _NONE)
-        query_C = jnp.repeat(mesh.replicate(ids_BG[:, 0]), group_size - 1)
-        is_ignored_BC |= (index_C % (group_size - 1) == 0) & (query_C == ids_BG[:, :1])
+        is_positive_BC = index_1C == positive_B[:, None]
+        is_ignored_BC = (ids_1C == ids_BG[:, :1]) | (ids_1C == ids_BG[:, 1:2]) | (ids_1C == _NONE)
+        query_1C = jnp.repeat(mesh.replicate(ids_BG[:, 0]), group_size - 1)[None]
+        is_ignored_BC |= (index_1C % (group_size - 1) == 0) & (query_1C == ids_BG[:, :1])
         total = jnp.float32(0.0)
         for dim in dims:
             cosine_BC = embeddings.normalize(queries_BD[:, :dim]) @ embeddings.normalize(candidates_CD[:, :dim]).T
