@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from absl import flags
@@ -40,6 +41,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
       Failure: the run cannot go on: the model diverged, a process was lost, or saving failed.
       Preempted: SIGTERM or SIGINT came; the last step is saved, and the same call continues.
     """
+    started = time.monotonic()
     workdir = gcs.parse("--workdir", str(workdir)) or Path(workdir).expanduser().absolute()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(preemption.Stop())
@@ -91,7 +93,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         if is_main:
             run_config.take(workdir, config)
             if config.train.budget_minutes:
-                budget = Budget(workdir, 60 * config.train.budget_minutes)
+                budget = Budget(workdir, 60 * config.train.budget_minutes, started)
                 stack.callback(budget.close)
 
         # Model and optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.

@@ -16,7 +16,6 @@ from flax_mlm.errors import UserError
 from flax_mlm.storage import files, gcs
 
 _FILE = "clock.json"
-_STARTED = time.monotonic()  # of this process, nearly
 _TARGET = 0.99  # of the budget: leaving after the last evaluation takes time, too
 _RECOVERY = 0.1  # fraction of the pauses so far that each step recovers
 
@@ -29,11 +28,12 @@ class Budget:
       interval: seconds between two records of the time used: as much may be lost by a kill.
     """
 
-    def __init__(self, workdir: gcs.AnyPath, seconds: float, progress: float = 0.0):
+    def __init__(self, workdir: gcs.AnyPath, seconds: float, started: float, progress: float = 0.0):
         """Continues with the time that earlier starts have left.
 
         Args:
           seconds: the whole budget.
+          started: `time.monotonic()` when this start began.
 
         Raises:
           UserError: clock.json, the time used, cannot be read.
@@ -42,7 +42,7 @@ class Budget:
         try:
             with gcs.errors(workdir):
                 recorded = json.loads(self._file.read_text()) if self._file.exists() else {"seconds": 0.0}
-                self._before = float(recorded["seconds"])
+                self._began = started - float(recorded["seconds"])
         except (OSError, ValueError, KeyError, TypeError) as e:
             what = f"'{self._file}', the time used, cannot be read ({type(e).__name__}: {e})"
             raise UserError(f"--workdir: {what}; delete the file to restart the budget") from e
@@ -57,7 +57,7 @@ class Budget:
 
     def used(self) -> float:
         """Returns the seconds used, over all starts."""
-        return self._before + time.monotonic() - _STARTED
+        return time.monotonic() - self._began
 
     def next_progress(self) -> float:
         """Returns the progress at which the step that starts now ends."""

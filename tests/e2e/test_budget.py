@@ -16,12 +16,12 @@ from tests.helpers.runs import Watched, finish, metrics_of
 
 class Clock:
     def __init__(self, monkeypatch):
-        self.now, self._monkeypatch = 0.0, monkeypatch
+        self.now = self.started = 0.0
         monkeypatch.setattr(budget.time, "monotonic", lambda: self.now)
 
     def start(self) -> None:
         """As a new process, that takes a while to get going."""
-        self._monkeypatch.setattr(budget, "_STARTED", self.now)
+        self.started = self.now
         self.now += 20.0
 
 
@@ -31,14 +31,14 @@ def simulate(
     """Seconds that are used in the end, and the progress after each step. An evaluation takes 7 seconds; a kill costs
     the last 10 steps; that a step was the last becomes known when another one has been done."""
     clock.start()
-    used, run, noted = 0.0, budget.Budget(workdir, seconds), clock.now
+    used, run, noted = 0.0, budget.Budget(workdir, seconds, clock.started), clock.now
     progress: list[float] = []
     for i in range(100_000):
         if i in kills:
-            used += clock.now - budget._STARTED
+            used += clock.now - clock.started
             clock.now += 5000.0  # away
             clock.start()
-            run, noted = budget.Budget(workdir, seconds), clock.now
+            run, noted = budget.Budget(workdir, seconds, clock.started), clock.now
             run.progress = progress[-10] if len(progress) > 10 else 0.0
         if i % evaluate_every == 0:
             with run.pause("evaluating"):
@@ -53,7 +53,7 @@ def simulate(
             noted = clock.now
     with run.pause("evaluating"):
         clock.now += 7.0
-    return used + clock.now - budget._STARTED, progress[:-1]
+    return used + clock.now - clock.started, progress[:-1]
 
 
 @settings(max_examples=20, deadline=None)
@@ -90,7 +90,7 @@ def test_time_is_kept_for_the_evaluation_of_the_phase_at_hand(monkeypatch, tmp_p
     """Of longer rows, say, and not for the quickest there has been."""
     clock = Clock(monkeypatch)
     clock.start()
-    run = budget.Budget(tmp_path, 1000.0)
+    run = budget.Budget(tmp_path, 1000.0, clock.started)
     run.next_progress()
     for seconds in (7.0, 100.0, 50.0):
         clock.now += 1.0  # the step
@@ -104,16 +104,17 @@ def test_time_is_kept_for_the_evaluation_of_the_phase_at_hand(monkeypatch, tmp_p
 def test_time_that_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "clock.json").write_text('{"seconds": "many"}')
     with pytest.raises(UserError, match=r"clock\.json', the time used, cannot be read .* to restart the budget"):
-        budget.Budget(tmp_path, 60.0)
+        budget.Budget(tmp_path, 60.0, time.monotonic())
 
 
 def test_the_time_used_before_a_restart_counts(tmp_path):
-    first = budget.Budget(tmp_path, 1000.0)
+    started = time.monotonic()
+    first = budget.Budget(tmp_path, 1000.0, started)
     first.close()
     (tmp_path / "clock.json").write_text(json.dumps({"seconds": 500.0}))
-    second = budget.Budget(tmp_path, 1000.0)
+    second = budget.Budget(tmp_path, 1000.0, started)
     second.close()
-    assert 500 <= second.used() < 501 + time.monotonic() - budget._STARTED
+    assert 500 <= second.used() < 501 + time.monotonic() - started
     assert json.loads((tmp_path / "clock.json").read_text())["seconds"] >= 500
 
 
