@@ -353,7 +353,7 @@ def test_sky_runs_train_on_what_its_variables_say(tmp_path):
     env = {"PATH": os.environ["PATH"], "CONFIG": "c.py", "WORKDIR": "gs://b/a run", "CORPUS": "gs://b/$(touch canary)"}
     done = subprocess.run(["bash", "-c", task["run"]], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert set(env) - {"PATH"} == set(task["envs"])
-    assert (ROOT / task["envs"]["CONFIG"]).exists()
+    assert (ROOT / "configs" / f"{task['envs']['CONFIG']}.py").exists()
     line = [
         "-m",
         "flax_mlm.train",

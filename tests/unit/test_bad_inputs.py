@@ -176,10 +176,10 @@ def test_values_that_contradict_each_other(arguments, named):
         ("--config.=5", "config has no field ''"),
         ("--config.train..steps=5", "no field"),
         ("--print_config=perhaps", "print_config"),
-        ("--config=", "no file ''"),
-        ("--config=/", "no file '/'"),
-        ("--config=/dev/null", "no file '/dev/null'"),
-        ("--config=nowhere.py:argument", "no file 'nowhere.py'"),
+        ("--config=", "--config is ''"),
+        ("--config=/", "--config is '/'"),
+        ("--config=/dev/null", "--config is '/dev/null'"),
+        ("--config=nowhere.py:argument", "--config is 'nowhere.py'"),
     ],
 )
 def test_options_that_are_none(argument, said):
