@@ -2,8 +2,8 @@
 
 import ast
 import importlib
-import importlib.util
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -14,27 +14,33 @@ import pytest
 import yaml
 
 from flax_mlm.config.knobs import knobs
+from tests.helpers.documentation import docs_script
 from tests.helpers.paths import ROOT
 
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "flax_mlm"
 README = (ROOT / "README.md").read_text()
-PAGES = sorted(DOCS.rglob("*.md"))
+# What the tutorial and Jupyter write beside it is no page.
+FILES = [p for p in DOCS.rglob("*") if not re.match(r"runs/|.*\.ipynb_checkpoints/", str(p.relative_to(DOCS)))]
+PAGES = sorted(p for p in FILES if p.suffix in (".md", ".ipynb"))
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 COMMANDS = {p.stem for p in PACKAGE.glob("*.py") if re.search(r"\bapp\.run\(", p.read_text())}
 # Scripts that pass options on to `train`.
 TRAIN_SCRIPTS = ("local.sh", "compare_objectives.sh", "tpu.sh", "gke.sh", "slurm.sbatch")
 
-_spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
-assert _spec
-assert _spec.loader
-generate = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(generate)
+generate, notebooks = docs_script("generate"), docs_script("notebooks")
 
 
 def name_of(file: Path) -> str:
     return str(file.relative_to(ROOT))
+
+
+@cache
+def text_of(file: Path) -> str:
+    """The Markdown of a page; of a notebook without its outputs."""
+    text = file.read_text()
+    return notebooks.to_markdown(json.loads(text), outputs=False) if file.suffix == ".ipynb" else text
 
 
 def without_code(text: str) -> str:
@@ -64,7 +70,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
 
 def all_lines() -> list[tuple[str, list[str]]]:
     """The command lines of README, CONTRIBUTING, docs and the docstrings of configs, each with its file."""
-    texts = [(name_of(file), file.read_text()) for file in TEXTS]
+    texts = [(name_of(file), text_of(file)) for file in TEXTS]
     texts += [(name_of(file), ast.get_docstring(ast.parse(file.read_text())) or "") for file in CONFIGS]
     return [(name, words) for name, text in texts for words in command_lines(text)]
 
@@ -127,13 +133,13 @@ def test_the_layout_is_the_tree(file):
 
 def slugs(file: Path) -> set[str]:
     """The anchors of a page, as GitHub and mkdocs make them from headings."""
-    headings = re.findall(r"^#+ (.+)$", without_code(file.read_text()), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", without_code(text_of(file)), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("file", TEXTS, ids=name_of)
 def test_links_lead_somewhere(file):
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(file.read_text())):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text_of(file))):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
@@ -146,7 +152,7 @@ def test_links_lead_somewhere(file):
 @pytest.mark.parametrize("file", TEXTS, ids=name_of)
 def test_paths_in_the_text_exist(file):
     """`flax_mlm/train.py` and the like; names in capitals, globs and what users make are examples."""
-    for path in re.findall(r"`((?:flax_mlm|configs|launch|tests|benchmarks|docs)/[\w./*-]*)", file.read_text()):
+    for path in re.findall(r"`((?:flax_mlm|configs|launch|tests|benchmarks|docs)/[\w./*-]*)", text_of(file)):
         if not re.search(r"[A-Z*]", path):
             assert (ROOT / path).exists(), path
 
@@ -165,7 +171,7 @@ def test_every_page_is_in_the_navigation():
 
 @pytest.mark.parametrize("file", PAGES, ids=name_of)
 def test_a_page_opens_with_what_the_reader_gets(file):
-    text = re.sub(r"^<!--.*-->\n\n", "", file.read_text())
+    text = re.sub(r"^<!--.*-->\n\n", "", text_of(file))
     assert re.match(r"# [^\n]+\n\n(This page |flax_mlm )", text)
 
 
@@ -228,7 +234,7 @@ def test_the_parser_of_command_lines_finds_mistakes():
 
 def python_blocks() -> list[tuple[str, str]]:
     pattern = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-    return [(name_of(file), block) for file in TEXTS for block in pattern.findall(file.read_text())]
+    return [(name_of(file), block) for file in TEXTS for block in pattern.findall(text_of(file))]
 
 
 @pytest.mark.parametrize(("file", "block"), python_blocks(), ids=lambda x: x if x.endswith(".md") else "")
