@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole test suite, in the same set-up as launch/local.sh, by as many processes as there are processors, four at most.
-# Arguments go to pytest, which then is one process.
+# The whole test suite, in the same set-up as launch/local.sh, by three or four processes. Arguments go to pytest, which
+# then is one process.
 #
 #   bash launch/test.sh
 #   bash launch/test.sh --quick      # an answer within three minutes: unit tests, one mesh, one run
@@ -11,8 +11,8 @@
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh" requirements.txt tests/requirements.txt
-# A file's tests share what they train.
-shared=(-n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder)
+# A file's tests share what they train. Many wait more than they compute: three processes use two processors well.
+shared=(-n $(($(nproc) < 4 ? 3 : 4)) --dist=loadfile --no-loadscope-reorder)
 case " $* " in
 *" --references "*)
   . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt
