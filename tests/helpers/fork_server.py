@@ -56,7 +56,8 @@ class Forked(subprocess.Popen):
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
         if wait_flags == os.WNOHANG and not select.select([self._server], [], [], 0)[0]:
             return 0, 0
-        return self.pid, receive(self._server)
+        with self._server:
+            return self.pid, receive(self._server)
 
 
 def ask(server: str, args: list[str], env: dict[str, str], cwd: str, files: list[int]) -> socket.socket:
