@@ -12,12 +12,13 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh" requirements.txt tests/requirements.txt
 # A file's tests share what they train. Many wait more than they compute: three processes use two processors well.
-shared=(-n $(($(nproc) < 4 ? 3 : 4)) --dist=loadfile --no-loadscope-reorder)
+shared=(--dist=loadfile --no-loadscope-reorder -n $(($(nproc) < 4 ? 3 : 4)))
 case " $* " in
 *" --references "*)
   . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt
-  exec python -m pytest "${shared[@]}" tests/parity/test_hf_reference.py tests/parity/test_transformers_parity.py \
-    tests/parity/test_plan_tpu.py "$@"
+  # The compiler and torch keep every processor busy.
+  exec python -m pytest "${shared[@]}" -n logical --maxprocesses=4 tests/parity/test_hf_reference.py \
+    tests/parity/test_transformers_parity.py tests/parity/test_plan_tpu.py "$@"
   ;;
 " --full ")
   python -m pytest "${shared[@]}" "$@"
