@@ -8,6 +8,7 @@ This file is also the program of the servers, and of the client that asks them; 
 """
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -183,8 +184,8 @@ def _import_flax_mlm() -> None:
     from flax_mlm.distributed import environment
 
     environment.prepare_paths()
-
-    import flax_mlm.training.loop  # noqa: F401
+    for name in ("tensorflow", "orbax.checkpoint", "flax_mlm.training.loop"):
+        importlib.import_module(name)
 
 
 def _import_gcloud() -> None:
