@@ -21,7 +21,7 @@ from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import gcs as gcs_lib
 from flax_mlm.storage import lease
 from flax_mlm.training import metrics
-from tests.helpers.checkpoints import opened, restored, state_at
+from tests.helpers.checkpoints import opened, restored, save_three, state_at
 from tests.helpers.fake_gcs import FakeGcs
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import Watched, assert_same_run, finish, metrics_of
@@ -244,12 +244,7 @@ def test_a_bucket_that_fails_now_and_then(toy, straight, gcs, tmp_path):
 def saved(gcs, request):
     """A workdir with steps 10, 20 and 30 of a state that is quickly saved."""
     workdir = epath.Path("gs://bucket/saved/" + re.sub(r"\W", "-", request.node.name))
-    checkpoints = opened(workdir, max_to_keep=3)
-    for step in (10, 20, 30):
-        assert checkpoints.save(step, state_at(step))
-    checkpoints.close()
-    assert saved_steps(workdir) == [10, 20, 30]
-    return workdir
+    return save_three(workdir)
 
 
 def test_an_outage_is_no_damage(gcs, saved, monkeypatch):

@@ -17,10 +17,10 @@ from flax_mlm.data.mixture import Mixture
 from flax_mlm.distributed.batches import shard_batch
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import mlm
-from flax_mlm.inference.config import read_config
 from flax_mlm.inference.forward import build_forward
-from flax_mlm.inference.load import LoadedModel, load_model
+from flax_mlm.inference.load import LoadedModel
 from flax_mlm.objectives.rows import Vocabulary
+from tests.helpers.models import load_on_8_devices
 
 EXACT = ("rows", "predicted_tokens", "unigram_entropy", "majority_accuracy")
 
@@ -32,10 +32,7 @@ def corpus(toy) -> Mixture:
 
 @pytest.fixture(scope="module")
 def model(trained_run) -> LoadedModel:
-    """On 8 devices, 4 × 2."""
-    c = read_config(str(trained_run))
-    c.mesh.data, c.mesh.fsdp = 4, 2
-    return load_model(str(trained_run), build(c))
+    return load_on_8_devices(trained_run)
 
 
 @pytest.fixture(scope="module")

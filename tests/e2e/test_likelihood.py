@@ -17,16 +17,14 @@ from flax_mlm.inference import likelihood
 from flax_mlm.inference.config import read_config
 from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.inference.mask_filler import MaskFiller
+from tests.helpers.models import load_on_8_devices
 
 TEXTS = ["The dog barks in the garden today.", "Fish.", "The cat sleeps near the river. The cow eats all day."] * 3
 
 
 @pytest.fixture(scope="module")
 def model(trained_run) -> LoadedModel:
-    """On 8 devices, 4 × 2."""
-    c = read_config(str(trained_run))
-    c.mesh.data, c.mesh.fsdp = 4, 2
-    return load_model(str(trained_run), build(c))
+    return load_on_8_devices(trained_run)
 
 
 @pytest.fixture(scope="module")

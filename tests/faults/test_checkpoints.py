@@ -22,7 +22,7 @@ from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files
-from tests.helpers.checkpoints import META, abstract, opened, restored, same_bits, state_at
+from tests.helpers.checkpoints import META, abstract, opened, restored, same_bits, save_three, state_at
 from tests.helpers.paths import ROOT
 from tests.helpers.saver import State
 
@@ -34,12 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def saved(tmp_path_factory) -> Path:
     """A workdir with steps 10, 20 and 30."""
     workdir = tmp_path_factory.mktemp("saved")
-    checkpoints = opened(workdir, max_to_keep=3)
-    for step in (10, 20, 30):
-        assert checkpoints.save(step, state_at(step))
-    checkpoints.close()
-    assert saved_steps(workdir) == [10, 20, 30]
-    return workdir
+    return save_three(workdir)
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_mlm.checkpoint.format import FORMAT
 from flax_mlm.checkpoint.manager import Checkpoints
+from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.configs import base
 from flax_mlm.distributed.mesh import make_mesh
+from flax_mlm.storage import gcs
 from tests.helpers.saver import State
 
 META = {
@@ -60,3 +62,13 @@ def restored(workdir: Path, mesh_shape: tuple[int, int, int] = (1, 1, 1)) -> tup
 
 def same_bits(a: State, b: State) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), *jax.device_get((a, b)))
+
+
+def save_three(workdir: gcs.AnyPath) -> gcs.AnyPath:
+    """Saves the steps 10, 20 and 30."""
+    checkpoints = opened(workdir, max_to_keep=3)
+    for step in (10, 20, 30):
+        assert checkpoints.save(step, state_at(step))
+    checkpoints.close()
+    assert saved_steps(workdir) == [10, 20, 30]
+    return workdir
