@@ -118,7 +118,7 @@ def compile_step_for(config: Config, vocab_size: int, target: Target, compiles: 
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={target.shape}".strip()
     request = json.dumps([config.to_dict(), vocab_size, target, compiles and target.kind != "gpu"])
     worker = [sys.executable, "-m", "flax_mlm.planning.worker"]
-    done = subprocess.run(worker, input=request, env=env, capture_output=True, text=True)
+    done = subprocess.run(worker, input=request, env=env, capture_output=True, text=True, errors="replace")
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         raise Failure(f"the compiler failed ({done.returncode}): {(done.stderr.strip().splitlines() or ['?'])[-1]}")
