@@ -83,7 +83,7 @@ def test_long_rows_are_attended_to_by_the_kernel_in_less_memory():
     assert sizes["auto"].temporary_bytes < 0.7 * sizes["xla"].temporary_bytes
 
 
-GOLDEN_FOLDER = GOLDEN / "tpu.json"
+TPU_GOLDEN = GOLDEN / "tpu.json"
 STEPS = {
     "bert_base on v6e:16x16": {},
     "bert_large on v5e:16x16": {"mesh.fsdp": 4},
@@ -99,7 +99,7 @@ IN_FULL = [pytest.param(name, marks=() if "modernbert" in name else pytest.mark.
 def test_what_the_compiler_makes_of_a_step_stays_as_it_was(name, request):
     """Matmuls over the model's FLOPs, memory, traffic, fusions and copies, a chip; `--update_golden` where a difference
     is meant. Other versions of the compiler do otherwise."""
-    held = json.loads(GOLDEN.read_text())
+    held = json.loads(TPU_GOLDEN.read_text())
     updates, libtpu = request.config.getoption("--update_golden"), importlib.metadata.version("libtpu")
     if held["libtpu"] != libtpu and not updates:
         pytest.skip(f"the numbers are those of libtpu {held['libtpu']}, and here is {libtpu}")
@@ -117,7 +117,7 @@ def test_what_the_compiler_makes_of_a_step_stays_as_it_was(name, request):
     }
     if updates:
         held |= {"libtpu": libtpu, name: {key: round(value, 3) for key, value in got.items()}}
-        GOLDEN.write_text(json.dumps(held, indent=1) + "\n")
+        TPU_GOLDEN.write_text(json.dumps(held, indent=1) + "\n")
     assert got == {key: pytest.approx(value, rel=TOLERANCE[key]) for key, value in held[name].items()}
 
 
