@@ -44,6 +44,7 @@ def table(tree: Any, sums: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: [str(x.dtype), list(x.shape), digits[name]] for name, x in leaves(tree).items()}
 
 
+@jax.jit  # traced once for all leaves of a shape
 def _fingerprint(x: jax.Array) -> jax.Array:
     finite = jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.ones_like(x, bool)
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
