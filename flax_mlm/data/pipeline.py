@@ -62,6 +62,7 @@ def train_batches(
             failures.append(e)
             raise
 
+    @tf.autograph.experimental.do_not_convert  # which takes half a second
     def batch(step: Any) -> dict[str, Any]:
         row = first_row + step * global_batch_size + tf.constant(own, tf.int64)
         tokens = tf.numpy_function(read, [_row_indices(tf, stream, seed, row)], tf.int32, stateful=False)
