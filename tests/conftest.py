@@ -9,7 +9,7 @@ import pytest
 pytest.register_assert_rewrite("tests.helpers")
 
 from flax_mlm.distributed import environment  # noqa: E402
-from tests.helpers import xla  # noqa: E402
+from tests.helpers import fork_server, xla  # noqa: E402
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "optimization_level" not in os.environ.get("XLA_FLAGS", ""):
@@ -19,7 +19,6 @@ environment.prepare()
 
 import jax  # noqa: E402  (only now that the environment is set)
 
-from tests.helpers.fork_server import Forked  # noqa: E402
 from tests.helpers.toy import Toy, digest_of_sources  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -76,14 +75,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     assert len(jax.devices()) == 8, f"tests need 8 simulated devices, found {len(jax.devices())}"
+    if not config.getoption("--full"):
+        subprocess.Popen = fork_server.Forked  # type: ignore[misc]
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Toy:
-    process = subprocess.Popen if pytestconfig.getoption("--full") else Forked
     kept, compiled = pytestconfig.cache.mkdir(f"toy-{digest_of_sources()}"), pytestconfig.cache.mkdir("compiled")
-    return Toy(tmp_path_factory.mktemp("toy"), kept, compiled, process)
+    return Toy(tmp_path_factory.mktemp("toy"), kept, compiled)
 
 
 @pytest.fixture(scope="session")

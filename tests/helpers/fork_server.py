@@ -1,13 +1,14 @@
 """A process that has imported what takes seconds to import, and forks itself for each command of a test.
 
 TensorFlow, or gcloud's own modules, take longer to import than most of the commands that tests start. `Forked` is a
-`subprocess.Popen` for `[python, "-m", MODULE, ...]`, and `gcloud_program` makes a program that stands for gcloud. Both
-end in a fork of such a server: a process of its own, with its own arguments, environment, folder, files and signals.
+`subprocess.Popen` for flax_mlm's commands; `python_program` and `gcloud_program` make programs for scripts. All end in
+a fork of such a server: a process of its own, with its own arguments, environment, folder, files and signals.
 
 This file is also the program of the servers, and of the client that asks them; so it imports little.
 """
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -25,26 +26,42 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+_address = ""  # of this server
 NUMBER = struct.Struct("i")  # what a server answers: the process id, then the status that `os.waitpid` gives
 
 
 class Forked(subprocess.Popen):
-    """A command `[python, "-m", MODULE, ...]` in a fork of a server that has imported what flax_mlm needs."""
+    """A command `[python, "-m", "flax_mlm.COMMAND", ...]` in a fork of a server that has imported what it needs.
+
+    What such a command starts is forked too. Other commands are started as ever.
+    """
+
+    _server: socket.socket | None = None
 
     def _execute_child(self, *args: Any, **kwargs: Any) -> None:
         import inspect
 
         given = inspect.signature(super()._execute_child).bind(*args, **kwargs).arguments
+        command = given["args"]
+        if not (isinstance(command, list) and " ".join(command[:3]).startswith(f"{sys.executable} -m flax_mlm.")):
+            return super()._execute_child(*args, **kwargs)
         pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
         ends = (given["p2cread"], given["c2pwrite"], given["errwrite"])
-        files = [number if end < 0 else end for number, end in enumerate(ends)]
-        cwd = str(given["cwd"] or os.getcwd())
-        self._server = ask(flax_mlm_server(), given["args"][1:], dict(given["env"] or os.environ), cwd, files)
+        files = {number: number if end < 0 else end for number, end in enumerate(ends)}
+        files |= {number: number for number in given["pass_fds"]}
+        self._server = ask(
+            flax_mlm_server(), files, args=command[1:], env=dict(given["env"] or os.environ),
+            cwd=str(given["cwd"] or os.getcwd()), new_session=given["start_new_session"],
+            # With preexec_fn, `sweep` asks for this, and nobody for anything else.
+            signal_at_end=signal.SIGTERM if given["preexec_fn"] else 0,
+        )  # fmt: skip
         self._close_pipe_fds(*pipes)
         self.pid = receive(self._server)
         self._child_created = True
 
-    def _internal_poll(self, **_: Any) -> int | None:
+    def _internal_poll(self, **kwargs: Any) -> int | None:
+        if self._server is None:
+            return super()._internal_poll(**kwargs)
         if self.returncode is None and self._waitpid_lock.acquire(False):
             try:
                 pid, status = self._try_wait(os.WNOHANG)
@@ -55,19 +72,26 @@ class Forked(subprocess.Popen):
         return self.returncode
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if self._server is None:
+            return super()._try_wait(wait_flags)
         if wait_flags == os.WNOHANG and not select.select([self._server], [], [], 0)[0]:
             return 0, 0
         with self._server:
             return self.pid, receive(self._server)
 
 
-def ask(server: str, args: list[str], env: dict[str, str], cwd: str, files: list[int]) -> socket.socket:
-    """Sends a command to a server; returns the connection that answers."""
+def ask(server: str, files: dict[int, int], **request: Any) -> socket.socket:
+    """Sends a command to a server; returns the connection that answers.
+
+    Args:
+      files: number in the command -> number here.
+      request: arguments of `_become`, and `signal_at_end`: sent to the command when this process ends before it.
+    """
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(server)
-    request = json.dumps({"args": args, "env": env, "cwd": cwd}).encode()
-    socket.send_fds(connection, [NUMBER.pack(len(request))], files)
-    connection.sendall(request)
+    content = json.dumps({**request, "numbers": list(files)}).encode()
+    socket.send_fds(connection, [NUMBER.pack(len(content))], list(files.values()))
+    connection.sendall(content)
     return connection
 
 
@@ -77,7 +101,9 @@ def receive(connection: socket.socket) -> int:
 
 @cache
 def flax_mlm_server() -> str:
-    """Address of this process's server for `Forked`."""
+    """Address of the server for `Forked`: of the one that this process is a fork of, or its own."""
+    if _address:
+        return _address
     # TensorFlow reads these when it is imported.
     return _start(
         sys.executable, "-m", "tests.helpers.fork_server", TF_CPP_MIN_LOG_LEVEL="2", TF_ENABLE_ONEDNN_OPTS="0"
@@ -106,11 +132,25 @@ def _start(*line: str, **env: str) -> str:
 def gcloud_program(gcloud: str) -> str:
     """A script that does what `gcloud` does."""
     program = Path(gcloud).resolve().parent.parent / "lib" / "gcloud.py"
-    return f'#!/bin/bash\nexec "{sys.executable}" -I -S "{__file__}" ask "{gcloud_server(gcloud)}" "{program}" "$@"\n'
+    return f'#!/bin/bash\n{_asking(gcloud_server(gcloud))} "{program}" "$@"\n'
+
+
+def python_program() -> str:
+    """A script that does what Python does, with flax_mlm's commands in a fork."""
+    if not issubclass(subprocess.Popen, Forked):
+        return f'#!/bin/bash\nexec "{sys.executable}" "$@"\n'
+    forks = f'if [[ "$1 $2" == "-m flax_mlm."* ]]; then {_asking(flax_mlm_server())} "$@"; fi'
+    return f'#!/bin/bash\n{forks}\nexec "{sys.executable}" "$@"\n'
+
+
+def _asking(server: str) -> str:
+    return f'exec "{sys.executable}" -I -S "{__file__}" ask "{server}"'
 
 
 def serve(address: str) -> None:
     """Forks for each request, until standard input is closed."""
+    global _address
+    _address = address
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as requests:
         requests.bind(address + ".new")
@@ -135,31 +175,43 @@ def _fork() -> int:
 def _fork_command(connection: socket.socket) -> None:
     """Forks once more: this process waits for its child, which becomes the command."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    length, files, _, _ = socket.recv_fds(connection, NUMBER.size, 3)
+    length, files, _, _ = socket.recv_fds(connection, NUMBER.size, 8)
     request = json.loads(connection.recv(NUMBER.unpack(length)[0], socket.MSG_WAITALL))
+    numbers, signal_at_end = request.pop("numbers"), request.pop("signal_at_end")
     child = _fork()
     if child == 0:
         connection.close()
-        for number, file in enumerate(files):
+        # Out of the way of one another first.
+        files = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in files]
+        for number, file in zip(numbers, files, strict=True):
             os.dup2(file, number)
-            os.close(file)
         _become(**request)
     for file in (0, 1, 2, *files):
         os.close(file)
     connection.send(NUMBER.pack(child))
+    ended = os.pidfd_open(child)
+    if ended not in select.select([ended, connection], [], [])[0] and signal_at_end:
+        os.kill(child, signal_at_end)
     _, status = os.waitpid(child, 0)
     with contextlib.suppress(BrokenPipeError):
         connection.send(NUMBER.pack(status))
     os._exit(0)
 
 
-def _become(args: list[str], env: dict[str, str], cwd: str) -> NoReturn:
+def _become(args: list[str], env: dict[str, str], cwd: str, new_session: bool = False) -> NoReturn:
     """Runs the command, then ends as any Python does."""
+    os.closerange(100, 200)
+    if new_session:
+        os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    if "PYTHONUNBUFFERED" in env:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(write_through=True)
     if "jax" in sys.modules:
         _read_jax_settings(env)
+        subprocess.Popen = Forked  # type: ignore[misc]
     sys.path[:0] = [cwd]
     if args[0] == "-m":
         sys.argv[1:] = args[2:]
@@ -188,15 +240,28 @@ def _import_flax_mlm() -> None:
         importlib.import_module(name)
 
 
+_GCLOUD = (
+    "googlecloudsdk.gcloud_main",
+    "googlecloudsdk.api_lib.storage.gcs_json.client",
+    "googlecloudsdk.command_lib.storage.tasks.cp.copy_util",
+    "googlecloudsdk.command_lib.storage.user_request_args_factory",
+    "googlecloudsdk.command_lib.storage.wildcard_iterator",
+    "googlecloudsdk.core.credentials.transports",
+)
+
+
 def _import_gcloud() -> None:
     library = Path(os.environ["CLOUDSDK_ROOT_DIR"]) / "lib"
     sys.path[:0] = [str(library / "third_party"), str(library)]
-    import googlecloudsdk.gcloud_main  # noqa: F401
+    for name in _GCLOUD:
+        importlib.import_module(name)
 
 
 def _be_client(server: str, args: list[str]) -> NoReturn:
-    """Runs gcloud with these arguments, and ends as it does."""
-    connection = ask(server, args, dict(os.environ), os.getcwd(), [0, 1, 2])
+    """Runs a command with these arguments, and ends as it does."""
+    files = {number: number for number in range(3)}
+    line = {"args": args, "env": dict(os.environ), "cwd": os.getcwd()}
+    connection = ask(server, files, **line, signal_at_end=signal.SIGKILL)
     child = receive(connection)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(child, number))

@@ -1,11 +1,11 @@
 """What scripts find around them: programs, and a virtual environment."""
 
-import shlex
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.fork_server import python_program
 from tests.helpers.paths import ROOT
 
 
@@ -22,7 +22,7 @@ def executable(path: Path, text: str) -> None:
 
 def environment_with_everything(folder: Path, *requirements: str) -> Path:
     """A virtual environment, for launch/setup.sh, that is this one."""
-    executable(folder / "bin" / "python", f'#!/bin/bash\nexec {shlex.quote(sys.executable)} "$@"\n')
+    executable(folder / "bin" / "python", python_program())
     for name in ("requirements.txt", *requirements):
         check = subprocess.run(["cksum"], input=(ROOT / name).read_bytes(), capture_output=True).stdout.decode()
         (folder / f"installed-{check.strip().replace(' ', '-')}").touch()

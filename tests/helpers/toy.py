@@ -36,8 +36,8 @@ class Toy:
 
     animals = _ANIMALS
 
-    def __init__(self, folder: Path, kept: Path, compiled: Path, process: type[subprocess.Popen]):
-        self.folder, self.kept, self.compiled, self._process = folder, kept, compiled, process
+    def __init__(self, folder: Path, kept: Path, compiled: Path):
+        self.folder, self.kept, self.compiled = folder, kept, compiled
         self.text, self.corpus = kept / "text.txt", kept / "corpus"
         self.once("corpus", self._prepare)
 
@@ -85,7 +85,7 @@ class Toy:
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "2"}
         env |= {"TF_ENABLE_ONEDNN_OPTS": "0"}
         line = [sys.executable, "-m", f"flax_mlm.{command}", *map(str, arguments)]
-        return self._process(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
+        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
 
     def run(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         """Runs `python -m flax_mlm.COMMAND` to its end."""

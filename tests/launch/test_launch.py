@@ -11,6 +11,7 @@ import pytest
 
 from flax_mlm.distributed.cluster import slurm_gpus
 from flax_mlm.errors import UserError
+from tests.helpers import xla
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import environment_with_everything, executable, tool
 
@@ -75,7 +76,7 @@ class Slurm:
         self.env = os.environ | {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "VENV": str(venv), "PYTHONPATH": str(ROOT),
             "SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "1",
-            "SLURM_NNODES": str(nodes), "SLURM_NTASKS_PER_NODE": str(tasks), "XLA_FLAGS": "",
+            "SLURM_NNODES": str(nodes), "SLURM_NTASKS_PER_NODE": str(tasks), "XLA_FLAGS": xla.flags(1),
             "JAX_COMPILATION_CACHE_DIR": str(toy.compiled), "TF_ENABLE_ONEDNN_OPTS": "0",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         } | more  # fmt: skip
