@@ -189,10 +189,12 @@ def _fork_command(connection: socket.socket) -> None:
     for file in (0, 1, 2, *files):
         os.close(file)
     connection.send(NUMBER.pack(child))
-    ended = os.pidfd_open(child)
-    if ended not in select.select([ended, connection], [], [])[0] and signal_at_end:
-        os.kill(child, signal_at_end)
-    _, status = os.waitpid(child, 0)
+    ended = status = 0
+    while not ended:  # gcloud's Python knows no os.pidfd_open
+        if signal_at_end and select.select([connection], [], [], 0.02)[0]:
+            os.kill(child, signal_at_end)
+            signal_at_end = 0
+        ended, status = os.waitpid(child, os.WNOHANG if signal_at_end else 0)
     with contextlib.suppress(BrokenPipeError):
         connection.send(NUMBER.pack(status))
     os._exit(0)
