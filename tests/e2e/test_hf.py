@@ -393,7 +393,9 @@ def test_an_encoder_fine_tuned_for_vectors_is_exported_with_its_pooling(toy, ber
     seen = metrics.lines(bert_run, "train")[-1]["tokens_seen"]
     lines = [f"The {animal} {does}." for animal, does in toy.animals.items()]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
-    (tmp_path / "pairs.tsv").write_text("sentence1\tsentence2\tscore\n" + f"{lines[0]}\t{lines[1]}\t1\n" * 4)
+    (tmp_path / "pairs.tsv").write_text(
+        "sentence1\tsentence2\tscore\n" + f"{lines[0]}\t{lines[1]}\t1\n" * 3 + f"{lines[0]}\t{lines[2]}\t0\n"
+    )
     done = toy.run(
         *("evaluate", f"--checkpoint={bert_run}", "--task=retrieval", f"--train={tmp_path / 'lines.txt'}"),
         *(f"--test={tmp_path / 'pairs.tsv'}", f"--save={tmp_path / 'kept'}", "--config.finetune.pooling=mean"),

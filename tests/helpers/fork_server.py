@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+_ROOT = str(Path(__file__).parents[2])
 _address = ""  # of this server
 NUMBER = struct.Struct("i")  # what a server answers: the process id, then the status that `os.waitpid` gives
 
@@ -43,14 +44,17 @@ class Forked(subprocess.Popen):
 
         given = inspect.signature(super()._execute_child).bind(*args, **kwargs).arguments
         command = given["args"]
-        if not (isinstance(command, list) and " ".join(command[:3]).startswith(f"{sys.executable} -m flax_mlm.")):
+        env = dict(given["env"] or os.environ)
+        line = " ".join(map(str, command)) if isinstance(command, list) else ""
+        is_ours = line.startswith(f"{sys.executable} -m flax_mlm.")
+        if not is_ours or env.get("PYTHONPATH", _ROOT) != _ROOT:  # the latter with other modules than the server's
             return super()._execute_child(*args, **kwargs)
         pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
         ends = (given["p2cread"], given["c2pwrite"], given["errwrite"])
         files = {number: number if end < 0 else end for number, end in enumerate(ends)}
         files |= {number: number for number in given["pass_fds"]}
         self._server = ask(
-            flax_mlm_server(), files, args=command[1:], env=dict(given["env"] or os.environ),
+            flax_mlm_server(), files, args=command[1:], env=env,
             cwd=str(given["cwd"] or os.getcwd()), new_session=given["start_new_session"],
             # With preexec_fn, `sweep` asks for this, and nobody for anything else.
             signal_at_end=signal.SIGTERM if given["preexec_fn"] else 0,
