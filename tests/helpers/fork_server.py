@@ -54,7 +54,7 @@ class Forked(subprocess.Popen):
         files = {number: number if end < 0 else end for number, end in enumerate(ends)}
         files |= {number: number for number in given["pass_fds"]}
         self._server = ask(
-            flax_mlm_server(), files, args=command[1:], env=env,
+            flax_mlm_server(), files, args=list(map(str, command[1:])), env=env,
             cwd=str(given["cwd"] or os.getcwd()), new_session=given["start_new_session"],
             # With preexec_fn, `sweep` asks for this, and nobody for anything else.
             signal_at_end=signal.SIGTERM if given["preexec_fn"] else 0,
