@@ -20,7 +20,8 @@ import numpy as np
 def fingerprint_tree(tree: Any) -> dict[str, jax.Array]:
     """Returns leaf name -> uint32 (3,): the two sums, and the number of elements that are not finite."""
     with jax.numpy_dtype_promotion("strict"), jax.named_scope("fingerprint"):
-        return {name: _fingerprint(x) for name, x in leaves(tree).items()}
+        # Traced once for all leaves of a shape.
+        return {name: jax.jit(_fingerprint)(x) for name, x in leaves(tree).items()}
 
 
 fingerprints = jax.jit(fingerprint_tree)
@@ -44,7 +45,6 @@ def table(tree: Any, sums: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: [str(x.dtype), list(x.shape), digits[name]] for name, x in leaves(tree).items()}
 
 
-@jax.jit  # traced once for all leaves of a shape
 def _fingerprint(x: jax.Array) -> jax.Array:
     finite = jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.ones_like(x, bool)
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
