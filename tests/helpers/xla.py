@@ -7,6 +7,7 @@ _FAST = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",  # 40, where few processors simulate many devices
 )
 
 # Compiling is most of what tests do: with these flags it takes a third of the time or less.
