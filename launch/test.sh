@@ -12,7 +12,8 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh" requirements.txt tests/requirements.txt
 # A file's tests share what they train. Many wait more than they compute: three processes use two processors well.
-shared=(--dist=loadfile --no-loadscope-reorder -n $(($(nproc) < 4 ? 3 : 4)))
+# A test that ends its process, as one that hangs does, is tried once more.
+shared=(--dist=loadfile --no-loadscope-reorder --max-worker-restart=1 -n $(($(nproc) < 4 ? 3 : 4)))
 case " $* " in
 *" --references "*)
   . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt

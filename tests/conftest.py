@@ -19,12 +19,11 @@ environment.prepare()
 
 import jax  # noqa: E402  (only now that the environment is set)
 
+from tests.helpers import compiled  # noqa: E402
 from tests.helpers.toy import Toy, digest_of_sources  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,13 +76,13 @@ def pytest_configure(config: pytest.Config) -> None:
     assert len(jax.devices()) == 8, f"tests need 8 simulated devices, found {len(jax.devices())}"
     if not config.getoption("--full"):
         subprocess.Popen = fork_server.Forked  # type: ignore[misc]
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
+    compiled.keep(config.cache.mkdir("compiled"))
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Toy:
-    kept, compiled = pytestconfig.cache.mkdir(f"toy-{digest_of_sources()}"), pytestconfig.cache.mkdir("compiled")
-    return Toy(tmp_path_factory.mktemp("toy"), kept, compiled)
+    kept, programs = pytestconfig.cache.mkdir(f"toy-{digest_of_sources()}"), pytestconfig.cache.mkdir("compiled")
+    return Toy(tmp_path_factory.mktemp("toy"), kept, programs)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from flax_mlm.__main__ import COMMANDS
+from tests.helpers import compiled, xla
 from tests.helpers.paths import ROOT
-from tests.helpers.xla import COMPILE_FAST
 
 CONFIGS = {file.name for file in (ROOT / "configs").glob("*.py")}
 # What pip needs of the repository.
@@ -68,11 +68,10 @@ def wheel(sources, tmp_path_factory) -> Path:
 class Installation:
     """An environment with the wheel and the packages of this one, and an empty folder to work in."""
 
-    def __init__(self, folder: Path, wheel: Path, compiled: Path):
+    def __init__(self, folder: Path, wheel: Path, kept: Path):
         self.scripts, self.cwd = folder / "venv" / "bin", folder / "empty"
         self._env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self._env |= {"XLA_FLAGS": COMPILE_FAST, "JAX_COMPILATION_CACHE_DIR": str(compiled)}
-        self._env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self._env |= {"XLA_FLAGS": xla.COMPILE_FAST, **compiled.environment(kept)}
         self.cwd.mkdir()
         venv.create(folder / "venv", symlinks=True)
         (self.site,) = (folder / "venv").glob("lib/python*/site-packages")

@@ -11,7 +11,7 @@ import pytest
 
 from flax_mlm.distributed.cluster import slurm_gpus
 from flax_mlm.errors import UserError
-from tests.helpers import xla
+from tests.helpers import compiled, xla
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import environment_with_everything, executable, tool
 
@@ -77,9 +77,10 @@ class Slurm:
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "VENV": str(venv), "PYTHONPATH": str(ROOT),
             "SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "1",
             "SLURM_NNODES": str(nodes), "SLURM_NTASKS_PER_NODE": str(tasks), "XLA_FLAGS": xla.flags(1),
-            "JAX_COMPILATION_CACHE_DIR": str(toy.compiled), "TF_ENABLE_ONEDNN_OPTS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TF_ENABLE_ONEDNN_OPTS": "0",
         } | more  # fmt: skip
+        if nodes * tasks == 1:
+            self.env |= compiled.environment(toy.programs)
 
     def submit(self, *arguments: object) -> subprocess.Popen:
         copy = self.folder / "slurm_script"  # Slurm runs a copy
