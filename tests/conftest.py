@@ -1,5 +1,6 @@
 """Every test runs on 8 simulated CPU devices, with strict promotion of dtypes and none of ranks."""
 
+import gc
 import os
 import subprocess
 from pathlib import Path
@@ -77,6 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--full"):
         subprocess.Popen = fork_server.Forked  # type: ignore[misc]
     compiled.keep(config.cache.mkdir("compiled"))
+    gc.freeze()  # what was imported is not looked through again and again
 
 
 @pytest.fixture(scope="session")

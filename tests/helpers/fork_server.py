@@ -9,6 +9,7 @@ This file is also the program of the servers, and of the client that asks them; 
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -156,6 +157,7 @@ def serve(address: str) -> None:
     global _address
     _address = address
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gc.freeze()  # no fork needs to look through what was imported
     with socket.socket(socket.AF_UNIX) as requests:
         requests.bind(address + ".new")
         requests.listen()

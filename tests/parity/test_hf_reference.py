@@ -102,7 +102,7 @@ def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, t
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     net = heads.language_model(model, vocabulary.vocab_size)
     params = net.init(jax.random.key(0))
-    encode, score = jax.jit(net.encode), jax.jit(net.apply)
+    encode, score = jax.jit(net.encode), jax.jit(lambda p, x_BLD, at_BK: net.logits(p, x_BLD)(at_BK))
     mappings = list(param_mappings(architecture, params, net.dims, model.num_layers))
     tensors = params_to_tensors(mappings, jax.device_get(params), vocabulary.pad_id + 1)
     folder.write_tensors(tmp_path / "model.safetensors", tensors)
@@ -140,11 +140,11 @@ def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, t
             with jax.set_mesh(mesh):
                 batch = shard_rows([tokens[part], segments[part], positions[part]], mesh)
                 everywhere = np.broadcast_to(np.arange(length, dtype=np.int32), tokens[part].shape)
-                hidden = np.asarray(encode(params, *batch))
-                scores = np.asarray(score(params, *batch, predict_BK=jnp.asarray(everywhere)))
+                hidden = encode(params, *batch)
+                scores = np.asarray(score(params, hidden, jnp.asarray(everywhere)))
             for i, (r, at) in places_of.items():
                 if r in range(begin, begin + 8):
-                    got = hidden[r - begin, at], scores[r - begin, at]
+                    got = np.asarray(hidden)[r - begin, at], scores[r - begin, at]
                     largest = np.maximum(largest, [np.abs(a - b).max() for a, b in zip(got, expected[i], strict=True)])
         print(f"{architecture.model_type}, {len(layout)} rows: hidden {largest[0]:.1e}, logits {largest[1]:.1e}")
         assert largest.max() <= LIMIT
