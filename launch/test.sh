@@ -26,7 +26,8 @@ case " $* " in
   # Compiled as in a real run: the tests compile without optimisations, which is faster.
   XLA_FLAGS=--xla_backend_optimization_level=3 exec python -m pytest "${shared[@]}" tests/unit tests/parity
   ;;
-"  " | " --quick ") exec python -m pytest "${shared[@]}" "$@" ;;
+" --quick ") exec python -m pytest "${shared[@]}" -n logical --maxprocesses=4 "$@" ;; # its tests hardly wait
+"  ") exec python -m pytest "${shared[@]}" ;;
 " --faults "*) exec python -m pytest tests/faults "$@" ;;
 *) exec python -m pytest "$@" ;;
 esac
