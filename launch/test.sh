@@ -14,11 +14,11 @@ set -euo pipefail
 # A file's tests share what they train. Many wait more than they compute: three processes use two processors well.
 # A test that ends its process, as one that hangs does, is tried once more.
 shared=(--dist=loadfile --no-loadscope-reorder --max-worker-restart=1 -n $(($(nproc) < 4 ? 3 : 4)))
+busy=("${shared[@]}" -n logical --maxprocesses=4) # for tests that keep every processor busy
 case " $* " in
 *" --references "*)
   . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt
-  # The compiler and torch keep every processor busy.
-  exec python -m pytest "${shared[@]}" -n logical --maxprocesses=4 tests/parity/test_hf_reference.py \
+  exec python -m pytest "${busy[@]}" tests/parity/test_hf_reference.py \
     tests/parity/test_transformers_parity.py tests/parity/test_plan_tpu.py "$@"
   ;;
 " --full ")
@@ -26,7 +26,7 @@ case " $* " in
   # Compiled as in a real run: the tests compile without optimisations, which is faster.
   XLA_FLAGS=--xla_backend_optimization_level=3 exec python -m pytest "${shared[@]}" tests/unit tests/parity
   ;;
-" --quick ") exec python -m pytest "${shared[@]}" -n logical --maxprocesses=4 "$@" ;; # its tests hardly wait
+" --quick ") exec python -m pytest "${busy[@]}" "$@" ;;
 "  ") exec python -m pytest "${shared[@]}" ;;
 " --faults "*) exec python -m pytest tests/faults "$@" ;;
 *) exec python -m pytest "$@" ;;

@@ -140,11 +140,12 @@ def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, t
             with jax.set_mesh(mesh):
                 batch = shard_rows([tokens[part], segments[part], positions[part]], mesh)
                 everywhere = np.broadcast_to(np.arange(length, dtype=np.int32), tokens[part].shape)
-                hidden = encode(params, *batch)
-                scores = np.asarray(score(params, hidden, jnp.asarray(everywhere)))
+                states_BLD = encode(params, *batch)
+                scores = np.asarray(score(params, states_BLD, jnp.asarray(everywhere)))
+            hidden = np.asarray(states_BLD)
             for i, (r, at) in places_of.items():
                 if r in range(begin, begin + 8):
-                    got = np.asarray(hidden)[r - begin, at], scores[r - begin, at]
+                    got = hidden[r - begin, at], scores[r - begin, at]
                     largest = np.maximum(largest, [np.abs(a - b).max() for a, b in zip(got, expected[i], strict=True)])
         print(f"{architecture.model_type}, {len(layout)} rows: hidden {largest[0]:.1e}, logits {largest[1]:.1e}")
         assert largest.max() <= LIMIT
