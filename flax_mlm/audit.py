@@ -4,7 +4,7 @@
 
 Rows, masks and mask rates are those of training from its first step on, in its first phase. The exit code is 1 if a
 law is broken: a special token selected, a wrong number of predictions in a row, a wrong label, a token changed that was
-not selected, or a word cut in two by `whole_word`.
+not selected, a word cut in two by `whole_word`, or a special token that came from text.
 """
 
 from collections import Counter
@@ -38,6 +38,7 @@ def main(config: Config) -> int:
     if config.objective.name == "clm":
         raise UserError("objective.name is 'clm'; expected 'mlm' or 'rtd': 'clm' masks nothing to audit")
     corpus = mixture.open_corpus(config)
+    mixture.check_words(config, corpus, print)
     phase = phase.with_rows(corpus.seq_len, corpus.tokens_per_row)
     size = config.train.global_batch_size
     steps = -(-_TOKENS.value // (size * corpus.seq_len))

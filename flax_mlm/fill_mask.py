@@ -23,12 +23,15 @@ def main(config: Config) -> None:
         raise UserError(f"objective.name is {config.objective.name}; expected mlm, the objective that fills masks")
     filler = MaskFiller(load_model(flags.FLAGS.checkpoint, config))
     text, k = _TEXT.value, _TOP_K.value
-    masks = [filler.rank_words(text, _TARGETS.value)] if _TARGETS.value else filler.top_words(text, k)
+    targets = [target.strip() for target in _TARGETS.value]
+    masks = [filler.rank_words(text, targets)] if targets else filler.top_words(text, k)
     for number, ranked in enumerate(masks, 1):
         if len(masks) > 1:
             print(f"[MASK] {number}")
         for word, probability in ranked:
             print(f"{probability:8.4f}  {word}")
+    if unknown := filler.unknown(text, targets):
+        print(f"note: the vocabulary cannot spell {', '.join(unknown)}: probability 0")
     if len(masks) > 1:
         print("all masks together")
         for filled, probability in filler.top_fillings(text, k):

@@ -10,13 +10,14 @@ from absl import flags
 
 from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
+from flax_mlm.data.mixture import check_words
 from flax_mlm.data.prepare import prepare
 
 flags.DEFINE_string("output", "", "folder to make; unfinished work is kept in OUTPUT.tmp")
 
 
 def main(config: Config) -> None:
-    prepare(config, app.required("output", "name the folder to make"))
+    check_words(config, prepare(config, app.required("output", "name the folder to make")), print)
 
 
 if __name__ == "__main__":

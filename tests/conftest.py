@@ -38,7 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     # In a process of their own: torch and TensorFlow do not always bear each other.
-    is_reference = collection_path.name in ("test_hf_reference.py", "test_transformers_parity.py", "test_plan_tpu.py")
+    names = ("test_hf_reference", "test_tokenizer_reference", "test_transformers_parity", "test_plan_tpu")
+    is_reference = collection_path.stem in names
     return True if is_reference and not config.getoption("--references") else None
 
 

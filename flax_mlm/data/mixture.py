@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from flax_mlm.config.schema import Config, DataConfig
+from flax_mlm.data import words
 from flax_mlm.data.corpus import Corpus, Rows
 from flax_mlm.data.prepare import prepare
 from flax_mlm.data.stream import Stream, counts, whole_numbers
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files, gcs
+
+_SAMPLE_ROWS = 64  # to guess the scripts of a text from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,14 +196,34 @@ def open_corpora(configs: Sequence[Config], log: Callable[[str], None] = print) 
     """Opens the corpora of each phase of a run; phases with the same data share one object.
 
     Raises:
-      UserError: as `open_corpus`; or the tokenizers differ.
+      UserError: as `open_corpus` and `check_words`; or the tokenizers differ.
     """
     mixtures = {data: open_corpus(config, log) for data, config in {config.data: config for config in configs}.items()}
+    for config in {(config.data, config.objective.masking): config for config in configs}.values():
+        check_words(config, mixtures[config.data], log)
     first, *others = mixtures.values()
     for mixture in others:
         if mixture.tokenizer().fingerprint != first.tokenizer().fingerprint:
             raise UserError(f"train.phases: {mixture} was made with another tokenizer than {first}")
     return [mixtures[config.data] for config in configs]
+
+
+def check_words(config: Config, corpus: Mixture | Corpus, log: Callable[[str], None]) -> None:
+    """Logs where words, as `objective.masking` takes them, are not those of the language.
+
+    Raises:
+      UserError: whole words are to be masked, and the vocabulary marks none.
+    """
+    tokenizer, rows, masking = corpus.tokenizer(), corpus.split("train"), config.objective.masking
+    if masking == "token" or config.objective.name == "clm":
+        return
+    tokenizer.require_words(masking)
+    if not tokenizer.marks_words:
+        log(f"warning: objective.masking is {masking}, and the tokenizer marks no words: each token counts as a word")
+    sample = rows.read(np.unique(np.linspace(0, rows.num_rows - 1, _SAMPLE_ROWS).astype(int)))
+    if (fraction := words.unspaced(tokenizer.decode(row) for row in sample)) >= 0.01:
+        what = "of the text is in scripts that put no spaces between words, such as Thai or kana"
+        log(f"warning: objective.masking is {masking}, and {fraction:.0%} {what}: a run of it counts as one word")
 
 
 def about_of(mixtures: Sequence[Mixture]) -> dict[str, Any]:

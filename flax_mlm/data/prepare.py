@@ -20,8 +20,9 @@ from typing import Any
 from flax_mlm.config.schema import Config, TokenizerConfig
 from flax_mlm.data import sources, units
 from flax_mlm.data.corpus import FORMAT, MANIFEST, Corpus, row_dtype, write_manifest
+from flax_mlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from flax_mlm.data.text import cut
-from flax_mlm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files
 
@@ -115,6 +116,8 @@ def _build(config: Config, source: sources.Source, request: str, output: Path, w
     sources.check_fraction(source, data.validation_fraction)
     work.mkdir(exist_ok=True)
     tokenizer = _tokenizer(config, source, work / "tokenizer", log)
+    if config.objective.name != "clm":
+        tokenizer.require_words(config.objective.masking)
     splits = units.make_units(_with_progress("tokenising", source, counts, log), work, tokenizer, data, log)
     for name, split in splits.items():
         if not split["rows"]:
@@ -150,6 +153,8 @@ def _log_summary(manifest: dict[str, Any], log: Log) -> None:
     if counts["undecodable_bytes"]:
         where = f" in {counts['undecodable_files']:,} files" if counts["undecodable_files"] else ""
         log(f"warning: {counts['undecodable_bytes']:,} bytes{where} were not UTF-8 and became U+FFFD")
+    if counts["nul_bytes"]:
+        log(f"warning: {counts['nul_bytes']:,} NUL bytes; UTF-16 is recognised by its byte-order mark alone")
     for kind in ("empty_files", "empty_documents"):
         if counts[kind]:
             log(f"warning: {counts[kind]:,} {kind.replace('_', ' ')}")

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-from flax_mlm.data.text import CHUNK_CHARS, cut, decode, decompressed, line_chunks
+from flax_mlm.data.text import CHUNK_CHARS, cut, decode, line_chunks, opened
 from flax_mlm.data.tf import prepared_tfds
 from flax_mlm.errors import UserError
 
@@ -70,7 +70,7 @@ class Source:
 
     def chunks(self, counts: Counter[str] | None = None) -> Iterator[TextChunk]:
         """Reads the source from its start, and adds to the given counts as it goes: read, files, empty_files,
-        undecodable_files, undecodable_bytes, empty_documents."""
+        undecodable_files, undecodable_bytes, nul_bytes, empty_documents."""
         return hashed(_numbered(self._texts(Counter() if counts is None else counts)))
 
 
@@ -149,13 +149,13 @@ def _from_files(name: str, paths: list[Path], read: _Reader, licence: str = "not
             finished, undecodable = counts["read"], counts["undecodable_bytes"]
             is_empty = True
             try:
-                with path.open("rb") as raw, decompressed(path, raw) as file:
+                with path.open("rb") as raw, opened(path, raw) as file:
                     for offset, text in read(path, file, counts):
                         is_empty = False
                         counts["read"] = finished + raw.tell()
                         yield group, group_offset + offset, text
                     group_offset += file.tell()
-            except (OSError, EOFError, zlib.error) as e:
+            except (OSError, EOFError, UnicodeError, zlib.error) as e:
                 raise UserError(f"{path} cannot be read to its end: {e}; check that the file is complete") from e
             counts["read"] = finished + stat.st_size
             counts["empty_files"] += is_empty

@@ -1,5 +1,6 @@
 """Text from files, decompressed, decoded and cut into chunks of bounded size."""
 
+import codecs
 import gzip
 import io
 from collections import Counter
@@ -26,7 +27,9 @@ def cut(text: str, limit: int) -> Iterator[str]:
 
 
 def decode(data: bytes, counts: Counter[str]) -> str:
-    """Decodes UTF-8; other bytes become U+FFFD and are counted as `undecodable_bytes`."""
+    """Decodes UTF-8; other bytes become U+FFFD and are counted as `undecodable_bytes`, and NUL as `nul_bytes`."""
+    if b"\0" in data:
+        counts["nul_bytes"] += data.count(b"\0")
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -63,18 +66,35 @@ def line_chunks(file: BinaryIO, counts: Counter[str]) -> Iterator[tuple[int, str
         yield offset - len(rest), decode(rest, counts), True
 
 
-def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    """Opens the content of a file, which is compressed if its name ends in .gz or .zst."""
-    if path.suffix == ".gz":
-        return gzip.open(raw)  # type: ignore[return-value]
-    return io.BufferedReader(_ZstdReader(raw), 1 << 20) if path.suffix == ".zst" else raw
+def opened(path: Path, raw: Any) -> BinaryIO:
+    """Opens the text of a file, which is compressed if its name ends in .gz or .zst.
+
+    Text in UTF-16 or UTF-32, by its byte-order mark, is read as UTF-8. Where it is damaged, reading raises
+    UnicodeError.
+    """
+    file = raw
+    if path.suffix in (".gz", ".zst"):
+        file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else _reader(_zstd_blocks(raw))
+    head = file.peek(4)
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        encoding = "utf-32"
+    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    else:
+        return file
+    text = codecs.iterdecode(iter(lambda: file.read(CHUNK_CHARS), b""), encoding)
+    return _reader(part.encode() for part in text)  # type: ignore[return-value]
 
 
-class _ZstdReader(io.RawIOBase):
-    """Reads a .zst file of any number of frames; unlike zstandard's own reader, an early end is an error."""
+def _reader(blocks: Iterator[bytes]) -> io.BufferedReader:
+    return io.BufferedReader(_BlockReader(blocks), 1 << 20)
 
-    def __init__(self, raw: BinaryIO):
-        self._blocks, self._block, self._position = _zstd_blocks(raw), b"", 0
+
+class _BlockReader(io.RawIOBase):
+    """Reads blocks of bytes as a file."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self._blocks, self._block, self._position = blocks, b"", 0
 
     def readable(self) -> bool:
         return True
@@ -91,6 +111,7 @@ class _ZstdReader(io.RawIOBase):
 
 
 def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
+    """Decompresses any number of frames; unlike for zstandard's own reader, an early end is an error."""
     import zstandard  # only where such a file is read
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)

@@ -82,6 +82,8 @@ def run(model: LoadedModel, clozes: Sequence[Cloze] = BUILT_IN, on_batch: OnBatc
     answers: list[dict[str, Any]] = []
     for text, words in clozes:
         on_batch()
+        if empty := [word for word in words if not model.tokenizer.encode_answer(word, text)]:
+            raise UserError(f"--data: the answer {empty[0]!r} to {text!r} becomes no token; leave it out")
         best, probability = filler.rank_words(text, list(words))[0]
         (log_probs_V,) = filler.log_probabilities([filler.encode(text)])[0].values()
         first = model.tokenizer.encode_answer(best, text)[0]

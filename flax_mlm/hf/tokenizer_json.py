@@ -109,6 +109,8 @@ def why(tokenizer: Tokenizer, ours: list[int], theirs: list[int]) -> str:
 def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns role -> token, the content of special_tokens_map.json."""
     ids = {role: getattr(tokenizer, f"{role}_id") for role in ("pad", "unk", "cls", "sep", "mask")}
+    if ids["unk"] == ids["mask"]:  # there is none
+        del ids["unk"]
     tokens: dict[str, Any] = {f"{role}_token": tokenizer.tokens[i] for role, i in ids.items()}
     if tokenizer.filename == "tokenizer.model":  # as in its tokenizer.json
         flags = {"lstrip": True, "rstrip": False, "normalized": False, "single_word": False}

@@ -43,12 +43,13 @@ def log_likelihood(
         if not 0 < len(ids) <= limit:
             raise UserError(f"text {index + 1}, '{text[:60]}', has {len(ids)} tokens; expected 1 to {limit}")
         tokens = [t.cls_id, *ids.tolist(), t.sep_id]
+        starts = t.word_starts(np.array(tokens))
         if model.config.objective.name == "clm":
             queries.append(_Query(index, tokens, list(range(len(ids))), tokens[1:-1]))
             continue
         for i in range(1, len(tokens) - 1):
             end = i + 1
-            while variant == "within_word_l2r" and end < len(tokens) - 1 and not t.starts_word[tokens[end]]:
+            while variant == "within_word_l2r" and end < len(tokens) - 1 and not starts[end]:
                 end += 1
             masked = tokens[:i] + [t.mask_id] * (end - i) + tokens[end:]
             queries.append(_Query(index, masked, [i], [tokens[i]]))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_mlm.data.tokenizer import MASK_TEXT
+from flax_mlm.data.base_tokenizer import MASK_TEXT
 from flax_mlm.errors import UserError
 from flax_mlm.inference.load import LoadedModel
 
@@ -103,6 +103,11 @@ class MaskFiller:
             beam = [(total, list(row)) for row, total in best]
         return [(self._model.tokenizer.decode(row[1:-1]), math.exp(total)) for total, row in beam]
 
+    def unknown(self, text: str, words: list[str]) -> list[str]:
+        """Returns the words that the vocabulary cannot spell; their probability is 0."""
+        t = self._model.tokenizer
+        return [word for word in words if any(t.is_special[i] for i in t.encode_answer(word, text))]
+
     def rank_words(self, text: str, words: list[str]) -> list[tuple[str, float]]:
         """Ranks given words, with their probabilities.
 
@@ -110,15 +115,15 @@ class MaskFiller:
         over its tokens.
 
         Raises:
-          UserError: the text has not exactly one [MASK], a word is empty, or the text is too long with a word.
+          UserError: the text has not exactly one [MASK], a word becomes no token, or the text is too long with a word.
         """
         ids = self.encode(text)
         position, *others = self.mask_positions(ids)
         if others:
             raise UserError(f"ranking words needs a text with exactly one [MASK]; this one has {1 + len(others)}")
         tokens_of = {word: self._model.tokenizer.encode_answer(word, text) for word in words}
-        if empty := [word for word, tokens in tokens_of.items() if not tokens]:
-            raise UserError(f"the word '{empty[0]}' has no tokens; give words that are not empty")
+        if empty := [word for word, tokens in tokens_of.items() if not tokens or not word.strip()]:
+            raise UserError(f"the word '{empty[0]}' is empty, or becomes no token; leave it out")
         rows = [ids[:position] + [ids[position]] * len(tokens) + ids[position + 1 :] for tokens in tokens_of.values()]
         self._check_length(max(rows, key=len), "the text with its longest word")
         totals = dict.fromkeys(tokens_of, 0.0)

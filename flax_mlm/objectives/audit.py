@@ -62,7 +62,17 @@ def measure(tokens_BL: np.ndarray, masked: Masked, tokenizer: Tokenizer, unit: s
         f"{BROKEN}token changed that was not selected": int(((inputs_BL != tokens_BL) & ~selected_BL).sum()),
         f"{BROKEN}special token drawn as a random one": int(tokenizer.is_special[random].sum()),
         f"{BROKEN}word cut in two": int(cut_BW.sum()) if whole else 0,
+        f"{BROKEN}special token that came from text": _special_from_text(tokens_BL, tokenizer),
     }
+
+
+def _special_from_text(tokens_BL: np.ndarray, tokenizer: Tokenizer) -> int:
+    """Counts special tokens, the unknown one left out, that packing does not put where they are."""
+    is_pad_BL, is_cls_BL, is_sep_BL = (tokens_BL == i for i in (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id))
+    no_more_BL = np.logical_and.accumulate(is_pad_BL[:, ::-1], axis=1)[:, ::-1]  # padding up to the end
+    packed_BL = no_more_BL | (is_cls_BL & np.pad(is_sep_BL, ((0, 0), (1, 0)), constant_values=True)[:, :-1])
+    packed_BL |= is_sep_BL & np.pad(is_cls_BL | no_more_BL, ((0, 0), (0, 1)), constant_values=True)[:, 1:]
+    return int((tokenizer.is_special[tokens_BL] & (tokens_BL != tokenizer.unk_id) & ~packed_BL).sum())
 
 
 def _words(
@@ -71,7 +81,7 @@ def _words(
     """Numbers of tokens and of selected tokens of each word, int32 (B, W); W is at most L + 1."""
     row_B1 = np.arange(len(tokens_BL))[:, None]
     after_special_BL = np.pad(~maskable_BL, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
-    word_BL = np.cumsum(tokenizer.starts_word[tokens_BL] | ~maskable_BL | after_special_BL, axis=1)
+    word_BL = np.cumsum(tokenizer.word_starts(tokens_BL) | ~maskable_BL | after_special_BL, axis=1)
     size_BW, chosen_BW = np.zeros((2, len(tokens_BL), tokens_BL.shape[1] + 1), np.int32)
     np.add.at(size_BW, (row_B1, word_BL), maskable_BL)
     np.add.at(chosen_BW, (row_B1, word_BL), selected_BL)

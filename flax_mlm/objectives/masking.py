@@ -198,7 +198,7 @@ def _word_starts(tokens_L: jax.Array, vocab: Vocabulary) -> tuple[jax.Array, jax
     """First tokens of words, bool (L,), and among them special tokens and the tokens after those, where spans break."""
     special_L = vocab.is_special[tokens_L]
     edges_L = special_L | jnp.roll(special_L, 1).at[0].set(True)
-    return vocab.starts_word[tokens_L] | edges_L, edges_L
+    return vocab.starts_word[tokens_L] | jnp.roll(vocab.ends_word[tokens_L], 1) | edges_L, edges_L
 
 
 def _units(starts_L: jax.Array) -> Units:

@@ -34,6 +34,7 @@ class Vocabulary(NamedTuple):
 
     is_special: jax.Array  # (V,) bool; special tokens are never predicted and never drawn as a random token
     starts_word: jax.Array  # (V,) bool; special tokens do
+    ends_word: jax.Array  # (V,) bool; the token after one of them begins a word
     ordinary_ids: jax.Array  # (R,) int32, the ids that are not special
     pad_id: int
     cls_id: int
@@ -42,9 +43,10 @@ class Vocabulary(NamedTuple):
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> "Vocabulary":
         """Copies the tables of a tokenizer to the device."""
+        is_special, starts, ends = map(jnp.asarray, (tokenizer.is_special, tokenizer.starts_word, tokenizer.ends_word))
         ordinary_ids = jnp.asarray(np.flatnonzero(~tokenizer.is_special), jnp.int32)
-        ids = (int(i) for i in (tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id))
-        return cls(jnp.asarray(tokenizer.is_special), jnp.asarray(tokenizer.starts_word), ordinary_ids, *ids)
+        ids = int(tokenizer.pad_id), int(tokenizer.cls_id), int(tokenizer.mask_id)
+        return cls(is_special, starts, ends, ordinary_ids, *ids)
 
 
 def segment_ids(tokens_BL: jax.Array, vocab: Vocabulary) -> jax.Array:

@@ -115,7 +115,7 @@ def _abstract_vocabulary(size: int, mesh: Any) -> Vocabulary:
     replicated = NamedSharding(mesh, PartitionSpec())
     flags: Any = jax.ShapeDtypeStruct((size,), np.bool_, sharding=replicated)
     ids: Any = jax.ShapeDtypeStruct((size - 5,), np.int32, sharding=replicated)
-    return Vocabulary(flags, flags, ids, 0, 2, 4)
+    return Vocabulary(flags, flags, flags, ids, 0, 2, 4)
 
 
 def _device_bytes(tree: Any) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from flax_mlm.config.load import build
 from flax_mlm.errors import UserError
+from flax_mlm.evaluation import cloze
 from flax_mlm.inference.config import read_config
 from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.inference.mask_filler import MaskFiller
@@ -98,12 +99,23 @@ def test_a_target_of_several_pieces_is_the_product_over_its_pieces(filler, model
 def test_targets_that_cannot_be_ranked(filler):
     with pytest.raises(UserError, match=r"a text with exactly one \[MASK\]; this one has 2"):
         filler.rank_words(TWO, ["dog"])
-    with pytest.raises(UserError, match="the word '' has no tokens"):
-        filler.rank_words(ONE, ["dog", ""])
+    for word in ("", " ", "\u200b"):
+        with pytest.raises(UserError, match=f"the word '{word}' is empty, or becomes no token"):
+            filler.rank_words(ONE, ["dog", word])
     with pytest.raises(
         UserError, match=r"the text with its longest word has \d+ tokens; this model was trained on at most 32"
     ):
         filler.rank_words(ONE, ["dog", "hippopotamus" * 4])
+
+
+def test_words_that_the_vocabulary_cannot_spell_are_told(filler, model, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "encode_answer", lambda word, _: [model.tokenizer.unk_id] * len(word))
+    assert filler.unknown(ONE, ["", "🎉"]) == ["🎉"]
+
+
+def test_an_answer_of_a_cloze_that_becomes_no_token_is_named(model):
+    with pytest.raises(UserError, match=r"--data: the answer '\\u200b' to 'The \[MASK\] sat.' becomes no token"):
+        cloze.run(model, [("The [MASK] sat.", ("dog", "\u200b"))])
 
 
 def test_joint_filling_is_the_best_path_of_the_beam(filler, model):

@@ -43,7 +43,8 @@ def make_config(mesh: tuple[int, int, int], overrides: tuple = ()) -> Config:
 def vocabulary(size: int = V) -> Vocabulary:
     special = np.arange(size) < 5
     starts = np.arange(size) % 3 == 0
-    return Vocabulary(jnp.asarray(special), jnp.asarray(starts), jnp.arange(5, size, dtype=jnp.int32), 0, 2, 4)
+    ends = jnp.zeros(size, bool)
+    return Vocabulary(jnp.asarray(special), jnp.asarray(starts), ends, jnp.arange(5, size, dtype=jnp.int32), 0, 2, 4)
 
 
 def host_batch(i: int) -> dict[str, np.ndarray]:

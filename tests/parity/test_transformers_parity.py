@@ -166,7 +166,7 @@ def test_hidden_states_and_scores(family, with_types, layout, one_device):
     check(np.asarray(model.encode(params, *args, **kwargs))[real], hidden, "hidden states")
     check(np.asarray(model.apply(params, *args, predict_BK=predict, **kwargs))[real], scores, "scores")
     if not with_types:  # `score` finds segments and positions by itself, and knows one token type
-        vocab = Vocabulary(*[jnp.zeros(V, jnp.int32)] * 3, pad_id=PAD, cls_id=CLS, mask_id=2)
+        vocab = Vocabulary(*[jnp.zeros(V, jnp.int32)] * 4, pad_id=PAD, cls_id=CLS, mask_id=2)
         got = build_forward(config, V, one_device).log_probs(params, args[0], predict, None, vocab)
         check(np.asarray(got)[real], scores.log_softmax(-1), "log-probabilities")
 
@@ -227,7 +227,8 @@ def test_electra(embedding_sharing, one_device):
     params = jax.tree.map(lambda x: x + noise.normal(0, 0.1, x.shape).astype(np.float32), forward.init())
     special = np.arange(V) < 4  # [PAD], [CLS], [SEP], [MASK]
     ordinary = jnp.arange(4, V, dtype=jnp.int32)
-    vocab = Vocabulary(jnp.asarray(special), jnp.asarray(~special), ordinary, PAD, CLS, 3)
+    no_ends = jnp.zeros(len(special), bool)
+    vocab = Vocabulary(jnp.asarray(special), jnp.asarray(~special), no_ends, ordinary, PAD, CLS, 3)
     tokens = noise.integers(4, V, (3, L)).astype(np.int32)
     tokens[:, 0], tokens[:, -1], tokens[1, 17:] = CLS, 2, PAD
     batch = shard_rows({"tokens": tokens, "row_ids": np.eye(3, 2, dtype=np.uint32)}, one_device)

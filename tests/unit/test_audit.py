@@ -12,6 +12,7 @@ from flax_mlm import audit
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
 from flax_mlm.configs import base
+from flax_mlm.objectives import audit as audit_lib
 from flax_mlm.objectives import masking
 from flax_mlm.objectives.rows import Vocabulary, row_keys, run_key
 
@@ -23,7 +24,11 @@ class FakeTokenizer:
     tokens = TOKENS
     is_special = np.arange(len(TOKENS)) < 5
     starts_word = np.array([p[0] in "▁[" for p in TOKENS])
+    ends_word = np.zeros(len(TOKENS), bool)
     pad_id, unk_id, cls_id, sep_id, mask_id = range(5)
+
+    def word_starts(self, ids):
+        return self.starts_word[ids]
 
     def decode(self, ids):
         return "".join(TOKENS[i] for i in ids).replace("▁", " ").strip()
@@ -117,3 +122,25 @@ def test_broken_masking_exits_with_1(monkeypatch, law):
     assert code == 1
     assert re.search("BROKEN: .*" + law, text), text
     assert ("no special token was ever selected" in text) == ("PAD" not in law)
+
+
+@pytest.mark.parametrize(("row", "found"), [
+    ([2, 7, 3, 2, 8, 3, 0, 0], 0),
+    ([2, 7, 3, 2, 8, 9, 9, 3], 0),
+    ([2, 7, 1, 1, 8, 3, 0, 0], 0),  # unknown tokens come from text
+    ([2, 7, 2, 9, 8, 3, 0, 0], 1),
+    ([2, 7, 3, 9, 8, 3, 0, 0], 1),
+    ([2, 7, 0, 9, 8, 3, 0, 0], 1),
+    ([2, 7, 4, 9, 8, 3, 0, 0], 1),
+    ([2, 7, 2, 9, 3, 9, 0, 3], 3),
+])  # fmt: skip
+def test_special_tokens_that_came_from_text_are_counted(row, found):
+    tokens = np.array([row], np.int32)
+    counts = audit_lib.measure(tokens, nothing(tokens), FakeTokenizer(), "token", 0.0)
+    assert counts[f"{audit_lib.BROKEN}special token that came from text"] == found
+
+
+def nothing(tokens):
+    """No prediction."""
+    empty = np.zeros((len(tokens), 1), np.int32)
+    return masking.Masked(tokens, empty, empty, empty.astype(np.float32))

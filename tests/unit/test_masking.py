@@ -32,14 +32,14 @@ def objective(strategy, **changes):
     return dataclasses.replace(BASE, masking=strategy, **changes)
 
 
-def tokenizer(special=(1, 2, 3, 4, 5, 6), starts_word=None, vocab_size=V):
+def tokenizer(special=(1, 2, 3, 4, 5, 6), starts_word=None, ends_word=None, vocab_size=V):
     """Specials are pad, cls, sep, mask, unk and further ones, in this order."""
     is_special = np.isin(np.arange(vocab_size), special)
     starts = np.ones(vocab_size, bool) if starts_word is None else np.asarray(starts_word, bool)
     pad, cls, sep, mask = special[:4]
-    return SimpleNamespace(
-        is_special=is_special, starts_word=starts | is_special, pad_id=pad, cls_id=cls, sep_id=sep, mask_id=mask
-    )
+    ends = np.zeros(vocab_size, bool) if ends_word is None else np.asarray(ends_word, bool)
+    tables = {"is_special": is_special, "starts_word": starts | is_special, "ends_word": ends}
+    return SimpleNamespace(**tables, pad_id=pad, cls_id=cls, sep_id=sep, mask_id=mask)
 
 
 def row_ids(numbers):
@@ -77,7 +77,7 @@ def words_of(tokens, tok):
     for i, t in enumerate(tokens):
         if tok.is_special[t]:
             open_word = False
-        elif open_word and not tok.starts_word[t]:
+        elif open_word and not (tok.starts_word[t] or tok.ends_word[tokens[i - 1]]):
             words[-1].append(i)
         else:
             words.append([i])
@@ -98,7 +98,8 @@ def expected_count(rate, maskable):
 def cases(draw):
     """(tokenizer, tokens, rate): any ids in any order, between [CLS] and [SEP]; some rows empty or nearly so."""
     special = tuple(draw(st.permutations(range(V)))[:NUM_SPECIAL])
-    tok = tokenizer(special, draw(st.lists(st.booleans(), min_size=V, max_size=V)))
+    table = st.lists(st.booleans(), min_size=V, max_size=V)
+    tok = tokenizer(special, draw(table), draw(table))
     ordinary = st.sampled_from(np.flatnonzero(~tok.is_special).tolist())
     kinds = {
         "full": st.lists(ordinary, min_size=L - 2, max_size=L - 2),

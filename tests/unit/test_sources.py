@@ -52,6 +52,34 @@ def test_zst_of_several_frames_is_read_to_its_end(tmp_path):
     assert read(f"text:{tmp_path}/a.zst")[0] == ["one", "two", "three"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_text_with_a_byte_order_mark_is_decoded(tmp_path, encoding, suffix):
+    documents = ["The baker 🙂 sold\nkeys.", "äö 人" * 30_000]
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    text = "\ufeff" + "\r\n\r\n".join(documents).replace("d\nk", "d\r\nk")
+    (tmp_path / f"a{suffix}").write_bytes(pack(text.encode(encoding)))
+    (tmp_path / f"b{suffix}").write_bytes(pack(b"plain"))
+    assert read(f"text:{tmp_path}/*")[0] == [*documents, "plain"]
+
+
+def test_json_with_a_byte_order_mark_is_decoded(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "bäker"}\n{"text": "人"}\n', encoding="utf-16")
+    assert read(f"jsonl:{tmp_path}/a.jsonl")[0] == ["bäker", "人"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_damaged_utf_16_is_named(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("some words\n".encode(encoding)[:-1])
+    with pytest.raises(UserError, match=r"a.txt cannot be read to its end"):
+        read(f"text:{tmp_path}/a.txt")
+
+
+def test_nul_bytes_are_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes("words".encode("utf-16-le"))  # without byte-order mark
+    assert read(f"text:{tmp_path}/a.txt")[1]["nul_bytes"] == 5
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"junk" + d])
 def test_damaged_archive_is_named(tmp_path, suffix, damage):

@@ -1,0 +1,184 @@
+"""Hugging Face's `tokenizer.json` as a `Tokenizer`, run by the `tokenizers` library."""
+
+import copy
+import functools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flax_mlm.data.base_tokenizer import MASK_TEXT, Tokenizer, is_special_spelling
+from flax_mlm.data.words import WordMarks
+from flax_mlm.errors import as_user_error
+
+Spec = dict[str, Any]  # the content of a tokenizer.json, as the library writes it
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, whose added tokens may have a key more than the library's: `roles`, a list such as ["cls"]."""
+
+    filename = "tokenizer.json"
+
+    def __init__(self, content: bytes, path: str):
+        """Opens the content of a `tokenizer.json`; `path` names it in errors."""
+        # `tokenizers` raises bare Exception.
+        with as_user_error(f"{path} is not a Hugging Face tokenizer.json: ", Exception):
+            self._tokenizer, roles = read_json(content)
+            self._spec: Spec = json.loads(self._tokenizer.to_str())  # with every default, and the ids in use
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            size = max(self._tokenizer.get_vocab().values()) + 1
+        tokens = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
+        added = self._spec["added_tokens"]
+        special_ids = {t["id"] for t in added if t["special"] or is_special_spelling(t["content"])}
+        special_ids |= {i for i, token in enumerate(tokens) if not token}
+        marks = _word_marks(self._spec)
+        super().__init__(content, tokens, special_ids, marks, path, roles)
+        added_ids = [t["id"] for t in added]  # they carry no mark
+        self.starts_word[added_ids], self.ends_word[added_ids] = True, bool(marks.ends)
+        # The model itself would find special tokens in text. No text holds these names: U+10FFFF is no character.
+        self._hidden = {tokens[i]: f"\U0010ffff {tokens[i]}" for i in np.flatnonzero(self.is_special) if tokens[i]}
+        self._encoder = _open(_renamed(self._spec, self._hidden))
+
+    @functools.cached_property
+    def _mask_encoder(self) -> Any:
+        """An encoder that finds `[MASK]` as `transformers` finds the mask token."""
+        mask, ids = self.tokens[self.mask_id], {t["id"] for t in self._spec["added_tokens"]}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        new = [] if self.mask_id in ids else [{"id": self.mask_id, "content": mask, **flags}]
+        spec = {**self._spec, "added_tokens": [*self._spec["added_tokens"], *new]}
+        # An ordinary token that is spelled [MASK] would be found as well.
+        names = {MASK_TEXT: f"\U0010ffff {MASK_TEXT}", **self._hidden, mask: MASK_TEXT}
+        spec = _renamed(spec, names)
+        for token in spec["added_tokens"]:
+            if token["id"] == self.mask_id:  # the space before it belongs to the masked word
+                token |= {"special": False, "lstrip": True, "normalized": False}
+        return _open(spec)
+
+    @functools.cached_property
+    def _continued(self) -> Any:
+        """An encoder that puts no space in front of a text."""
+        return _open(_without_prefix(_renamed(self._spec, self._hidden)))
+
+    @functools.cached_property
+    def _space_counts(self) -> bool:
+        """True where a word begins with its mark only after a space (byte-level BPE)."""
+        bare, spaced = (bool(self.starts_word[ids[:1]].all()) for ids in self.encode(["a", " a"]))
+        return spaced and not bare
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return _encode(self._encoder, texts)
+
+    def encode_with_mask(self, text: str) -> list[int]:
+        return _encode(self._mask_encoder, [text])[0].tolist()
+
+    def _encode_after(self, texts: Sequence[str], spaced: bool) -> list[np.ndarray]:
+        if not spaced:
+            return _encode(self._continued, texts)
+        return self.encode([f" {text}" for text in texts] if self._space_counts else texts)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids if not self.is_special[i]])
+
+    def extended(self, words: Iterable[str]) -> bytes:
+        from tokenizers import AddedToken
+
+        tokenizer, roles = read_json(self.content)
+        normalizer = tokenizer.normalizer
+        folds_case = bool(normalizer) and "a" in normalizer.normalize_str("A")
+        for word in words:
+            (ids,) = self.encode_words([word])
+            if len(ids) != 1 or ids[0] == self.unk_id:  # the space in front is part of a word
+                word = word.lower() if folds_case else word
+                tokenizer.add_tokens([AddedToken(word, single_word=True, lstrip=True, normalized=folds_case)])
+        return to_json(tokenizer, roles)
+
+
+def read_json(content: bytes) -> tuple[Any, dict[str, str]]:
+    """Opens the content of a tokenizer.json with the `tokenizers` library; returns also role -> token."""
+    spec = json.loads(content)
+    roles = {role: t["content"] for t in spec.get("added_tokens", []) for role in t.get("roles", [])}
+    return _open(spec), roles
+
+
+def to_json(tokenizer: Any, roles: Mapping[str, str]) -> bytes:
+    """Returns the content of a tokenizer.json for a tokenizer of the `tokenizers` library."""
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens([token for token in roles.values() if token not in added])
+    spec = json.loads(tokenizer.to_str())
+    for token in spec["added_tokens"]:
+        if own := [role for role, content in roles.items() if content == token["content"]]:
+            token["roles"] = own
+    return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def components(spec: Spec) -> Iterator[Spec]:
+    """Yields each normalizer and pre-tokenizer of a tokenizer.json, those inside of others included."""
+    parts = [spec["normalizer"], spec["pre_tokenizer"]]
+    for part in filter(None, parts):
+        yield part
+        parts += part.get("normalizers", []) + part.get("pretokenizers", [])  # which are visited in their turn
+
+
+def _open(spec: Spec) -> Any:
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(e.ids, np.int32) for e in encodings]
+
+
+def _word_marks(spec: Spec) -> WordMarks:
+    model = spec["model"]
+    parts = {part["type"]: part for part in components(spec)}
+    if suffix := model.get("end_of_word_suffix"):
+        return WordMarks(ends=suffix, is_byte_level="ByteLevel" in parts)
+    if prefix := model.get("continuing_subword_prefix"):
+        return WordMarks(continues=prefix)
+    if "ByteLevel" in parts:
+        return WordMarks(begins="ĠĊĉč", is_byte_level=True)
+    if "Metaspace" in parts:
+        return WordMarks(begins=parts["Metaspace"]["replacement"])
+    if "▁" in json.dumps([spec["normalizer"], spec["pre_tokenizer"]], ensure_ascii=False):
+        return WordMarks(begins="▁")
+    return WordMarks(are_words=model["type"] in ("WordLevel", "WordPiece"))
+
+
+def _renamed(spec: Spec, names: Mapping[str, str]) -> Spec:
+    """Copies a tokenizer.json with other names for some tokens, which no merge makes any more; ids are the same."""
+    model = dict(spec["model"])
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(token, token): i for token, i in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocab]
+    if "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        kept = ((a, b) for a, b in pairs if names.keys().isdisjoint((a, b, a + b.removeprefix(prefix))))
+        model["merges"] = list(kept)
+    if model.get("unk_token"):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    hidden = {"special": True, "normalized": False}
+    added = [
+        {**t, "content": names[t["content"]], **hidden} if t["content"] in names else t for t in spec["added_tokens"]
+    ]
+    # Documents are neither cut nor padded, whatever the file asks for.
+    return {**spec, "model": model, "added_tokens": added, "truncation": None, "padding": None, "post_processor": None}
+
+
+def _without_prefix(spec: Spec) -> Spec:
+    """Copies a tokenizer.json, without the space that it puts in front of a text."""
+    changes: dict[Any, Spec] = {
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+        "Prepend": {"prepend": ""},
+    }
+    spec = {**spec, **{rule: copy.deepcopy(spec[rule]) for rule in ("normalizer", "pre_tokenizer")}}
+    for part in components(spec):
+        part |= {key: value for key, value in changes.get(part["type"], {}).items() if key in part}
+    return spec

@@ -1,0 +1,167 @@
+"""Vocabularies and the settings beside them give the ids that transformers gives, or are refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken
+
+from flax_mlm.data.tokenizer import load_tokenizer
+from flax_mlm.errors import UserError
+from tests.helpers import tokenizer_files
+from tests.helpers.tokenizer_files import BERT, ROBERTA, TEXT, bert_vocab, folder, vocabulary
+
+UMLAUTS = ("möchte", "mochte", "schön", "schon", "Keys", "keys", "人", "##的", "的")
+
+
+def cut(path: Path, text: str) -> list[str]:
+    tok = load_tokenizer(path)
+    return [tok.tokens[i] for i in tok.encode([text])[0]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "tokens"),
+    [
+        ({"do_lower_case": True}, "möchte schön", ["mochte", "schon"]),
+        ({"do_lower_case": True, "strip_accents": None}, "möchte", ["mochte"]),
+        ({"do_lower_case": True, "strip_accents": False}, "möchte schön", ["möchte", "schön"]),
+        ({"do_lower_case": False, "strip_accents": True}, "möchte Keys", ["mochte", "Keys"]),
+        ({"do_lower_case": False}, "Keys möchte", ["Keys", "möchte"]),
+        ({"tokenize_chinese_chars": False}, "人的", ["人", "##的"]),
+        ({"tokenize_chinese_chars": True}, "人的", ["人", "的"]),
+    ],
+)
+def test_settings_beside_vocab_txt(settings, text, tokens, tmp_path):
+    assert cut(bert_vocab(tmp_path, *UMLAUTS, **settings), text) == tokens
+
+
+def test_settings_beside_tokenizer_json_win_as_in_transformers(tmp_path):
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": False}
+    assert "[UNK]" in cut(folder(tmp_path, tokenizer_files.bert(), tokenizer_config=settings), "KEYS")
+
+
+def test_a_class_without_settings_of_its_own_takes_tokenizer_json_as_it_is(tmp_path):
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}
+    path = folder(tmp_path, tokenizer_files.bert(), tokenizer_config=settings)
+    assert load_tokenizer(path).content == (path / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_lower_case": "false"}, "do_lower_case is 'false'; expected true or false"),
+        ({"strip_accents": 0}, "strip_accents is 0; expected true or false"),
+        ({"tokenize_chinese_chars": "no"}, "tokenize_chinese_chars is 'no'"),
+        ({"never_split": ["keys"]}, "never_split is"),
+        ({"do_basic_tokenize": False}, "do_basic_tokenize is False"),
+        ({"word_tokenizer_type": "mecab"}, "word_tokenizer_type is 'mecab'"),
+        (
+            {"tokenizer_class": "BertJapaneseTokenizer"},
+            "tokenizer_class is BertJapaneseTokenizer; expected",
+        ),
+        ({"tokenizer_class": "PhobertTokenizer"}, "tokenizer_class is PhobertTokenizer"),
+        ({"mask_token": 5}, "mask_token of its tokenizer settings is 5; expected a token"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(settings, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(bert_vocab(tmp_path, *UMLAUTS, **settings))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\ufffd", '{"added_tokens_decoder": 5}'])
+def test_settings_that_cannot_be_read_are_refused(content, tmp_path):
+    path = bert_vocab(tmp_path, *UMLAUTS)
+    (path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"cannot be read|holds no JSON object"):
+        load_tokenizer(path)
+
+
+def test_added_tokens_json(tmp_path):
+    path = bert_vocab(tmp_path, "keys", "co", "##vid")
+    folder(path, added_tokens={"covid": 8})
+    assert cut(path, "covid keys") == ["covid", "keys"]
+
+
+def test_added_tokens_decoder(tmp_path):
+    token = {"content": "covid", "single_word": True, "lstrip": False, "rstrip": False, "normalized": True}
+    path = bert_vocab(tmp_path, "keys", "co", "##vid", "##s", added_tokens_decoder={"9": token})
+    assert cut(path, "COVID covids") == ["covid", "co", "##vid", "##s"]
+
+
+def test_an_added_token_whose_id_does_not_follow_is_refused(tmp_path):
+    path = folder(bert_vocab(tmp_path, "keys"), added_tokens={"covid": 40})
+    with pytest.raises(UserError, match=r"'covid' has id 40, and vocab.txt leaves it 6"):
+        load_tokenizer(path)
+
+
+def test_special_tokens_that_the_folder_adds_are_special(tmp_path):
+    path = bert_vocab(tmp_path, "keys", additional_special_tokens=["<ent>"])
+    tok = load_tokenizer(path)
+    assert (tok.tokens[-1], bool(tok.is_special[-1])) == ("<ent>", True)
+
+
+def test_blank_lines_at_the_end_of_vocab_txt_are_no_tokens(tmp_path):
+    path = bert_vocab(tmp_path, "keys")
+    (path / "vocab.txt").write_text("\n".join([*BERT, "keys"]) + "\n\n\n")
+    assert load_tokenizer(path).tokens == [*BERT, "keys"]
+
+
+def byte_level(path: Path, **settings) -> Path:
+    """vocab.json and merges.txt of a RoBERTa."""
+    library = vocabulary("byte_level", ROBERTA)
+    library.model.save(str(path))
+    return folder(path, tokenizer_config={"tokenizer_class": "RobertaTokenizer", **settings})
+
+
+def test_vocab_json_and_merges_are_byte_level_bpe(tmp_path):
+    expected = vocabulary("byte_level", ROBERTA).encode(TEXT[0], add_special_tokens=False).tokens
+    assert cut(byte_level(tmp_path), TEXT[0]) == expected
+
+
+def test_vocab_json_follows_add_prefix_space(tmp_path):
+    assert cut(byte_level(tmp_path, add_prefix_space=True), "keys")[0].startswith("Ġ")
+
+
+@pytest.mark.parametrize("change", ["no merges", "no byte-level", "class"])
+def test_other_vocab_json_is_refused(change, tmp_path):
+    path = byte_level(tmp_path)
+    if change == "no merges":
+        (path / "merges.txt").unlink()
+    elif change == "class":
+        folder(path, tokenizer_config={"tokenizer_class": "CLIPTokenizer"})
+    else:
+        (path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate([*ROBERTA, "keys"])}))
+    with pytest.raises(UserError, match=r"no byte-level BPE|tokenizer_class is CLIPTokenizer"):
+        load_tokenizer(path)
+
+
+def test_tokenizer_json_is_preferred_to_a_sentencepiece_model(tmp_path):
+    path = folder(tmp_path, vocabulary("unigram", ROBERTA))
+    (path / "tokenizer.model").write_bytes(b"another tokenizer")
+    assert load_tokenizer(path).filename == "tokenizer.json"
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_level", "metaspace", "unigram"])
+@pytest.mark.parametrize("word", ["covid", "covid-19", "new york", "zyx_9"])
+def test_added_words_are_found_whole(kind, word, tmp_path):
+    path = folder(tmp_path / "folder", vocabulary(kind))
+    (tmp_path / "words").write_text(word)
+    tok = load_tokenizer(path, tmp_path / "words")
+    ids = tok.encode([f"the {word} sold {word}"])[0].tolist()
+    assert ids.count(tok.vocab_size - 1) == 2
+
+
+def test_an_added_word_does_not_cut_longer_words(tmp_path):
+    path = folder(tmp_path / "folder", tokenizer_files.bert())
+    (tmp_path / "words").write_text("bake")
+    before, after = load_tokenizer(path), load_tokenizer(path, tmp_path / "words")
+    assert after.encode(["bakers"])[0].tolist() == before.encode(["bakers"])[0].tolist()
+
+
+def test_roles_outlive_added_words(tmp_path):
+    library = vocabulary("byte_level", ROBERTA)
+    library.add_special_tokens([AddedToken("[CLS]")])
+    path = folder(tmp_path / "folder", library, tokenizer_config={"cls_token": "<s>"})
+    (tmp_path / "words").write_text("covid")
+    tok = load_tokenizer(path, tmp_path / "words")
+    assert tok.tokens[tok.cls_id] == "<s>"
