@@ -9,7 +9,6 @@ have 95% confidence intervals from a paired bootstrap over the examples of both.
 """
 
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -104,7 +103,7 @@ def result_of(task: str, arguments: list[str], name: str, path: str, sha256: str
     """Reads the result of an earlier evaluation of a checkpoint, or evaluates it.
 
     Raises:
-      UserError: evaluate ended with a user error, or `output` cannot be written.
+      UserError: evaluate ended with a user error, `output` cannot be written, or the file holds no result.
       Failure: evaluate failed.
     """
     print(f"{task}: {name}", flush=True)
@@ -121,7 +120,10 @@ def result_of(task: str, arguments: list[str], name: str, path: str, sha256: str
             message = (done.stderr.strip().splitlines() or ["no output"])[-1]
             error = UserError if done.returncode == 2 else Failure
             raise error(f"{task} of {name}: {message.removeprefix('error: ')}")
-    return json.loads(file.read_text())
+    try:
+        return files.read_json(file)
+    except UserError as e:
+        raise UserError(f"{task} of {name}: {e}; delete the file to evaluate again") from e
 
 
 def files_in(arguments: list[str]) -> list[tuple[str, int, int]]:

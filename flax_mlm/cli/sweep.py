@@ -9,6 +9,7 @@ settings. Values that contain , ; or & are written in double quotes:
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import statistics
@@ -112,10 +113,11 @@ class Run(NamedTuple):
         return metrics.lines(self.workdir, "validation")
 
     def result(self) -> dict[str, Any] | None:
-        """Reads the last evaluation; None for a run that is not finished."""
+        """Reads the last evaluation; None for a run that is not finished, or whose loss is infinite or NaN."""
         file, last = self.workdir / "result.json", self.curve()[-1:]
-        is_finished = last and file.exists() and json.loads(file.read_text())["loss"] == last[0]["loss"]
-        return last[0] if is_finished else None
+        if not last or not file.exists() or json.loads(file.read_text())["loss"] != last[0]["loss"]:
+            return None
+        return last[0] if math.isfinite(last[0]["loss"]) else None
 
 
 def make_run(base: list[str], setting: Setting, seed: int, workdir: Path) -> Run:

@@ -68,7 +68,7 @@ def run(model: LoadedModel, clozes: Sequence[Cloze] = BUILT_IN, on_batch: OnBatc
     """Ranks the answers of clozes among all tokens of the vocabulary.
 
     An answer of several tokens gets as many masks, which are filled from left to right; its rank is that of its first
-    token.
+    token. Ties count against the answer, so that equal probabilities are no knowledge.
 
     Args:
       on_batch: called before every cloze.
@@ -87,7 +87,7 @@ def run(model: LoadedModel, clozes: Sequence[Cloze] = BUILT_IN, on_batch: OnBatc
         best, probability = filler.rank_words(text, list(words))[0]
         (log_probs_V,) = filler.log_probabilities([filler.encode(text)])[0].values()
         first = model.tokenizer.encode_answer(best, text)[0]
-        rank = int((log_probs_V > log_probs_V[first]).sum()) + 1
+        rank = int((log_probs_V >= log_probs_V[first]).sum())
         own = [word for word, _ in filler.top_words(text, 5)[0]]
         answers.append({"text": text, "answer": best, "probability": probability, "rank": rank, "own": own})
     ranks = np.array([answer["rank"] for answer in answers])

@@ -17,7 +17,7 @@ from flax_mlm.data.pipeline import eval_batches
 from flax_mlm.distributed import batches, mesh, preemption
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import metrics, report, rtd
-from flax_mlm.inference.forward import EvalOutput, build_forward
+from flax_mlm.inference.forward import EvalOutput, build_forward, check_finite
 from flax_mlm.inference.load import LoadedModel, OnBatch
 
 
@@ -142,6 +142,7 @@ def eval_outputs(model: LoadedModel, corpus: Mixture, on_batch: OnBatch) -> Iter
 
     Raises:
       Stopped: `on_batch` of one of the processes returned true.
+      NotFinite: the model computes NaN or infinity.
     """
     numbers, size = np.concatenate(corpus.held_out(model.config.eval.max_rows)), model.config.eval.batch_size
     own_rows = batches.local_rows(model.mesh, size)
@@ -151,6 +152,7 @@ def eval_outputs(model: LoadedModel, corpus: Mixture, on_batch: OnBatch) -> Iter
             output, stop = jax.device_get(model.forward.evaluate(model.params, global_batch, model.vocab))
         if stop:
             raise preemption.Stopped
+        check_finite(output.scored)
         yield batch["tokens"], output
 
 

@@ -21,6 +21,7 @@ from flax_mlm.distributed import batches, mesh
 from flax_mlm.errors import UserError
 from flax_mlm.finetuning.loop import Batch, Problem, epoch_indices
 from flax_mlm.inference import embeddings
+from flax_mlm.inference.forward import check_finite
 from flax_mlm.inference.load import LoadedModel, OnBatch, Params, pad_rows
 from flax_mlm.storage import gcs
 
@@ -68,6 +69,7 @@ def make_problem(
             on_batch()
             arrays = batches.shard_rows(list(dev_batch(indices, rng)), model.mesh)
             losses.append(float(jitted_loss(params, *arrays, jax.random.fold_in(jax.random.key(0), i))))
+        check_finite(losses)
         return -float(np.mean(losses))
 
     def reciprocal_rank(params: Params) -> float:

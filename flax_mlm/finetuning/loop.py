@@ -16,6 +16,7 @@ import optax
 from flax_mlm.distributed import batches, mesh
 from flax_mlm.errors import UserError
 from flax_mlm.inference.embeddings import check_batches
+from flax_mlm.inference.forward import NotFinite
 from flax_mlm.inference.load import LoadedModel, Log, OnBatch, Params
 from flax_mlm.optim import optimizer
 
@@ -53,6 +54,7 @@ def search(
 
     Raises:
       UserError: `finetune.method` is probe, which trains no encoder; or see `embeddings.check_batches`.
+      NotFinite: no learning rate is without NaN or infinity.
     """
     check_batches(model)
     config = model.config.finetune
@@ -63,7 +65,13 @@ def search(
     with jax.set_mesh(model.mesh):
         for learning_rate in config.rates():
             name = f"{learning_rate:g}"
-            scores[name], params = train(learning_rate, 0)
+            try:
+                scores[name], params = train(learning_rate, 0)
+            except NotFinite:
+                log(f"learning rate {name}: diverged")
+                if scores or learning_rate != config.rates()[-1]:
+                    continue
+                raise
             first[name] = outcome(params)
             log(f"learning rate {name}: {scores[name]:.4f} on the development set")
         best = max(scores, key=lambda name: scores[name])
@@ -77,7 +85,8 @@ _Training = Callable[[float, int], tuple[float, Params]]  # learning rate, seed 
 def _make_training(model: LoadedModel, problem: Problem, on_batch: OnBatch) -> _Training:
     """Builds a function (learning rate, seed) -> score and parameters of the best epoch.
 
-    Call it under `jax.set_mesh(model.mesh)`. It trains until `finetune.patience` epochs have brought no better score.
+    Call it under `jax.set_mesh(model.mesh)`. It trains until `finetune.patience` epochs have brought no better score,
+    and raises NotFinite where even the first epoch diverges.
     """
     config = model.config.finetune
     total = max(len(problem.lengths) // config.batch_size, 1) * config.epochs
@@ -112,7 +121,13 @@ def _make_training(model: LoadedModel, problem: Problem, on_batch: OnBatch) -> _
                 if jax.default_backend() == "cpu":
                     jax.block_until_ready(loss)  # simulated devices deadlock when steps queue up
                 step += 1
-            if (score := problem.dev_score(params)) > best_score:
+            try:
+                score = problem.dev_score(params)
+            except NotFinite:
+                if not best_epoch:
+                    raise
+                break  # what has diverged gets no better
+            if score > best_score:
                 best_score, best_params, best_epoch = score, params, epoch
             elif epoch - best_epoch >= config.patience:
                 break

@@ -32,6 +32,8 @@ def load(path: str | os.PathLike[str]) -> "Model":
 class Model:
     """A trained model with its tokenizer.
 
+    Its methods raise UserError where the model computes NaN or infinity.
+
     Attributes:
       config: the config that it was trained with.
       tokenizer: its tokenizer, of V tokens.

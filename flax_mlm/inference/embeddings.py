@@ -9,6 +9,7 @@ import numpy as np
 
 from flax_mlm.distributed import batches, mesh
 from flax_mlm.errors import UserError
+from flax_mlm.inference.forward import check_finite
 from flax_mlm.inference.load import LoadedModel, OnBatch, Params, pad_rows
 
 _BATCH = 8  # rows whose logits are computed together
@@ -110,10 +111,10 @@ def run_batches(
       rows: tokens of texts, see `tokenize`.
 
     Raises:
-      UserError: see `check_batches`.
+      UserError: see `check_batches`; NotFinite: the model computes NaN or infinity.
 
     Returns:
-      one float32 array a text, without the batch dimension; a dimension of tokens includes padding at its end.
+      one float32 array a text, (C,), or (L, C) where the function computes something for every token.
     """
     check_batches(model)
     size = model.config.finetune.batch_size
@@ -123,7 +124,9 @@ def run_batches(
             on_batch()
             filled = indices + [indices[-1]] * (size - len(indices))
             tokens_BL = batches.shard_rows(pad(model, [rows[i] for i in filled]), model.mesh)
-            results.update(zip(indices, np.asarray(mesh.replicate(encoder(params, tokens_BL))), strict=False))
+            for i, output in zip(indices, np.asarray(mesh.replicate(encoder(params, tokens_BL))), strict=False):
+                results[i] = output if output.ndim == 1 else output[: len(rows[i])]
+    check_finite(results)
     return [results[i] for i in range(len(rows))]
 
 
@@ -135,6 +138,9 @@ def row_outputs(model: LoadedModel, rows: Sequence[list[int]]) -> Iterator[tuple
 
     Yields:
       for each row, its index, hidden states (L, D) and logits (L, V), with rtd (L,), all float32.
+
+    Raises:
+      NotFinite: the model computes NaN or infinity.
     """
     size = -(-_BATCH // mesh.num_batch_shards(model.mesh)) * mesh.num_batch_shards(model.mesh)
     for indices in _batches_by_length(rows, size):
@@ -142,8 +148,10 @@ def row_outputs(model: LoadedModel, rows: Sequence[list[int]]) -> Iterator[tuple
         tokens_BL = pad_rows([rows[i] for i in indices], shape, model.tokenizer.pad_id)
         with jax.set_mesh(model.mesh):
             outputs = model.forward.outputs(model.params, batches.shard_rows(tokens_BL, model.mesh), model.vocab)
-        for i, hidden_LD, logits in zip(indices, *map(np.asarray, outputs), strict=False):
-            yield i, hidden_LD[: len(rows[i])], logits[: len(rows[i])]
+        for i, *arrays in zip(indices, *map(np.asarray, outputs), strict=False):
+            hidden_LD, logits = (array[: len(rows[i])] for array in arrays)
+            check_finite((hidden_LD, logits))
+            yield i, hidden_LD, logits
 
 
 def _batches_by_length(rows: Sequence[list[int]], size: int) -> Iterator[list[int]]:
@@ -176,4 +184,5 @@ def embed(
       vectors of length 1, float32 (N, D).
     """
     encoder, params = encoder or make_encoder(model), model.params if params is None else params
-    return normalize(np.stack(run_batches(model, encoder, params, tokenize(model, texts), on_batch)))
+    states_ND = np.stack(run_batches(model, encoder, params, tokenize(model, texts), on_batch))
+    return normalize(states_ND.astype(np.float64)).astype(np.float32)  # squares overflow float32 before states do

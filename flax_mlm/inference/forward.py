@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed.deterministic import map_groups
@@ -21,6 +22,21 @@ from flax_mlm.objectives.rows import Vocabulary
 # tokens int32 (B, L); row_ids uint32 (B, 2); stop bool (B,); in a run with a budget also progress float32 (B,), the
 # fraction of the run at the end of the step by each process's clock
 Batch = dict[str, jax.Array]
+
+
+class NotFinite(UserError):
+    """A model computes NaN or infinity, with which nothing can be compared, ranked or averaged."""
+
+
+def check_finite(outputs: Any) -> None:
+    """Checks what a model computed, arrays or a tree of arrays, where it leaves the devices.
+
+    Raises:
+      NotFinite: a number is NaN or infinite.
+    """
+    if not all(np.isfinite(array).all() for array in jax.tree.leaves(outputs)):
+        what = "the model computes NaN or infinity; expected finite numbers; its weights hold some, or overflow"
+        raise NotFinite(f"{what}; use another checkpoint, or train it with a lower learning rate")
 
 
 class EvalOutput(NamedTuple):

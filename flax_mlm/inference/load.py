@@ -19,7 +19,7 @@ from flax_mlm.distributed.mesh import make_mesh, num_batch_shards
 from flax_mlm.errors import UserError
 from flax_mlm.hf.folder import is_hf_folder, open_folder
 from flax_mlm.hf.weights import load_params, param_mappings, subtokens
-from flax_mlm.inference.forward import Forward, build_forward
+from flax_mlm.inference.forward import Forward, build_forward, check_finite
 from flax_mlm.model import electra
 from flax_mlm.objectives.rows import Vocabulary
 
@@ -68,6 +68,9 @@ class LoadedModel(NamedTuple):
 
         Returns:
           float32 (B, K) or (B, K, V), for `len(rows)` rows.
+
+        Raises:
+          NotFinite: the model computes NaN or infinity.
         """
         size = -(-shape[0] // num_batch_shards(self.mesh)) * num_batch_shards(self.mesh)
         tokens_BL = pad_rows(rows, (size, shape[1]), self.tokenizer.pad_id)
@@ -75,7 +78,9 @@ class LoadedModel(NamedTuple):
         labels_BK = None if labels is None else pad_rows(labels, predict_BK.shape)
         with jax.set_mesh(self.mesh):
             inputs = shard_replicated_rows([tokens_BL, predict_BK, labels_BK], self.mesh)
-            return np.array(self.forward.log_probs(self.params, *inputs, self.vocab))[: len(rows)]
+            log_probs = np.array(self.forward.log_probs(self.params, *inputs, self.vocab))[: len(rows)]
+        check_finite(log_probs)
+        return log_probs
 
 
 def pad_rows(rows: Sequence[Any], shape: tuple[int, int], value: int = 0) -> np.ndarray:

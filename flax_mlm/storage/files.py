@@ -3,13 +3,14 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import gcs
 
 
@@ -74,5 +75,19 @@ def digest(value: Any) -> str:
 
 
 def write_json(file: gcs.AnyPath, value: Any) -> None:
-    """Writes indented JSON atomically, also into a bucket."""
-    write_text(file, json.dumps(value, indent=2) + "\n")
+    """Writes indented JSON atomically, also into a bucket. Raises UserError: a number in it is NaN or infinite."""
+    with as_user_error(f"{file} cannot be written: ", ValueError):
+        text = json.dumps(value, indent=2, allow_nan=False)
+    write_text(file, text + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """Reads JSON. Raises UserError: it cannot be read, is no JSON, or a number in it is NaN or infinite."""
+
+    def finite(text: str) -> float:
+        if math.isfinite(number := float(text)):
+            return number
+        raise ValueError(f"it has the number {text}")
+
+    with as_user_error(f"{file} is not JSON of finite numbers: ", ValueError):
+        return json.loads(read_text(file), parse_constant=finite, parse_float=finite)

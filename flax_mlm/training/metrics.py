@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,6 +109,12 @@ def lines(workdir: Path, kind: str = "") -> list[dict[str, Any]]:
     return entries
 
 
+def _json_line(entry: Mapping[str, Any]) -> str:
+    """Formats a line of metrics.jsonl; NaN and infinity, of a step that was skipped, are no JSON and become null."""
+    finite = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in entry.items()}
+    return json.dumps(finite) + "\n"
+
+
 class Writers:
     """Writes metrics.jsonl, and TensorBoard and Weights & Biases where the config says so. Only process 0 makes one.
 
@@ -123,7 +130,7 @@ class Writers:
         file = self._folder / _METRICS
         written = lines(self._folder)
         kept = [m for m in written if m["step"] < start_step or (m["step"], m["kind"]) == (start_step, "train")]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        text = "".join(map(_json_line, kept))
         if file.exists() and file.read_text() != text:
             files.write_text(file, text)
         self._file, self._unwritten = file.open("ab", buffering=0), b""
@@ -155,7 +162,7 @@ class Writers:
 
     def write(self, step: int, kind: str, values: dict[str, float], text: str = "") -> None:
         """Writes scalars under `kind`: train, validation or cloze. `text`, Markdown, goes to TensorBoard alone."""
-        self._unwritten += (json.dumps({"step": step, "kind": kind, **values}) + "\n").encode()
+        self._unwritten += _json_line({"step": step, "kind": kind, **values}).encode()
         try:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as e:  # a full disk, say; the next line tries again

@@ -332,6 +332,11 @@ def test_the_table(tmp_path):
     assert not (tmp_path / "sweep.png").exists(), "it would be of other settings"
 
 
+@pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
+def test_a_run_whose_loss_is_no_number_is_not_finished(tmp_path, loss):
+    assert pretend(tmp_path, {"optimizer.beta1": 0.9}, 0, {20: loss}).result() is None
+
+
 @pytest.mark.parametrize(
     ("setting", "entropy", "compares"),
     [

@@ -38,6 +38,14 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(10, 10.0), (20, 20.0), (30, 3.0)]
 
 
+def test_a_loss_that_is_no_number_is_null(tmp_path):
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=False), 0)
+    writers.write(1, "train", {"loss": float("nan"), "grad_norm": float("inf"), "skipped": 1.0})
+    writers.close()
+    expected = {"step": 1, "kind": "train", "loss": None, "grad_norm": None, "skipped": 1.0}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == expected
+
+
 def steps_in(folder) -> list[tuple[int, str]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["kind"]) for line in lines]
