@@ -3,10 +3,12 @@
 python -m flax_mlm.embed --checkpoint=runs/search --input=texts.txt --output=vectors.npy
 python -m flax_mlm.embed --checkpoint=runs/search --input=corpus.jsonl --output=vectors.parquet --dimensions=64
 
-Texts are the lines of a .txt file, or column `text` (or --text) of a .tsv, .csv or .jsonl file. Vectors are pooled by
-`finetune.pooling` and scaled to length 1.
+Texts are the lines of a .txt file, or column `text` (or --text) of a .tsv, .csv or .jsonl file; a blank line is an
+empty text, so that vectors and lines have the same numbers. Vectors are pooled by `finetune.pooling` and scaled to
+length 1.
 """
 
+import json
 import sys
 from typing import Any
 
@@ -39,11 +41,13 @@ def main(config: Config) -> None:
     from flax_mlm.inference import embeddings
     from flax_mlm.inference.load import load_model
 
-    records = tables.records(source)
+    records, column = tables.records(source, blank_lines=True), _TEXT.value
     for location, record in records:
-        if not isinstance(record.get(_TEXT.value), str):
-            raise UserError(f"{location} has no column {_TEXT.value}; it has {', '.join(map(str, record))}")
-    model, texts = load_model(flags.FLAGS.checkpoint, config), [record[_TEXT.value] for _, record in records]
+        if record and column not in record:
+            raise UserError(f"{location} has no column {column}; it has {', '.join(map(str, record))}")
+        if record and not isinstance(record[column], str):
+            raise UserError(f"{location}: {column} is {json.dumps(record[column], default=str)[:60]}; expected text")
+    model, texts = load_model(flags.FLAGS.checkpoint, config), [record.get(column, "") for _, record in records]
     with Progress(disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("embedding", total=-(-len(texts) // config.finetune.batch_size))
         vectors_ND = embeddings.embed(model, texts, on_batch=lambda: progress.advance(bar))

@@ -6,6 +6,8 @@ import io
 import json
 import re
 from collections.abc import Iterable
+from itertools import dropwhile
+from operator import not_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,16 +72,17 @@ def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labell
     return Labelled(values["text"], values.get("pair"), values["label"])
 
 
-def records(source: str, numbered: bool = False) -> list[tuple[str, dict[str, Any]]]:
+def records(source: str, numbered: bool = False, blank_lines: bool = False) -> list[tuple[str, dict[str, Any]]]:
     """Reads (location, column -> value) from every line of a file, or from every example of a TensorFlow Dataset.
 
     Args:
       numbered: a table has no header; its columns are called 1, 2, 3 ...
+      blank_lines: a blank line is a record without columns, or with an empty text in a file of texts; else it is none.
 
     Raises:
       UserError: it cannot be read, or is empty.
     """
-    rows = _tfds(source) if source.startswith("tfds:") else _file(Path(source).expanduser(), numbered)
+    rows = _tfds(source) if source.startswith("tfds:") else _file(Path(source).expanduser(), numbered, blank_lines)
     if not rows:
         raise UserError(f"{source} has no examples")
     return rows
@@ -89,18 +92,19 @@ def _names(record: dict[str, Any]) -> str:
     return ", ".join(map(str, record))
 
 
-def _file(file: Path, numbered: bool) -> list[tuple[str, dict[str, Any]]]:
+def _file(file: Path, numbered: bool, blank_lines: bool) -> list[tuple[str, dict[str, Any]]]:
     content = files.read_text(file)
     if file.suffix in (".jsonl", ".json", ".txt"):
-        numbered_lines = enumerate(content.split("\n"), 1)  # unlike splitlines, which also splits at U+2028
-        lines = [(f"{file}:{number}", line) for number, line in numbered_lines if line.strip()]
-        is_text = file.suffix == ".txt"
-        return [(where, {"text": line} if is_text else _json_object(where, line)) for where, line in lines]
+        all_lines = content.removesuffix("\n").split("\n") if content else []  # splitlines also splits at U+2028
+        lines = [(f"{file}:{number}", line) for number, line in enumerate(all_lines, 1) if line.strip() or blank_lines]
+        if file.suffix == ".txt":
+            return [(where, {"text": line}) for where, line in lines]
+        return [(where, _json_object(where, line) if line.strip() else {}) for where, line in lines]
     has_tabs = "\t" in content.partition("\n")[0]
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if has_tabs else {}
     csv.field_size_limit(1 << 24)
     reader = csv.reader(io.StringIO(content), **dialect)
-    rows = [(f"{file}:{reader.line_num}", row) for row in reader if row]
+    rows = [(f"{file}:{reader.line_num}", row) for row in dropwhile(not_, reader) if row or blank_lines]
     if numbered:
         header = [str(i) for i in range(1, max((len(row) for _, row in rows), default=0) + 1)]
     else:

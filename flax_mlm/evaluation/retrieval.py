@@ -1,11 +1,17 @@
 """Vectors for search, from the encoder as it is or after contrastive fine-tuning.
 
 The test set is pairs of sentences with similarity scores (STS: Spearman's correlation with the cosine), or a folder in
-BEIR's format (arXiv:2104.08663): corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
+BEIR's format (arXiv:2104.08663): corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. Numbers are those of BEIR's evaluator,
+trec_eval: a query is no result of its own search, and documents that are judged but absent count as not found.
 """
 
+import contextlib
 import functools
+import json
+import math
+import re
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +57,8 @@ def read_pairs(source: str, split: str) -> contrastive.Pairs:
     """
     if Path(source).expanduser().is_dir():
         benchmark = read_benchmark(source, split)
-        relevant = [(q, d) for q, grades in benchmark.relevance.items() for d, grade in grades.items() if grade > 0]
+        graded = [(q, d, grade) for q, grades in benchmark.relevance.items() for d, grade in grades.items()]
+        relevant = [(q, d) for q, d, grade in graded if grade > 0 and d in benchmark.documents]
         queries, positives = [benchmark.queries[q] for q, _ in relevant], [benchmark.documents[d] for _, d in relevant]
         return contrastive.Pairs(queries, positives, [[] for _ in relevant])
     pairs = contrastive.Pairs([], [], [])
@@ -79,34 +86,71 @@ def _first(record: dict[str, Any], *names: str) -> Any:
     return next((record[name] for name in names if record.get(name)), None)
 
 
-def read_benchmark(folder: str, split: str) -> Benchmark:
-    """Reads a BEIR folder.
+def read_benchmark(folder: str, *splits: str) -> Benchmark:
+    """Reads a BEIR folder, by the rules of BEIR's own evaluator.
+
+    Args:
+      splits: NAMEs of qrels/NAME.tsv or .txt, of which the first that exists is read. Its lines are those of BEIR
+        (query, document, grade) or of TREC (query, iteration, document, grade), with or without a header.
 
     Raises:
       UserError: a file is missing, or a line is invalid; the message names it.
     """
     path = Path(folder).expanduser()
-
-    def texts(name: str) -> dict[str, str]:
-        text_of = {}
-        for location, record in tables.records(str(path / name)):
-            if not isinstance(record.get("_id"), str) or not isinstance(record.get("text"), str):
-                raise UserError(f"{location} has no _id and text")
-            text_of[record["_id"]] = " ".join(filter(str.strip, (record.get("title") or "", record["text"])))
-        return text_of
-
-    documents, queries = texts("corpus.jsonl"), texts("queries.jsonl")
+    documents, queries = _texts(path / "corpus.jsonl"), _texts(path / "queries.jsonl")
+    candidates = [path / "qrels" / f"{split}{suffix}" for split in splits for suffix in (".tsv", ".txt")]
+    qrels = next(filter(Path.exists, candidates), candidates[0])
+    notes = [] if qrels.stem == splits[0] else [f"{candidates[0]} does not exist; {qrels} is used"]
     relevance: dict[str, dict[str, int]] = {}
-    qrels = path / "qrels" / f"{split}.tsv"
-    for location, record in tables.records(str(qrels)):
-        query, document, grade = (str(record.get(name)) for name in ("query-id", "corpus-id", "score"))
-        if query not in queries or document not in documents or not grade.lstrip("-").isdigit():
-            raise UserError(f"{location} is not a query-id, corpus-id and score of this folder")
-        relevance.setdefault(query, {})[document] = int(grade)
-    relevance = {query: grades for query, grades in relevance.items() if max(grades.values()) > 0}
-    if not relevance:
-        raise UserError(f"{qrels} has no relevant documents")
-    return Benchmark(documents, queries, relevance)
+    for number, line in enumerate(files.read_text(qrels).split("\n"), 1):
+        fields = line.split("\t") if "\t" in line else line.split()
+        if not line.strip() or (number == 1 and fields[0] not in queries and not re.search(r"\d", fields[-1])):
+            continue  # a blank line, or the header
+        if len(fields) not in (3, 4):
+            raise UserError(f"{qrels}:{number} has {len(fields)} columns; expected a query, a document and a grade")
+        query, document, grade = fields[0], fields[-2], _grade(f"{qrels}:{number}", fields[-1])
+        if relevance.setdefault(query, {}).setdefault(document, grade) != grade:
+            raise UserError(f"{qrels}:{number} grades '{document}' for '{query}' again, otherwise; keep one of the two")
+    unknown = [query for query in relevance if query not in queries]
+    known = {query: grades for query, grades in relevance.items() if query in queries}
+    relevant = [(query, name) for query, grades in known.items() for name, grade in grades.items() if grade > 0]
+    absent = [name for _, name in relevant if name not in documents]
+    if len(relevant) == len(absent):
+        raise UserError(f"{qrels} has no relevant documents for queries.jsonl in corpus.jsonl; expected their ids")
+    for names, what in (
+        (unknown, "queries that queries.jsonl lacks; they are left out"),
+        (absent, "relevant documents that corpus.jsonl lacks; they count as not found"),
+        (
+            [query for query, name in relevant if query == name],
+            "queries as relevant to themselves; as in BEIR, none is its own result",
+        ),
+    ):
+        notes += [f"{qrels} names {len(names)} {what}; the first is '{names[0]}'"] if names else []
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return Benchmark(documents, queries, known)
+
+
+def _texts(file: Path) -> dict[str, str]:
+    """Reads id -> title and text of every line. Raises UserError: one is no text or number, or an id comes twice."""
+    text_of: dict[str, str] = {}
+    for location, record in tables.records(str(file)):
+        values = [record.get("_id"), "" if record.get("title") is None else record["title"], record.get("text")]
+        for key, value in zip(("_id", "title", "text"), values, strict=True):
+            if type(value) not in (str, int, float) or value in (math.inf, -math.inf) or value != value:
+                raise UserError(f"{location}: {key} is {json.dumps(value)[:60]}; expected text or a number")
+        name, title, text = map(str, values)
+        if name in text_of:
+            raise UserError(f"{location}: _id is '{name}', as in an earlier line; expected ids that differ")
+        text_of[name] = " ".join(filter(str.strip, (title, text)))
+    return text_of
+
+
+def _grade(location: str, text: str) -> int:
+    with contextlib.suppress(ValueError, OverflowError):
+        if (number := float(text)) == (grade := int(number)):
+            return grade
+    raise UserError(f"{location}: the grade is '{text.strip()}'; expected a whole number such as 0 or 1")
 
 
 def run(
@@ -177,24 +221,18 @@ def _similarity(test: tables.Labelled) -> Callable[[Embed], dict[str, Any]]:
 
 
 def _search(test: Benchmark, on_batch: OnBatch, embed: Embed) -> dict[str, Any]:
-    from sklearn.metrics import ndcg_score
-
-    names = list(test.documents)
-    index_of = {name: i for i, name in enumerate(names)}
+    names = sorted(test.documents, reverse=True)  # trec_eval puts the last name first where scores are equal
     documents_ND = embed([test.documents[name] for name in names])
     queries_MD = embed([test.queries[query] for query in test.relevance])
     each: dict[str, list[float]] = {"ndcg@10": [], "recall@10": [], "recall@100": [], "mrr@10": []}
-    for grades, (top, scores_N) in zip(test.relevance.values(), _retrieve(queries_MD, documents_ND), strict=True):
+    for (query, grades), top in zip(test.relevance.items(), _retrieve(queries_MD, documents_ND), strict=True):
         on_batch()
+        retrieved = [names[i] for i in top if names[i] != query][:_TOP_K]  # in some sets queries are documents
         relevant = {name for name, grade in grades.items() if grade > 0}
-        retrieved = [names[i] for i in top]
-        # Only documents that are retrieved or graded change the metric: the others are irrelevant and below the cut.
-        counted = [*top, *({index_of[name] for name in grades} - set(top))]
-        gains = [[max(grades.get(names[i], 0), 0) for i in counted] + [0]]  # ndcg_score needs two documents
-        scores = [[scores_N[i] for i in counted] + [-2.0]]
-        each["ndcg@10"].append(float(ndcg_score(gains, scores, k=10, ignore_ties=True)))
-        each["recall@10"].append(len(relevant & set(retrieved[:10])) / len(relevant))
-        each["recall@100"].append(len(relevant & set(retrieved)) / len(relevant))
+        ideal = _dcg(sorted(grades.values(), reverse=True))
+        each["ndcg@10"].append(_dcg([grades.get(name, 0) for name in retrieved]) / ideal if relevant else 0.0)
+        for k in (10, 100):
+            each[f"recall@{k}"].append(len(relevant.intersection(retrieved[:k])) / max(len(relevant), 1))
         ranks = (rank for rank, name in enumerate(retrieved[:10], 1) if name in relevant)
         each["mrr@10"].append(1 / next(ranks, float("inf")))
     means, ndcg = {name: statistics.fmean(values) for name, values in each.items()}, each["ndcg@10"]
@@ -202,13 +240,18 @@ def _search(test: Benchmark, on_batch: OnBatch, embed: Embed) -> dict[str, Any]:
     return {**result, **means, "each": ndcg, "queries": list(test.relevance)}
 
 
-def _retrieve(queries_MD: np.ndarray, documents_ND: np.ndarray) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yields for each query the indices of the documents with the highest scores, best first, and all scores (N,)."""
-    k = min(_TOP_K, len(documents_ND))
+def _dcg(grades: list[int]) -> float:
+    """Discounted cumulative gain of the first 10 grades; scikit-learn's knows no documents that cannot be retrieved."""
+    return sum(max(grade, 0) / math.log2(rank + 1) for rank, grade in enumerate(grades[:10], 1))
+
+
+def _retrieve(queries_MD: np.ndarray, documents_ND: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields for each query the indices of the documents with the highest scores, best first, by index where equal."""
+    k = min(_TOP_K + 1, len(documents_ND))  # one of them may be the query itself
     for begin in range(0, len(queries_MD), 64):
         for scores_N in queries_MD[begin : begin + 64] @ documents_ND.T:
-            top = np.argpartition(-scores_N, k - 1)[:k]
-            yield top[np.argsort(-scores_N[top], kind="stable")].tolist(), scores_N
+            top = np.flatnonzero(scores_N >= np.partition(scores_N, -k)[-k])
+            yield top[np.argsort(-scores_N[top], kind="stable")][:k]
 
 
 def evaluate(
@@ -229,7 +272,7 @@ def evaluate(
         files.check_writable("--save", folder, makes_folders=True)
     sources = (train, "train"), (dev, "dev")
     pairs, dev_pairs = (read_pairs(source, name) if source else None for source, name in sources)
-    examples = read_benchmark(test, "test") if Path(test).expanduser().is_dir() else tables.read(test, **columns)
+    examples = read_benchmark(test, "test", "dev") if Path(test).expanduser().is_dir() else tables.read(test, **columns)
     result, params = run(model, examples, pairs, dev_pairs, print, on_batch)
     if save:
         contrastive.save_encoder(folder, model, params["encoder"], result["examples"]["train"])

@@ -16,6 +16,7 @@ import pytest
 import scipy.stats
 
 from flax_mlm.config.load import build
+from flax_mlm.data import tables
 from flax_mlm.data.tables import Labelled
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
@@ -25,6 +26,7 @@ from flax_mlm.inference import embeddings
 from flax_mlm.inference.config import read_config
 from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.load import LoadedModel, load_model
+from tests.helpers.search import search_of_integers
 
 SOON = {"epochs": 2, "seeds": 1, "learning_rates": "3e-3", "batch_size": 16, "max_length": 24, "pooling": "mean"}
 
@@ -117,22 +119,15 @@ def test_what_belongs_together_is_learned(model, toy, hard_negatives):
 
 
 def test_search_numbers_by_their_definitions():
-    """Against nDCG, recall and reciprocal rank computed here from the ranking, on random vectors."""
-    rng = np.random.default_rng(0)
-    vectors = {f"d{i}": rng.normal(size=8) for i in range(300)} | {f"q{i}": rng.normal(size=8) for i in range(20)}
-    relevance = {}
-    for i in range(20):
-        near = sorted(range(300), key=lambda d: -vectors[f"d{d}"] @ vectors[f"q{i}"])
-        chosen = [*rng.choice(near[:30], 4, replace=False), *rng.choice(300, 2)]
-        relevance[f"q{i}"] = {f"d{d}": int(rng.integers(0, 4)) for d in chosen} | {f"d{near[5]}": 2}
-    names = [f"d{i}" for i in range(300)]
-    benchmark = retrieval.Benchmark({n: n for n in names}, {q: q for q in relevance}, relevance)
+    """Against nDCG, recall and reciprocal rank computed here from the ranking, with ties and absent documents."""
+    benchmark, vectors = search_of_integers(0)
     found = retrieval._search(benchmark, quiet, lambda texts: np.stack([vectors[t] for t in texts]))
     ndcg, recall, reciprocal = [], {10: [], 100: []}, []
-    for query, grades in relevance.items():
-        order = sorted(names, key=lambda d: -vectors[d] @ vectors[query])
-        dcg = sum(grades.get(d, 0) / math.log2(rank + 2) for rank, d in enumerate(order[:10]))
-        best = sum(g / math.log2(rank + 2) for rank, g in enumerate(sorted(grades.values(), reverse=True)[:10]))
+    for query, grades in benchmark.relevance.items():
+        order = sorted(sorted(benchmark.documents, reverse=True), key=lambda d: -vectors[d] @ vectors[query])
+        order.remove(query)
+        dcg = sum(max(grades.get(d, 0), 0) / math.log2(rank + 2) for rank, d in enumerate(order[:10]))
+        best = sum(max(g, 0) / math.log2(r + 2) for r, g in enumerate(sorted(grades.values(), reverse=True)[:10]))
         ndcg.append(dcg / best)
         relevant = {d for d, g in grades.items() if g > 0}
         for k, values in recall.items():
@@ -143,6 +138,19 @@ def test_search_numbers_by_their_definitions():
     assert found["recall@10"] == pytest.approx(np.mean(recall[10]))
     assert found["recall@100"] == pytest.approx(np.mean(recall[100]))
     assert found["mrr@10"] == pytest.approx(np.mean(reciprocal))
+
+
+def test_equal_vectors_find_what_the_order_of_ids_finds():
+    documents = {f"d{i}": "same" for i in range(300)}
+    benchmark = retrieval.Benchmark(documents, {"q": "same"}, {"q": {"d0": 1}})
+    found = retrieval._search(benchmark, quiet, lambda texts: np.ones((len(texts), 1)))
+    assert (found["score"], found["recall@100"]) == (0.0, 0.0)
+
+
+def test_a_query_without_relevant_documents_finds_nothing():
+    benchmark = retrieval.Benchmark({"d": "x"}, {"q": "x", "r": "x"}, {"q": {"d": 1}, "r": {"d": 0}})
+    found = retrieval._search(benchmark, quiet, lambda texts: np.ones((len(texts), 1)))
+    assert found["each"] == [1.0, 0.0]
 
 
 def test_similarity(model):
@@ -216,7 +224,7 @@ def test_a_folder_of_beir(tmp_path):
     )
     found = retrieval.read_benchmark(folder, "test")
     assert found.documents == {"d1": "About a dog", "d2": "About a cat"}
-    assert found.relevance == {"q1": {"d1": 2}}, "a query without relevant documents measures nothing"
+    assert found.relevance == {"q1": {"d1": 2}, "q2": {"d2": 0}}
     for split in ("train", "dev"):
         assert retrieval.read_pairs(folder, split) == contrastive.Pairs(["About dog?"], ["About a dog"], [[]])
     (tmp_path / "b" / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td2\t1\n")
@@ -265,16 +273,123 @@ def test_files_of_pairs_that_will_not_do(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("qrels", "message"),
     [
-        ("", "has no examples"),
+        ("", "has no relevant documents"),
         ("q1\td1\t0\n", "has no relevant documents"),
-        ("q1\td9\t1\n", "test.tsv:2 is not a query-id, corpus-id and score"),
-        ("q1\td1\tyes\n", "test.tsv:2 is not a query-id"),
+        ("q1\td9\t1\n", "has no relevant documents"),
+        ("q9\td1\t1\n", "has no relevant documents"),
+        ("q1\td1\tyes\n", "test.tsv:2: the grade is 'yes'; expected a whole number such as 0 or 1"),
+        ("q1\td1\t0.5\n", "test.tsv:2: the grade is '0.5'"),
+        ("q1\td1\tnan\n", "test.tsv:2: the grade is 'nan'"),
+        ("q1\td1\tinf\n", "test.tsv:2: the grade is 'inf'"),
+        ("q1\td1\t\n", "test.tsv:2: the grade is ''"),
+        ("q1\td1\n", "test.tsv:2 has 2 columns; expected a query, a document and a grade"),
+        ("q1\td1\t1\nq1\td1\t2\n", "test.tsv:3 grades 'd1' for 'q1' again, otherwise; keep one of the two"),
     ],
 )
 def test_folders_that_will_not_do(tmp_path, qrels, message):
     folder = beir(tmp_path / "b", {"d1": "a dog"}, {"q1": "dog?"}, qrels)
     with pytest.raises(UserError, match=message):
         retrieval.read_benchmark(folder, "test")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"_id": "d1", "text": "b"}', "_id is 'd1', as in an earlier line; expected ids that differ"),
+        ('{"_id": null, "text": "b"}', "_id is null; expected text or a number"),
+        ('{"text": "b"}', "_id is null; expected text or a number"),
+        ('{"_id": true, "text": "b"}', "_id is true; expected text or a number"),
+        ('{"_id": "d2", "text": null}', "text is null; expected text or a number"),
+        ('{"_id": "d2", "title": ["a"], "text": "b"}', r'title is \["a"\]; expected text or a number'),
+        ('{"_id": "d2", "title": NaN, "text": "b"}', "title is NaN; expected text or a number"),
+        ('{"_id": Infinity, "text": "b"}', "_id is Infinity; expected text or a number"),
+    ],
+)
+@pytest.mark.parametrize("name", ["corpus", "queries"])
+def test_documents_and_queries_that_will_not_do(tmp_path, name, line, message):
+    folder = beir(tmp_path / "b", {"d1": "a dog"}, {"d1": "dog?"}, "d1\td1\t1\n")
+    with (tmp_path / "b" / f"{name}.jsonl").open("a") as file:
+        file.write(f"\n{line}\n")
+    with pytest.raises(UserError, match=rf"{name}\.jsonl:2: {message}"):
+        retrieval.read_benchmark(folder, "test")
+
+
+def test_ids_titles_and_texts_may_be_numbers(tmp_path):
+    folder = beir(tmp_path / "b", {}, {}, "1\t7\t1\n")
+    (tmp_path / "b" / "corpus.jsonl").write_text('{"_id": 7, "title": 1984, "text": "Orwell"}\n{"_id": 8, "text": 9.5}')
+    (tmp_path / "b" / "queries.jsonl").write_text('{"_id": 1, "title": null, "text": 2020}')
+    expected = retrieval.Benchmark({"7": "1984 Orwell", "8": "9.5"}, {"1": "2020"}, {"1": {"7": 1}})
+    assert retrieval.read_benchmark(folder, "test") == expected
+
+
+@pytest.mark.parametrize(
+    "qrels",
+    [
+        "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0\n",
+        "query-id\tcorpus-id\tscore\r\nq1\td1\t1.0\r\nq1\td2\t0.0\r\n\r\n",
+        "q1\td1\t1\nq1\td2\t0\n",
+        "q1\t0\td1\t1\nq1\t0\td2\t0\n",
+        "q1 0 d1 1\nq1 Q0  d2 0",
+        "q1\td1\t1\nq1\td1\t1\nq1\td2\t0\n",
+    ],
+    ids=["beir", "floats", "no header", "trec with tabs", "trec", "twice"],
+)
+@pytest.mark.parametrize("file", ["test.tsv", "test.txt", "dev.tsv"])
+def test_ways_to_write_judgements(tmp_path, qrels, file):
+    folder = beir(tmp_path / "b", {"d1": "a dog", "d2": "a cat"}, {"q1": "dog?"}, "")
+    for split in ("test", "dev"):
+        (tmp_path / "b" / "qrels" / f"{split}.tsv").unlink()
+    (tmp_path / "b" / "qrels" / file).write_bytes(qrels.encode())
+    assert retrieval.read_benchmark(folder, "test", "dev").relevance == {"q1": {"d1": 1, "d2": 0}}
+
+
+@pytest.mark.parametrize(
+    ("qrels", "note"),
+    [
+        (
+            "q1\td9\t1\n",
+            "names 1 relevant documents that corpus.jsonl lacks; they count as not found; the first is 'd9'",
+        ),
+        ("q9\td1\t1\n", "names 1 queries that queries.jsonl lacks; they are left out; the first is 'q9'"),
+        (
+            "s\ts\t1\n",
+            "names 1 queries as relevant to themselves; as in BEIR, none is its own result; the first is 's'",
+        ),
+    ],
+)
+def test_what_the_folder_lacks_is_said(tmp_path, capsys, qrels, note):
+    folder = beir(tmp_path / "b", {"d1": "a dog", "s": "a cat"}, {"q1": "dog?", "s": "a cat"}, f"q1\td1\t1\n{qrels}")
+    retrieval.read_benchmark(folder, "test")
+    assert capsys.readouterr().err == f"note: {folder}/qrels/test.tsv {note}\n"
+
+
+def test_documents_that_the_folder_lacks_are_not_trained_on(tmp_path):
+    folder = beir(tmp_path / "b", {"d1": "a dog"}, {"q1": "dog?"}, "q1\td1\t1\nq1\td9\t1\nq9\td1\t1\n")
+    assert retrieval.read_pairs(folder, "train").positives == ["About a dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.txt", "one\r\n\r\n\x0ctwo\u2028\x85three\n \n\n", ["one", "", "\x0ctwo\u2028\x85three", " ", ""]),
+        ("a.txt", "\none", ["", "one"]),
+        ("a.txt", "\n", [""]),
+        ("a.csv", 'text\none\n\n""\ntwo\u2028three\n\n', ["one", None, "", "two\u2028three", None]),
+        ("a.tsv", "text\tn\none\t1\n\n\t2\n", ["one", None, ""]),
+        ("a.jsonl", '{"text": "one"}\n\n{"text": "\u2028"}\n', ["one", None, "\u2028"]),
+    ],
+)
+def test_blank_lines_are_kept_where_lines_are_counted(tmp_path, name, content, texts):
+    (tmp_path / name).write_bytes(content.encode())
+    found = tables.records(str(tmp_path / name), blank_lines=True)
+    assert [record.get("text") for _, record in found] == texts
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_a_file_of_no_lines_has_no_examples(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match="has no examples"):
+        tables.records(str(tmp_path / name), blank_lines=True)
 
 
 # The commands
@@ -319,14 +434,14 @@ def test_fine_tuned_kept_embedded_and_searched(toy, trained_run, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("v")) == ["v.npy", "v.parquet"]
 
 
-def test_numpy_files_are_written_without_pyarrow(trained_run, tmp_path):
-    (tmp_path / "t.txt").write_text("The dog.\n")
+def test_numpy_files_have_a_vector_a_line_and_are_written_without_pyarrow(trained_run, tmp_path):
+    (tmp_path / "t.txt").write_text("The dog.\n\n\x0c\n")
     script = "import sys; sys.modules['pyarrow'] = None\nfrom flax_mlm import embed\nfrom flax_mlm.cli import app\n"
     script += "app.run(embed.main, from_checkpoint=True)"
     options = [f"--checkpoint={trained_run}", f"--input={tmp_path / 't.txt'}", f"--output={tmp_path / 'v.npy'}"]
     done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True)
     assert done.returncode == 0, done
-    assert "1 vectors of 32" in done.stdout, done
+    assert "3 vectors of 32" in done.stdout, done
 
 
 @pytest.mark.parametrize(
@@ -336,6 +451,7 @@ def test_numpy_files_are_written_without_pyarrow(trained_run, tmp_path):
         ("embed", ["--output=v.npy"], "--input is missing"),
         ("embed", ["--output=v.npy", "--input=none.txt"], "none.txt cannot be read"),
         ("embed", ["--output=v.npy", "--input=t.jsonl"], "t.jsonl:1 has no column text; it has words"),
+        ("embed", ["--output=v.npy", "--input=null.jsonl"], "null.jsonl:2: text is null; expected text"),
         ("embed", ["--output=v.npy", "--input=t.jsonl", "--dimensions=33"], "--dimensions is 33; the vectors of this"),
         ("embed", ["--output=no/v.npy", "--input=none.txt"], "--output: 'no/v.npy' cannot be written"),
         ("embed", ["--output=v.parquet", "--input=mixed.jsonl"], "'mixed.jsonl' has columns that Parquet cannot store"),
@@ -356,6 +472,7 @@ def test_numpy_files_are_written_without_pyarrow(trained_run, tmp_path):
 )
 def test_what_the_commands_refuse(toy, trained_run, tmp_path, command, flags, message):
     (tmp_path / "t.jsonl").write_text('{"words": "a"}')
+    (tmp_path / "null.jsonl").write_text('{"text": "a"}\n{"text": null}')
     (tmp_path / "t.txt").write_text("The dog.\n")
     (tmp_path / "mixed.jsonl").write_text('{"text": "a", "x": 1}\n{"text": "b", "x": "one"}')
     done = toy.run(command, f"--checkpoint={trained_run}", *flags, cwd=tmp_path)
@@ -363,4 +480,4 @@ def test_what_the_commands_refuse(toy, trained_run, tmp_path, command, flags, me
     assert done.stderr.startswith("error: "), done
     assert done.stderr.count("\n") == 1, done
     assert message in done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"mixed.jsonl", "t.jsonl", "t.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"mixed.jsonl", "null.jsonl", "t.jsonl", "t.txt"}

@@ -37,6 +37,7 @@ from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
 from flax_mlm.training.step import build_training
 from tests.helpers.hf_folders import SHAPES, opened, written
 from tests.helpers.paths import SHARED
+from tests.helpers.search import search_of_integers
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
@@ -57,6 +58,25 @@ def model_of(path: Path, **changes) -> LoadedModel:
         forward = build_forward(config, tokenizer.vocab_size, mesh)
         params = start_params(config, forward.init(), forward.model.dims, tokenizer, print)
         return LoadedModel(config, mesh, forward, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
+
+
+def test_search_is_measured_as_by_the_evaluator_of_beir():
+    """As BEIR calls it: without the query itself among the results."""
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    benchmark, vectors = search_of_integers(1)
+    benchmark.relevance["d0"] = {"d1": 0, "d2": -1}
+    run = {
+        query: {name: float(vectors[name] @ vectors[query]) for name in benchmark.documents if name != query}
+        for query in benchmark.relevance
+    }
+    measures = {"ndcg@10": "ndcg_cut_10", "recall@10": "recall_10", "recall@100": "recall_100"}
+    evaluator = pytrec_eval.RelevanceEvaluator(benchmark.relevance, {"ndcg_cut.10", "recall.10,100"})
+    expected = evaluator.evaluate(run)
+    found = retrieval._search(benchmark, lambda: None, lambda texts: np.stack([vectors[text] for text in texts]))
+    assert found["each"] == pytest.approx([expected[query]["ndcg_cut_10"] for query in benchmark.relevance])
+    found["ndcg@10"] = found["score"]
+    means = {name: np.mean([values[theirs] for values in expected.values()]) for name, theirs in measures.items()}
+    assert {name: found[name] for name in measures} == pytest.approx(means)
 
 
 def real_path(name: str) -> Path:
