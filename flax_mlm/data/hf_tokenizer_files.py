@@ -20,6 +20,8 @@ _GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")  # classes that take a t
 _BERT = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", *_GENERIC)
 _BYTE_LEVEL = ("RobertaTokenizer", "GPT2Tokenizer", "BartTokenizer", "LongformerTokenizer", *_GENERIC)
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# The order in which transformers adds special tokens that the vocabulary lacks.
+_ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Settings of BERT's tokenizers that change ids: the key in tokenizer_config.json -> that of BertNormalizer.
 _NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents"}
 _NORMALIZER["tokenize_chinese_chars"] = "handle_chinese_chars"
@@ -79,7 +81,7 @@ def read_settings(folder: epath.Path) -> Settings:
     names = {key: _content(folder, key, config[key]) for key in config if _names_token(key, config[key])}
     roles = {role: names[f"{role}_token"] for role in SPECIAL_TOKENS if f"{role}_token" in names}
     stated = [*_stated_tokens(folder, config, names)]
-    special = [*roles.values(), *_extra_special_tokens(folder, config)]
+    special = [names[key] for key in _ORDER if key in names] + [*_extra_special_tokens(folder, config)]
     missing = (token for token in special if token not in {t["content"] for t in stated})
     flags = dict.fromkeys(_FLAGS, False) | {"special": True}
     added = [*stated, *({"content": token, **flags} for token in dict.fromkeys(missing))]

@@ -101,6 +101,13 @@ def test_roles(special, kind, names, tmp_path):
     check(path, transformers.PreTrainedTokenizerFast.from_pretrained(path))
 
 
+def test_special_tokens_that_the_vocabulary_lacks(tmp_path):
+    names = dict(zip(("pad", "bos", "cls", "sep", "mask"), ("<pad>", "<bos>", "<cls>", "<sep>", "<mask>"), strict=True))
+    settings = {f"{role}_token": token for role, token in names.items()}
+    path = folder(tmp_path, vocabulary("byte_level", ("<unk>",)), tokenizer_config=settings)
+    check(path, transformers.PreTrainedTokenizerFast.from_pretrained(path))
+
+
 def test_roles_beside_other_spellings(tmp_path):
     library = vocabulary("byte_level", ROBERTA)
     library.add_special_tokens(["[SEP]", "[CLS]"])
