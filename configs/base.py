@@ -12,7 +12,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # determines the initial parameters, the data order, the masks and dropout
-    # Hugging Face folder to start from (BERT, RoBERTa, ALBERT, ELECTRA or ModernBERT), which sets the model's shape
+    # Hugging Face folder to start from (docs/how-to/huggingface.md lists the kinds), which sets the model's shape
     c.init_from = ""
     c.reinit_head = False  # with init_from: initialise a new vocabulary head, for folders without one
 
@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     c.model.norm_eps = 1e-12  # added to the variance in layer norms
     c.model.use_bias = True  # biases in projections and norms
     c.model.glu = False  # gated MLP (GeGLU)
+    c.model.activation = "gelu"  # gelu | gelu_tanh (its approximation by tanh, as in ALBERT v2)
     c.model.type_vocab_size = 2  # token-type embeddings; 0: none
     c.model.embedding_size = 0  # E, width of the embeddings, projected to hidden_size (ALBERT); 0: hidden_size
     c.model.share_layers = False  # all layers use the same weights (ALBERT)
@@ -155,6 +156,7 @@ def get_config() -> ConfigDict:
     c.finetune.batch_size = 32  # texts over all devices
     c.finetune.seeds = 3  # runs with the best learning rate; their median and spread are reported
     c.finetune.max_length = 128  # tokens; longer texts are truncated, the longer of a pair first
+    c.finetune.prompt = ""  # put before every text whose vector is computed, such as "query: "
     c.finetune.dropout_rate = 0.1  # before the head
     c.finetune.warmup_fraction = 0.06  # of all steps; then linear decay to 0
     c.finetune.weight_decay = 0.01  # on matrices and embeddings

@@ -12,7 +12,7 @@ from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure
 
 flags.DEFINE_string("output", "", "the folder to create")
-_ARCHITECTURES = ["", "bert", "roberta", "albert", "modernbert", "electra"]
+_ARCHITECTURES = ["", "bert", "roberta", "albert", "distilbert", "xlm-roberta", "camembert", "modernbert", "electra"]
 flags.DEFINE_enum("architecture", "", _ARCHITECTURES, "empty: the first one that fits")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the weights")
 flags.DEFINE_string("licence", "", "licence of the model, for its card, as Hugging Face spells it: apache-2.0, mit")

@@ -53,7 +53,8 @@ def find_checkpoints(path: str) -> list[epath.Path]:
             folder = folder.parent
         steps = saved_steps(folder)
     if not steps:
-        raise UserError(f"--checkpoint: no checkpoint in '{folder}'; give the workdir of a run that has saved one")
+        expected = "the workdir of a run that has saved one, or a Hugging Face folder with config.json and weights"
+        raise UserError(f"--checkpoint: no checkpoint in '{folder}'; give {expected}")
     if step and int(step) not in steps:
         raise UserError(f"--checkpoint: '{folder}' has no step {step}; it has {', '.join(map(str, steps))}")
     return [folder / "checkpoints" / str(step) for step in ([int(step)] if step else reversed(steps))]

@@ -82,6 +82,7 @@ class ModelConfig:
     norm_eps: Annotated[float, "(0, 1)"]
     use_bias: bool
     glu: bool
+    activation: Annotated[str, "gelu | gelu_tanh"]
     type_vocab_size: Annotated[int, "[0, inf)"]
     embedding_size: Annotated[int, "[0, inf)"]
     share_layers: bool
@@ -202,6 +203,7 @@ class FinetuneConfig:
     batch_size: Annotated[int, "[1, inf)"]
     seeds: Annotated[int, "[1, inf)"]
     max_length: Annotated[int, "[4, inf)"]
+    prompt: str
     dropout_rate: Annotated[float, "[0, 1)"]
     warmup_fraction: Annotated[float, "[0, 1]"]
     weight_decay: Annotated[float, "[0, inf)"]

@@ -79,6 +79,7 @@ def _check_model(c: Config) -> None:
     _need(m.position_embedding == "learned" or head_width % 2 == 0, message)
     expected = "False with model.norm_position=pre, where the first layer has no attention norm"
     _need_value(c, "model.share_layers", not (m.share_layers and m.norm_position == "pre"), expected)
+    _need_value(c, "model.activation", m.activation == "gelu" or not m.glu, "gelu with model.glu")
     longer = f"longer than model.max_positions, {m.max_positions}; raise model.max_positions"
     _need(c.data.seq_len <= m.max_positions, f"data.seq_len is {c.data.seq_len}, {longer}")
     _need_at_most_1(c, "objective.mask_replace_prob", "objective.random_replace_prob")

@@ -127,6 +127,11 @@ class Tokenizer(abc.ABC):
     def _encode_after(self, texts: Sequence[str], spaced: bool) -> list[np.ndarray]:
         """Encodes texts that follow another token, after a space or without one."""
 
+    @property
+    def pair_separators(self) -> int:
+        """Number of [SEP] between the two texts of a pair."""
+        return 1
+
     def encode_words(self, words: Sequence[str]) -> list[np.ndarray]:
         """Encodes each word, as it stands after a space, to int32 ids."""
         return self._encode_after(words, spaced=True)

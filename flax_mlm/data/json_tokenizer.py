@@ -67,6 +67,11 @@ class HuggingFaceTokenizer(Tokenizer):
         bare, spaced = (bool(self.starts_word[ids[:1]].all()) for ids in self.encode(["a", " a"]))
         return spaced and not bare
 
+    @functools.cached_property
+    def pair_separators(self) -> int:
+        ids = self._tokenizer.encode("a", "a").ids  # as the file's template says; RoBERTa's has two
+        return max(1, ids.count(self.sep_id) - 1)
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return _encode(self._encoder, texts)
 

@@ -83,7 +83,7 @@ def _make_batches(model: LoadedModel, pairs: Pairs) -> tuple[list[int], Callable
     """Returns the queries' lengths, and the function (indices, generator) -> batch in the form of `make_loss`."""
     num_negatives = model.config.finetune.hard_negatives
     index_of = {text: i for i, text in enumerate(dict.fromkeys(chain(*pairs[:2], *pairs.negatives)))}
-    rows = embeddings.tokenize(model, list(index_of))
+    rows = embeddings.tokenize_for_vectors(model, list(index_of))
 
     def batch(indices: list[int], rng: np.random.Generator) -> Batch:
         groups = []

@@ -83,8 +83,14 @@ class Architecture:
         """The beginning of the encoder's weight names, such as `bert.`; a model without head leaves it out."""
         return self.weights[0].names[0].partition(".")[0] + "."
 
+    @property
+    def has_offset(self) -> bool:
+        """Returns whether the first position has the row after that of the padding id, as in RoBERTa."""
+        return any(rule.layout is Layout.OFFSET for rule in self.weights)
 
-_SIZES = {  # field of ModelConfig -> key of config.json, in all architectures
+
+Names = Mapping[str, str]
+SIZES: Names = {  # field of ModelConfig -> key of config.json, in all architectures but DistilBERT
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "num_heads": "num_attention_heads",
@@ -93,15 +99,15 @@ _SIZES = {  # field of ModelConfig -> key of config.json, in all architectures
 }
 
 
-def sizes_from_hf(config: HfConfig) -> dict[str, Any]:
+def sizes_from_hf(config: HfConfig, names: Names = SIZES) -> dict[str, Any]:
     """Returns the fields of `ModelConfig` that all architectures have. Raises ValueError where one is not positive."""
-    return {field: number(config, key) for field, key in _SIZES.items()}
+    return {field: number(config, key) for field, key in names.items()}
 
 
-def sizes_to_hf(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
+def sizes_to_hf(model: ModelConfig, ids: SpecialIds, names: Names = SIZES) -> dict[str, Any]:
     """Returns the keys of config.json that all architectures have."""
     return {
-        **{key: getattr(model, field) for field, key in _SIZES.items()},
+        **{key: getattr(model, field) for field, key in names.items()},
         "initializer_range": model.initializer_range,
         "tie_word_embeddings": True,
         "pad_token_id": ids.pad_id,
@@ -123,6 +129,25 @@ def expect(config: HfConfig, **values: Any) -> None:
     for key, value in values.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} = {config[key]!r}; expected {value!r}")
+
+
+_ACTIVATIONS = {  # in transformers -> model.activation
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), "gelu_tanh"),
+}
+
+
+def activation_from_hf(config: HfConfig, key: str) -> str:
+    """Returns `model.activation`. Raises ValueError where our encoder lacks the activation."""
+    name = config.get(key, "gelu")
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise ValueError(f"{key} = {name!r}; expected one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def activation_to_hf(model: ModelConfig) -> str:
+    """Returns the activation's name in transformers."""
+    return "gelu_new" if model.activation == "gelu_tanh" else "gelu"
 
 
 def position_offset(config: HfConfig) -> int:

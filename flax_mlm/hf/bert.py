@@ -1,5 +1,5 @@
-"""BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692), ALBERT (arXiv:1909.11942) and both parts of ELECTRA
-(arXiv:2003.10555), as transformers has them."""
+"""BERT (arXiv:1810.04805), RoBERTa (arXiv:1907.11692) with XLM-RoBERTa and CamemBERT, ALBERT (arXiv:1909.11942) and
+both parts of ELECTRA (arXiv:2003.10555), as transformers has them."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ _HEAD = "cls.predictions"
 
 
 def _from_bert(config: HfConfig) -> dict[str, Any]:
-    expect(config, hidden_act="gelu", position_embedding_type="absolute", tie_word_embeddings=True)
-    fields = arch.sizes_from_hf(config)
+    expect(config, position_embedding_type="absolute", tie_word_embeddings=True)
+    fields = arch.sizes_from_hf(config) | {"activation": arch.activation_from_hf(config, "hidden_act")}
     fields["norm_eps"] = number(config, "layer_norm_eps", float, 1e-12)
     fields["type_vocab_size"] = number(config, "type_vocab_size", int, 2)
     fields |= dict(position_embedding="learned", norm_position="post", use_bias=True, glu=False)
@@ -29,7 +29,7 @@ def _to_bert(model: ModelConfig, ids: SpecialIds) -> dict[str, Any]:
         "type_vocab_size": model.type_vocab_size,
         "hidden_dropout_prob": model.dropout_rate,
         "attention_probs_dropout_prob": model.attention_dropout_rate,
-        "hidden_act": "gelu",
+        "hidden_act": arch.activation_to_hf(model),
         "position_embedding_type": "absolute",
         "is_decoder": False,
     }
@@ -73,6 +73,7 @@ def _with_prefix(prefix: str, rules: Iterable[arch.WeightRule]) -> tuple[arch.We
 
 
 def _from_roberta(config: HfConfig) -> dict[str, Any]:
+    expect(config, hidden_act="gelu")  # always that of the head
     fields = _from_bert(config)
     return {**fields, "max_positions": fields["max_positions"] - arch.position_offset(config)}
 
@@ -100,6 +101,10 @@ ROBERTA = dataclasses.replace(
 )
 
 ROBERTA_CAUSAL = dataclasses.replace(ROBERTA, class_name="RobertaForCausalLM", objective="clm")
+
+# The same weights under the same names.
+XLM_ROBERTA = dataclasses.replace(ROBERTA, model_type="xlm-roberta", class_name="XLMRobertaForMaskedLM")
+CAMEMBERT = dataclasses.replace(ROBERTA, model_type="camembert", class_name="CamembertForMaskedLM")
 
 
 def _from_albert(config: HfConfig) -> dict[str, Any]:
@@ -138,6 +143,7 @@ ALBERT = dataclasses.replace(
 
 
 def _from_electra(config: HfConfig) -> dict[str, Any]:
+    expect(config, hidden_act="gelu")  # always that of the generator's head
     fields = _from_bert(config)
     width = number(config, "embedding_size", int, 128)
     return {**fields, "embedding_size": 0 if width == fields["hidden_size"] else width}

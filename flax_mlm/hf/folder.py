@@ -11,16 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_mlm.config.schema import ModelConfig
+from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import UserError, as_user_error
+from flax_mlm.hf import architecture as arch
 from flax_mlm.hf import bert, modernbert
 from flax_mlm.hf.architecture import Architecture, SpecialIds
+from flax_mlm.hf.distilbert import DISTILBERT
 
 ARCHITECTURES = (
-    *(bert.BERT, bert.BERT_CAUSAL, bert.ROBERTA, bert.ROBERTA_CAUSAL, bert.ALBERT),
-    *(modernbert.MODERNBERT, modernbert.DECODER, bert.ELECTRA_GENERATOR, bert.ELECTRA),
+    *(bert.BERT, bert.BERT_CAUSAL, bert.ROBERTA, bert.ROBERTA_CAUSAL, bert.ALBERT, DISTILBERT, bert.XLM_ROBERTA),
+    *(bert.CAMEMBERT, modernbert.MODERNBERT, modernbert.DECODER, bert.ELECTRA_GENERATOR, bert.ELECTRA),
 )
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_OTHER_WEIGHTS = (*_PICKLES, ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors")  # endings of names
 _JSON_LIMIT = 1 << 26  # bytes
 _RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names of 2018
 
@@ -40,7 +45,7 @@ class Folder(NamedTuple):
           UserError: there are none, or they are damaged.
         """
         tensors: dict[str, np.ndarray] = {}
-        for file in self._weight_files():
+        for file in self.weight_files():
             tensors |= _read_tensors(self.path / file)
         prefix = self.architecture.prefix
         if any(name.startswith(prefix) for name in tensors):
@@ -49,46 +54,83 @@ class Folder(NamedTuple):
             tensors = {name.removesuffix(old) + new if name.endswith(old) else name: x for name, x in tensors.items()}
         return {prefix + name: tensor for name, tensor in tensors.items()}
 
-    def _weight_files(self) -> list[str]:
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Checks that a tokenizer belongs to the model.
+
+        Raises:
+          UserError: it has more tokens than the embedding has rows, or far fewer; or config.json names other ids.
+        """
+        rows, count, own = self.config["vocab_size"], tokenizer.vocab_size, "set tokenizer.path to the model's own one"
+        beginning = (
+            f"init_from: '{self.path}' has an embedding of {rows:,} rows, but the tokenizer has {count:,} tokens"
+        )
+        if count > rows:
+            others = ", ".join(map(repr, tokenizer.tokens[rows : rows + 3]))
+            hint = "name new words in tokenizer.extra_tokens_file"
+            raise UserError(f"{beginning}: {others} and all that follow have no row; {own}, or {hint}")
+        if rows - count >= max(128, rows & -rows, 0.1 * count):  # neither rounded up nor tokens kept for later use
+            raise UserError(f"{beginning}; {own}")
+        named = self.config
+        if self.architecture.has_offset and named.get("pad_token_id") is None:
+            named = {**named, "pad_token_id": arch.position_offset(named) - 1}
+        marks = {tokenizer.cls_id, tokenizer.sep_id}  # mmBERT names the one for the other
+        for role, ids in {"pad": {tokenizer.pad_id}, "mask": {tokenizer.mask_id}, "cls": marks, "sep": marks}.items():
+            found, right = named.get(f"{role}_token_id"), getattr(tokenizer, f"{role}_id")
+            if found is not None and found not in ids:
+                problem = f"{role}_token_id = {found!r}; the tokenizer has {tokenizer.tokens[right]} as {right}"
+                raise UserError(f"init_from: {self.path / 'config.json'} has {problem}; {own}, or correct the number")
+
+    def weight_files(self) -> list[str]:
+        """Returns the names of the files of weights. Raises UserError where there are none that can be read safely."""
         if (self.path / WEIGHTS).exists():
             return [WEIGHTS]
         if (self.path / _INDEX).exists():
-            files = _read_json(self.path / _INDEX).get("weight_map")
+            files = read_json(self.path / _INDEX).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
                 raise UserError(f"init_from: {self.path / _INDEX} has no weight_map of plain file names")
             return sorted(set(files.values()))
-        pickles = sorted(p.name for p in self.path.glob("*.bin")) or sorted(p.name for p in self.path.glob("*.pt"))
-        content = f"only {pickles[0]}, a pickle, which can run code" if pickles else "no weights"
-        raise UserError(f"init_from: '{self.path}' holds {content}; it needs {WEIGHTS} (save_pretrained writes it)")
+        content, remedy = "no weights", "save_pretrained of transformers writes it"
+        if others := _other_weights(self.path):
+            content = f"only {others[0].name}" + ", a pickle, which can run code" * (others[0].suffix in _PICKLES)
+            name = self.architecture.class_name
+            code = f"from transformers import {name} as M; M.from_pretrained('{self.path}').save_pretrained('DIR')"
+            remedy = f'convert it where it can do no harm: python -c "{code}"'
+        raise UserError(f"init_from: '{self.path}' holds {content}; it needs {WEIGHTS}: {remedy}")
+
+
+def _other_weights(folder: Path) -> list[Path]:
+    return [file for ending in _OTHER_WEIGHTS for file in sorted(folder.glob(f"*{ending}"))]
 
 
 def is_hf_folder(path: str) -> bool:
-    """Returns whether a path is a Hugging Face folder, with weights beside config.json, and not a run of ours."""
+    """Returns whether a path is a Hugging Face folder, with weights of any kind beside config.json, and no run."""
     folder = Path(path).expanduser()
-    return (folder / "config.json").is_file() and any((folder / name).exists() for name in (WEIGHTS, _INDEX))
+    return (folder / "config.json").is_file() and bool((folder / _INDEX).exists() or _other_weights(folder))
 
 
 def open_folder(path: str) -> Folder:
     """Reads the config.json of a folder.
 
     Raises:
-      UserError: it is no Hugging Face folder, or our encoder cannot compute its model.
+      UserError: it is no Hugging Face folder, its weights cannot be read, or our encoder cannot compute its model.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"init_from: '{path}' is not a folder; give a Hugging Face folder with config.json in it")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     architecture = _architecture(folder, config)
     with as_user_error(f"init_from: {folder / 'config.json'} has ", ValueError):
         _check_vocab(config)
         fields = architecture.from_hf_config(config)
-    return Folder(folder, architecture, config, fields)
+    result = Folder(folder, architecture, config, fields)
+    result.weight_files()
+    return result
 
 
 def _architecture(folder: Path, config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if model_type is None and "position_embedding_type" not in config and "type_vocab_size" in config:
-        classes = " ".join(map(str, config.get("architectures") or ["Bert"]))  # before 2020 it was not written
+        classes = str(config.get("architectures") or "Bert").strip("[]'")  # before 2020 the type was not written
         model_type = next((a.model_type for a in ARCHITECTURES if classes.lower().startswith(a.model_type)), None)
     candidates = [a for a in ARCHITECTURES if a.model_type == model_type]
     if not candidates:
@@ -100,6 +142,7 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> Architecture:
 
 
 def _check_vocab(config: Mapping[str, Any]) -> None:
+    arch.expect(config, quantization_config=None)
     size, pad_id = config.get("vocab_size"), config.get("pad_token_id")
     if type(size) is not int or not 0 < size < 2**24:
         raise ValueError(f"vocab_size = {size!r}; expected a positive number")
@@ -107,7 +150,8 @@ def _check_vocab(config: Mapping[str, Any]) -> None:
         raise ValueError(f"pad_token_id = {pad_id!r}; expected a token id below vocab_size")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, kind: type = dict) -> Any:
+    """Reads a JSON file that holds an object, or another kind of value. Raises UserError."""
     try:
         if not 0 < (size := file.stat().st_size) <= _JSON_LIMIT:
             raise ValueError(f"it has {size} bytes")
@@ -115,8 +159,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         message = e.strerror if isinstance(e, OSError) else " ".join(str(e).split())
         raise UserError(f"init_from: {file} cannot be read as JSON ({message})") from e
-    if not isinstance(content, dict):
-        raise UserError(f"init_from: {file} holds no JSON object")
+    if not isinstance(content, kind):
+        raise UserError(f"init_from: {file} holds no JSON {'object' if kind is dict else kind.__name__}")
     return content
 
 

@@ -28,6 +28,7 @@ def _from_modernbert(config: HfConfig) -> dict[str, Any]:
         "position_embedding": "rope",
         "norm_position": "pre",
         "glu": True,
+        "activation": "gelu",
         "type_vocab_size": 0,
         "embedding_size": 0,
         "share_layers": False,
@@ -36,8 +37,10 @@ def _from_modernbert(config: HfConfig) -> dict[str, Any]:
 
 def _global_period(config: HfConfig) -> int:
     """Returns n where every n-th layer attends to all tokens: a number up to transformers 4, a list of layers in 5."""
-    if not (layers := config.get("layer_types")):
+    if (layers := config.get("layer_types")) is None:
         return number(config, "global_attn_every_n_layers", int, 3)
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(f"layer_types = {layers!r}; expected a list of full_attention and sliding_attention")
     period = next((i for i, layer in enumerate(layers) if i and layer == "full_attention"), len(layers))
     expected = ["sliding_attention" if i % period else "full_attention" for i in range(len(layers))]
     if layers != expected:
@@ -47,8 +50,13 @@ def _global_period(config: HfConfig) -> int:
 
 def _rope_theta(config: HfConfig, layer_type: str, key: str, default: float, if_null: float | None = None) -> float:
     """Returns the base of a kind of layer's rotary embedding: under a key up to transformers 4, in a table in 5."""
-    if rope := (config.get("rope_parameters") or {}).get(layer_type):
-        expect(rope, rope_type="default")
+    rope = config
+    for name in ("rope_parameters", layer_type):
+        rope = rope.get(name) or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{name} = {rope!r}; expected an object")
+    expect(rope, rope_type="default")
+    if "rope_theta" in rope:
         return number(rope, "rope_theta", float)
     if config.get(key, default) is None and if_null is not None:
         return if_null

@@ -5,7 +5,8 @@ BPE gives the same ids. Unigram does too, except where two segmentations of a wo
 space, may be segmented differently too.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flax_mlm.data.tokenizer import Tokenizer
@@ -17,38 +18,84 @@ TIE = "two segmentations have the same score"
 def content(tokenizer: Tokenizer, pair_type: int) -> bytes:
     """Returns the tokenizer.json of a tokenizer: its own file, or its SentencePiece model converted.
 
+    It writes [CLS] and [SEP] around a text or a pair. The file's own template is kept where it does this.
+
     Args:
       pair_type: token type of the second text of a pair.
 
     Raises:
-      UserError: the SentencePiece model is neither BPE nor Unigram.
+      UserError: the SentencePiece model is neither BPE nor Unigram, or has a word that cannot be written.
     """
-    if tokenizer.filename == "tokenizer.json":
+    from tokenizers import Tokenizer as HfTokenizer
+    from tokenizers import processors
+
+    is_own = tokenizer.filename == "tokenizer.json"
+    result = HfTokenizer.from_str(tokenizer.content.decode()) if is_own else _converted(tokenizer)
+    result.no_padding()
+    pair, text = result.encode("a", "a"), tokenizer.encode(["a"])[0].tolist()
+    ends = [tokenizer.sep_id] * tokenizer.pair_separators
+    ids = [tokenizer.cls_id, *text, *ends, *text, tokenizer.sep_id]
+    if is_own and pair.ids == ids and pair_type * pair.type_ids[-1] == pair_type:
         return tokenizer.content
-    from tokenizers import AddedToken, decoders, pre_tokenizers, processors
+    names = {tokenizer.tokens[i]: i for i in (tokenizer.cls_id, tokenizer.sep_id)}
+    cls, sep = (tokenizer.tokens[i] for i in (tokenizer.cls_id, tokenizer.sep_id))
+    second = f"{sep}:{pair_type}"
+    template = f"{cls} $A {sep} {f'{second} ' * (len(ends) - 1)}$B:{pair_type} {second}"
+    result.post_processor = processors.TemplateProcessing(f"{cls} $A {sep}", template, list(names.items()))
+    return result.to_str(pretty=True).encode()
+
+
+def added_words(tokenizer: Tokenizer) -> dict[int, str]:
+    """Returns id -> word of the words that were added to the tokenizer's vocabulary (`tokenizer.extra_tokens_file`).
+
+    Each is found where no letter, digit or underscore stands beside it, and the space before it belongs to it.
+    """
+    from tokenizers import Tokenizer as HfTokenizer
+
+    if tokenizer.filename == "tokenizer.json":
+        added = HfTokenizer.from_str(tokenizer.content.decode()).get_added_tokens_decoder()
+        return {i: token.content for i, token in added.items() if not token.special}
+    pieces = _proto(tokenizer).pieces
+    return {
+        i: p.piece[1:].replace("▁", " ")
+        for i, p in enumerate(pieces)
+        if p.type == p.USER_DEFINED and re.match("▁[^▁]", p.piece)
+    }
+
+
+def _converted(tokenizer: Tokenizer) -> Any:
+    """Converts a SentencePiece model."""
+    from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
     from tokenizers import Tokenizer as HfTokenizer
     from tokenizers.normalizers import Sequence
 
-    proto = _proto(tokenizer)
-    converted = HfTokenizer(_model(proto, tokenizer))
+    proto, words, tokens = _proto(tokenizer), added_words(tokenizer), set(tokenizer.tokens)
+    for i, word in words.items():
+        if word in tokens:
+            problem = f"{tokenizer.tokens[i]}, an added word, and {word}, which continues words"
+            raise UserError(f"the tokenizer has both {problem}; tokenizer.json cannot tell them apart")
+    converted = HfTokenizer(_model(proto, tokenizer, words))
     added = []
     for i, p in enumerate(proto.pieces):
         is_own = p.type == p.USER_DEFINED
-        if p.type in (p.CONTROL, p.UNKNOWN) or (is_own and not p.piece.startswith("▁")):
+        if i in words:
+            added.append(AddedToken(words[i], single_word=True, lstrip=True, special=False))
+        elif p.type in (p.CONTROL, p.UNKNOWN) or (is_own and not p.piece.startswith("▁")):
             # The space before a mask is part of the masked word.
             added.append(AddedToken(p.piece, lstrip=i == tokenizer.mask_id, normalized=is_own, special=not is_own))
     converted.add_tokens(added)
     converted.normalizer = Sequence(list(_normalizers(proto.normalizer_spec)))
     has_spaces = any("▁" in p.piece[1:] and p.type == p.NORMAL for p in proto.pieces)  # a token of several words
     prefix = "first" if proto.normalizer_spec.add_dummy_prefix else "never"
-    converted.pre_tokenizer = pre_tokenizers.Metaspace("▁", prefix, split=not has_spaces)
-    ids = {tokenizer.tokens[i]: i for i in (tokenizer.cls_id, tokenizer.sep_id)}
-    cls, sep = ids
-    single, pair = f"{cls} $A {sep}", f"{cls} $A {sep} $B:{pair_type} {sep}:{pair_type}"
-    converted.post_processor = processors.TemplateProcessing(single, pair, list(ids.items()))
+    converted.pre_tokenizer = metaspace = pre_tokenizers.Metaspace("▁", prefix, split=not has_spaces)
+    if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:  # which would find special tokens in text
+        special = [p.piece for p in proto.pieces if p.type not in (p.NORMAL, p.USER_DEFINED) and len(p.piece) > 1]
+        inside = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special)
+        apart = pre_tokenizers.Split(Regex(inside), "merged_with_previous")
+        converted.pre_tokenizer = pre_tokenizers.Sequence([metaspace, apart])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     converted.decoder = decoders.Sequence(steps)
-    return converted.to_str(pretty=True).encode()
+    return converted
 
 
 def _proto(tokenizer: Tokenizer) -> Any:
@@ -68,10 +115,13 @@ def _normalizers(spec: Any) -> Iterable[Any]:
         yield normalizers.Replace(Regex(" {2,}"), " ")
 
 
-def _model(proto: Any, tokenizer: Tokenizer) -> Any:
+def _model(proto: Any, tokenizer: Tokenizer, words: Mapping[int, str]) -> Any:
     """Converts the vocabulary.
 
     SentencePiece stores no merges of BPE: they are all pairs that spell a token, by its score.
+
+    Args:
+      words: id -> word that the model must not find in other words.
     """
     from tokenizers import models
 
@@ -79,10 +129,12 @@ def _model(proto: Any, tokenizer: Tokenizer) -> Any:
     byte_fallback = proto.trainer_spec.byte_fallback
     if kind not in ("BPE", "UNIGRAM") or proto.trainer_spec.treat_whitespace_as_suffix:
         raise UserError(f"the tokenizer, a SentencePiece {kind} model, cannot be written as tokenizer.json")
+    vocab = {words.get(i, token): i for i, token in enumerate(tokenizer.tokens)}
+    scores = {p.piece: p.score for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED) and p.piece in vocab}
     if kind == "UNIGRAM":
-        return models.Unigram([(p.piece, p.score) for p in proto.pieces], tokenizer.unk_id, byte_fallback)
-    scores = {p.piece: p.score for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED)}
-    vocab = {token: i for i, token in enumerate(tokenizer.tokens)}
+        lowest = min(scores.values()) - 100
+        scored = [(t, lowest if i in words else proto.pieces[i].score) for t, i in vocab.items()]
+        return models.Unigram(scored, tokenizer.unk_id, byte_fallback)
     merges = []
     for token, score in scores.items():
         for cut in range(1, len(token)):
@@ -118,15 +170,21 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     return tokens
 
 
-def settings(tokenizer: Tokenizer, max_positions: int) -> dict[str, Any]:
-    """Returns the content of tokenizer_config.json."""
+def settings(tokenizer: Tokenizer, max_length: int, type_vocab_size: int) -> dict[str, Any]:
+    """Returns the content of tokenizer_config.json.
+
+    Args:
+      max_length: tokens that a text may have.
+      type_vocab_size: of the model; with at least 2, the texts of a pair have token types.
+    """
     tokens = special_tokens(tokenizer)
     if isinstance(tokens["mask_token"], dict):
         tokens["mask_token"] = {"__type": "AddedToken", "special": True, **tokens["mask_token"]}
+    types = ["token_type_ids"] if type_vocab_size > 1 else []
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_positions,
-        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", *types, "attention_mask"],
         "clean_up_tokenization_spaces": False,
         **tokens,
     }

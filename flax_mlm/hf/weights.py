@@ -15,6 +15,7 @@ Path = tuple[str, ...]  # keys that lead to a parameter
 Params = dict[Path, np.ndarray]
 Log = Callable[[str], None]
 
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SUFFIXES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 
 
@@ -127,6 +128,8 @@ def load_params(
     tensors = _select(folder, mappings, reinit_head, log)
     for mapping in mappings:
         if mapping.dims[0] == "V" and (name := mapping.names[0][0]) in tensors:
+            if (found := len(tensors[name])) != (rows := folder.config["vocab_size"]):
+                raise UserError(f"init_from: '{folder.path}' has {found} rows in {name}, but vocab_size = {rows}")
             tensors[name] = _extend_vocab(tensors[name], mapping.shape[0], new_tokens)
     with as_user_error(f"init_from: '{folder.path}': ", ValueError):
         return tensors_to_params(mappings, tensors, position_offset(folder.config))
@@ -161,7 +164,11 @@ def _select(folder: Folder, mappings: Sequence[ParamMapping], reinit_head: bool,
     if missing and all(used[name][0] == "head" for name in missing):
         problem = f"has no vocabulary head (it lacks {_abridge(missing)})"
         raise UserError(f"init_from: '{folder.path}' {problem}; set reinit_head=True to train a new one")
+    quantized = [
+        f"{name} of {x.dtype}" for name in used if (x := tensors.get(name)) is not None and x.dtype.name not in _DTYPES
+    ]
     problems = [f"lacks {_abridge(missing)}"] if missing else []
+    problems += [f"has {_abridge(quantized)}, where {', '.join(_DTYPES)} is expected"] if quantized else []
     problems += [f"has {_abridge(extra)}, which our model does not use"] if extra else []
     if problems:
         raise UserError(f"init_from: '{folder.path}' {' and '.join(problems)}")

@@ -1,6 +1,5 @@
 """The config of a checkpoint or of a Hugging Face folder."""
 
-import sys
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -10,8 +9,8 @@ from flax_mlm.checkpoint.format import newest_meta, stored_config
 from flax_mlm.config.load import from_dict
 from flax_mlm.data.tokenizer import load_tokenizer
 from flax_mlm.errors import UserError
+from flax_mlm.hf import sentence_transformers
 from flax_mlm.hf.folder import is_hf_folder, open_folder
-from flax_mlm.hf.sentence_transformers import read_pooling
 
 
 def read_config(path: str, overrides: Mapping[str, Any] = {}) -> ConfigDict:
@@ -39,7 +38,8 @@ def read_config(path: str, overrides: Mapping[str, Any] = {}) -> ConfigDict:
 def apply_folder(config: ConfigDict, given: Set[str] = frozenset(), as_is: bool = False) -> None:
     """Sets the fields that the Hugging Face folder `config.init_from` determines.
 
-    These are the shape of the model, and unless the user has set them the tokenizer and the pooling of vectors.
+    These are the shape of the model, and unless the user has set them the tokenizer, the length of rows where it is
+    longer than the model can read, and how vectors are made.
 
     Args:
       given: names of the fields that the user has set.
@@ -57,12 +57,16 @@ def apply_folder(config: ConfigDict, given: Set[str] = frozenset(), as_is: bool 
         config.objective.name = folder.architecture.objective
     if not config.tokenizer.path:
         config.tokenizer.path = config.init_from
-    if "finetune.pooling" not in given:
-        mode, unsupported = read_pooling(folder.path)
-        config.finetune.pooling = mode or config.finetune.pooling
-        if unsupported:
-            modules = " and ".join(unsupported)
-            print(f"note: vectors will differ from those of '{folder.path}': no support for {modules}", file=sys.stderr)
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    folder.check_tokenizer(tokenizer)
+    limit = config.model.max_positions
+    if "data.seq_len" not in given:
+        config.data.seq_len = min(config.data.seq_len, limit)
+    fields, unsupported = sentence_transformers.read(folder.path, tokenizer, limit, config.finetune.max_length)
+    if as_is and unsupported and "finetune.pooling" not in given:
+        problem = f"'{folder.path}' makes vectors with {', '.join(unsupported)}, which our encoder does not compute"
+        raise UserError(f"{problem}; set finetune.pooling to use the encoder without it")
+    config.finetune.update({name: value for name, value in fields.items() if f"finetune.{name}" not in given})
     rows = folder.config["vocab_size"]
     if config.tokenizer.extra_tokens_file:
         rows = max(rows, load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file).vocab_size)

@@ -20,18 +20,24 @@ Encoder = Callable[[Params, jax.Array], jax.Array]  # params, tokens (B, L) -> (
 def tokenize(model: LoadedModel, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[list[int]]:
     """Builds `[CLS] text [SEP]`, or `[CLS] text [SEP] pair [SEP]`, of at most `finetune.max_length` tokens.
 
-    A pair that is too long is shortened at its longer text first.
+    A pair that is too long is shortened at its longer text first. RoBERTas have two [SEP] between its texts.
     """
     t, limit = model.tokenizer, min(model.config.finetune.max_length, model.max_length)
     if pairs is None:
         return [[t.cls_id, *ids[: limit - 2].tolist(), t.sep_id] for ids in t.encode(texts)]
-    rows, room = [], limit - 3
+    separators = [t.sep_id] * t.pair_separators
+    rows, room = [], limit - 2 - len(separators)
     for a, b in zip(t.encode(texts), t.encode(pairs), strict=True):
         if len(a) + len(b) > room:
             short = min(len(a), len(b), room // 2)
             a, b = (a[: room - short], b[:short]) if len(a) >= len(b) else (a[:short], b[: room - short])
-        rows.append([t.cls_id, *a.tolist(), t.sep_id, *b.tolist(), t.sep_id])
+        rows.append([t.cls_id, *a.tolist(), *separators, *b.tolist(), t.sep_id])
     return rows
+
+
+def tokenize_for_vectors(model: LoadedModel, texts: Sequence[str]) -> list[list[int]]:
+    """Builds rows as `tokenize` does, of texts with `finetune.prompt` before them."""
+    return tokenize(model, [model.config.finetune.prompt + text for text in texts])
 
 
 def pad(model: LoadedModel, rows: Sequence[list[int]]) -> np.ndarray:
@@ -174,7 +180,7 @@ def embed(
     params: Params | None = None,
     on_batch: OnBatch = lambda: None,
 ) -> np.ndarray:
-    """Embeds texts by `finetune.pooling`, cut to `finetune.max_length` tokens.
+    """Embeds texts by `finetune.pooling`, after `finetune.prompt` and cut to `finetune.max_length` tokens.
 
     Args:
       encoder: `make_encoder(model)`, to compile once for several calls.
@@ -184,5 +190,5 @@ def embed(
       vectors of length 1, float32 (N, D).
     """
     encoder, params = encoder or make_encoder(model), model.params if params is None else params
-    states_ND = np.stack(run_batches(model, encoder, params, tokenize(model, texts), on_batch))
+    states_ND = np.stack(run_batches(model, encoder, params, tokenize_for_vectors(model, texts), on_batch))
     return normalize(states_ND.astype(np.float64)).astype(np.float32)  # squares overflow float32 before states do

@@ -34,7 +34,7 @@ def export(
     Args:
       path: as for `load_model`, and `config`.
       output: the folder to create.
-      architecture: bert, roberta, albert, modernbert or electra; empty: the first one that fits.
+      architecture: model_type of a class in transformers; empty: that of the folder, or the first one that fits.
       dtype: of the weights, float32 or bfloat16.
       licence, language: of the model, for its card, as Hugging Face spells them; empty: not stated.
 
@@ -52,6 +52,8 @@ def export(
         model = model._replace(params=jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), model.params))
 
     m, tokenizer, net = config.model, model.tokenizer, model.forward.model
+    if not (architecture or model.meta):  # a folder keeps its own
+        architecture = folder.open_folder(config.init_from).architecture.model_type
     chosen = folder.matching_architecture(m, config.objective.name, architecture, tokenizer.tokens[tokenizer.cls_id])
     params = jax.device_get(model.params)
     if config.objective.name == "rtd":  # the generator is left out
@@ -71,13 +73,16 @@ def export(
 
 def _files(model: LoadedModel, config_file: dict[str, Any]) -> dict[str, bytes]:
     """Returns the contents of all files but the card and the weights."""
-    tokenizer, m = model.tokenizer, model.config.model
+    tokenizer, config, m = model.tokenizer, model.config, model.config.model
     contents = {
         "config.json": config_file,
-        "tokenizer_config.json": tokenizer_json.settings(tokenizer, m.max_positions),
+        "tokenizer_config.json": tokenizer_json.settings(tokenizer, model.max_length, m.type_vocab_size),
         "special_tokens_map.json": tokenizer_json.special_tokens(tokenizer),
-        **(sentence_transformers.files(model.config) if "fine_tuned" in model.meta else {}),
     }
+    came_as_one = not model.meta and sentence_transformers.is_sentence_encoder(Path(config.init_from).expanduser())
+    if "fine_tuned" in model.meta or came_as_one:
+        length = min(config.finetune.max_length, model.max_length)
+        contents |= sentence_transformers.files(config.finetune, length, m.hidden_size)
     files = {name: f"{json.dumps(x, indent=2, ensure_ascii=False)}\n".encode() for name, x in contents.items()}
     return {**files, "tokenizer.json": tokenizer_json.content(tokenizer, min(1, max(0, m.type_vocab_size - 1)))}
 

@@ -14,6 +14,10 @@ from flax_mlm.inference.load import LoadedModel
 
 _TEXTS = 64
 _AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "clm": "AutoModelForCausalLM", "rtd": "AutoModelForPreTraining"}
+_SHOWN = 10  # texts with other ids that are printed
+_NOTE = (
+    "    note: transformers takes [MASK] and the like in a text for special tokens, unless split_special_tokens=True"
+)
 CLOZES = ("The [MASK] sat on the mat.", "[MASK] barked at the mailman.", "It was un[MASK]able, and so [MASK] [MASK].")
 
 
@@ -22,6 +26,7 @@ class Difference(NamedTuple):
 
     texts: int
     other_ids: list[tuple[str, str]]  # texts that transformers tokenizes otherwise, and why
+    becomes_special: bool  # whether transformers, by default, takes text that spells a special token for that token
     hidden: float  # largest absolute difference of a hidden state
     logits: float  # largest absolute difference of a logit
 
@@ -34,7 +39,9 @@ class Difference(NamedTuple):
         same = self.texts - len(self.other_ids)
         return [
             f"token ids     the same for {same} of {self.texts} texts",
-            *(f"    not for {text!r}: {why}" for text, why in self.other_ids),
+            *(f"    not for {text!r}: {why}" for text, why in self.other_ids[:_SHOWN]),
+            *([f"    and {len(self.other_ids) - _SHOWN} more"] if len(self.other_ids) > _SHOWN else []),
+            *([_NOTE] if self.becomes_special else []),
             f"hidden states largest difference {self.hidden:.1e}",
             f"logits        largest difference {self.logits:.1e}",
         ]
@@ -48,7 +55,10 @@ def require_transformers() -> None:
 
 
 def compare_folder(folder: Path, model: LoadedModel) -> Difference:
-    """Compares in float32 on texts of many lengths, including some with masks."""
+    """Compares in float32 on texts of many lengths, including some with masks.
+
+    Token ids are also compared for texts with every added word, and for texts that spell every special token.
+    """
     import torch
     import transformers
 
@@ -60,16 +70,22 @@ def compare_folder(folder: Path, model: LoadedModel) -> Difference:
 
     limit = min(model.config.model.max_positions, 512)
     mask = tokenizer.tokens[tokenizer.mask_id]
-    texts = [(text, tokenizer.encode([text])[0].tolist()) for text in _sample_texts()]
-    texts += [(text.replace("[MASK]", mask), tokenizer.encode_with_mask(text)) for text in CLOZES]
+    words = [f"{word}, or the {word}." for word in tokenizer_json.added_words(tokenizer).values()]
+    spelled = [f"a {tokenizer.tokens[i]} b" for i in np.flatnonzero(tokenizer.is_special) if tokenizer.tokens[i]]
+    plain = [*_sample_texts(), *words, *spelled]
+    texts = [(text, ids.tolist(), True) for text, ids in zip(plain, tokenizer.encode(plain), strict=True)]
+    texts = [(text.replace("[MASK]", mask), tokenizer.encode_with_mask(text), False) for text in CLOZES] + texts
     other_ids, rows = [], []
-    for text, ids in texts:
+    for text, ids, is_plain in texts:
         row = [tokenizer.cls_id, *ids[: limit - 2], tokenizer.sep_id]
-        hf_row = hf_tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+        hf_row = hf_tokenizer(text, truncation=True, max_length=limit, split_special_tokens=is_plain)["input_ids"]
         if hf_row != row:
             other_ids.append((text, tokenizer_json.why(tokenizer, row, hf_row)))
         rows.append(row)
-    return Difference(len(texts), other_ids, *compare_outputs(net, model, rows))
+    by_default = hf_tokenizer(spelled)["input_ids"]
+    becomes_special = by_default != hf_tokenizer(spelled, split_special_tokens=True)["input_ids"]
+    compared = rows[: len(CLOZES) + 2 * _TEXTS]
+    return Difference(len(texts), other_ids, becomes_special, *compare_outputs(net, model, compared))
 
 
 def compare_outputs(net: Any, model: LoadedModel, rows: list[list[int]]) -> tuple[float, float]:

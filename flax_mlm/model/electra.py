@@ -19,7 +19,7 @@ from flax import nnx
 
 from flax_mlm.config.schema import Config, ModelConfig
 from flax_mlm.distributed.mesh import reshard_like
-from flax_mlm.model.elementwise import add_bias, gelu
+from flax_mlm.model.elementwise import ACTIVATIONS, add_bias
 from flax_mlm.model.encoder import Encoder
 from flax_mlm.model.heads import Model, functional, language_model, vocab_rows
 from flax_mlm.model.layers import Linear, gathered
@@ -28,17 +28,18 @@ _SHARED = ("token", "position")  # the embeddings that `embedding_sharing` is ab
 
 
 class DetectionHead(nnx.Module):
-    """ELECTRA's discriminator head: dense, GELU, one logit."""
+    """ELECTRA's discriminator head: dense, activation, one logit."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width = config.hidden_size
+        self.activation = ACTIVATIONS[config.activation]
         self.dense = Linear("DE", (width, width), 1, config, rngs)
         self.detector = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), (1, width)), dims="1D")
         self.detector_bias = nnx.Param(jnp.zeros(1), dims="1")
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         """Computes the log-odds (B, L), float32, that a token was replaced."""
-        x_BLE = gelu(self.dense("BLD,DE->BLE", x_BLD, "LE"))
+        x_BLE = self.activation(self.dense("BLD,DE->BLE", x_BLD, "LE"))
         detector_1E = self.detector[...].astype(x_BLE.dtype)
         logits_BL1 = jnp.einsum("BLE,SE->BLS", x_BLE, detector_1E, preferred_element_type=jnp.float32)
         return add_bias(logits_BL1, self.detector_bias[...])[..., 0]

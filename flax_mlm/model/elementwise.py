@@ -6,6 +6,7 @@ some matmul has as its result anyway.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,15 @@ def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@jax.checkpoint
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """Computes GELU's approximation by tanh (arXiv:1606.08415 §2) in float32; returns x's dtype."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
 @jax.custom_vjp

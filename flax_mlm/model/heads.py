@@ -10,24 +10,25 @@ from flax import nnx
 from flax_mlm.config.schema import ModelConfig
 from flax_mlm.distributed.fsdp import gather_fsdp
 from flax_mlm.distributed.mesh import batch_spec
-from flax_mlm.model.elementwise import add_bias, gelu
+from flax_mlm.model.elementwise import ACTIVATIONS, add_bias
 from flax_mlm.model.encoder import Encoder
 from flax_mlm.model.layers import LayerNorm, Linear, gathered
 from flax_mlm.model.projection import project
 
 
 class VocabularyHead(nnx.Module):
-    """BERT's prediction head: dense, GELU, norm, then the token embedding transposed, plus a bias."""
+    """BERT's prediction head: dense, activation, norm, then the token embedding transposed, plus a bias."""
 
     def __init__(self, config: ModelConfig, vocab_rows: int, rngs: nnx.Rngs):
         width = config.embedding_size or config.hidden_size
+        self.activation = ACTIVATIONS[config.activation]
         self.dense = Linear("DE", (config.hidden_size, width), 1, config, rngs)
         self.norm = LayerNorm(config, width)
         self.decoder_bias = nnx.Param(jnp.zeros(vocab_rows), dims="V")
 
     def __call__(self, x_BKD: jax.Array, embedding_VE: jax.Array) -> jax.Array:
         """Computes logits (B, K, V), float32."""
-        x_BKE = self.norm(gelu(self.dense("BKD,DE->BKE", x_BKD, "KE")))
+        x_BKE = self.norm(self.activation(self.dense("BKD,DE->BKE", x_BKD, "KE")))
         embedding_VE = embedding_VE.astype(x_BKE.dtype)
         logits_BKV = project("BKE,VE->BKV", x_BKE, embedding_VE, batch_spec("K", "V"), jnp.float32)
         return add_bias(logits_BKV, self.decoder_bias[...])

@@ -17,7 +17,7 @@ from flax import nnx
 from flax_mlm.config.schema import ModelConfig
 from flax_mlm.distributed.fsdp import gather_fsdp
 from flax_mlm.distributed.mesh import batch_spec, replicate
-from flax_mlm.model.elementwise import add_bias, geglu, gelu, layer_norm
+from flax_mlm.model.elementwise import ACTIVATIONS, add_bias, geglu, layer_norm
 from flax_mlm.model.projection import project
 
 Rotary = tuple[jax.Array, jax.Array]  # cosines and sines
@@ -199,5 +199,5 @@ class Layer(nnx.Module):
         if self.config.glu:
             h_BLF = geglu(*self.mlp_in.each("BLD,DF->BLF", x_BLD, "LF"))
         else:
-            h_BLF = gelu(self.mlp_in("BLD,DF->BLF", x_BLD, "LF"))
+            h_BLF = ACTIVATIONS[self.config.activation](self.mlp_in("BLD,DF->BLF", x_BLD, "LF"))
         return self.mlp_out("BLF,FD->BLD", h_BLF, "LD")

@@ -16,12 +16,14 @@ from flax_mlm.configs import base
 from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
-from flax_mlm.hf import bert, folder, modernbert, sentence_transformers, tokenizer_json
+from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
 from flax_mlm.hf.folder import ARCHITECTURES, matching_architecture
 from flax_mlm.hf.weights import ParamMapping, param_mappings, params_to_tensors
+from flax_mlm.inference import embeddings
+from flax_mlm.inference.config import read_config
 from flax_mlm.model import heads
 from flax_mlm.training import metrics
-from tests.helpers.hf_folders import BERT, MODERN, SHAPES, SMALL, model_config, started, written
+from tests.helpers.hf_folders import BERT, MODERN, SHAPES, SMALL, model_config, opened, started, written
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +178,7 @@ def breakages():
     yield "a list for config", content("config.json", lambda b: b"[]"), "config.json holds no JSON object"
     yield "nested config", content("config.json", lambda b: b"[" * 100_000), "config.json cannot be read as JSON"
     yield "another model", config(model_type="llama"), "holds a model of type llama; expected one of albert, bert"
-    yield "another activation", config(hidden_act="gelu_new"), "hidden_act = 'gelu_new'; expected 'gelu'"
+    yield "another activation", config(hidden_act="relu"), "hidden_act = 'relu'; expected one of gelu, gelu_python"
     yield "other positions", config(position_embedding_type="relative_key"), "expected 'absolute'"
     yield "untied", config(tie_word_embeddings=False), "tie_word_embeddings = False; expected True"
     yield "no such padding", config(pad_token_id="0"), "pad_token_id = '0'; expected a token id"
@@ -198,7 +200,27 @@ def breakages():
         weights(lambda t: t.update({"cls.predictions.decoder.weight": t[word] + 1})),
         "our model ties",
     )
-    yield "another vocabulary", config(vocab_size=999), "word_embeddings.weight"
+    yield (
+        "int8 weights",
+        weights(lambda t: t.update({word: t[word].astype("int8")})),
+        f"has {word} of int8, where float32",
+    )
+    yield (
+        "quantized weights",
+        config(quantization_config={"bits": 8}),
+        "quantization_config = .'bits': 8.; expected None",
+    )
+    yield "other rows", config(vocab_size=401), f"has 400 rows in {word}, but vocab_size = 401"
+    yield "far more rows", config(vocab_size=999), "an embedding of 999 rows, but the tokenizer has 400 tokens; set"
+    yield "fewer rows", config(vocab_size=399), "399 rows, but the tokenizer has 400 tokens: '.+' and all that follow"
+    yield "another padding", config(pad_token_id=7), r"pad_token_id = 7; the tokenizer has \[PAD\] as"
+    yield "another mask", config(mask_token_id=7), r"mask_token_id = 7; the tokenizer has \[MASK\] as"
+    yield "another beginning", config(cls_token_id=9), r"cls_token_id = 9; the tokenizer has \[CLS\] as"
+    yield (
+        "odd architectures",
+        config(model_type="absent", position_embedding_type="absent", architectures=5),
+        "of type None",
+    )
 
 
 BREAKAGES = {name: rest for name, *rest in breakages()}
@@ -209,9 +231,6 @@ def test_a_folder_that_will_not_do(name, vocabulary, tmp_path):
     path = written(tmp_path / "first", "bert", vocabulary)
     change, message = BREAKAGES[name]
     change(path)
-    if name == "another vocabulary":  # the rows that the file lacks are filled up
-        assert started(path)[2].params["encoder"]["embeddings"]["token"].shape == (999, 32)
-        return
     with pytest.raises(UserError, match=message) as e:
         started(path)
     assert ("\n" not in str(e.value) and str(tmp_path) in str(e.value)) or "divisible" in message
@@ -237,6 +256,67 @@ def test_configs_of_transformers_4_and_5(vocabulary, tmp_path):
             match=r"layer_types = .*; expected full_attention|norm_bias = True; expected a bool, the same",
         ):
             folder.open_folder(str(path))
+
+
+ODD = (7, 0.5, "x", True, [], ["x"], [[]], [None], {}, {"x": 1}, {"full_attention": 3}, {"full_attention": ["x"]})
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "layer_types", "global_rope_theta", "norm_bias", "architectures"])
+@pytest.mark.parametrize("value", ODD, ids=str)
+def test_an_odd_value_in_a_config_is_read_or_refused_in_a_line(key, value, vocabulary, tmp_path):
+    path = written(tmp_path / "first", "modernbert", vocabulary)
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {key: value}))
+    try:
+        folder.open_folder(str(path))
+    except UserError as e:
+        assert f"config.json has {key if key != 'rope_parameters' else ''}" in str(e)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert", "electra"])
+def test_a_head_with_another_activation_than_the_layers_is_refused(kind, vocabulary, tmp_path):
+    path = written(tmp_path / "first", kind, vocabulary)
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"hidden_act": "gelu_new"}))
+    with pytest.raises(UserError, match="hidden_act = 'gelu_new'; expected 'gelu'"):
+        folder.open_folder(str(path))
+
+
+def test_rope_parameters_may_leave_out_the_base(vocabulary, tmp_path):
+    path = written(tmp_path / "first", "modernbert", vocabulary)
+    settings = json.loads((path / "config.json").read_text())
+    settings["rope_parameters"] = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_theta": 5}}
+    (path / "config.json").write_text(json.dumps(settings | {"global_rope_theta": 77.0}))
+    fields = folder.open_folder(str(path)).model_fields
+    assert (fields["rope_theta_global"], fields["rope_theta_local"]) == (77.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "tf_model.h5", "flax_model.msgpack", "old.safetensors"]
+)
+def test_a_folder_without_safetensors_is_named_as_such_everywhere(name, vocabulary, tmp_path):
+    path = written(tmp_path / "first", "bert", vocabulary)
+    (path / "model.safetensors").rename(path / name)
+    for read in (read_config, opened):
+        with pytest.raises(UserError, match=f"holds only {name}.*BertForMaskedLM.*from_pretrained"):
+            read(str(path))
+
+
+def test_rows_are_no_longer_than_a_folder_has_positions(vocabulary, tmp_path):
+    path = str(written(tmp_path / "first", "bert", vocabulary))
+    assert build(read_config(path)).data.seq_len == 64
+    assert read_config(path, {"data.seq_len": 65}).data.seq_len == 65, "what the user sets is left to the checks"
+
+
+def test_a_padded_embedding_keeps_its_rows(vocabulary, tmp_path):
+    path = written(tmp_path / "first", "bert", vocabulary)
+    settings, tensors = json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")
+    for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
+        tensors[name] = np.concatenate([tensors[name], tensors[name][:112]])
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(settings | {"vocab_size": 512}))
+    table = started(path)[2].params["encoder"]["embeddings"]["token"]
+    np.testing.assert_array_equal(table, tensors["bert.embeddings.word_embeddings.weight"])
 
 
 def test_a_new_vocabulary_begins_as_the_mean_of_its_pieces(vocabulary, tmp_path):
@@ -309,6 +389,62 @@ def test_tokenizer_json_cuts_the_built_in_corpus_alike(model_type, normalization
     reasons = [tokenizer_json.why(tokenizer, *pair) for pair in both if pair[0] != pair[1]]
     assert [why for why in reasons if model_type == "bpe" or why != tokenizer_json.TIE] == []
     assert len(reasons) < 5
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_added_words_are_tokens_in_tokenizer_json(model_type, toy, tmp_path):
+    import tokenizers
+
+    config = dataclasses.replace(build(base.get_config()).tokenizer, model_type=model_type, vocab_size=300)
+    lines = [f"{a} {b} {c}" for a in ("the", "this") for b in toy.animals for c in toy.animals.values()]
+    train_tokenizer(lines, config).save(tmp_path)
+    (tmp_path / "words").write_text("covid\nzyxogene\nnew york\nguard\n")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model", tmp_path / "words")
+    theirs = tokenizers.Tokenizer.from_str(tokenizer_json.content(tokenizer, 1).decode())
+    theirs.encode_special_tokens = True
+    words = tokenizer_json.added_words(tokenizer)
+    assert list(words.values()) == ["covid", "zyxogene", "new york", "guard"]
+    for i, word in words.items():
+        assert theirs.encode(f"the {word} barks", add_special_tokens=False).ids.count(i) == 1, word
+    for text in ("covid", "the covid.", " covid  zyxogene", "the <s> zyxogene [MASK] sleeps", "guard cat"):
+        assert theirs.encode(text, add_special_tokens=False).ids == tokenizer.encode([text])[0].tolist(), text
+
+
+def test_an_added_word_that_also_continues_words_cannot_be_exported(tmp_path):
+    config = dataclasses.replace(build(base.get_config()).tokenizer, vocab_size=330)
+    tokenizer = train_tokenizer(["the dog barks at the mailman in the garden", "a cat sleeps"] * 9, config)
+    tokenizer.save(tmp_path)
+    word = next(t for t in tokenizer.tokens if t.isalpha() and len(t) > 1 and f"▁{t}" not in tokenizer.tokens)
+    (tmp_path / "words").write_text(word)
+    with pytest.raises(UserError, match=f"has both ▁{word}, an added word, and {word}, which continues words"):
+        tokenizer_json.content(load_tokenizer(tmp_path / "tokenizer.model", tmp_path / "words"), 1)
+
+
+@pytest.mark.parametrize("template", ["none", "bert", "roberta"])
+def test_pairs_are_as_the_template_of_the_folder_says(template, vocabulary, tmp_path):
+    import tokenizers
+    from tokenizers.processors import BertProcessing, RobertaProcessing
+
+    file = tokenizers.Tokenizer.from_str(tokenizer_json.content(vocabulary, 1).decode())
+    marks = ("[SEP]", vocabulary.sep_id), ("[CLS]", vocabulary.cls_id)
+    file.post_processor = {"none": None, "bert": BertProcessing(*marks), "roberta": RobertaProcessing(*marks)}[template]
+    file.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    model = SimpleNamespace(tokenizer=tokenizer, max_length=64, config=build(base.get_config()))
+    (row,) = embeddings.tokenize(model, ["the dog"], ["barks"])
+    assert row.count(vocabulary.sep_id) == (3 if template == "roberta" else 2)
+    content = tokenizer_json.content(tokenizer, 1)
+    theirs = tokenizers.Tokenizer.from_str(content.decode()).encode("the dog", "barks")
+    assert theirs.ids == row
+    types = np.asarray(embeddings.token_types(model, np.array([row])))[0]
+    assert theirs.type_ids == types.tolist()
+    assert (content == tokenizer.content) == (template == "bert"), "a file that does the same is kept"
+
+
+@pytest.mark.parametrize("types", [0, 1, 2])
+def test_models_with_token_types_ask_for_them(types, vocabulary):
+    names = tokenizer_json.settings(vocabulary, 64, types)["model_input_names"]
+    assert ("token_type_ids" in names) == (types == 2)
 
 
 def test_masks_in_tokenizer_json_have_text_on_both_sides(vocabulary):
@@ -479,18 +615,6 @@ def test_mistakes_about_the_folder_to_start_from(toy, vocabulary, tmp_path):
         assert done.returncode == 2, done.stderr
         assert message in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1, done.stderr
-
-
-def test_unsupported_modules_of_a_sentence_encoder_are_reported(tmp_path):
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    kinds = ["Transformer", "Pooling", "Normalize"]
-    for more in ([], ["Dense"]):
-        modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds + more]
-        (tmp_path / "modules.json").write_text(json.dumps(modules))
-        assert sentence_transformers.read_pooling(tmp_path) == ("mean", more)
-    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
-    assert sentence_transformers.read_pooling(tmp_path) == (None, ["Dense", "Pooling"])
 
 
 def test_architectures_are_told_apart():

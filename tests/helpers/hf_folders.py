@@ -13,6 +13,7 @@ from flax_mlm.configs import base
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
+from flax_mlm.hf.distilbert import DISTILBERT
 from flax_mlm.hf.weights import param_mappings, params_to_tensors
 from flax_mlm.inference.config import apply_folder
 from flax_mlm.inference.load import start_params
@@ -35,6 +36,10 @@ SHAPES = {
     "bert": (bert.BERT, BERT),
     "roberta": (bert.ROBERTA, BERT),
     "albert": (bert.ALBERT, {**BERT, "embedding_size": 16, "share_layers": True}),
+    "albert v2": (bert.ALBERT, {**BERT, "embedding_size": 16, "share_layers": True, "activation": "gelu_tanh"}),
+    "distilbert": (DISTILBERT, {**BERT, "type_vocab_size": 0}),
+    "xlm-roberta": (bert.XLM_ROBERTA, {**BERT, "type_vocab_size": 1}),
+    "camembert": (bert.CAMEMBERT, {**BERT, "type_vocab_size": 1}),
     "electra": (bert.ELECTRA_GENERATOR, {**BERT, "embedding_size": 16}),
     "modernbert": (modernbert.MODERNBERT, MODERN),
     "modernbert with biases": (modernbert.MODERNBERT, {**MODERN, "use_bias": True}),
@@ -59,6 +64,11 @@ def written(where: Path, kind: str, tokenizer: Tokenizer, seed: int = 0) -> Path
     settings = folder.config_json(architecture, model, tokenizer.vocab_size, tokenizer)
     (where / "config.json").write_text(json.dumps(settings))
     (where / "tokenizer.json").write_bytes(tokenizer_json.content(tokenizer, 1))
+    for name, content in (
+        ("tokenizer_config.json", tokenizer_json.settings(tokenizer, model.max_positions, model.type_vocab_size)),
+        ("special_tokens_map.json", tokenizer_json.special_tokens(tokenizer)),
+    ):
+        (where / name).write_text(json.dumps(content))
     return where
 
 

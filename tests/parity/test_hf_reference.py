@@ -19,7 +19,7 @@ from flax_mlm.configs import base, bert_base, modernbert_base
 from flax_mlm.data import sources
 from flax_mlm.data import tables as labelled
 from flax_mlm.data.prepare import train_tokenizer
-from flax_mlm.data.tokenizer import Tokenizer
+from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.distributed.batches import shard_batch, shard_rows
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import retrieval
@@ -28,6 +28,7 @@ from flax_mlm.hf import sentence_transformers as sentence_transformers_files
 from flax_mlm.hf.weights import param_mappings, params_to_tensors
 from flax_mlm.inference import embeddings, likelihood, parity
 from flax_mlm.inference.api import Model
+from flax_mlm.inference.export import export
 from flax_mlm.inference.forward import build_forward
 from flax_mlm.inference.load import LoadedModel, start_params, untied
 from flax_mlm.model import electra, heads
@@ -175,11 +176,6 @@ def test_random_weights_of_real_shapes(architecture, file, fields, vocabulary, t
 def test_check_of_every_architecture(kind, vocabulary, tmp_path):
     path = written(tmp_path / "first", kind, vocabulary)
     architecture = SHAPES[kind][0]
-    for name, content in (
-        ("tokenizer_config.json", tokenizer_json.settings(vocabulary, 64)),
-        ("special_tokens_map.json", tokenizer_json.special_tokens(vocabulary)),
-    ):
-        (path / name).write_text(json.dumps(content))
     model = model_of(path)
     objective = dataclasses.replace(model.config.objective, name=architecture.objective)
     config = dataclasses.replace(model.config, objective=objective)
@@ -213,7 +209,7 @@ def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json.content(vocabulary, 1))
     for name, content in (
         ("config.json", folder.config_json(architecture, config.model, vocabulary.vocab_size, vocabulary)),
-        ("tokenizer_config.json", tokenizer_json.settings(vocabulary, 64)),
+        ("tokenizer_config.json", tokenizer_json.settings(vocabulary, 64, 2)),
         ("special_tokens_map.json", tokenizer_json.special_tokens(vocabulary)),
     ):
         (tmp_path / name).write_text(json.dumps(content))
@@ -231,7 +227,6 @@ def test_check_of_a_detector_of_replaced_tokens(embedding_size, vocabulary, tmp_
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
     path = written(tmp_path / "first", kind, vocabulary)
-    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_json.settings(vocabulary, 64)))
     model = model_of(path)
     text = "The [MASK] of the people."
     ids = [vocabulary.cls_id, *vocabulary.encode_with_mask(text), vocabulary.sep_id]
@@ -262,7 +257,77 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
         np.testing.assert_allclose(np.asarray(onnx.logits), net(**inputs).logits.numpy(), atol=LIMIT)
 
 
+@pytest.mark.parametrize("kind", ["bert", "albert", "electra", "roberta", "distilbert"])
+def test_pairs_of_texts_have_the_token_types_of_fine_tuning(kind, vocabulary, tmp_path):
+    path = written(tmp_path / "first", kind, vocabulary)
+    model = model_of(path)
+    architecture = SHAPES[kind][0]
+    net = getattr(transformers, architecture.class_name).from_pretrained(path, attn_implementation="eager").eval()
+    inputs = transformers.AutoTokenizer.from_pretrained(path)("the dog", "a cat", return_tensors="pt")
+    (row,) = embeddings.tokenize(model, ["the dog"], ["a cat"])
+    assert inputs["input_ids"][0].tolist() == row
+    with torch.no_grad():
+        expected = net(**inputs, output_hidden_states=True).hidden_states[-1][0].numpy()
+    with jax.set_mesh(model.mesh):
+        found = jax.jit(lambda tokens: embeddings.hidden_states(model, model.params, tokens))(np.array([row], np.int32))
+    assert np.abs(np.asarray(found)[0] - expected).max() <= LIMIT
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_the_check_tries_added_words(model_type, tmp_path):
+    """And finds them lost where the folder's tokenizer.json lacks them."""
+    config = dataclasses.replace(build(base.get_config()).tokenizer, vocab_size=600, model_type=model_type)
+    train_tokenizer(sentences(500), config).save(tmp_path)
+    (tmp_path / "words").write_text("covid\nzyxogene\nbiomarker\n")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model", tmp_path / "words")
+    path = written(tmp_path / "first", "bert", tokenizer)
+    model = model_of(path)._replace(tokenizer=tokenizer)
+    found = parity.compare_folder(path, model)
+    assert found.is_within(LIMIT), found.lines()
+    assert any("split_special_tokens" in line for line in found.lines())
+    plain = json.loads((path / "tokenizer.json").read_text())
+    for token in plain["added_tokens"]:
+        token["content"] += "x" * (token["content"] == "covid")
+    plain["model"]["vocab"] = json.loads(json.dumps(plain["model"]["vocab"]).replace('"covid"', '"covidx"'))
+    (path / "tokenizer.json").write_text(json.dumps(plain))
+    assert [text for text, _ in parity.compare_folder(path, model).other_ids] == ["covid, or the covid."]
+
+
 # Imported
+
+
+FAMILIES = {
+    "XLMRoberta": dict(type_vocab_size=1, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=65),
+    "Camembert": dict(type_vocab_size=1, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=65),
+    "Albert": dict(hidden_act="gelu_new", embedding_size=16, max_position_embeddings=64),
+    "Bert": dict(hidden_act="gelu_pytorch_tanh", max_position_embeddings=64),
+    "Electra": dict(embedding_size=16, max_position_embeddings=64),
+}
+SIZES = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48)
+DISTIL = dict(n_layers=2, dim=32, n_heads=2, hidden_dim=48, max_position_embeddings=64, sinusoidal_pos_embds=True)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "DistilBert"])
+def test_folders_of_other_families_and_back(family, vocabulary, tmp_path):
+    """Random weights that transformers saves, loaded by us, exported, and loaded by transformers."""
+    sizes = DISTIL if family == "DistilBert" else {**SIZES, **FAMILIES[family]}
+    config = getattr(transformers, f"{family}Config")(vocab_size=vocabulary.vocab_size, **sizes)
+    assert config.pad_token_id == vocabulary.pad_id
+    kind = getattr(transformers, f"{family}ForMaskedLM")
+    net = kind(config).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    net.save_pretrained(tmp_path / "first")
+    (tmp_path / "first" / "tokenizer.json").write_bytes(tokenizer_json.content(vocabulary, 1))
+    model = model_of(tmp_path / "first")
+    assert model.config.model.max_positions == 64
+    rows = [[vocabulary.cls_id, *ids[:60], vocabulary.sep_id] for ids in vocabulary.encode(sentences(16))]
+    assert max(parity.compare_outputs(net, model, rows)) <= LIMIT
+    export(str(tmp_path / "first"), tmp_path / "again", model.config)
+    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
+    assert type(again) is kind
+    assert max(parity.compare_outputs(again, model, rows)) <= LIMIT
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -392,11 +457,7 @@ def test_sentence_transformers_pools_alike(pooling, vocabulary, tmp_path):
     model = model_of(path)
     finetuned = dataclasses.replace(model.config.finetune, pooling=pooling, max_length=48)
     model = model._replace(config=dataclasses.replace(model.config, finetune=finetuned))
-    for name, content in {
-        "tokenizer_config.json": tokenizer_json.settings(vocabulary, 64),
-        "special_tokens_map.json": tokenizer_json.special_tokens(vocabulary),
-        **sentence_transformers_files.files(model.config),
-    }.items():
+    for name, content in sentence_transformers_files.files(model.config.finetune, 48, 32).items():
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(json.dumps(content))
     texts = sentences(12)
@@ -406,6 +467,24 @@ def test_sentence_transformers_pools_alike(pooling, vocabulary, tmp_path):
     ours = embeddings.embed(model, texts)
     theirs = SentenceTransformer(str(path)).encode(texts)
     assert np.abs(ours - theirs).max() <= LIMIT
+
+
+def test_a_sentence_encoder_of_sentence_transformers_gives_the_same_vectors(vocabulary, tmp_path):
+    """Its limit of tokens and its default prompt; as it is, and exported again."""
+    encoder = SentenceTransformer(str(written(tmp_path / "first", "bert", vocabulary)), device="cpu")
+    encoder.max_seq_length, encoder.prompts, encoder.default_prompt_name = 40, {"query": "query: "}, "query"
+    encoder.save_pretrained(str(tmp_path / "encoder"))
+    texts = sentences(12)
+    expected = encoder.encode(texts, normalize_embeddings=True)
+    model = model_of(tmp_path / "encoder", reinit_head=True)
+    assert (model.config.finetune.max_length, model.config.finetune.prompt) == (40, "query: ")
+    lengths = [len(row) for row in embeddings.tokenize_for_vectors(model, texts)]
+    assert min(lengths) < max(lengths) == 40
+    assert np.abs(embeddings.embed(model, texts) - expected).max() <= LIMIT
+    export(str(tmp_path / "encoder"), tmp_path / "again", model.config)
+    assert np.abs(embeddings.embed(model_of(tmp_path / "again"), texts) - expected).max() <= LIMIT
+    again = SentenceTransformer(str(tmp_path / "again"), device="cpu").encode(texts)
+    assert np.abs(again - expected).max() <= LIMIT
 
 
 def test_similarity_of_real_pairs_is_that_of_sentence_transformers():
