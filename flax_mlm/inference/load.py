@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from flax_mlm.checkpoint.fingerprint import fingerprints
 from flax_mlm.checkpoint.format import Damaged, find_checkpoints, read_meta, restore, stored_tokenizer
 from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -150,7 +151,8 @@ def start_params(config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, lo
       log: called with lines on what is used and what is left out.
 
     Raises:
-      UserError: weights are missing, are not used by our model, or have another shape; or the tokenizer is another one.
+      UserError: weights are missing, are not used by our model, have another shape, or are NaN or infinite; or the
+        tokenizer is another one.
     """
     folder = open_folder(config.init_from)
     mappings = list(param_mappings(folder.architecture, fresh, dims, config.model.num_layers))
@@ -161,7 +163,12 @@ def start_params(config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, lo
         array = params.get(tuple(key.key for key in path))
         return leaf if array is None else jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: array[i])
 
-    return jax.tree_util.tree_map_with_path(start, fresh)
+    started = jax.tree_util.tree_map_with_path(start, fresh)
+    for name, (_, _, not_finite) in jax.device_get(fingerprints(started)).items():
+        if not_finite:  # it need not show in what the model computes
+            what = f"{config.init_from}: {not_finite} values of {name} are NaN or infinite; expected finite weights"
+            raise UserError(f"{what}; use another folder")
+    return started
 
 
 def untied(model: LoadedModel) -> LoadedModel:
