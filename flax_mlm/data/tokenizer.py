@@ -7,7 +7,7 @@ from pathlib import Path
 from etils import epath
 
 from flax_mlm.data import hf_tokenizer_files
-from flax_mlm.data.base_tokenizer import Tokenizer
+from flax_mlm.data.base_tokenizer import Tokenizer, is_special_spelling
 from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
 from flax_mlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from flax_mlm.errors import UserError, as_user_error
@@ -53,6 +53,8 @@ def _extended(tokenizer: Tokenizer, extra_tokens_file: str | Path) -> Tokenizer:
     with as_user_error(f"{what} cannot be read: ", OSError, ValueError):
         lines = epath.Path(extra_tokens_file).expanduser().read_text().split("\n")
     words = [word for word in dict.fromkeys(" ".join(line.split()) for line in lines) if word]
+    if special := [word for word in words if is_special_spelling(word)]:
+        raise UserError(f"{what} has '{special[0]}', which spells a special token; delete it")
     extended = TOKENIZERS[tokenizer.filename](tokenizer.extended(words), what)
     for word, ids in zip(words, extended.encode_words(words), strict=True):
         if len(ids) != 1 or extended.is_special[ids[0]]:

@@ -1,6 +1,7 @@
 """Vocabularies and the settings beside them give the ids that transformers gives, or are refused by name."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,14 @@ def test_an_added_word_does_not_cut_longer_words(tmp_path):
     (tmp_path / "words").write_text("bake")
     before, after = load_tokenizer(path), load_tokenizer(path, tmp_path / "words")
     assert after.encode(["bakers"])[0].tolist() == before.encode(["bakers"])[0].tolist()
+
+
+@pytest.mark.parametrize(("word", "message"), [("[MASK]", "spells a special token"), ("\u200b", "not found as one")])
+def test_words_that_cannot_be_added_are_refused(word, message, tmp_path):
+    path = folder(tmp_path / "folder", tokenizer_files.bert())
+    (tmp_path / "words").write_text(f"covid\n{word}\n")
+    with pytest.raises(UserError, match=f"tokenizer.extra_tokens_file: .*words has '{re.escape(word)}', .*{message}"):
+        load_tokenizer(path, tmp_path / "words")
 
 
 def test_roles_outlive_added_words(tmp_path):
