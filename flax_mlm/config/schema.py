@@ -217,9 +217,10 @@ class FinetuneConfig:
         expected = f"numbers below model.hidden_size, {hidden_size}, such as 32,64"
         return [*self._numbers("matryoshka_dims", int, items, hidden_size, expected), hidden_size]
 
-    def rates(self) -> list[float]:
-        """The learning rates to try. Raises UserError."""
-        return self._numbers("learning_rates", float, split(self.learning_rates, ","), 1, "numbers such as 2e-5,5e-5")
+    def rates(self, hidden_size: int) -> list[float]:
+        """The learning rates to try; small encoders need higher ones. Raises UserError."""
+        rates = self.learning_rates or ("2e-5,5e-5,1e-4" if hidden_size >= 512 else "1e-4,3e-4,1e-3")
+        return self._numbers("learning_rates", float, split(rates, ","), 1, "numbers such as 2e-5,5e-5")
 
     def _numbers(self, name: str, kind: type, items: Iterable[str], end: int, expected: str) -> list[Any]:
         """Converts the items of a field to numbers between 0 and `end`."""

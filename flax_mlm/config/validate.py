@@ -12,7 +12,7 @@ def check(c: Config) -> None:
     """Raises UserError if a value is not allowed, or not together with another."""
     _check_values(c)
     c.data.folders()
-    c.finetune.rates()
+    c.finetune.rates(c.model.hidden_size)
     c.finetune.sizes(c.model.hidden_size)
     _check_start(c)
     _check_model(c)

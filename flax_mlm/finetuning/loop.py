@@ -63,13 +63,13 @@ def search(
     train = _make_training(model, problem, on_batch)
     scores, first = {}, {}
     with jax.set_mesh(model.mesh):
-        for learning_rate in config.rates():
+        for learning_rate in (rates := config.rates(model.config.model.hidden_size)):
             name = f"{learning_rate:g}"
             try:
                 scores[name], params = train(learning_rate, 0)
             except NotFinite:
                 log(f"learning rate {name}: diverged")
-                if scores or learning_rate != config.rates()[-1]:
+                if scores or learning_rate != rates[-1]:
                     continue
                 raise
             first[name] = outcome(params)

@@ -73,6 +73,13 @@ def test_labels_are_learned(model, toy, method):
         assert again == result, "the same seed, the same result"
 
 
+@pytest.mark.parametrize(
+    ("size", "rates"), [(128, [1e-4, 3e-4, 1e-3]), (511, [1e-4, 3e-4, 1e-3]), (768, [2e-5, 5e-5, 1e-4])]
+)
+def test_small_encoders_get_higher_rates(model, size, rates):
+    assert dataclasses.replace(model.config.finetune, learning_rates="").rates(size) == rates
+
+
 def test_numbers_and_pairs_are_learned(model, toy):
     """How alike are two sentences? 1 for the same animal, else 0."""
     rng = random.Random(0)
@@ -207,7 +214,7 @@ def test_labels_that_will_not_do(model):
         classification.run(model, as_labelled([("x", "a")] * 9), some, None, "accuracy", quiet, quiet)
     with pytest.raises(UserError, match="--train has 1 examples, too few to split off"):
         classification.run(model, as_labelled([("x", "a")]), None, None, "accuracy", quiet, quiet)
-    for rates in ("", "fast", "0.1,2"):
+    for rates in (",", "fast", "0.1,2"):
         c = from_dict(model.config.to_dict())
         c.finetune.learning_rates = rates
         with pytest.raises(UserError, match=r"finetune.learning_rates is"):
