@@ -2,7 +2,9 @@
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h
 
@@ -42,3 +44,13 @@ def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:
     """The end of a message about an unknown name: the nearest name, or `otherwise` where none is near."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else otherwise
+
+
+def json_kind(value: Any) -> str:
+    """Names a JSON value, for a message: `null`, `NaN`, `a list of 3`, `an object`."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value).replace("nan", "NaN")
+    names = {type(None): "null", dict: "an object", bool: "a truth value", int: "a number", float: "a number"}
+    return names.get(type(value), "a text")

@@ -28,6 +28,7 @@ _TEXTS = {
     "text": "column of the text: its name, or its number from 1 in a table without header",
     "pair": "column of the second text",
     "label": "column of the label or score",
+    "columns": "numbers of the columns of token and tag (--task=tagging), such as 1,4; empty: the first and the last",
     "save": "new folder for the fine-tuned encoder, a checkpoint (--task=retrieval)",
     "json": "file to write the result to",
 }

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 from flax_mlm.data.text import CHUNK_CHARS, cut, decode, line_chunks, opened
 from flax_mlm.data.tf import prepared_tfds
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, json_kind
 
 UNIT_BYTES = 1 << 26
 _HASHED_BYTES = 1 << 20  # of a document; what follows does not count, so that it can be read in bounded memory
@@ -197,12 +197,14 @@ def _json_documents(path: Path, file: BinaryIO, counts: Counter[str], field: str
             continue
         try:
             record = json.loads(decode(line, counts).removeprefix("\ufeff"))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path}:{number} is not JSON: {e}") from e
-        text = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number} is {json_kind(record)}; expected a JSON object a line")
+        text = record.get(field)
         if not isinstance(text, str):
-            has = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{path}:{number} has no string field '{field}' (it has {has}); write jsonl:GLOB#field")
+            has = f"'{field}' is {json_kind(text)}" if field in record else f"it has {', '.join(map(repr, record))}"
+            raise UserError(f"{path}:{number} has no string field '{field}' ({has}); write jsonl:GLOB#field")
         yield from ((offset, chunk) for chunk in _document_chunks(text, counts))
 
 

@@ -1,23 +1,23 @@
 """Labelled texts and pairs of texts from files: tables (tabs, or CSV), JSON lines, lines of text (.txt), and prepared
-TensorFlow Datasets; and tagged sentences in CoNLL format."""
+TensorFlow Datasets."""
 
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable
-from itertools import dropwhile
-from operator import not_
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_mlm.data.tf import prepared_tfds
-from flax_mlm.errors import UserError, as_user_error
+from flax_mlm.errors import UserError, as_user_error, json_kind
 from flax_mlm.storage import files
 
 _TEXT = ("sentence", "text", "sentence1", "premise", "question", "question1")
 _PAIR = ("sentence2", "hypothesis", "question2", "text2")
 LABEL = ("label", "score", "labels")
+_HEADER = (*_TEXT, *_PAIR, *LABEL, "category", "class", "rating", "sentiment", "stars", "target")
 
 
 class Labelled(NamedTuple):
@@ -26,13 +26,11 @@ class Labelled(NamedTuple):
     texts: list[str]
     pairs: list[str] | None  # second texts
     labels: list[str]
+    locations: list[str] | None = None  # FILE:LINE of each, for messages
 
-
-class Tagged(NamedTuple):
-    """Words and tags of N sentences."""
-
-    words: list[list[str]]
-    tags: list[list[str]]
+    def location(self, index: int) -> str:
+        """Names an example."""
+        return self.locations[index] if self.locations else f"example {index + 1}"
 
 
 def take(columns: Any, indices: Iterable[int]) -> Any:
@@ -49,9 +47,11 @@ def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labell
         (`sentence`, `sentence1` and `sentence2`, `label` and the like).
 
     Raises:
-      UserError: it cannot be read, is empty, or lacks a column; the message names the file and the line.
+      UserError: it cannot be read, is empty, lacks a column, or has a header although columns are numbered; or a value
+        is missing, null, NaN, a list or an object. The message names the file and the line.
     """
-    rows = records(source, numbered=(text or label).isdecimal())
+    numbered = any(name.isdecimal() for name in (text, pair, label))
+    rows = records(source, numbered)
     first = rows[0][1]
     if not text and not pair:
         candidates = [name for name in _TEXT if name in first]
@@ -61,15 +61,42 @@ def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labell
     columns = {role: name or next((n for n in usual if n in first), "") for role, (name, usual) in roles.items()}
     for role in ("text", "label"):
         if not columns[role]:
-            raise UserError(f"{source} has columns {_names(first)}; name the column of the {role} with --{role}=NAME")
-    values: dict[str, list[str]] = {role: [] for role, column in columns.items() if column}
-    for location, record in rows:
-        for role, column_values in values.items():
-            value = record.get(columns[role])
-            if value is None or (role != "pair" and str(value).strip() == ""):
-                raise UserError(f"{location} has no {columns[role]}; it has {_names(record)}")
-            column_values.append(str(value))
-    return Labelled(values["text"], values.get("pair"), values["label"])
+            what = f"{source} has columns {_names(first)}; name the column of the {role} with --{role}=NAME"
+            raise UserError(f"{what}, or by its number from 1 where the first line is no header")
+    values = {role: [_value(*row, column, role) for row in rows] for role, column in columns.items() if column}
+    if numbered:
+        _refuse_header(rows[0], values["text"], values["label"])
+    return Labelled(values["text"], values.get("pair"), values["label"], [location for location, _ in rows])
+
+
+def _value(location: str, record: dict[str, Any], column: str, role: str) -> str:
+    if column not in record:
+        raise UserError(f"{location} has no {column}; it has {_names(record)}")
+    value = record[column]
+    is_empty = role != "pair" and str(value).strip() == ""
+    is_text = isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
+    if is_empty or not is_text:
+        what = "empty" if is_empty else json_kind(value)
+        raise UserError(f"{location}: {column} is {what}; expected one {role.replace('pair', 'text')}")
+    return str(value)
+
+
+def _refuse_header(first: tuple[str, dict[str, Any]], texts: list[str], labels: list[str]) -> None:
+    """Raises UserError where the first line of a table without header looks like one.
+
+    It does where its label is that of no other line, and either is a usual name, or no number though all others are, or
+    stands beside a text of one word though most others have several; or where pandas has numbered the columns.
+    """
+    location, record = first
+    is_number = [re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", label.strip()) is not None for label in labels]
+    has_words = [len(text.split()) > 1 for text in texts]
+    named = labels[0].strip().lower() in _HEADER
+    named |= not is_number[0] and all(is_number[1:])
+    named |= not has_words[0] and 2 * sum(has_words) > len(texts)
+    cells = list(filter(None, record.values()))
+    if (named and labels[0] not in labels[1:] and len(labels) > 1) or cells == [str(i) for i in range(len(cells))]:
+        what = f"{location} looks like a header ({_names(cells)}), and numbers of columns are for tables without one"
+        raise UserError(f"{what}; name the columns, by words, or move the line down if it is an example")
 
 
 def records(source: str, numbered: bool = False, blank_lines: bool = False) -> list[tuple[str, dict[str, Any]]]:
@@ -88,7 +115,7 @@ def records(source: str, numbered: bool = False, blank_lines: bool = False) -> l
     return rows
 
 
-def _names(record: dict[str, Any]) -> str:
+def _names(record: Iterable[Any]) -> str:
     return ", ".join(map(str, record))
 
 
@@ -100,71 +127,82 @@ def _file(file: Path, numbered: bool, blank_lines: bool) -> list[tuple[str, dict
         if file.suffix == ".txt":
             return [(where, {"text": line}) for where, line in lines]
         return [(where, _json_object(where, line) if line.strip() else {}) for where, line in lines]
-    has_tabs = "\t" in content.partition("\n")[0]
-    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if has_tabs else {}
-    csv.field_size_limit(1 << 24)
-    reader = csv.reader(io.StringIO(content), **dialect)
-    rows = [(f"{file}:{reader.line_num}", row) for row in dropwhile(not_, reader) if row or blank_lines]
+    has_tabs = "\t" in content.lstrip("\n").partition("\n")[0]
+    all_rows = _tab_rows(file, content) if has_tabs else _cells(file, content, strict=True)
+    rows = [(where, row) for where, row in all_rows if row or blank_lines]
     if numbered:
         header = [str(i) for i in range(1, max((len(row) for _, row in rows), default=0) + 1)]
     else:
         header = [name.strip() for name in rows.pop(0)[1]] if rows else []
+        if twice := next((name for name in header if name and header.count(name) > 1), ""):
+            raise UserError(f"{file}:1 has the column '{twice}' twice; rename or remove one")
         for where, row in rows:
             if len(row) > len(header):
                 what = f"{where} has {len(row)} columns, and the first line {len(header)}"
-                raise UserError(f"{what}; put text with a comma into double quotes")
+                repair = "replace tabs inside texts" if has_tabs else "put text with a comma into double quotes"
+                raise UserError(f"{what}; {repair}, or number the columns where the first line is no header")
     return [(where, dict(zip(header, row, strict=False))) for where, row in rows]
 
 
+def _tab_rows(file: Path, content: str) -> list[tuple[str, list[str]]]:
+    """Splits a table at tabs. Quotes are text, as in GLUE, unless only a writer that quotes cells can have made them.
+
+    It can where reading quotes makes the number of columns even, or where every quote is in a quoted cell, and cells
+    have doubled quotes or the whole first line is quoted.
+    """
+    plain = _cells(file, content, delimiter="\t", quoting=csv.QUOTE_NONE)
+    cells = [cell for _, row in plain for cell in row if '"' in cell]
+    if all(re.fullmatch(r'"([^"]|"")*"', cell) for cell in cells):
+        quoted = any('""' in cell[1:-1] for cell in cells) or (bool(plain) and all(c[:1] == '"' for c in plain[0][1]))
+    else:
+        quoted = bool(cells) and len({len(row) for _, row in plain if row}) > 1
+    if quoted:
+        try:
+            rows = _cells(file, content, delimiter="\t", strict=True)
+        except UserError:
+            return plain
+        if len({len(row) for _, row in rows if row}) == 1:
+            return rows
+    return plain
+
+
+def _cells(file: Path, content: str, **dialect: Any) -> list[tuple[str, list[str]]]:
+    """Splits a table into rows of cells, from the first row that has some, with their locations. Raises UserError."""
+    csv.field_size_limit(1 << 24)
+    reader, line = csv.reader(io.StringIO(content), **dialect), 1
+    rows: list[tuple[str, list[str]]] = []
+    try:
+        for row in reader:
+            if row or rows:
+                rows.append((f"{file}:{line}", row))
+            line = reader.line_num + 1
+    except csv.Error as e:
+        raise UserError(f"{file}:{line} is not CSV: {e}; double the quotes inside a quoted text") from e
+    return rows
+
+
 def _json_object(where: str, line: str) -> dict[str, Any]:
-    with as_user_error(f"{where} is not JSON: ", ValueError):
-        record = json.loads(line)
+    with as_user_error(f"{where} is not JSON on one line: ", ValueError, RecursionError):
+        record = json.loads(line, object_pairs_hook=_unique)
     if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object")
+        raise UserError(f"{where} is {json_kind(record)}; expected a JSON object a line")
     return record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key occurs twice among {_names(key for key, _ in pairs)}")
+    return dict(pairs)
 
 
 def _tfds(source: str) -> list[tuple[str, dict[str, Any]]]:
     builder, split = prepared_tfds(f"'{source}' cannot be read", source.removeprefix("tfds:"))
     records = []
     for i, example in enumerate(builder.as_dataset(split=split).as_numpy_iterator()):
-        plain = {k: v.decode(errors="replace") if isinstance(v, bytes) else v for k, v in example.items()}
-        records.append((f"{source}[{i}]", plain))
+        records.append((f"{source}[{i}]", {key: _plain(value) for key, value in example.items()}))
     return records
 
 
-def read_tagged(path: str) -> Tagged:
-    """Reads tagged sentences: a token a line, its tag in the last column, a blank line between sentences.
-
-    Tags are IO, BIO (IOB1 or IOB2) or BIOES, and are converted to BIO (IOB2).
-
-    Raises:
-      UserError: it cannot be read, is empty, or a line is invalid; the message names it.
-    """
-    file = Path(path).expanduser()
-    sentences: list[list[tuple[str, str]]] = [[]]
-    for number, line in enumerate(files.read_text(file).split("\n"), 1):
-        fields = re.findall(r"[^ \t]+", line)  # a token may contain other kinds of space
-        if not fields or fields[0] == "-DOCSTART-":
-            sentences.append([])
-            continue
-        tag = fields[-1]
-        if len(fields) < 2 or not (tag == "O" or (tag[:2] in ("B-", "I-", "E-", "S-") and len(tag) > 2)):
-            raise UserError(f"{file}:{number} is '{line[:60]}'; expected a token and a tag such as O, B-PER, I-PER")
-        sentences[-1].append((fields[0], tag))
-    if not any(sentences):
-        raise UserError(f"{file} has no tagged sentences")
-    words = [[word for word, _ in sentence] for sentence in sentences if sentence]
-    return Tagged(words, [to_bio([tag for _, tag in sentence]) for sentence in sentences if sentence])
-
-
-def to_bio(tags: list[str]) -> list[str]:
-    """Converts tags to IOB2, where every entity begins with B; an I that continues no entity of its kind begins one."""
-    result, before = [], "O"
-    for tag in tags:
-        if tag[0] in "IE" and before != "O" and before[2:] == tag[2:] and before[0] in "BI":
-            result.append(f"I-{tag[2:]}")
-        else:
-            result.append(tag if tag == "O" else f"B-{tag[2:]}")
-        before = tag if tag[0] != "E" and tag[0] != "S" else "O"
-    return result
+def _plain(value: Any) -> Any:
+    """Converts bytes to text, and NumPy's numbers and arrays to Python's."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else getattr(value, "tolist", lambda: value)()

@@ -3,13 +3,14 @@
 Learning rates are compared on the development set with the first seed; the best one is then used with every seed.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from flax_mlm.data import tables
-from flax_mlm.errors import UserError
+from flax_mlm.evaluation import labels as task_labels
 from flax_mlm.evaluation import metrics, report
 from flax_mlm.finetuning import heads, loop
 from flax_mlm.inference import embeddings
@@ -32,26 +33,20 @@ def run(
     Args:
       dev: chooses learning rate and epoch; None: a tenth of `train`.
       metric: accuracy, f1 or matthews; spearman or pearson for a regression.
-      log: receives one line a learning rate.
+      log: receives the counts of the labels, and one line a learning rate.
       on_batch: called before every batch.
 
     Raises:
-      UserError: a label of `dev` or `test` is not in `train`, or no number for a regression; all labels are equal; or
-        `train` is too small to split.
+      UserError: a label of `dev` or `test` is not in `train`, or no finite number for a regression; all labels are
+        equal; or `train` is too small to split.
 
     Returns:
       `report.summary` (best is the learning rate, or the penalty of a probe), metric, classes (empty for a regression),
-      and of the median run stderr (bootstrap over the examples), predictions and labels.
+      of the median run stderr (bootstrap over the examples), predictions and labels; and baseline, the metric of one
+      label for all examples, with baseline_label.
     """
     is_regression = metric in metrics.REGRESSION
-    if dev is None:
-        labels_N = [] if is_regression else [[label] for label in train.labels]
-        train, dev = (tables.take(train, i) for i in report.hold_out(len(train.texts), labels_N))
-    classes = [] if is_regression else sorted(set(train.labels))
-    if len(classes) == 1:
-        raise UserError(f"all labels of the training set are '{classes[0]}'; classification needs at least two")
-    parts = {"train": train, "dev": dev, "test": test or dev}
-    labels = {name: encode_labels(part, name, classes) for name, part in parts.items()}
+    parts, labels, classes = _prepare({"train": train, "dev": dev, "test": test}, is_regression, log)
     rows = {name: embeddings.tokenize(model, part.texts, part.pairs) for name, part in parts.items()}
 
     def predict(_: str, outputs: list[np.ndarray]) -> np.ndarray:
@@ -69,32 +64,56 @@ def run(
     scores = [score("test", predictions) for predictions in searched.outcomes]
     median = searched.outcomes[report.median_run(scores)]
     names = np.array(classes) if classes else None
+    constant = baseline(metric, labels, classes)
     return {
         "metric": metric,
         **report.summary(scores, searched, {name: len(part.texts) for name, part in parts.items()}, test is None),
         "stderr": metrics.stderr(metric, labels["test"], median, len(classes)),
+        "baseline": constant[0],
+        "baseline_label": constant[1],
         "classes": classes,
         "predictions": (median if names is None else names[median]).tolist(),
         "labels": (labels["test"] if names is None else names[labels["test"]]).tolist(),
     }
 
 
-def encode_labels(part: tables.Labelled, name: str, classes: list[str]) -> np.ndarray:
-    """Converts labels to class indices, int32 (N,), or to numbers, float32 (N,), where there are no classes.
+def _prepare(
+    given: dict[str, tables.Labelled | None], is_regression: bool, log: Log
+) -> tuple[dict[str, tables.Labelled], dict[str, np.ndarray], list[str]]:
+    """Returns the parts train, dev and test, their encoded labels, and the classes (empty for a regression).
+
+    Args:
+      given: the parts; None: dev is split off train, test is dev.
 
     Raises:
-      UserError: a label is not among the classes, or is no number; the message names the flag `name`.
+      UserError: see `run`.
     """
-    if not classes:
-        try:
-            return np.array([float(label) for label in part.labels], np.float32)
-        except ValueError as e:
-            raise UserError(f"--{name}: a label is not a number ({e}); regression needs numbers") from e
-    ids = {label: i for i, label in enumerate(classes)}
-    if unknown := sorted(set(part.labels) - ids.keys()):
-        known = ", ".join(classes[:8])
-        raise UserError(f"--{name}: label '{unknown[0]}' is not in the training set, which has {known}")
-    return np.array([ids[label] for label in part.labels], np.int32)
+    parts = {name: task_labels.stripped(part, name, log) for name, part in given.items() if part}
+    classes = [] if is_regression else task_labels.find_classes(parts["train"])
+    if "dev" not in parts:
+        labels_N = [[label] for label in parts["train"].labels] if classes else []
+        train, dev = (tables.take(parts["train"], i) for i in report.hold_out(len(parts["train"].texts), labels_N))
+        parts = {**parts, "train": train, "dev": dev}
+    encode = functools.partial(task_labels.encode, classes=classes) if classes else task_labels.to_numbers
+    labels = {name: encode(part, name) for name, part in parts.items()}
+    for line in task_labels.describe({name: parts[name].labels for name in parts} if classes else labels, "texts"):
+        log(line)
+    if "test" not in parts:
+        parts["test"], labels["test"] = parts["dev"], labels["dev"]
+    return parts, labels, classes
+
+
+def baseline(metric: str, labels: dict[str, np.ndarray], classes: list[str]) -> tuple[float, str]:
+    """Metric of one label for every example, and which one it is.
+
+    It is the commonest label of the training set, the second class for the F1 of two, or the mean of numbers.
+    """
+    if classes:
+        label = 1 if metric == "f1" and len(classes) == 2 else np.bincount(labels["train"]).argmax()
+    else:
+        label = labels["train"].mean()
+    value = metrics.evaluate(metric, labels["test"], np.full_like(labels["test"], label), len(classes))
+    return value, f"always '{classes[label]}'" if classes else f"always {label:.4g}"
 
 
 def _probe(

@@ -102,7 +102,7 @@ TASKS = {
     "cloze": Task("rank of the words that belong in a [MASK]", ("data",), _cloze),
     "minimal_pairs": Task("how often the good sentence of a pair is likelier", ("data", "variant"), _minimal_pairs),
     "classification": Task("fine-tuning for labels or numbers", (*_SPLITS, *_COLUMNS, "metric"), _classification),
-    "tagging": Task("fine-tuning for tags of words", _SPLITS, _tagging),
+    "tagging": Task("fine-tuning for tags of words", (*_SPLITS, "columns"), _tagging),
     "retrieval": Task("vectors for search, as they are or fine-tuned", (*_SPLITS, *_COLUMNS, "save"), _retrieval),
 }
 

@@ -76,6 +76,11 @@ def table(result: dict[str, Any]) -> list[str]:
         lines[0] += f"; median of {len(result['scores'])} runs, {low:.4f} to {high:.4f}"
         choices = ", ".join(f"{choice}: {score:.4f}" for choice, score in result["dev_scores"].items())
         lines.append(f"best of {choices} on {examples['dev']:,} development examples; trained on {examples['train']:,}")
+    if "baseline" in result:
+        lines.append(f"baseline without a model  {result['baseline']:.4f}  ({result['baseline_label']})")
+        if result["median"] - result["stderr"] <= result["baseline"]:
+            what = "not better than the baseline by more than the standard error"
+            lines.append(f"WARNING: {what}; try higher finetune.learning_rates, or more finetune.epochs")
     if result["chosen_on_test"]:
         lines.append("note: without --test the metric is that of the development set, and slightly optimistic")
     return lines

@@ -20,7 +20,8 @@ import numpy as np
 
 from flax_mlm.data import tables
 from flax_mlm.errors import UserError
-from flax_mlm.evaluation import classification, metrics, report
+from flax_mlm.evaluation import labels as task_labels
+from flax_mlm.evaluation import metrics, report
 from flax_mlm.finetuning import contrastive, loop
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.load import LoadedModel, Log, OnBatch, Params
@@ -204,7 +205,7 @@ def _similarity(test: tables.Labelled) -> Callable[[Embed], dict[str, Any]]:
     """Builds a function that measures vectors by pairs with scores. Raises UserError: single texts, or no scores."""
     if (pairs := test.pairs) is None:
         raise UserError("--test has one text a line; expected two and a score; see --text, --pair and --label")
-    labels = classification.encode_labels(test, "test", [])
+    labels = task_labels.to_numbers(test, "test")
 
     def measure(embed: Embed) -> dict[str, Any]:
         cosines = (embed(test.texts) * embed(pairs)).sum(1)

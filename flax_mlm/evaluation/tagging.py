@@ -4,12 +4,16 @@ A word is tagged by its first token (BERT, arXiv:1810.04805 §5.3). Sentences lo
 between words, and their tags joined again.
 """
 
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_mlm.data import tables
+from flax_mlm.data import conll, tables
+from flax_mlm.data.conll import Tagged
 from flax_mlm.errors import UserError
+from flax_mlm.evaluation import labels as task_labels
 from flax_mlm.evaluation import metrics, report
 from flax_mlm.finetuning.heads import NO_LABEL, fine_tune_head
 from flax_mlm.inference.load import LoadedModel, Log, OnBatch
@@ -17,9 +21,9 @@ from flax_mlm.inference.load import LoadedModel, Log, OnBatch
 
 def run(
     model: LoadedModel,
-    train: tables.Tagged,
-    dev: tables.Tagged | None = None,
-    test: tables.Tagged | None = None,
+    train: Tagged,
+    dev: Tagged | None = None,
+    test: Tagged | None = None,
     log: Log = lambda line: None,
     on_batch: OnBatch = lambda: None,
 ) -> dict[str, Any]:
@@ -27,15 +31,15 @@ def run(
 
     Args:
       dev: chooses learning rate and epoch; None: a tenth of `train`.
-      log: receives one line a learning rate.
+      log: receives the counts of the entities, the tags that `train` lacks, and one line a learning rate.
       on_batch: called before every batch.
 
     Raises:
-      UserError: a tag of `dev` or `test` is not in `train`, or `finetune.method` is probe.
+      UserError: a part has no entities, or `finetune.method` is probe.
 
     Returns:
-      as `classification.run`, with entity F1 as the metric, and `kinds` with precision, recall and F1 of each kind of
-      entity, of the median run.
+      as `classification.run`, with entity F1 as the metric; `kinds` with precision, recall and F1 of each kind of
+      entity, of the median run; and the baseline of giving each word the tag that it has most often in training.
     """
     from seqeval.metrics import classification_report, f1_score
 
@@ -43,7 +47,9 @@ def run(
         train, dev = (tables.take(train, i) for i in report.hold_out(len(train.words), train.tags))
     parts = {"train": train, "dev": dev, "test": test or dev}
     tags = sorted({tag for sentence in train.tags for tag in sentence} | {"O"})
-    rows = {name: split_sentences(model, part, tags, name) for name, part in parts.items()}
+    for line in _describe({name: parts[name] for name in parts if name != "test" or test}, tags):
+        log(line)
+    rows = {name: split_sentences(model, part, tags) for name, part in parts.items()}
     tokens = {name: some.tokens for name, some in rows.items()}
 
     def predict(part: str, outputs: list[np.ndarray]) -> list[list[str]]:
@@ -60,6 +66,8 @@ def run(
     return {
         "metric": "f1",
         **report.summary(scores, searched, {name: len(part.words) for name, part in parts.items()}, test is None),
+        "baseline": score("test", commonest_tags(train, parts["test"].words)),
+        "baseline_label": "each word's commonest tag",
         "stderr": metrics.bootstrap_stderr(lambda i: metrics.entity_f1(counts_N3[i]), len(labels), draws=1000),
         "kinds": {kind: {key: float(value) for key, value in values.items()} for kind, values in kinds.items()},
         "predictions": median,
@@ -67,27 +75,48 @@ def run(
     }
 
 
+def _describe(parts: dict[str, Tagged], tags: list[str]) -> Iterator[str]:
+    """Yields lines with the counts of entities, and of tags that are not among the training set's `tags`.
+
+    Raises:
+      UserError: a part has no entities.
+    """
+    kinds = {name: [tag[2:] for some in part.tags for tag in some if tag[0] == "B"] for name, part in parts.items()}
+    if empty := next((name for name, found in kinds.items() if not found), ""):
+        raise UserError(f"--{empty} has no entities, all tags are O; entity F1 needs some")
+    yield from task_labels.describe(kinds, "entities")
+    for name, part in parts.items():
+        unknown = Counter(tag for sentence in part.tags for tag in sentence if tag not in tags)
+        if unknown:
+            listed = task_labels.shortened([f"{tag} {count:,}" for tag, count in unknown.most_common()])
+            yield f"note: --{name} has tags that the training set lacks, and that count as wrong: {listed}"
+
+
+def commonest_tags(train: Tagged, words: list[list[str]]) -> list[list[str]]:
+    """Tags each word as it is tagged most often in the training set, or O where it does not occur there."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for sentence, tags in zip(train.words, train.tags, strict=True):
+        for word, tag in zip(sentence, tags, strict=True):
+            counts[word][tag] += 1
+    commonest = {word: found.most_common(1)[0][0] for word, found in counts.items()}
+    return [[commonest.get(word, "O") for word in sentence] for sentence in words]
+
+
 class Rows(NamedTuple):
     """Tagged sentences as rows of tokens; a long sentence takes several rows."""
 
     tokens: list[list[int]]
-    labels: list[list[int]]  # index of the word's tag at the first token of a word, else -1
+    labels: list[list[int]]  # index of the word's tag at the first token of a word, else NO_LABEL
     sentences: list[int]  # index of each row's sentence
 
 
-def split_sentences(model: LoadedModel, part: tables.Tagged, tags: list[str], name: str) -> Rows:
+def split_sentences(model: LoadedModel, part: Tagged, tags: list[str]) -> Rows:
     """Tokenizes tagged sentences into rows that end between words.
 
     Args:
-      tags: the tags of the training set.
-      name: flag that the sentences come from, for the error message.
-
-    Raises:
-      UserError: a tag is not among `tags`.
+      tags: the tags of the training set; the index of any other tag is their number.
     """
     ids = {tag: i for i, tag in enumerate(tags)}
-    if unknown := sorted({tag for sentence in part.tags for tag in sentence} - ids.keys()):
-        raise UserError(f"--{name}: tag {unknown[0]} is not in the training set, which has {', '.join(tags)}")
     t, max_tokens = model.tokenizer, min(model.config.finetune.max_length, model.max_length) - 2
     rows = Rows([], [], [])
 
@@ -103,7 +132,7 @@ def split_sentences(model: LoadedModel, part: tables.Tagged, tags: list[str], na
             if len(rows.tokens[-1]) + len(word) > max_tokens + 1:
                 begin_row(sentence)
             rows.tokens[-1] += word
-            rows.labels[-1] += [ids[tag], *[NO_LABEL] * (len(word) - 1)]
+            rows.labels[-1] += [ids.get(tag, len(tags)), *[NO_LABEL] * (len(word) - 1)]
     for row in rows.tokens:
         row.append(t.sep_id)
     return rows
@@ -118,11 +147,11 @@ def _join(rows: Rows, outputs: list[np.ndarray], tags: list[str]) -> list[list[s
     return sentences
 
 
-def evaluate(model: LoadedModel, on_batch: OnBatch, train: str, dev: str, test: str) -> dict[str, Any]:
-    """Runs the task on files (see `tables.read_tagged`)."""
+def evaluate(model: LoadedModel, on_batch: OnBatch, train: str, dev: str, test: str, columns: str) -> dict[str, Any]:
+    """Runs the task on files (see `conll.read`)."""
     report.require("train", train, "a file of tagged sentences to fine-tune on")
-    dev_set, test_set = (tables.read_tagged(source) if source else None for source in (dev, test))
-    return run(model, tables.read_tagged(train), dev_set, test_set, print, on_batch)
+    dev_set, test_set = (conll.read(source, columns) if source else None for source in (dev, test))
+    return run(model, conll.read(train, columns), dev_set, test_set, print, on_batch)
 
 
 table = report.table

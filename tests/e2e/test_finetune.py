@@ -14,10 +14,10 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score
-from seqeval.scheme import IOB2, IOBES
+from sklearn.dummy import DummyClassifier
 
 from flax_mlm.config.load import build, from_dict
-from flax_mlm.data import tables
+from flax_mlm.data import conll, tables
 from flax_mlm.distributed.batches import shard_rows
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import classification, metrics, report, tagging
@@ -71,6 +71,45 @@ def test_labels_are_learned(model, toy, method):
     if method == "full":
         again = classification.run(model, *parts, "accuracy", quiet, quiet)
         assert again == result, "the same seed, the same result"
+
+
+@pytest.mark.parametrize(
+    ("metric", "rare", "strategy"),
+    [
+        ("accuracy", "b", {"strategy": "most_frequent"}),
+        ("matthews", "b", {"strategy": "most_frequent"}),
+        ("f1", "b", {"strategy": "constant", "constant": "b"}),
+        ("f1", "a", {"strategy": "constant", "constant": "b"}),
+        ("f1", "bc", {"strategy": "most_frequent"}),
+    ],
+)
+def test_baselines_are_those_of_scikit_learn(metric, rare, strategy):
+    common = "ab".replace(rare[0], "")
+    train, test = ["b", "a", *common * 3, *rare], ["b", "a", common, *rare]
+    classes = sorted({*train})
+    labels = {"train": np.array([classes.index(x) for x in train]), "test": np.array([classes.index(x) for x in test])}
+    dummy = DummyClassifier(**strategy).fit(np.zeros((len(train), 1)), train)
+    found = [classes.index(x) for x in dummy.predict(np.zeros((len(test), 1)))]
+    expected = metrics.evaluate(metric, labels["test"], np.array(found), len(classes))
+    assert classification.baseline(metric, labels, classes)[0] == expected
+
+
+def test_numbers_have_a_baseline_without_correlation():
+    labels = {"train": np.float32([1, 2, 6]), "test": np.float32([1, 2])}
+    assert classification.baseline("pearson", labels, []) == (0.0, "always 3")
+
+
+def test_words_have_the_tag_that_is_commonest_in_training():
+    train = conll.Tagged([["Paris", "is"], ["Paris"], ["Paris"]], [["B-LOC", "O"], ["B-PER"], ["B-LOC"]])
+    assert tagging.commonest_tags(train, [["is", "Paris", "new"]]) == [["O", "B-LOC", "O"]]
+
+
+@pytest.mark.parametrize(("median", "is_said"), [(0.5, True), (0.51, True), (0.53, False)])
+def test_a_result_no_better_than_the_baseline_is_said(median, is_said):
+    entries = {"metric": "accuracy", "median": median, "stderr": 0.02, "baseline": 0.5, "baseline_label": "'a'"}
+    others = {"examples": {"test": 9}, "spread": [0, 1], "dev_scores": {}, "chosen_on_test": False}
+    said = "WARNING: not better than the baseline by more than the standard error"
+    assert any(line.startswith(said) for line in report.table(entries | others)) == is_said
 
 
 @pytest.mark.parametrize(
@@ -144,76 +183,18 @@ def test_long_pairs_are_cut_at_their_longer_part(model):
     assert abs(types_BL[2].sum() - 12) <= 1, "of two long ones each has a half"
 
 
-# Files
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "columns"),
-    [
-        ("a.tsv", 'sentence\tlabel\na "quoted\t1\nb\t0\n', {}),
-        ("a.csv", 'label,text\n1,"a ""quoted"\n0,b\n', {}),
-        ("a.csv", 'x\t1\t\ta "quoted\ny\t0\t*\tb\n', {"text": "4", "label": "2"}),
-        ("a.jsonl", '{"text": "a \\"quoted", "label": 1}\n\n{"text": "b", "label": 0}\n', {}),
-        ("a.jsonl", '{"s": "a \\"quoted", "y": 1}\n{"s": "b", "y": 0}', {"text": "s", "label": "y"}),
-    ],
-)
-def test_tables(tmp_path, name, content, columns):
-    (tmp_path / name).write_text(content)
-    assert tables.read(str(tmp_path / name), **columns) == tables.Labelled(['a "quoted', "b"], None, ["1", "0"])
-
-
-@pytest.mark.parametrize("space", ["\u2028", "\x85", "\x0c"])
-def test_lines_end_at_newlines_alone(tmp_path, space):
-    (tmp_path / "a.txt").write_bytes(f"one{space}two\r\nthree\n".encode())
-    assert [record["text"] for _, record in tables.records(str(tmp_path / "a.txt"))] == [f"one{space}two", "three"]
-    (tmp_path / "tags").write_bytes(f"New{space}York B-A\r\n\r\nis\tO\n".encode())
-    assert tables.read_tagged(str(tmp_path / "tags")) == tables.Tagged([[f"New{space}York"], ["is"]], [["B-A"], ["O"]])
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.tsv", None, "cannot be read: No such file"),
-        ("a.tsv", b"", "has no examples"),
-        ("a.tsv", b"sentence\tlabel\n", "has no examples"),
-        (
-            "a.tsv",
-            b"sentence\tscore_of\na\t1\n",
-            "has columns sentence, score_of; name the column of the label with",
-        ),
-        ("a.tsv", b"words\tlabel\na\t1\n", "has columns words, label; name the column of the text"),
-        ("a.tsv", b"sentence\tlabel\na\t1\nb\n", "a.tsv:3 has no label"),
-        ("a.tsv", b"sentence\tlabel\na\t1\n\t1\n", "a.tsv:3 has no sentence"),
-        ("a.tsv", b"sentence\tlabel\ncaf\xe9\t1\n", "is not UTF-8"),
-        ("a.jsonl", b'{"text": "a", "label": 1}\n{', "a.jsonl:2 is not JSON"),
-        ("a.jsonl", b"[1]", "a.jsonl:1 is not a JSON object"),
-        ("a.jsonl", b'{"text": "a"}', "has columns text; name the column of the label"),
-        ("a.csv", b"text,label\nHello, world,1\n", "a.csv:2 has 3 columns, and the first line 2"),
-        (
-            "a.tsv",
-            b"question\tsentence\tlabel\na\tb\t1\n",
-            "has columns sentence and question; choose with --text",
-        ),
-    ],
-)
-def test_tables_that_will_not_do(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as e:
-        tables.read(str(tmp_path / name))
-    assert "\n" not in str(e.value)
-
-
 def test_labels_that_will_not_do(model):
     some = as_labelled([("the dog", "a"), ("the cat", "b")] * 8)
-    with pytest.raises(UserError, match="--test: label 'c' is not in the training set, which has a, b"):
+    with pytest.raises(
+        UserError, match="--test: example 1 has label 'c', which is not in the training set; it has a, b"
+    ):
         classification.run(model, some, some, as_labelled([("x", "c")]), "accuracy", quiet, quiet)
-    with pytest.raises(UserError, match="--train: a label is not a number"):
+    with pytest.raises(UserError, match="--train: example 1 has label 'a', not a number"):
         classification.run(model, some, some, None, "pearson", quiet, quiet)
-    with pytest.raises(UserError, match="all labels of the training set are 'a'"):
+    with pytest.raises(UserError, match="--train: all labels are 'a'"):
         classification.run(model, as_labelled([("x", "a")] * 9), some, None, "accuracy", quiet, quiet)
-    with pytest.raises(UserError, match="--train has 1 examples, too few to split off"):
-        classification.run(model, as_labelled([("x", "a")]), None, None, "accuracy", quiet, quiet)
+    with pytest.raises(UserError, match="--train has 2 examples, too few to split off"):
+        classification.run(model, as_labelled([("x", "a"), ("y", "b")]), None, None, "accuracy", quiet, quiet)
     for rates in (",", "fast", "0.1,2"):
         c = from_dict(model.config.to_dict())
         c.finetune.learning_rates = rates
@@ -248,41 +229,6 @@ def test_a_causal_model_is_not_asked_at_its_first_token(model):
 # Tags
 
 
-@pytest.mark.parametrize(
-    ("tags", "expected"),
-    [
-        ("I-A I-A O I-B I-A", "B-A I-A O B-B B-A"),
-        ("B-A I-A B-A O", "B-A I-A B-A O"),
-        ("S-A B-B E-B S-A O B-A I-A E-A", "B-A B-B I-B B-A O B-A I-A I-A"),
-        ("O I-A B-A", "O B-A B-A"),
-    ],
-)
-def test_all_schemes_become_bio(tags, expected):
-    assert tables.to_bio(tags.split()) == expected.split()
-
-
-@given(st.lists(st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B"]), max_size=30))
-def test_bio_keeps_what_seqeval_counts(tags):
-    once = tables.to_bio(tags)
-    assert tables.to_bio(once) == once
-    if tags:
-        assert f1_score([tags], [once], zero_division=1) == 1.0
-
-
-def test_bioes_is_read_as_seqeval_reads_it():
-    tags = ["S-A", "O", "B-B", "I-B", "E-B", "B-A", "E-A", "S-B"]
-    bio = tables.to_bio(tags)
-    same = [IOBES, IOB2]
-    from seqeval.scheme import Entities
-
-    spans = [
-        {(e.start, e.end, e.tag) for e in Entities([sequence], scheme).entities[0]}
-        for sequence, scheme in zip((tags, bio), same, strict=True)
-    ]
-    assert spans[0] == spans[1]
-    assert len(spans[0]) == 4
-
-
 def write_conll(file, rows: list[tuple[list[str], list[str]]]) -> str:
     file.write_text("\n\n".join("\n".join(f"{w} {t}" for w, t in zip(*row, strict=True)) for row in rows) + "\n")
     return str(file)
@@ -307,8 +253,7 @@ def test_entity_f1_from_counts_is_seqevals(rows):
 def test_tags_are_learned(model, toy, tmp_path):
     names = ("train", "dev", "test")
     parts = [
-        tables.read_tagged(write_conll(tmp_path / n, tagged(toy, 120 if n == "train" else 30, i)))
-        for i, n in enumerate(names)
+        conll.read(write_conll(tmp_path / n, tagged(toy, 120 if n == "train" else 30, i))) for i, n in enumerate(names)
     ]
     result = tagging.run(model, *parts, quiet, quiet)
     assert result["median"] == 1.0
@@ -318,8 +263,8 @@ def test_tags_are_learned(model, toy, tmp_path):
 
 def test_long_sentences_are_split_and_joined(model):
     words = ["dog", "cat", "The"] * 40
-    part = tables.Tagged([words, ["dog"]], [["B-A", "O", "O"] * 40, ["B-A"]])
-    rows = tagging.split_sentences(model, part, ["O", "B-A"], "train")
+    part = conll.Tagged([words, ["dog"]], [["B-A", "O", "O"] * 40, ["B-A"]])
+    rows = tagging.split_sentences(model, part, ["O", "B-A"])
     assert len(rows.tokens) > 3
     assert all(len(tokens) <= 24 for tokens in rows.tokens)
     assert all(tokens[0] == model.tokenizer.cls_id and tokens[-1] == model.tokenizer.sep_id for tokens in rows.tokens)
@@ -329,35 +274,26 @@ def test_long_sentences_are_split_and_joined(model):
     assert firsts[-1] == [1]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot be read: No such file"),
-        (b"", "has no tagged sentences"),
-        (b"dog\n", r"data:1 is 'dog'; expected a token and a tag"),
-        (b"dog B-A\ncat X-A\n", "data:2 is 'cat X-A'"),
-        (b"dog B-\n", "data:1 is"),
-        (b"caf\xe9 O\n", "is not UTF-8"),
-    ],
-)
-def test_tag_files_that_will_not_do(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "data").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        tables.read_tagged(str(tmp_path / "data"))
+def test_tags_that_training_lacks_count_as_wrong(model, capsys):
+    part = conll.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
+    other = conll.Tagged([["dog", "cat"], ["cat"]], [["B-A", "I-A"], ["B-C"]])
+    result = tagging.run(model, part, part, other, print, quiet)
+    assert result["labels"] == [["B-A", "I-A"], ["B-C"]]
+    assert result["median"] == f1_score(result["labels"], result["predictions"], zero_division=0) == 0
+    said = "note: --test has tags that the training set lacks, and that count as wrong: I-A 1, B-C 1"
+    assert said in capsys.readouterr().out.splitlines()
 
 
-def test_unknown_tags(model, toy):
-    part = tables.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
-    other = tables.Tagged([["dog"]], [["B-C"]])
-    with pytest.raises(UserError, match="--test: tag B-C is not in the training set, which has B-A, O"):
-        tagging.run(model, part, part, other, quiet, quiet)
+def test_a_part_without_entities(model):
+    part = conll.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
+    with pytest.raises(UserError, match="--test has no entities, all tags are O; entity F1 needs some"):
+        tagging.run(model, part, part, conll.Tagged([["dog"]], [["O"]]), quiet, quiet)
 
 
 def test_a_probe_has_no_tags(model):
     finetuned = dataclasses.replace(model.config.finetune, method="probe")
     model = model._replace(config=dataclasses.replace(model.config, finetune=finetuned))
-    part = tables.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
+    part = conll.Tagged([["dog", "cat"]] * 20, [["B-A", "O"]] * 20)
     with pytest.raises(UserError, match="method is probe; only --task=classification takes it; use full"):
         tagging.run(model, part, part, None, quiet, quiet)
 
@@ -372,7 +308,9 @@ def test_the_commands(toy, trained_run, tmp_path):
     common = [f"--checkpoint={trained_run}", *settings, f"--json={tmp_path / 'r.json'}"]
     done = toy.run("evaluate", *common, "--task=classification", f"--train={tmp_path / 'train.tsv'}")
     assert done.returncode == 0, done
-    assert done.stdout.startswith("learning rate 0.01: "), done
+    assert done.stdout.startswith("train  54 texts: "), done
+    assert "learning rate 0.01: " in done.stdout
+    assert "baseline without a model  " in done.stdout
     assert json.loads((tmp_path / "r.json").read_text())["metric"] == "accuracy"
     write_conll(tmp_path / "tags", tagged(toy, 60, 1))
     done = toy.run("evaluate", *common, "--task=tagging", f"--train={tmp_path / 'tags'}")

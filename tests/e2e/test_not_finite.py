@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flax_mlm import compare
-from flax_mlm.data.tables import Labelled, Tagged
+from flax_mlm.data.conll import Tagged
+from flax_mlm.data.tables import Labelled
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import classification, cloze, minimal_pairs, mlm, retrieval, tagging
 from flax_mlm.finetuning import loop

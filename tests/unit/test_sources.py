@@ -189,6 +189,22 @@ def test_jsonl(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('{"text": null}', r"has no string field 'text' \('text' is null\)"),
+        ('{"text": ["a", "b"]}', r"has no string field 'text' \('text' is a list of 2\)"),
+        ('{"text": NaN}', r"has no string field 'text' \('text' is NaN\)"),
+        ('["a"]', "is a list of 1; expected a JSON object a line"),
+        ("[" * 100_000, "is not JSON: maximum recursion depth"),
+    ],
+)
+def test_json_without_text_is_named(tmp_path, line, what):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line)
+    with pytest.raises(UserError, match=rf"a\.jsonl:2 {what}"):
+        read(f"jsonl:{tmp_path}/a.jsonl")
+
+
+@pytest.mark.parametrize(
     "source, message",
     [
         ("wiki", "expected builtin, text:GLOB"),

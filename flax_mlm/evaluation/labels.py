@@ -1,0 +1,122 @@
+"""Labels before fine-tuning: stripped of spaces, counted, and encoded as class indices or numbers."""
+
+import contextlib
+import math
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from flax_mlm.data import tables
+from flax_mlm.errors import UserError, did_you_mean
+from flax_mlm.inference.load import Log
+
+_SHOWN = 20  # classes, with their counts
+_NOT_FINITE = re.compile(r"[-+]?(nan|inf|infinity)", re.IGNORECASE)
+
+
+def stripped(part: tables.Labelled, name: str, log: Log) -> tables.Labelled:
+    """Strips spaces around labels, and logs how many had some."""
+    labels = [label.strip() for label in part.labels]
+    changed = [before for before, after in zip(part.labels, labels, strict=True) if before != after]
+    if changed:
+        log(
+            f"note: --{name}: {len(changed):,} labels had spaces around them, such as '{changed[0]}'; they are stripped"
+        )
+    return part._replace(labels=labels)
+
+
+def encode(part: tables.Labelled, name: str, classes: list[str]) -> np.ndarray:
+    """Converts labels to class indices, int32 (N,).
+
+    Raises:
+      UserError: a label is not among the classes; the message names the flag `name`, and the line.
+    """
+    ids = {label: i for i, label in enumerate(classes)}
+    for i, label in enumerate(part.labels):
+        if label not in ids:
+            what = f"--{name}: {part.location(i)} has label '{label}', which is not in the training set"
+            raise UserError(f"{what}; {did_you_mean(label, classes, f'it has {shortened(classes)}')}")
+    return np.array([ids[label] for label in part.labels], np.int32)
+
+
+def find_classes(train: tables.Labelled) -> list[str]:
+    """Returns the sorted classes of a training set.
+
+    Raises:
+      UserError: a label is NaN, infinite or several labels at once, or all are equal.
+    """
+    classes = set(train.labels)
+    for i, label in enumerate(train.labels):
+        what = f"--train: {train.location(i)} has label '{label}', which is"
+        if _NOT_FINITE.fullmatch(label):
+            raise UserError(f"{what} no class; correct or delete the line, or spell the class otherwise")
+        several = [part.strip() for part in re.split("[,;|]", label)]
+        if (label[:1], label[-1:]) == ("[", "]") or (len(several) > 1 and classes.issuperset(several)):
+            raise UserError(f"{what} a list of labels; expected one label a text")
+    if len(classes) == 1:
+        raise UserError(f"--train: all labels are '{train.labels[0]}'; classification needs at least two")
+    return sorted(classes)
+
+
+def to_numbers(part: tables.Labelled, name: str) -> np.ndarray:
+    """Converts labels to float32 (N,). Raises UserError: a label is no finite number, or all are equal."""
+    for i, label in enumerate(part.labels):
+        if not math.isfinite(_number(label)):
+            raise UserError(
+                f"--{name}: {part.location(i)} has label '{label}', not a number; correlations need numbers"
+            )
+    numbers_N = np.array([_number(label) for label in part.labels], np.float32)
+    if len(set(numbers_N)) < 2:
+        raise UserError(
+            f"--{name}: all labels are {numbers_N[0]:g}; a correlation needs at least two different numbers"
+        )
+    return numbers_N
+
+
+def _number(label: str) -> float:
+    """The number that a label spells, or NaN where it spells none that float32 can hold."""
+    number = math.nan
+    with contextlib.suppress(ValueError):
+        number = float(label.replace("_", "?"))  # Python would read 1_5 as 15
+    return number if abs(number) < float(np.finfo(np.float32).max) else math.nan
+
+
+def describe(parts: Mapping[str, Iterable[str] | np.ndarray], unit: str) -> Iterator[str]:
+    """Yields a line with the counts of the labels of each part, then one for each group of labels that are alike.
+
+    Args:
+      parts: labels of each part, or numbers.
+      unit: what one label belongs to, in the plural.
+    """
+    alike: defaultdict[str, set[str]] = defaultdict(set)
+    for name, labels in parts.items():
+        if isinstance(labels, np.ndarray):
+            low, mean, high = labels.min(), labels.mean(), labels.max()
+            yield f"{name:5}  {len(labels):,} {unit}: {low:g} to {high:g}, mean {mean:.4g}"
+            continue
+        counts = Counter(labels)
+        shown = shortened([f"{label} {n:,}" for label, n in counts.most_common()])
+        yield f"{name:5}  {counts.total():,} {unit}: {shown}"
+        for label in counts:
+            alike[_key(label)].add(label)
+    for group in alike.values():
+        if len(group) > 1:
+            spelt = ", ".join(f"'{label}'" for label in sorted(group))
+            yield f"WARNING: {spelt} are different labels; spell them alike if they mean the same"
+
+
+def _key(label: str) -> str:
+    """Reduces a label to what case, spaces, invisible characters, and 1 or 1.0 for a number do not change."""
+    visible = (c for c in unicodedata.normalize("NFKC", label).casefold() if unicodedata.category(c)[0] not in "CZ")
+    key = "".join(visible)
+    number = _number(key)
+    return key if math.isnan(number) else str(number)
+
+
+def shortened(items: list[str]) -> str:
+    """Joins items with commas, at most 20 of them."""
+    more = f" and {len(items) - _SHOWN:,} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more
