@@ -147,6 +147,13 @@ def test_equal_vectors_find_what_the_order_of_ids_finds():
     assert (found["score"], found["recall@100"]) == (0.0, 0.0)
 
 
+def test_a_query_takes_no_place_among_the_hundred_results():
+    documents = {f"d{i:03}": f"{100 - i}" for i in range(101)}
+    benchmark = retrieval.Benchmark(documents, {"d000": "1"}, {"d000": {"d100": 1}})
+    found = retrieval._search(benchmark, quiet, lambda texts: np.array([[float(text)] for text in texts]))
+    assert found["recall@100"] == 1.0
+
+
 def test_a_query_without_relevant_documents_finds_nothing():
     benchmark = retrieval.Benchmark({"d": "x"}, {"q": "x", "r": "x"}, {"q": {"d": 1}, "r": {"d": 0}})
     found = retrieval._search(benchmark, quiet, lambda texts: np.ones((len(texts), 1)))
