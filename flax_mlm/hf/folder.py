@@ -91,7 +91,9 @@ class Folder(NamedTuple):
             return sorted(set(files.values()))
         content, remedy = "no weights", "save_pretrained of transformers writes it"
         if others := _other_weights(self.path):
-            content = f"only {others[0].name}" + ", a pickle, which can run code" * (others[0].suffix in _PICKLES)
+            content = f"only {others[0].name}"
+        if others and others[0].suffix in _PICKLES:
+            content += ", a pickle, which can run code"
             name = self.architecture.class_name
             code = f"from transformers import {name} as M; M.from_pretrained('{self.path}').save_pretrained('DIR')"
             remedy = f'convert it where it can do no harm: python -c "{code}"'

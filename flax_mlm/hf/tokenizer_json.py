@@ -91,8 +91,12 @@ def _converted(tokenizer: Tokenizer) -> Any:
     if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:  # which would find special tokens in text
         special = [p.piece for p in proto.pieces if p.type not in (p.NORMAL, p.USER_DEFINED) and len(p.piece) > 1]
         inside = "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in special)
-        apart = pre_tokenizers.Split(Regex(inside), "merged_with_previous")
-        converted.pre_tokenizer = pre_tokenizers.Sequence([metaspace, apart])
+        splits = [metaspace, pre_tokenizers.Split(Regex(inside), "merged_with_previous")]
+        # An added word is likelier than what has no token at all, so that is cut off.
+        known = set("".join(p.piece for i, p in enumerate(proto.pieces) if i not in words)) | {" "}
+        if unknown := sorted(set("".join(words.values())) - known):
+            splits.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, unknown))), "isolated"))
+        converted.pre_tokenizer = pre_tokenizers.Sequence(splits)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     converted.decoder = decoders.Sequence(steps)
     return converted

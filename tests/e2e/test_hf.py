@@ -298,7 +298,7 @@ def test_a_folder_without_safetensors_is_named_as_such_everywhere(name, vocabula
     path = written(tmp_path / "first", "bert", vocabulary)
     (path / "model.safetensors").rename(path / name)
     for read in (read_config, opened):
-        with pytest.raises(UserError, match=f"holds only {name}.*BertForMaskedLM.*from_pretrained"):
+        with pytest.raises(UserError, match=f"holds only {name}.*save_pretrained"):
             read(str(path))
 
 
@@ -406,7 +406,7 @@ def test_added_words_are_tokens_in_tokenizer_json(model_type, toy, tmp_path):
     assert list(words.values()) == ["covid", "zyxogene", "new york", "guard"]
     for i, word in words.items():
         assert theirs.encode(f"the {word} barks", add_special_tokens=False).ids.count(i) == 1, word
-    for text in ("covid", "the covid.", " covid  zyxogene", "the <s> zyxogene [MASK] sleeps", "guard cat"):
+    for text in ("covid", "the covid.", " covid  zyxogene", "the <s> zyxogene [MASK] sleeps", "guards (guard)"):
         assert theirs.encode(text, add_special_tokens=False).ids == tokenizer.encode([text])[0].tolist(), text
 
 
