@@ -36,9 +36,10 @@ def content(tokenizer: Tokenizer, pair_type: int) -> bytes:
     ends = [tokenizer.sep_id] * tokenizer.pair_separators
     ids = [tokenizer.cls_id, *text, *ends, *text, tokenizer.sep_id]
     if is_own and pair.ids == ids and pair_type * pair.type_ids[-1] == pair_type:
-        return tokenizer.content
+        is_plain = b'"roles"' not in tokenizer.content  # a key of ours, which transformers warns of
+        return tokenizer.content if is_plain else result.to_str(pretty=True).encode()
     names = {tokenizer.tokens[i]: i for i in (tokenizer.cls_id, tokenizer.sep_id)}
-    cls, sep = (tokenizer.tokens[i] for i in (tokenizer.cls_id, tokenizer.sep_id))
+    cls, sep = names
     second = f"{sep}:{pair_type}"
     template = f"{cls} $A {sep} {f'{second} ' * (len(ends) - 1)}$B:{pair_type} {second}"
     result.post_processor = processors.TemplateProcessing(f"{cls} $A {sep}", template, list(names.items()))

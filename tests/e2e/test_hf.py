@@ -441,6 +441,15 @@ def test_pairs_are_as_the_template_of_the_folder_says(template, vocabulary, tmp_
     assert (content == tokenizer.content) == (template == "bert"), "a file that does the same is kept"
 
 
+def test_an_exported_tokenizer_has_no_key_that_transformers_warns_of(vocabulary, tmp_path):
+    spec = json.loads(tokenizer_json.content(vocabulary, 1))
+    for token in spec["added_tokens"]:
+        token["roles"] = ["mask"] if token["content"] == "[MASK]" else []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    written = json.loads(tokenizer_json.content(load_tokenizer(tmp_path), 1))
+    assert not any("roles" in token for token in written["added_tokens"])
+
+
 @pytest.mark.parametrize("types", [0, 1, 2])
 def test_models_with_token_types_ask_for_them(types, vocabulary):
     names = tokenizer_json.settings(vocabulary, 64, types)["model_input_names"]
