@@ -98,7 +98,7 @@ def describe(parts: Mapping[str, Iterable[str] | np.ndarray], unit: str) -> Iter
             yield f"{name:5}  {len(labels):,} {unit}: {low:g} to {high:g}, mean {mean:.4g}"
             continue
         counts = Counter(labels)
-        shown = shortened([f"{label} {n:,}" for label, n in counts.most_common()])
+        shown = shortened([f"{label}: {n:,}" for label, n in counts.most_common()])
         yield f"{name:5}  {counts.total():,} {unit}: {shown}"
         for label in counts:
             alike[_key(label)].add(label)

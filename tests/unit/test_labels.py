@@ -65,7 +65,7 @@ def test_stripped_spaces_are_said(capsys):
 
 def test_classes_are_counted():
     lines = labels.describe({"train": ["b", "a", "b"], "dev": ["a"]}, "texts")
-    assert list(lines) == ["train  3 texts: b 2, a 1", "dev    1 texts: a 1"]
+    assert list(lines) == ["train  3 texts: b: 2, a: 1", "dev    1 texts: a: 1"]
 
 
 def test_the_commonest_classes_are_listed():
