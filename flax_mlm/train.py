@@ -120,9 +120,9 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         try:
             while not run.is_over:
                 if loop.is_multiple(run.step, config.train.eval_every):
-                    run.evaluate()
+                    run.attempt(run.evaluate)
                 if loop.is_multiple(run.step, config.train.cloze_every):
-                    run.evaluate_clozes()
+                    run.attempt(run.evaluate_clozes)
                 if run.next_phase != run.phase:
                     run.start_phase()
                 run.calibrate_budget()

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from flax_mlm.distributed.batches import abstract_batch, local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.errors import Failure
 from flax_mlm.evaluation import cloze, mlm
+from flax_mlm.inference.forward import NotFinite
 from flax_mlm.inference.load import LoadedModel, start_params
 from flax_mlm.objectives.rows import Vocabulary
 from flax_mlm.training.logging import Logger, RunContext
@@ -240,6 +241,7 @@ class Run:
 
         Raises:
           Stopped: a signal has come, on whichever process.
+          NotFinite: the model computes NaN or infinity.
         """
         group, data, model = self._context.group, self._context.mixtures[self.phase], self.model()
 
@@ -256,13 +258,20 @@ class Run:
         self.logger.validation(self.step, self.progress, result)
         return result
 
+    def attempt(self, evaluation: Callable[[], Any]) -> None:
+        """Evaluates, and only says so where the model computes NaN or infinity: `Diverged` ends a run if that lasts."""
+        try:
+            evaluation()
+        except NotFinite as e:
+            self._context.log(f"step {self.step} is not evaluated: {e}")
+
     def calibrate_budget(self) -> None:
         """Evaluates once in each phase of a run with a budget, to learn what time its last evaluation will take."""
         if self._context.config.train.budget_minutes and self.phase not in self._calibrated:
             self._calibrated.add(self.phase)
             if self._context.budget:
                 self._context.budget.forget("evaluating")
-            self.evaluate()
+            self.attempt(self.evaluate)
 
     def evaluate_clozes(self) -> None:
         """Ranks the answers of the built-in clozes, which a person can read, and logs the ranks."""
