@@ -205,8 +205,8 @@ def vocabulary(ids: Ids) -> Any:
 
     is_special = np.isin(np.arange(ids.vocab_size), ids.special)
     ordinary = jnp.asarray(np.flatnonzero(~is_special), jnp.int32)
-    starts_word = jnp.ones(ids.vocab_size, bool)
-    return Vocabulary(jnp.asarray(is_special), starts_word, ordinary, ids.pad_id, ids.cls_id, ids.mask_id)
+    is_word = jnp.ones(ids.vocab_size, bool)
+    return Vocabulary(jnp.asarray(is_special), is_word, is_word, ordinary, ids.pad_id, ids.cls_id, ids.mask_id)
 
 
 def labels(t: Any) -> np.ndarray:

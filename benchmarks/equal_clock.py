@@ -108,7 +108,7 @@ def write_case(config: Config, folder: Path) -> None:
                 np.savez(file, inputs=t.inputs_BL, labels=case.labels(t), real=is_real)
     (folder / "tokenizer").mkdir(exist_ok=True)
     (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer_json.content(tokenizer, 1))
-    files.write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json.settings(tokenizer, length))
+    files.write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json.settings(tokenizer, length, 0))
     files.write_json(folder / "case.json", config.to_dict())  # the last: all is there
 
 

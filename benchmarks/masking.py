@@ -61,7 +61,7 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
 
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes(tokenizer_json.content(tokenizer, 0))
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_json.settings(tokenizer, 1 << 20)))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_json.settings(tokenizer, 1 << 20, 0)))
     (folder / "special_tokens_map.json").write_text(json.dumps(tokenizer_json.special_tokens(tokenizer)))
 
 

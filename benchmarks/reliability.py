@@ -38,7 +38,8 @@ def main(config: Config) -> None:
     mesh = make_mesh(config.mesh)
     is_special = np.arange(vocab_size) < 5
     words = jax.numpy.arange(5, vocab_size, dtype=jax.numpy.int32)
-    vocab = Vocabulary(jax.numpy.asarray(is_special), jax.numpy.asarray(~is_special), words, 0, 2, 4)
+    is_word = jax.numpy.asarray(~is_special)
+    vocab = Vocabulary(jax.numpy.asarray(is_special), is_word, is_word, words, 0, 2, 4)
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, vocab_size, (size, length)).astype(np.int32)
     tokens[:, 0], tokens[:, -1] = 2, 3

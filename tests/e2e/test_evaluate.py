@@ -241,7 +241,7 @@ def test_options_of_another_task_are_refused(toy, trained_run):
     for task, option, takes in (
         ("classification", "--save=x", f"{splits}, --text, --pair, --label, --metric"),
         ("mlm", "--train=x", "--mask_rates"),
-        ("tagging", "--metric=f1", splits),
+        ("tagging", "--metric=f1", f"{splits}, --columns"),
     ):
         done = toy.run("evaluate", f"--checkpoint={trained_run}", f"--task={task}", option)
         name = option.partition("=")[0]

@@ -158,7 +158,7 @@ def test_lines_end_at_newlines_alone(tmp_path):
         ("minimal_pairs", b'{"sentence_good": "a"}', "data.jsonl:1 is not a pair"),
         ("minimal_pairs", b'\n{"sentence_good": "a", "sentence_bad": 3}', "data.jsonl:2 is not a pair"),
         ("minimal_pairs", b'{"sentence_good": "a", "sentence_bad": " "}', "data.jsonl:1 is not a pair"),
-        ("minimal_pairs", b"[]", "data.jsonl:1 is not a JSON object"),
+        ("minimal_pairs", b"[]", "data.jsonl:1 is a list of 0; expected a JSON object"),
         ("minimal_pairs", b"\xff\xfe", "is not UTF-8"),
         ("cloze", None, "data.jsonl cannot be read: No such file"),
         ("cloze", b"", "has no clozes"),
