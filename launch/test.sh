@@ -18,7 +18,7 @@ busy=("${shared[@]}" -n logical --maxprocesses=4) # for tests that keep every pr
 case " $* " in
 *" --references "*)
   . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt
-  exec python -m pytest "${busy[@]}" tests/parity/test_hf_reference.py \
+  exec python -m pytest "${busy[@]}" tests/parity/test_hf_reference.py tests/parity/test_tokenizer_reference.py \
     tests/parity/test_transformers_parity.py tests/parity/test_plan_tpu.py "$@"
   ;;
 " --full ")
