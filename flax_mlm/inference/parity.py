@@ -32,7 +32,8 @@ class Difference(NamedTuple):
 
     def is_within(self, limit: float) -> bool:
         """Returns whether the numbers agree, and token ids but for ties between two segmentations."""
-        return max(self.hidden, self.logits) <= limit and all(why == tokenizer_json.TIE for _, why in self.other_ids)
+        agree = self.hidden <= limit and self.logits <= limit  # false for NaN
+        return agree and all(why == tokenizer_json.TIE for _, why in self.other_ids)
 
     def lines(self) -> list[str]:
         """Formats the difference for a person."""
@@ -103,8 +104,9 @@ def compare_outputs(net: Any, model: LoadedModel, rows: list[list[int]]) -> tupl
         padded, attended = rows[i] + [model.tokenizer.pad_id] * num_pads, [1] * L + [0] * num_pads
         with torch.no_grad():
             out = net(torch.tensor([padded]), attention_mask=torch.tensor([attended]), output_hidden_states=True)
-        hidden = max(hidden, float(np.abs(hidden_LD - out.hidden_states[-1][0, :L].numpy()).max()))
-        logits = max(logits, float(np.abs(logits_LV - out.logits[0, :L].numpy()).max()))
+        # np.maximum, unlike max, keeps a NaN that transformers computes
+        hidden = float(np.maximum(hidden, np.abs(hidden_LD - out.hidden_states[-1][0, :L].numpy()).max()))
+        logits = float(np.maximum(logits, np.abs(logits_LV - out.logits[0, :L].numpy()).max()))
     return hidden, logits
 
 

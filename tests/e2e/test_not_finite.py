@@ -15,6 +15,7 @@ from flax_mlm.data.tables import Labelled
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import classification, cloze, minimal_pairs, mlm, retrieval, tagging
 from flax_mlm.finetuning import loop
+from flax_mlm.inference import parity
 from flax_mlm.inference.api import Model
 from flax_mlm.inference.forward import NotFinite, check_finite
 from flax_mlm.inference.load import LoadedModel
@@ -95,6 +96,11 @@ def test_a_stored_result_with_such_a_number_is_not_compared(tmp_path, monkeypatc
     (tmp_path / "results" / "c-a-key.json").write_text(f'{{"task": "cloze", "answers": [{{"probability": {number}}}]}}')
     with pytest.raises(UserError, match=rf"c of a: .*key.json .* the number {number}; delete the file to evaluate"):
         compare.result_of("c", [], "a", "path", "sha", tmp_path)
+
+
+@pytest.mark.parametrize("differences", [(np.nan, 0.0), (0.0, np.nan), (np.inf, 0.0)])
+def test_a_difference_that_is_no_number_is_within_no_limit(differences):
+    assert not parity.Difference(1, [], False, *differences).is_within(1.0)
 
 
 def test_such_a_number_is_not_written(tmp_path):
