@@ -14,6 +14,8 @@ from flax_mlm.errors import UserError, did_you_mean
 from flax_mlm.inference.load import Log
 
 _SHOWN = 20  # classes, with their counts
+_LIST = re.compile(r"\[.*\]|\(.*,.*\)|\{.*\}", re.DOTALL)  # as Python and JSON write lists, tuples and objects
+_NO_LABEL = ("-", "?", "na", "n/a", "#n/a", "<na>", "nat", "none", "null", "unlabeled", "unlabelled")  # of SNLI, pandas
 _NOT_FINITE = re.compile(r"[-+]?(nan|inf|infinity)", re.IGNORECASE)
 
 
@@ -54,7 +56,7 @@ def find_classes(train: tables.Labelled) -> list[str]:
         if _NOT_FINITE.fullmatch(label):
             raise UserError(f"{what} no class; correct or delete the line, or spell the class otherwise")
         several = [part.strip() for part in re.split("[,;|]", label)]
-        if (label[:1], label[-1:]) == ("[", "]") or (len(several) > 1 and classes.issuperset(several)):
+        if _LIST.fullmatch(label) or (len(several) > 1 and classes.issuperset(several)):
             raise UserError(f"{what} a list of labels; expected one label a text")
     if len(classes) == 1:
         raise UserError(f"--train: all labels are '{train.labels[0]}'; classification needs at least two")
@@ -85,7 +87,9 @@ def _number(label: str) -> float:
 
 
 def describe(parts: Mapping[str, Iterable[str] | np.ndarray], unit: str) -> Iterator[str]:
-    """Yields a line with the counts of the labels of each part, then one for each group of labels that are alike.
+    """Yields a line with the counts of the labels of each part, and warnings.
+
+    They name labels that often stand for a missing one, and groups of labels that are alike.
 
     Args:
       parts: labels of each part, or numbers.
@@ -100,8 +104,11 @@ def describe(parts: Mapping[str, Iterable[str] | np.ndarray], unit: str) -> Iter
         counts = Counter(labels)
         shown = shortened([f"{label}: {n:,}" for label, n in counts.most_common()])
         yield f"{name:5}  {counts.total():,} {unit}: {shown}"
-        for label in counts:
+        for label, n in counts.items():
             alike[_key(label)].add(label)
+            if label.lower() in _NO_LABEL:
+                what = f"--{name}: '{label}' ({n:,} {unit}) often stands for a missing label"
+                yield f"WARNING: {what}; delete these lines where it does"
     for group in alike.values():
         if len(group) > 1:
             spelt = ", ".join(f"'{label}'" for label in sorted(group))

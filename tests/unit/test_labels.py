@@ -34,14 +34,14 @@ def test_nan_is_no_class(label):
         labels.find_classes(labelled("a", label, "b"))
 
 
-@pytest.mark.parametrize("label", ["[0, 2]", "['a']", "a,b", "b | a"])
+@pytest.mark.parametrize("label", ["[0, 2]", "['a']", "(0, 1)", "{'a': 1}", "a,b", "b | a"])
 def test_a_list_is_no_class(label):
     with pytest.raises(UserError, match=r"--train: a.csv:3 has label '.*', which is a list of labels; expected one"):
         labels.find_classes(labelled("a", label, "b"))
 
 
 def test_a_class_may_contain_a_comma():
-    assert labels.find_classes(labelled("arts", "arts, culture", "[sic")) == ["[sic", "arts", "arts, culture"]
+    assert labels.find_classes(labelled("arts", "arts, culture", "(sic)")) == ["(sic)", "arts", "arts, culture"]
 
 
 def test_one_class_is_too_few():
@@ -85,6 +85,15 @@ def test_numbers_are_summed_up():
 def test_labels_that_look_alike_are_said(alike):
     *_, line = labels.describe({"train": [alike[0], "other"], "dev": [alike[1]]}, "texts")
     assert line.endswith("are different labels; spell them alike if they mean the same")
+
+
+@pytest.mark.parametrize("label", ["None", "NA", "<NA>", "-", "null"])
+def test_labels_that_stand_for_missing_ones_are_said(label):
+    *_, line = labels.describe({"train": ["a", label, label]}, "texts")
+    assert (
+        line
+        == f"WARNING: --train: '{label}' (2 texts) often stands for a missing label; delete these lines where it does"
+    )
 
 
 @pytest.mark.parametrize("different", [("pos", "neg"), ("+1", "-1"), ("a-b", "ab"), ("1", "1.5")])
