@@ -67,7 +67,7 @@ def read(path: str, columns: str = "") -> Tagged:
 def _parse_columns(columns: str) -> tuple[int, int]:
     """Parses `TOKEN,TAG` to indices from 0, -1 for the last. Raises UserError."""
     found = re.fullmatch(r"([1-9]\d*), *([1-9]\d*)", columns or "1,1")
-    if not found:
+    if not found or (columns and int(found[1]) == int(found[2])):
         raise UserError(f"--columns is '{columns}'; expected the numbers of the token's and the tag's column, as 1,4")
     return int(found[1]) - 1, int(found[2]) - 1 if columns else -1
 

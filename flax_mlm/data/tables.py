@@ -1,5 +1,5 @@
-"""Labelled texts and pairs of texts from files: tables (tabs, or CSV), JSON lines, lines of text (.txt), and prepared
-TensorFlow Datasets."""
+"""Labelled texts and pairs of texts from files: tables (tabs, commas, semicolons or bars), JSON lines, lines of text
+(.txt), and prepared TensorFlow Datasets."""
 
 import csv
 import io
@@ -16,8 +16,8 @@ from flax_mlm.storage import files
 
 _TEXT = ("sentence", "text", "sentence1", "premise", "question", "question1")
 _PAIR = ("sentence2", "hypothesis", "question2", "text2")
-LABEL = ("label", "score", "labels")
-_HEADER = (*_TEXT, *_PAIR, *LABEL, "category", "class", "rating", "sentiment", "stars", "target")
+_LABEL = ("label", "score", "labels")
+_HEADER = (*_TEXT, *_PAIR, *_LABEL, "category", "class", "rating", "sentiment", "stars", "target")
 
 
 class Labelled(NamedTuple):
@@ -57,8 +57,11 @@ def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labell
         candidates = [name for name in _TEXT if name in first]
         if len(candidates) > 1 and not any(name in first for name in _PAIR):
             raise UserError(f"{source} has columns {' and '.join(candidates)}; choose with --text and --pair")
-    roles = {"text": (text, _TEXT), "pair": (pair, _PAIR), "label": (label, LABEL)}
+    roles = {"text": (text, _TEXT), "pair": (pair, _PAIR), "label": (label, _LABEL)}
     columns = {role: name or next((n for n in usual if n in first), "") for role, (name, usual) in roles.items()}
+    named = [name for name in columns.values() if name]
+    if twice := next((name for name in named if named.count(name) > 1), ""):
+        raise UserError(f"column {twice} is two of --text, --pair and --label; expected columns that differ")
     for role in ("text", "label"):
         if not columns[role]:
             what = f"{source} has columns {_names(first)}; name the column of the {role} with --{role}=NAME"
@@ -92,7 +95,7 @@ def _refuse_header(first: tuple[str, dict[str, Any]], texts: list[str], labels: 
     has_words = [len(text.split()) > 1 for text in texts]
     named = labels[0].strip().lower() in _HEADER
     named |= not is_number[0] and all(is_number[1:])
-    named |= not has_words[0] and 2 * sum(has_words) > len(texts)
+    named |= not has_words[0] and not is_number[0] and 2 * sum(has_words) > len(texts)
     cells = list(filter(None, record.values()))
     if (named and labels[0] not in labels[1:] and len(labels) > 1) or cells == [str(i) for i in range(len(cells))]:
         what = f"{location} looks like a header ({_names(cells)}), and numbers of columns are for tables without one"
@@ -127,8 +130,10 @@ def _file(file: Path, numbered: bool, blank_lines: bool) -> list[tuple[str, dict
         if file.suffix == ".txt":
             return [(where, {"text": line}) for where, line in lines]
         return [(where, _json_object(where, line) if line.strip() else {}) for where, line in lines]
-    has_tabs = "\t" in content.lstrip("\n").partition("\n")[0]
-    all_rows = _tab_rows(file, content) if has_tabs else _cells(file, content, strict=True)
+    first_line = content.lstrip("\n").partition("\n")[0]
+    delimiter = next((c for c in "\t,;|" if c in first_line), ",")
+    has_tabs = delimiter == "\t"
+    all_rows = _tab_rows(file, content) if has_tabs else _cells(file, content, delimiter=delimiter, strict=True)
     rows = [(where, row) for where, row in all_rows if row or blank_lines]
     if numbered:
         header = [str(i) for i in range(1, max((len(row) for _, row in rows), default=0) + 1)]
@@ -139,7 +144,9 @@ def _file(file: Path, numbered: bool, blank_lines: bool) -> list[tuple[str, dict
         for where, row in rows:
             if len(row) > len(header):
                 what = f"{where} has {len(row)} columns, and the first line {len(header)}"
-                repair = "replace tabs inside texts" if has_tabs else "put text with a comma into double quotes"
+                repair = (
+                    "replace tabs inside texts" if has_tabs else f"put text with a '{delimiter}' into double quotes"
+                )
                 raise UserError(f"{what}; {repair}, or number the columns where the first line is no header")
     return [(where, dict(zip(header, row, strict=False))) for where, row in rows]
 
@@ -184,6 +191,9 @@ def _cells(file: Path, content: str, **dialect: Any) -> list[tuple[str, list[str
 def _json_object(where: str, line: str) -> dict[str, Any]:
     with as_user_error(f"{where} is not JSON on one line: ", ValueError, RecursionError):
         record = json.loads(line, object_pairs_hook=_unique)
+    if re.search(r"\\u[dD]", line):  # JSON escapes may hold lone surrogates, which UTF-8 cannot encode
+        whole = json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass")
+        record = json.loads(whole.decode(errors="replace"))
     if not isinstance(record, dict):
         raise UserError(f"{where} is {json_kind(record)}; expected a JSON object a line")
     return record

@@ -18,6 +18,8 @@ from flax_mlm.errors import UserError
     [
         ("a.tsv", 'sentence\tlabel\na "quoted\t1\nb\t0\n', {}),
         ("a.csv", 'label,text\n1,"a ""quoted"\n0,b\n', {}),
+        ("a.csv", 'label;text\n1;"a ""quoted"\n0;b\n', {}),
+        ("a.csv", 'label|text\n1|"a ""quoted"\n0|b\n', {}),
         ("a.csv", 'x\t1\t\ta "quoted\ny\t0\t*\tb\n', {"text": "4", "label": "2"}),
         ("a.jsonl", '{"text": "a \\"quoted", "label": 1}\n\n{"text": "b", "label": 0}\n', {}),
         ("a.jsonl", '{"s": "a \\"quoted", "y": 1}\n{"s": "b", "y": 0}', {"text": "s", "label": "y"}),
@@ -125,7 +127,29 @@ def test_a_header_is_no_example(tmp_path, header):
         tables.read(str(tmp_path / "a.csv"), text="1", label="2")
 
 
-@pytest.mark.parametrize("lines", ["Hello,a\nGood day,b\nBye now,a\n", "Hello,a\nGood,b\nBye,c\n", "A good film,1\n"])
+@pytest.mark.parametrize("escape", [r"\ud83d", r"\uDE00", r"\uDE00\uD83D"])
+def test_lone_surrogates_are_replaced_as_in_corpora(tmp_path, escape):
+    (tmp_path / "a.jsonl").write_text(rf'{{"text": "a \ud83d\ude00 {escape}", "label": NaN}}')
+    ((_, record),) = tables.records(str(tmp_path / "a.jsonl"))
+    assert set(record["text"]) == set("a \U0001f600\ufffd")
+
+
+@pytest.mark.parametrize("columns", [{"text": "label"}, {"pair": "text"}, {"text": "2", "label": "2"}])
+def test_a_column_has_one_role(tmp_path, columns):
+    (tmp_path / "a.csv").write_text("text,label\na b,1\n")
+    with pytest.raises(UserError, match=r"column (label|text|2) is two of --text, --pair and --label"):
+        tables.read(str(tmp_path / "a.csv"), **columns)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "Hello,0.5\nGood day,1\nBye now,2\n",
+        "Hello,a\nGood day,b\nBye now,a\n",
+        "Hello,a\nGood,b\nBye,c\n",
+        "A good film,1\n",
+    ],
+)
 def test_an_example_is_no_header(tmp_path, lines):
     (tmp_path / "a.csv").write_text(lines)
     assert len(tables.read(str(tmp_path / "a.csv"), text="1", label="2").texts) == lines.count("\n")
@@ -196,7 +220,7 @@ def test_variants_of_conll(tmp_path, content, columns):
     assert conll.read(str(tmp_path / "tags"), columns) == ([["The", "mayor"], ["#"]], [["O", "B-PER"], ["O"]])
 
 
-@pytest.mark.parametrize("columns", ["x", "0,1", "1", "1,2,3"])
+@pytest.mark.parametrize("columns", ["x", "0,1", "1", "1,2,3", "2,2"])
 def test_columns_that_will_not_do(tmp_path, columns):
     (tmp_path / "tags").write_text("The O\n")
     with pytest.raises(UserError, match=f"--columns is '{columns}'; expected the numbers"):
