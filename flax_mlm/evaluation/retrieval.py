@@ -28,9 +28,11 @@ from flax_mlm.inference.load import LoadedModel, Log, OnBatch, Params
 from flax_mlm.storage import files
 
 _QUERY = ("query", "anchor", "question", "sentence1", "premise", "sentence", "text")
-_POSITIVE = ("positive", "pos", "answer", "document", "passage", "context")
-_SECOND = ("sentence2", "hypothesis")  # positives, unless a label says that some pairs do not belong together
-_NEGATIVE = ("negative", "negatives", "neg")
+_NAMED = ("positive", "pos")  # other columns are so unless a label says that some pairs do not belong together
+_POSITIVE = (*_NAMED, "answer", "document", "passage", "context")
+_SECOND = ("sentence2", "hypothesis")
+_NEGATIVE = re.compile(r"neg(atives?)?(_\d+)?")
+_LABEL = re.compile(r".*(label|score|similar|relevan|duplicate|grade).*", re.IGNORECASE)
 _TOP_K = 100  # documents retrieved for each query
 
 Embed = Callable[[list[str]], np.ndarray]  # texts -> vectors of length 1 (N, D)
@@ -48,8 +50,8 @@ def read_pairs(source: str, split: str) -> contrastive.Pairs:
     """Reads training pairs.
 
     Args:
-      source: a table or .jsonl with columns such as `query`, `positive`, `negative` (in .jsonl also a list); a file
-        with one text a line; or a BEIR folder.
+      source: a table or .jsonl with columns such as `query`, `positive`, `negative` (in .jsonl also a list; also
+        `negative_1`, `negative_2` ...); a file with one text a line; or a BEIR folder.
       split: NAME of the folder's qrels/NAME.tsv.
 
     Raises:
@@ -64,17 +66,17 @@ def read_pairs(source: str, split: str) -> contrastive.Pairs:
         return contrastive.Pairs(queries, positives, [[] for _ in relevant])
     pairs = contrastive.Pairs([], [], [])
     for location, record in tables.records(source):
-        query, positive, negatives = (_first(record, *names) for names in (_QUERY, _POSITIVE + _SECOND, _NEGATIVE))
-        second = next((name for name in _SECOND if record.get(name)), "")
-        if second and (label := next((name for name in tables.LABEL if name in record), "")):
-            what = f"{location} has columns {second} and {label}, so that some pairs may not belong together"
+        query, positive = (_first(record, *names) for names in (_QUERY, _POSITIVE + _SECOND))
+        column = next((name for name in _POSITIVE + _SECOND if record.get(name)), "")
+        if column not in ("", *_NAMED) and (label := next(filter(_LABEL.fullmatch, record), "")):
+            what = f"{location} has columns {column} and {label}, so that some pairs may not belong together"
             raise UserError(f"{what}; keep those that do, in columns query and positive")
         positive = query if len(record) == 1 else positive
-        negatives = negatives or []
-        negatives = negatives if isinstance(negatives, list) else [negatives]
+        found = [value for name, value in record.items() if value and _NEGATIVE.fullmatch(name)]
+        negatives = [text for value in found for text in (value if isinstance(value, list) else [value])]
         if not all(isinstance(text, str) and text.strip() for text in (query, positive, *negatives)):
-            columns = ", ".join(map(str, record))
-            raise UserError(f"{location} has columns {columns}; expected texts in columns query and positive")
+            what = f"{location} has columns {', '.join(map(str, record))}"
+            raise UserError(f"{what}; expected texts in columns query and positive, and in negative if any")
         pairs.queries.append(str(query))
         pairs.positives.append(str(positive))
         pairs.negatives.append(negatives)
@@ -105,7 +107,7 @@ def read_benchmark(folder: str, *splits: str) -> Benchmark:
     relevance: dict[str, dict[str, int]] = {}
     for number, line in enumerate(files.read_text(qrels).split("\n"), 1):
         fields = line.split("\t") if "\t" in line else line.split()
-        if not line.strip() or (number == 1 and fields[0] not in queries and not re.search(r"\d", fields[-1])):
+        if not line.strip() or (number == 1 and fields[0] not in queries and not re.match(r"[-+.]*\d", fields[-1])):
             continue  # a blank line, or the header
         if len(fields) not in (3, 4):
             raise UserError(f"{qrels}:{number} has {len(fields)} columns; expected a query, a document and a grade")
@@ -117,7 +119,10 @@ def read_benchmark(folder: str, *splits: str) -> Benchmark:
     relevant = [(query, name) for query, grades in known.items() for name, grade in grades.items() if grade > 0]
     absent = [name for _, name in relevant if name not in documents]
     if len(relevant) == len(absent):
-        raise UserError(f"{qrels} has no relevant documents for queries.jsonl in corpus.jsonl; expected their ids")
+        positive = ((query, name) for query, grades in relevance.items() for name, grade in grades.items() if grade > 0)
+        seen = next((f", not '{query}' and '{name}'" for query, name in positive), "")
+        what = f"{qrels} has no relevant documents for queries.jsonl in corpus.jsonl"
+        raise UserError(f"{what}; expected their ids{seen}")
     for names, what in (
         (unknown, "queries that queries.jsonl lacks; they are left out"),
         (absent, "relevant documents that corpus.jsonl lacks; they count as not found"),
