@@ -24,6 +24,8 @@ _TEXT = flags.DEFINE_string("text", "text", "column of the text")
 _OUTPUT = flags.DEFINE_string("output", "", "vectors: .npy (float32, N × D), or .parquet (input's columns, `vector`)")
 _DIMENSIONS = flags.DEFINE_integer("dimensions", 0, "number of first dimensions to keep, at length 1; 0: all", 0)
 
+_UNSTORABLE = "--input: '%s' has columns that Parquet cannot store"
+
 
 def main(config: Config) -> None:
     output = gcs.local("--output", _OUTPUT.value)
@@ -47,6 +49,7 @@ def main(config: Config) -> None:
             raise UserError(f"{location} has no column {column}; it has {', '.join(map(str, record))}")
         if record and not isinstance(record[column], str):
             raise UserError(f"{location}: {column} is {json.dumps(record[column], default=str)[:60]}; expected text")
+    table = _table([record for _, record in records]) if output.suffix == ".parquet" else None
     model, texts = load_model(flags.FLAGS.checkpoint, config), [record.get(column, "") for _, record in records]
     with Progress(disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("embedding", total=-(-len(texts) // config.finetune.batch_size))
@@ -55,22 +58,31 @@ def main(config: Config) -> None:
         vectors_ND = embeddings.normalize(vectors_ND[:, : _DIMENSIONS.value])
     unwritable = f"--output: '{output}' cannot be written: "
     with as_user_error(unwritable, OSError), files.replacing(output) as temporary, temporary.open("wb") as file:
-        if output.suffix == ".npy":
+        if table is None:
             np.save(file, vectors_ND)
         else:
-            _write_parquet(file, [record for _, record in records], vectors_ND)
+            _write_parquet(file, table, vectors_ND)
     print(f"written to {output}: {vectors_ND.shape[0]:,} vectors of {vectors_ND.shape[1]}")
 
 
-def _write_parquet(file: Any, records: list[dict[str, Any]], vectors_ND: Any) -> None:
+def _table(records: list[dict[str, Any]]) -> Any:
+    """Builds the Parquet table of the input's columns. Raises UserError: Parquet cannot store one."""
+    import pyarrow as pa
+
+    names = dict.fromkeys(name for record in records for name in record)  # pyarrow uses those of the first record
+    if "vector" in names:
+        raise UserError(f"--input: '{_INPUT.value}' has a column vector, the name of the column to add; rename it")
+    with as_user_error(f"{_UNSTORABLE % _INPUT.value}: ", pa.ArrowException, OverflowError):
+        return pa.table({name: [record.get(name) for record in records] for name in names})
+
+
+def _write_parquet(file: Any, table: Any, vectors_ND: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), vectors_ND.shape[1])
-    with as_user_error(f"--input: '{_INPUT.value}' has columns that Parquet cannot store: ", pa.ArrowException):
-        names = dict.fromkeys(name for record in records for name in record)  # pyarrow uses those of the first record
-        columns = pa.table({name: [record.get(name) for record in records] for name in names})
-        pq.write_table(columns.append_column("vector", column), file)
+    with as_user_error(f"{_UNSTORABLE % _INPUT.value}: ", pa.ArrowException):
+        pq.write_table(table.append_column("vector", column), file)
 
 
 if __name__ == "__main__":

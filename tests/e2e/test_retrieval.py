@@ -244,6 +244,8 @@ def test_a_folder_of_beir(tmp_path):
         ("a.tsv", "query\tpositive\tnegative\na\tb\tc\nd\te\tf\n", (["a", "d"], ["b", "e"], [["c"], ["f"]])),
         ("a.jsonl", '{"anchor": "a", "positive": "b", "negatives": ["c", "d"]}\n{"anchor": "e", "positive": "f"}',
          (["a", "e"], ["b", "f"], [["c", "d"], []])),
+        ("a.csv", "query,positive,negative_1,negative_2,label\na,b,c,d,1\ne,f,g,,1\n",
+         (["a", "e"], ["b", "f"], [["c", "d"], ["g"]])),
         ("a.txt", "one\n\ntwo\n", (["one", "two"], ["one", "two"], [[], []])),
     ],
 )  # fmt: skip
@@ -266,6 +268,14 @@ def test_files_of_pairs(tmp_path, name, content, expected):
             "sentence1\tsentence2\tscore\na\tb\t0\n",
             "has columns sentence2 and score, so that some pairs may not",
         ),
+        ("a.jsonl", '{"question": "a", "answer": "b", "label": 0}', "has columns answer and label, so that some pairs"),
+        (
+            "a.csv",
+            "premise,hypothesis,gold_label\na,b,neutral\n",
+            "has columns hypothesis and gold_label, so that some",
+        ),
+        ("a.csv", "query,document,relevance\na,b,0\n", "has columns document and relevance, so that some pairs may"),
+        ("a.jsonl", '{"query": "a", "positive": "b", "negative": ["c", null]}', "positive, and in negative if any"),
         ("a.tsv", "query\tpositive\na\tb\n", "a.tsv has 1 pairs; expected at least 2"),
         ("a.jsonl", '{"query": "a", "negatives": [1]}\n', "a.jsonl:1 has columns query, negatives; expected texts"),
         ("a.txt", "", "has no examples"),
@@ -283,7 +293,7 @@ def test_files_of_pairs_that_will_not_do(tmp_path, name, content, message):
         ("", "has no relevant documents"),
         ("q1\td1\t0\n", "has no relevant documents"),
         ("q1\td9\t1\n", "has no relevant documents"),
-        ("q9\td1\t1\n", "has no relevant documents"),
+        ("q9\td1\t1\n", "has no relevant documents .* expected their ids, not 'q9' and 'd1'"),
         ("q1\td1\tyes\n", "test.tsv:2: the grade is 'yes'; expected a whole number such as 0 or 1"),
         ("q1\td1\t0.5\n", "test.tsv:2: the grade is '0.5'"),
         ("q1\td1\tnan\n", "test.tsv:2: the grade is 'nan'"),
@@ -337,9 +347,10 @@ def test_ids_titles_and_texts_may_be_numbers(tmp_path):
         "q1\td1\t1\nq1\td2\t0\n",
         "q1\t0\td1\t1\nq1\t0\td2\t0\n",
         "q1 0 d1 1\nq1 Q0  d2 0",
+        "query\tdocument\trelevance_0_to_3\nq1\td1\t1\nq1\td2\t0\n",
         "q1\td1\t1\nq1\td1\t1\nq1\td2\t0\n",
     ],
-    ids=["beir", "floats", "no header", "trec with tabs", "trec", "twice"],
+    ids=["beir", "floats", "no header", "trec with tabs", "trec", "other header", "twice"],
 )
 @pytest.mark.parametrize("file", ["test.tsv", "test.txt", "dev.tsv"])
 def test_ways_to_write_judgements(tmp_path, qrels, file):
@@ -462,6 +473,8 @@ def test_numpy_files_have_a_vector_a_line_and_are_written_without_pyarrow(traine
         ("embed", ["--output=v.npy", "--input=t.jsonl", "--dimensions=33"], "--dimensions is 33; the vectors of this"),
         ("embed", ["--output=no/v.npy", "--input=none.txt"], "--output: 'no/v.npy' cannot be written"),
         ("embed", ["--output=v.parquet", "--input=mixed.jsonl"], "'mixed.jsonl' has columns that Parquet cannot store"),
+        ("embed", ["--output=v.parquet", "--input=large.jsonl"], "'large.jsonl' has columns that Parquet cannot store"),
+        ("embed", ["--output=v.parquet", "--input=vector.jsonl"], "'vector.jsonl' has a column vector"),
         ("evaluate", ["--task=retrieval"], "--test is missing"),
         (
             "evaluate",
@@ -482,9 +495,12 @@ def test_what_the_commands_refuse(toy, trained_run, tmp_path, command, flags, me
     (tmp_path / "null.jsonl").write_text('{"text": "a"}\n{"text": null}')
     (tmp_path / "t.txt").write_text("The dog.\n")
     (tmp_path / "mixed.jsonl").write_text('{"text": "a", "x": 1}\n{"text": "b", "x": "one"}')
+    (tmp_path / "large.jsonl").write_text('{"text": "a", "x": 100000000000000000000}')
+    (tmp_path / "vector.jsonl").write_text('{"text": "a", "vector": 1}')
+    given = {p.name for p in tmp_path.iterdir()}
     done = toy.run(command, f"--checkpoint={trained_run}", *flags, cwd=tmp_path)
     assert done.returncode == 2, done
     assert done.stderr.startswith("error: "), done
     assert done.stderr.count("\n") == 1, done
     assert message in done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"mixed.jsonl", "null.jsonl", "t.jsonl", "t.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == given
