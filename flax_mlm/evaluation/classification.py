@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flax_mlm.data import tables
+from flax_mlm.errors import UserError
 from flax_mlm.evaluation import labels as task_labels
 from flax_mlm.evaluation import metrics, report
 from flax_mlm.finetuning import heads, loop
@@ -38,7 +39,7 @@ def run(
 
     Raises:
       UserError: a label of `dev` or `test` is not in `train`, or no finite number for a regression; all labels are
-        equal; or `train` is too small to split.
+        equal; `train` is too small to split; or some parts have single texts, and others pairs.
 
     Returns:
       `report.summary` (best is the learning rate, or the penalty of a probe), metric, classes (empty for a regression),
@@ -89,6 +90,10 @@ def _prepare(
       UserError: see `run`.
     """
     parts = {name: task_labels.stripped(part, name, log) for name, part in given.items() if part}
+    for name, part in parts.items():
+        if (part.pairs is None) != (parts["train"].pairs is None):
+            seen, expected = ("one text", "two") if part.pairs is None else ("two texts", "one")
+            raise UserError(f"--{name} has {seen} a line; expected {expected}, as --train has; see --text and --pair")
     classes = [] if is_regression else task_labels.find_classes(parts["train"])
     if "dev" not in parts:
         labels_N = [[label] for label in parts["train"].labels] if classes else []

@@ -202,6 +202,16 @@ def test_labels_that_will_not_do(model):
             build(c)
 
 
+@pytest.mark.parametrize(
+    ("pairs", "message"), [(None, "one text a line; expected two"), (["x"] * 2, "two texts a line")]
+)
+def test_all_parts_have_pairs_or_none(model, pairs, message):
+    test = tables.Labelled(["a", "b"], pairs, ["1", "2"])
+    train = test._replace(pairs=None if pairs else ["x"] * 2)
+    with pytest.raises(UserError, match=f"--test has {message}"):
+        classification.run(model, train, train, test)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_pooling(model, pooling):
     """The state of the first or the last token, or the mean, of each text alone."""
