@@ -15,6 +15,7 @@ from flax_mlm.errors import UserError, as_user_error, json_kind
 from flax_mlm.storage import files
 
 _TEXT = ("sentence", "text", "sentence1", "premise", "question", "question1")
+_FIRST = ("sentence1", "premise", "question1")  # of two
 _PAIR = ("sentence2", "hypothesis", "question2", "text2")
 _LABEL = ("label", "score", "labels")
 _HEADER = (*_TEXT, *_PAIR, *_LABEL, "category", "class", "rating", "sentiment", "stars", "target")
@@ -59,6 +60,9 @@ def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labell
             raise UserError(f"{source} has columns {' and '.join(candidates)}; choose with --text and --pair")
     roles = {"text": (text, _TEXT), "pair": (pair, _PAIR), "label": (label, _LABEL)}
     columns = {role: name or next((n for n in usual if n in first), "") for role, (name, usual) in roles.items()}
+    if not text and not columns["pair"] and columns["text"] in _FIRST:
+        what = f"{source} has a column {columns['text']}, and no usual name of a second text"
+        raise UserError(f"{what}; name its column with --pair, or use --text={columns['text']} alone")
     named = [name for name in columns.values() if name]
     if twice := next((name for name in named if named.count(name) > 1), ""):
         raise UserError(f"column {twice} is two of --text, --pair and --label; expected columns that differ")

@@ -70,6 +70,7 @@ def test_lines_end_at_newlines_alone(tmp_path, space):
         ("a.csv", b'text,label\n"Hello,1\nb,0\n', "a.csv:2 is not CSV: unexpected end of data"),
         ("a.csv", b'text,label\nc,1\n"Hello" you,1\n', "a.csv:3 is not CSV: ',' expected after"),
         ("a.csv", b'text,label\n"two\nlines",1\nb,\n', "a.csv:4: label is empty; expected one label"),
+        ("a.csv", b"sentence1,sentence_2,label\na,b,1\n", "has a column sentence1, and no usual name of a second text"),
         ("a.jsonl", b'{"text": "a"}', "has columns text; name the column of the label"),
         ("a.csv", b"text,label\nHello, world,1\n", "a.csv:2 has 3 columns, and the first line 2"),
         (
