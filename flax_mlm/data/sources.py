@@ -273,7 +273,8 @@ def check_fraction(source: Source, fraction: float) -> None:
     if not documents:
         raise UserError(f"the source, {source.name}, holds no text")
     if len(lowest) < 2:
-        raise UserError(f"the source, {source.name}, is one document, so none can be held out; give it as several")
+        what = "one document" if documents == 1 else f"{documents:,} copies of one document"
+        raise UserError(f"the source, {source.name}, is {what}, so none can be held out; give several that differ")
     what = f"holds out {'none' if lowest[0] >= fraction else 'all'} of the {documents:,} documents of {source.name}"
     raise UserError(f"data.validation_fraction is {fraction}, which {what}; set it to {_between(*lowest)}")
 

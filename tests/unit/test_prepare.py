@@ -250,7 +250,7 @@ EMPTY += split_by_hash(["few words", "some words"])["train"]
     [
         ("a\n\nb\n\nc", r"validation_fraction is 0.05, which holds out none of the 3 documents .* set it to 0\.\d+"),
         ("a\nb", "is one document"),
-        ("a\nb\n\na\nb", "is one document"),
+        ("a\nb\n\na\nb", "is 2 copies of one document"),
         (" \n", "holds no text"),
         ("\n\n".join(f"few words {'a' * i}" for i in range(99)), r"vocab_size is 500; expected at most \d+"),
         (
