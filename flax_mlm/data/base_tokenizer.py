@@ -132,6 +132,11 @@ class Tokenizer(abc.ABC):
         """Number of [SEP] between the two texts of a pair."""
         return 1
 
+    @property
+    def puts_ends(self) -> bool:
+        """Whether its own library puts [CLS] before a text and [SEP] after it, as is always done here."""
+        return True
+
     def encode_words(self, words: Sequence[str]) -> list[np.ndarray]:
         """Encodes each word, as it stands after a space, to int32 ids."""
         return self._encode_after(words, spaced=True)

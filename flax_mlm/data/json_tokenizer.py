@@ -72,6 +72,11 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = self._tokenizer.encode("a", "a").ids  # as the file's template says; RoBERTa's has two
         return max(1, ids.count(self.sep_id) - 1)
 
+    @property
+    def puts_ends(self) -> bool:
+        ids = self._tokenizer.encode("a").ids
+        return ids[:1] == [self.cls_id] and ids[-1:] == [self.sep_id]
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return _encode(self._encoder, texts)
 

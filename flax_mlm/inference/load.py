@@ -158,6 +158,10 @@ def start_params(config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, lo
     mappings = list(param_mappings(folder.architecture, fresh, dims, config.model.num_layers))
     new_tokens = subtokens(load_tokenizer(config.tokenizer.path), tokenizer)
     params = load_params(folder, mappings, new_tokens, config.reinit_head, log)
+    if not tokenizer.puts_ends:
+        ends = " and ".join(tokenizer.tokens[i] for i in (tokenizer.cls_id, tokenizer.sep_id))
+        what = f"the tokenizer.json has no template with {ends} around a text"
+        log(f"note: {what}; here they are put, so that results differ from those of a library that puts none")
 
     def start(path: Any, leaf: jax.Array) -> jax.Array:
         array = params.get(tuple(key.key for key in path))

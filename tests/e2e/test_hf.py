@@ -141,6 +141,14 @@ def test_an_encoder_without_head_needs_a_new_one(vocabulary, tmp_path):
     assert "    left out: classifier.weight" in log
 
 
+def test_a_tokenizer_without_a_template_is_said(vocabulary, tmp_path):
+    path = written(tmp_path / "bert", "bert", vocabulary)
+    assert not [line for line in started(path)[3] if line.startswith("note:")]
+    spec = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": None}))
+    assert any("has no template with [CLS] and [SEP] around a text" in line for line in started(path)[3])
+
+
 def breakages():
     def config(**changes):
         def go(path: Path):

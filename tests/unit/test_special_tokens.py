@@ -163,6 +163,14 @@ def test_without_an_unknown_token_the_mask_stands_for_what_has_no_token(tmp_path
     assert tok.unk_id == tok.mask_id
 
 
+@pytest.mark.parametrize("template, puts", [(None, False), ("$A </s>", False), ("<s> $A </s>", True)])
+def test_a_template_without_ends_is_known(template, puts):
+    library = vocabulary("byte_level", ROBERTA)
+    ids = [(token, library.token_to_id(token)) for token in ("<s>", "</s>")]
+    library.post_processor = template and processors.TemplateProcessing(template, special_tokens=ids)
+    assert HuggingFaceTokenizer(library.to_str().encode(), "a tokenizer").puts_ends == puts
+
+
 @pytest.mark.parametrize("text", ["un[MASK]able", "the [MASK] keys", "[MASK] sold", "sold [MASK].", "[MASK] [MASK]"])
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
 def test_masks_are_found_as_by_the_library(text, scheme, tmp_path):
