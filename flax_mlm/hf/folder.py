@@ -76,7 +76,9 @@ class Folder(NamedTuple):
         marks = {tokenizer.cls_id, tokenizer.sep_id}  # mmBERT names the one for the other
         for role, ids in {"pad": {tokenizer.pad_id}, "mask": {tokenizer.mask_id}, "cls": marks, "sep": marks}.items():
             found, right = named.get(f"{role}_token_id"), getattr(tokenizer, f"{role}_id")
-            if found is not None and found not in ids:
+            unset = type(found) is int and found >= rows  # what transformers writes where nobody set it
+            unset |= role == "pad" and found == 0 and not self.architecture.has_offset
+            if found is not None and found not in ids and not unset:
                 problem = f"{role}_token_id = {found!r}; the tokenizer has {tokenizer.tokens[right]} as {right}"
                 raise UserError(f"init_from: {self.path / 'config.json'} has {problem}; {own}, or correct the number")
 

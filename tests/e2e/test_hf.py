@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from flax_mlm.config.load import build
 from flax_mlm.configs import base
+from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
 from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
@@ -23,6 +24,7 @@ from flax_mlm.inference import embeddings
 from flax_mlm.inference.config import read_config
 from flax_mlm.model import heads
 from flax_mlm.training import metrics
+from tests.helpers import tokenizer_files
 from tests.helpers.hf_folders import BERT, MODERN, SHAPES, SMALL, model_config, opened, started, written
 
 
@@ -314,6 +316,15 @@ def test_rows_are_no_longer_than_a_folder_has_positions(vocabulary, tmp_path):
     path = str(written(tmp_path / "first", "bert", vocabulary))
     assert build(read_config(path)).data.seq_len == 64
     assert read_config(path, {"data.seq_len": 65}).data.seq_len == 65, "what the user sets is left to the checks"
+
+
+@pytest.mark.parametrize("ids", [{"pad_token_id": 0}, {"cls_token_id": 50281, "sep_token_id": 50282}])
+def test_ids_that_nobody_set_do_not_count(ids, tmp_path):
+    """multilingual-e5-small, a BERT with the tokenizer of XLM-R, names the padding of every BERT."""
+    library = tokenizer_files.vocabulary("byte_level", ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"))
+    path = written(tmp_path / "first", "bert", HuggingFaceTokenizer(library.to_str().encode(), "the file"))
+    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | ids))
+    assert opened(path)[2].pad_id == 1
 
 
 def test_a_padded_embedding_keeps_its_rows(vocabulary, tmp_path):
