@@ -56,7 +56,8 @@ def read(folder: Path, tokenizer: Tokenizer, max_positions: int, max_length: int
     Raises:
       UserError: a file is damaged, or names a prompt that it does not have.
     """
-    length = _read(folder / "tokenizer_config.json").get("model_max_length")
+    tokenizing = _read(folder / "tokenizer_config.json")
+    length = tokenizing.get("model_max_length")
     problem = f"init_from: {folder / _MODULES} is no list of modules with type and path: "
     with as_user_error(problem, KeyError, TypeError):
         modules = {_kind(str(m["type"])): folder / m["path"] for m in _read(folder / _MODULES, list)}
@@ -72,6 +73,7 @@ def read(folder: Path, tokenizer: Tokenizer, max_positions: int, max_length: int
     cased, lower = tokenizer.encode(["THE FIVE BOXING WIZARDS JUMP", "the five boxing wizards jump"])
     unsupported += ["do_lower_case"] if encoder.get("do_lower_case") and cased.tolist() != lower.tolist() else []
     unsupported += [name for name in _OTHER_SETTINGS if encoder.get(name)]
+    unsupported += ["truncation_side = left"] if tokenizing.get("truncation_side") == "left" else []
 
     settings = _read(folder / _PROMPTS)
     prompts, name = settings.get("prompts") or {}, settings.get("default_prompt_name")

@@ -116,6 +116,7 @@ PROMPT = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
         ({"1_Pooling/config.json": {"pooling_mode": ["cls", "mean"]}}, "Pooling"),
         ({"1_Pooling/config.json": {"pooling_mode": 7}}, "Pooling"),
         ({"sentence_bert_config.json": {"do_lower_case": True}}, "do_lower_case"),
+        ({"tokenizer_config.json": {"truncation_side": "left"}}, "truncation_side = left"),
         ({"sentence_bert_config.json": {"processing_kwargs": {"text": {"max_length": 9}}}}, "processing_kwargs"),
         (
             {"config_sentence_transformers.json": PROMPT, "1_Pooling/config.json": {"include_prompt": False}},
