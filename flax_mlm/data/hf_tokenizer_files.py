@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from flax_mlm.data.base_tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -15,6 +14,8 @@ from flax_mlm.data.json_tokenizer import Spec, components, read_json, to_json
 from flax_mlm.errors import UserError, as_user_error
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+
+SAVE_JSON = "save a tokenizer.json: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
 
 _GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")  # classes that take a tokenizer.json as it is
 _BERT = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", *_GENERIC)
@@ -60,8 +61,7 @@ class Settings(NamedTuple):
         """Raises UserError unless the tokenizer is of one of some classes."""
         if self.class_name not in ("", *names):
             what = f"tokenizer_class is {self.class_name}; expected one of {', '.join(names)} with {file.name}"
-            remedy = "save a tokenizer.json: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            raise UserError(f"{self.folder / CONFIG}: {what}; or {remedy}")
+            raise UserError(f"{self.folder}: {what}; or {SAVE_JSON}")
 
 
 def read_settings(folder: epath.Path) -> Settings:
@@ -73,6 +73,7 @@ def read_settings(folder: epath.Path) -> Settings:
     config = _read(folder / CONFIG)
     if "added_tokens_decoder" not in config:  # then the other files count, as in transformers
         config |= _read(folder / MAP)
+    config["tokenizer_class"] = config.get("tokenizer_class") or _read(folder / "config.json").get("tokenizer_class")
     for key, neutral in _UNSUPPORTED.items():
         if (value := config.get(key, neutral)) not in (neutral, None):
             raise UserError(f"{folder / CONFIG}: {key} is {value!r}; expected {neutral!r}, all that is supported here")
@@ -154,8 +155,11 @@ def _normalizer_changes(spec: Spec, settings: Settings) -> bool:
         for key, type_, meant in (("do_lower_case", "Lowercase", True), ("keep_accents", "StripAccents", False)):
             if (value := settings.flag(key)) is not None and (type_ in parts) != (value == meant):
                 raise UserError(f"{settings.folder / CONFIG}: {key} is {value}, unlike in tokenizer.json's normalizer")
-    if "ByteLevel" in parts and settings.flag("add_prefix_space") is not None:
-        parts["ByteLevel"]["add_prefix_space"] = settings.config["add_prefix_space"]
+    if (prefix := settings.flag("add_prefix_space")) is not None:
+        if "ByteLevel" in parts:
+            parts["ByteLevel"]["add_prefix_space"] = prefix
+        elif "Metaspace" in parts and not prefix:
+            parts["Metaspace"]["prepend_scheme"] = "never"
     return json.dumps(spec) != before
 
 
@@ -297,9 +301,13 @@ def check_model(tokenizer: Tokenizer, file: epath.Path) -> None:
     for role, token in settings.roles.items():
         if (own := tokenizer.tokens[getattr(tokenizer, f"{role}_id")]) != token:
             problems.append(f"{role}_token is {token!r}, not {own!r}")
-    upper, lower = tokenizer.encode(["A", "a"])
-    if settings.flag("do_lower_case") and not np.array_equal(upper, lower):
+    is_albert = "albert" in (settings.class_name[:6].lower(), _read(file.parent / "config.json").get("model_type"))
+    plain, upper, accented = (ids.tolist() for ids in tokenizer.encode(["e", "E", "é"]))
+    lowercase, keep_accents = settings.flag("do_lower_case"), settings.flag("keep_accents")
+    if upper != plain and (is_albert if lowercase is None else lowercase):
         problems.append("do_lower_case is true")
+    if accented != plain and is_albert and not keep_accents:
+        problems.append("keep_accents is false")
     if problems:
         what = f"by the files beside {file}, {problems[0]}, which a SentencePiece model alone does not do"
-        raise UserError(f"{what}; save a tokenizer.json: AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+        raise UserError(f"{what}; {SAVE_JSON}")

@@ -22,12 +22,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, path: str):
         """Opens the content of a `tokenizer.json`; `path` names it in errors."""
+        from tokenizers import decoders
+
         # `tokenizers` raises bare Exception.
         with as_user_error(f"{path} is not a Hugging Face tokenizer.json: ", Exception):
             self._tokenizer, roles = read_json(content)
             self._spec: Spec = json.loads(self._tokenizer.to_str())  # with every default, and the ids in use
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+            if (suffix := self._spec["model"].get("end_of_word_suffix")) and not self._spec["decoder"]:
+                self._tokenizer.decoder = decoders.BPEDecoder(suffix)
             size = max(self._tokenizer.get_vocab().values()) + 1
         tokens = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
         added = self._spec["added_tokens"]
@@ -155,7 +159,7 @@ def _word_marks(spec: Spec) -> WordMarks:
         return WordMarks(begins=parts["Metaspace"]["replacement"])
     if "▁" in json.dumps([spec["normalizer"], spec["pre_tokenizer"]], ensure_ascii=False):
         return WordMarks(begins="▁")
-    return WordMarks(are_words=model["type"] in ("WordLevel", "WordPiece"))
+    return WordMarks(are_words=model["type"] == "WordLevel")
 
 
 def _renamed(spec: Spec, names: Mapping[str, str]) -> Spec:

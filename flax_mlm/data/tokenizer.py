@@ -35,7 +35,11 @@ def load_tokenizer(path: str | Path, extra_tokens_file: str | Path = "") -> Toke
         folder = file
         file = next((folder / name for name in _NAMES if (folder / name).exists()), folder)
         if file == folder:
-            raise UserError(f"{folder} holds no {', no '.join(_NAMES)}")
+            what = f"{folder} holds no {', no '.join(_NAMES)}"
+            if others := sorted(file.name for file in folder.glob("*.model")):
+                what += f", but {others[0]}; name that file if it is a SentencePiece model as trained"
+                what += f", and for a folder of transformers {hf_tokenizer_files.SAVE_JSON}"
+            raise UserError(what)
     if not file.exists():
         raise UserError(f"tokenizer file {file} does not exist; give a SentencePiece .model or a tokenizer.json")
     tokenizer: Tokenizer
@@ -51,7 +55,7 @@ def _extended(tokenizer: Tokenizer, extra_tokens_file: str | Path) -> Tokenizer:
     """Adds the words of a file to a tokenizer."""
     what = f"tokenizer.extra_tokens_file: {extra_tokens_file}"
     with as_user_error(f"{what} cannot be read: ", OSError, ValueError):
-        lines = epath.Path(extra_tokens_file).expanduser().read_text().split("\n")
+        lines = epath.Path(extra_tokens_file).expanduser().read_text().removeprefix("\ufeff").split("\n")
     words = [word for word in dict.fromkeys(" ".join(line.split()) for line in lines) if word]
     if special := [word for word in words if is_special_spelling(word)]:
         raise UserError(f"{what} has '{special[0]}', which spells a special token; delete it")

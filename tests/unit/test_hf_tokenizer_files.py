@@ -69,6 +69,12 @@ def test_settings_that_cannot_be_followed_are_refused(settings, message, tmp_pat
         load_tokenizer(bert_vocab(tmp_path, *UMLAUTS, **settings))
 
 
+def test_a_class_that_only_config_json_names_is_refused(tmp_path):
+    path = folder(bert_vocab(tmp_path, *UMLAUTS), tokenizer_config={}, config={"tokenizer_class": "PhobertTokenizer"})
+    with pytest.raises(UserError, match="tokenizer_class is PhobertTokenizer; expected one of BertTokenizer"):
+        load_tokenizer(path)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "\ufffd", '{"added_tokens_decoder": 5}'])
 def test_settings_that_cannot_be_read_are_refused(content, tmp_path):
     path = bert_vocab(tmp_path, *UMLAUTS)
@@ -142,6 +148,19 @@ def test_tokenizer_json_is_preferred_to_a_sentencepiece_model(tmp_path):
     assert load_tokenizer(path).filename == "tokenizer.json"
 
 
+@pytest.mark.parametrize("name", ["spiece.model", "sentencepiece.bpe.model"])
+def test_a_folder_with_a_sentencepiece_model_alone_says_what_to_do(name, tmp_path):
+    (tmp_path / name).write_bytes(b"a model")
+    with pytest.raises(UserError, match=f"no vocab.json, but {name}; name that file .* save a tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_unigram_follows_add_prefix_space(tmp_path):
+    settings = {"tokenizer_class": "XLMRobertaTokenizer", "add_prefix_space": False}
+    path = folder(tmp_path, vocabulary("unigram", ROBERTA), tokenizer_config=settings)
+    assert not cut(path, "keys")[0].startswith("▁")
+
+
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_level", "metaspace", "unigram"])
 @pytest.mark.parametrize("word", ["covid", "covid-19", "new york", "zyx_9"])
 def test_added_words_are_found_whole(kind, word, tmp_path):
@@ -150,6 +169,12 @@ def test_added_words_are_found_whole(kind, word, tmp_path):
     tok = load_tokenizer(path, tmp_path / "words")
     ids = tok.encode([f"the {word} sold {word}"])[0].tolist()
     assert ids.count(tok.vocab_size - 1) == 2
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
+    path = folder(tmp_path / "folder", vocabulary("wordpiece"))
+    (tmp_path / "words").write_text("covid\r\nzyxogene\r\n", encoding="utf-8-sig")
+    assert load_tokenizer(path, tmp_path / "words").tokens[-2:] == ["covid", "zyxogene"]
 
 
 def test_an_added_word_does_not_cut_longer_words(tmp_path):

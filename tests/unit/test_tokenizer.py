@@ -18,6 +18,7 @@ from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
 from tests.helpers.paths import SHARED
+from tests.helpers.tokenizer_files import folder
 
 VOCABULARIES = SHARED / "tokenizers"
 TEXT = [
@@ -308,6 +309,17 @@ def test_albert_model():
     assert tok.mask_id == 4
     assert tok.mask_id not in tok.encode(["the [MASK] cat"])[0]
     assert [tok.tokens[i] for i in tok.encode_with_mask("the [MASK].")] == ["▁the", "[MASK]", "."]
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [({}, "do_lower_case is true"), ({"do_lower_case": False}, "keep_accents is false")],
+)
+def test_an_albert_that_folds_text_before_its_model_is_refused(settings, what, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(shared("albert_30k-clean.model").read_bytes())
+    folder(tmp_path, config={"model_type": "albert"}, tokenizer_config=settings)
+    with pytest.raises(UserError, match=f"{what}, which a SentencePiece model alone does not do"):
+        load_tokenizer(tmp_path)
 
 
 def test_user_defined_mask_of_a_given_model_is_not_found_in_text(tmp_path):

@@ -59,14 +59,22 @@ def test_words_are_those_between_spaces(kind):
     assert words(MARKED[kind]()) == len(TEXT[0].split())
 
 
+def test_suffixes_are_no_text():
+    tok = MARKED["BPE with a suffix"]()
+    assert tok.decode(tok.encode([TEXT[0]])[0]) == TEXT[0]
+
+
 def test_another_replacement_of_spaces_marks_words():
     spec = json.loads(vocabulary("metaspace").to_str().replace("▁", "_"))
     assert words(HuggingFaceTokenizer(json.dumps(spec).encode(), "the file")) == len(TEXT[0].split())
 
 
-def test_whole_words_need_marks():
+@pytest.mark.parametrize("kind", ["BPE", "WordPiece"])
+def test_whole_words_need_marks(kind):
+    spec = vocabulary("wordpiece").to_str().replace('"##"', '""').replace('"##', '"~')
+    tok = bpe() if kind == "BPE" else HuggingFaceTokenizer(spec.encode(), "the file")
     with pytest.raises(UserError, match=r"objective.masking is whole_word; expected token or span"):
-        bpe().require_words("whole_word")
+        tok.require_words("whole_word")
 
 
 @pytest.mark.parametrize("kind", MARKED)
