@@ -15,9 +15,7 @@ from flax_mlm.inference.load import LoadedModel
 _TEXTS = 64
 _AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "clm": "AutoModelForCausalLM", "rtd": "AutoModelForPreTraining"}
 _SHOWN = 10  # texts with other ids that are printed
-_NOTE = (
-    "    note: transformers takes [MASK] and the like in a text for special tokens, unless split_special_tokens=True"
-)
+_NOTE = "    note: transformers takes [MASK] and the like in a text for special tokens"
 CLOZES = ("The [MASK] sat on the mat.", "[MASK] barked at the mailman.", "It was un[MASK]able, and so [MASK] [MASK].")
 
 
@@ -26,7 +24,7 @@ class Difference(NamedTuple):
 
     texts: int
     other_ids: list[tuple[str, str]]  # texts that transformers tokenizes otherwise, and why
-    becomes_special: bool  # whether transformers, by default, takes text that spells a special token for that token
+    note: str  # that transformers takes text that spells a special token for that token, if it does
     hidden: float  # largest absolute difference of a hidden state
     logits: float  # largest absolute difference of a logit
 
@@ -42,7 +40,7 @@ class Difference(NamedTuple):
             f"token ids     the same for {same} of {self.texts} texts",
             *(f"    not for {text!r}: {why}" for text, why in self.other_ids[:_SHOWN]),
             *([f"    and {len(self.other_ids) - _SHOWN} more"] if len(self.other_ids) > _SHOWN else []),
-            *([_NOTE] if self.becomes_special else []),
+            *([self.note] if self.note else []),
             f"hidden states largest difference {self.hidden:.1e}",
             f"logits        largest difference {self.logits:.1e}",
         ]
@@ -76,17 +74,19 @@ def compare_folder(folder: Path, model: LoadedModel) -> Difference:
     plain = [*_sample_texts(), *words, *spelled]
     texts = [(text, ids.tolist(), True) for text, ids in zip(plain, tokenizer.encode(plain), strict=True)]
     texts = [(text.replace("[MASK]", mask), tokenizer.encode_with_mask(text), False) for text in CLOZES] + texts
-    other_ids, rows = [], []
+    other_ids, rows, note = [], [], ""
     for text, ids, is_plain in texts:
         row = [tokenizer.cls_id, *ids[: limit - 2], tokenizer.sep_id]
         hf_row = hf_tokenizer(text, truncation=True, max_length=limit, split_special_tokens=is_plain)["input_ids"]
-        if hf_row != row:
+        if hf_row != row and text in spelled and tokenizer.is_special[hf_row[1:-1]].any():
+            note = _NOTE  # the model itself finds them
+        elif hf_row != row:
             other_ids.append((text, tokenizer_json.why(tokenizer, row, hf_row)))
         rows.append(row)
-    by_default = hf_tokenizer(spelled)["input_ids"]
-    becomes_special = by_default != hf_tokenizer(spelled, split_special_tokens=True)["input_ids"]
+    if not note and hf_tokenizer(spelled)["input_ids"] != hf_tokenizer(spelled, split_special_tokens=True)["input_ids"]:
+        note = f"{_NOTE}, unless split_special_tokens=True"
     compared = rows[: len(CLOZES) + 2 * _TEXTS]
-    return Difference(len(texts), other_ids, becomes_special, *compare_outputs(net, model, compared))
+    return Difference(len(texts), other_ids, note, *compare_outputs(net, model, compared))
 
 
 def compare_outputs(net: Any, model: LoadedModel, rows: list[list[int]]) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from flax_mlm.config.load import build
 from flax_mlm.configs import base, bert_base, modernbert_base
 from flax_mlm.data import sources
 from flax_mlm.data import tables as labelled
+from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
 from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.distributed.batches import shard_batch, shard_rows
@@ -36,6 +37,7 @@ from flax_mlm.objectives import masking
 from flax_mlm.objectives.rows import Vocabulary, run_key
 from flax_mlm.objectives.targets import make_targets, max_predictions_per_row
 from flax_mlm.training.step import build_training
+from tests.helpers import tokenizer_files
 from tests.helpers.hf_folders import SHAPES, opened, written
 from tests.helpers.paths import SHARED
 from tests.helpers.search import search_of_integers
@@ -291,6 +293,16 @@ def test_the_check_tries_added_words(model_type, tmp_path):
     plain["model"]["vocab"] = json.loads(json.dumps(plain["model"]["vocab"]).replace('"covid"', '"covidx"'))
     (path / "tokenizer.json").write_text(json.dumps(plain))
     assert [text for text, _ in parity.compare_folder(path, model).other_ids] == ["covid, or (covid) covids."]
+
+
+def test_special_tokens_that_a_unigram_finds_by_itself_are_a_note_of_the_check(tmp_path):
+    spec = json.loads(tokenizer_files.vocabulary("unigram", tokenizer_files.ROBERTA).to_str())
+    for token in spec["added_tokens"]:
+        token["lstrip"] = token["content"] == "<mask>"
+    path = written(tmp_path / "first", "xlm-roberta", HuggingFaceTokenizer(json.dumps(spec).encode(), "the file"))
+    found = parity.compare_folder(path, model_of(path))
+    assert found.is_within(LIMIT), found.lines()
+    assert found.note.endswith("for special tokens")
 
 
 # Imported
