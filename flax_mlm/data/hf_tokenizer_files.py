@@ -103,6 +103,8 @@ def _content(folder: epath.Path, key: str, token: Any) -> str:
 def _extra_special_tokens(folder: epath.Path, config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("additional_special_tokens", "extra_special_tokens"):
         tokens = config.get(key) or []
+        if not isinstance(tokens, list | dict):
+            raise UserError(f"{folder}: {key} of its tokenizer settings is {tokens!r}; expected a list of tokens")
         for token in tokens.values() if isinstance(tokens, dict) else tokens:
             yield _content(folder, key, token)
 

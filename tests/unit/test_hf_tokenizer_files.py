@@ -61,6 +61,7 @@ def test_a_class_without_settings_of_its_own_takes_tokenizer_json_as_it_is(tmp_p
             "tokenizer_class is BertJapaneseTokenizer; expected",
         ),
         ({"tokenizer_class": "PhobertTokenizer"}, "tokenizer_class is PhobertTokenizer"),
+        ({"additional_special_tokens": "<ent>"}, "is '<ent>'; expected a list of tokens"),
         ({"mask_token": 5}, "mask_token of its tokenizer settings is 5; expected a token"),
     ],
 )
