@@ -40,6 +40,13 @@ def as_user_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
         raise UserError(f"{prefix}{e}") from e
 
 
+def refuse_lfs_pointer(file: Any) -> None:
+    """Raises UserError where a file, a `Path`, is what Git leaves for a large file that was not downloaded."""
+    with file.open("rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs.github.com"):
+            raise UserError(f"{file} is a Git LFS pointer, not the file itself; run: git lfs pull")
+
+
 def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:
     """The end of a message about an unknown name: the nearest name, or `otherwise` where none is near."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

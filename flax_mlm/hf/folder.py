@@ -12,7 +12,7 @@ import numpy as np
 
 from flax_mlm.config.schema import ModelConfig
 from flax_mlm.data.tokenizer import Tokenizer
-from flax_mlm.errors import UserError, as_user_error
+from flax_mlm.errors import UserError, as_user_error, refuse_lfs_pointer
 from flax_mlm.hf import architecture as arch
 from flax_mlm.hf import bert, modernbert
 from flax_mlm.hf.architecture import Architecture, SpecialIds
@@ -173,6 +173,7 @@ def _read_tensors(file: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     try:
+        refuse_lfs_pointer(file)
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError) as e:
         raise UserError(f"init_from: {file} is damaged or not safetensors ({' '.join(str(e).split())})") from e

@@ -181,6 +181,9 @@ def breakages():
     yield "empty weights", content("model.safetensors", lambda b: b""), "is damaged or not safetensors"
     yield "a flipped header", content("model.safetensors", lambda b: b[:20] + b"\xff" + b[21:]), "is damaged or not"
     yield "other bytes", content("model.safetensors", lambda b: b"PK\x03\x04" + b), "is damaged or not safetensors"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
+    for name in ("model.safetensors", "tokenizer.json"):
+        yield f"a pointer to {name}", content(name, lambda _: pointer), f"{name} is a Git LFS pointer.*: git lfs pull"
     yield "a pickle", pickled, "holds only pytorch_model.bin, a pickle, which can run code"
     yield "no weights", lambda p: (p / "model.safetensors").unlink(), "holds no weights"
     yield "no config", lambda p: (p / "config.json").unlink(), r"config.json cannot be read as JSON \(No such file"
