@@ -112,6 +112,8 @@ class HuggingFaceTokenizer(Tokenizer):
 def read_json(content: bytes) -> tuple[Any, dict[str, str]]:
     """Opens the content of a tokenizer.json with the `tokenizers` library; returns also role -> token."""
     spec = json.loads(content)
+    if not isinstance(spec, dict):
+        raise ValueError("it holds no JSON object")
     roles = {role: t["content"] for t in spec.get("added_tokens", []) for role in t.get("roles", [])}
     return _open(spec), roles
 
@@ -164,7 +166,7 @@ def _word_marks(spec: Spec) -> WordMarks:
 
 def _renamed(spec: Spec, names: Mapping[str, str]) -> Spec:
     """Copies a tokenizer.json with other names for some tokens, which no merge makes any more; ids are the same."""
-    model = dict(spec["model"])
+    model = {**spec["model"], **({"dropout": None} if "dropout" in spec["model"] else {})}  # the same ids every time
     vocab = model["vocab"]
     if isinstance(vocab, dict):
         model["vocab"] = {names.get(token, token): i for token, i in vocab.items()}

@@ -89,6 +89,14 @@ def test_optional_parts_may_be_absent(absent, tmp_path):
     assert load_tokenizer(folder(tmp_path, spec)).mask_id == 4
 
 
+def test_dropout_of_merges_is_off():
+    spec = json.loads(vocabulary("byte_level").to_str())
+    expected = HuggingFaceTokenizer(json.dumps(spec).encode(), "the file").encode(TEXT[:1])[0].tolist()
+    spec["model"]["dropout"] = 0.5
+    found = HuggingFaceTokenizer(json.dumps(spec).encode(), "the file").encode(TEXT)
+    assert [ids.tolist() for ids in found] == [expected] * len(TEXT)
+
+
 def test_the_ids_of_added_tokens_are_those_of_the_library(tmp_path):
     spec = json.loads(vocabulary("unigram", ROBERTA).to_str())
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)

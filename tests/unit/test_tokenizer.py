@@ -247,6 +247,7 @@ def test_bad_files(tmp_path):
         (tmp_path, "holds no tokenizer.json, no tokenizer.model, no vocab.txt, no vocab.json"),
         (write("a.model", b"junk"), "not a SentencePiece model"),
         (write("empty.model", b""), "not a SentencePiece model"),
+        (write("c.json", b"[]"), "not a Hugging Face tokenizer.json: it holds no JSON object"),
         (write("a.json", b"{}"), "not a Hugging Face tokenizer.json"),
         (write("b.json", json.dumps(spec).encode()), r"has no \[MASK\] or <mask> token"),
     ]:
