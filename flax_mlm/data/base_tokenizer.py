@@ -134,7 +134,7 @@ class Tokenizer(abc.ABC):
 
     @property
     def puts_ends(self) -> bool:
-        """Whether its own library puts [CLS] before a text and [SEP] after it, as is always done here."""
+        """True where the library itself puts [CLS] before a text and [SEP] after it, as is always done here."""
         return True
 
     def encode_words(self, words: Sequence[str]) -> list[np.ndarray]:
