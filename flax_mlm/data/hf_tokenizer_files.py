@@ -18,7 +18,7 @@ CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_
 SAVE_JSON = "save a tokenizer.json: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
 
 _GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")  # classes that take a tokenizer.json as it is
-_BERT = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", *_GENERIC)
+_BERT = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 _BYTE_LEVEL = ("RobertaTokenizer", "GPT2Tokenizer", "BartTokenizer", "LongformerTokenizer", *_GENERIC)
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # The order in which transformers adds special tokens that the vocabulary lacks.
@@ -26,6 +26,8 @@ _ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 # Settings of BERT's tokenizers that change ids: the key in tokenizer_config.json -> that of BertNormalizer.
 _NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents"}
 _NORMALIZER["tokenize_chinese_chars"] = "handle_chinese_chars"
+_BERT_NORMALIZER = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None}
+_BERT_NORMALIZER |= {"lowercase": True}
 # Settings that no tokenizer here follows -> the value that asks for nothing.
 _UNSUPPORTED = {"do_basic_tokenize": True, "clean_text": True, "wordpieces_prefix": "##"}
 _UNSUPPORTED |= {"word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
@@ -73,7 +75,9 @@ def read_settings(folder: epath.Path) -> Settings:
     config = _read(folder / CONFIG)
     if "added_tokens_decoder" not in config:  # then the other files count, as in transformers
         config |= _read(folder / MAP)
-    config["tokenizer_class"] = config.get("tokenizer_class") or _read(folder / "config.json").get("tokenizer_class")
+    model = _read(folder / "config.json")
+    default = "BertTokenizer" if model.get("model_type") in ("bert", "distilbert", "electra") else None
+    config["tokenizer_class"] = config.get("tokenizer_class") or model.get("tokenizer_class") or default
     for key, neutral in _UNSUPPORTED.items():
         if (value := config.get(key, neutral)) not in (neutral, None):
             raise UserError(f"{folder / CONFIG}: {key} is {value!r}; expected {neutral!r}, all that is supported here")
@@ -150,9 +154,18 @@ def _normalizer_changes(spec: Spec, settings: Settings) -> bool:
         return False
     before = json.dumps(spec)
     parts = {part["type"]: part for part in components(spec)}
-    if normalizer := parts.get("BertNormalizer"):
-        values = {name: settings.flag(key) for key, name in _NORMALIZER.items() if key in settings.config}
-        normalizer |= {name: x for name, x in values.items() if x is not None or name == "strip_accents"}
+    values = {name: settings.flag(key) for key, name in _NORMALIZER.items() if key in settings.config}
+    values = {name: x for name, x in values.items() if x is not None or name == "strip_accents"}
+    normalizer = parts.get("BertNormalizer")
+    if settings.class_name in _BERT and spec["model"]["type"] == "WordPiece":  # made anew of the vocabulary
+        if normalizer and not normalizer["lowercase"] and "lowercase" not in values:
+            what = "the vocabulary has upper-case tokens, and no file says whether transformers lower-cases text"
+            raise UserError(f'{settings.folder}: {what}; write "do_lower_case": false, or true, in {CONFIG}')
+        spec["normalizer"] = _BERT_NORMALIZER | values
+        spec["pre_tokenizer"] = {"type": "BertPreTokenizer"}
+        spec["model"]["max_input_chars_per_word"] = 100
+    elif normalizer:
+        normalizer |= values
     elif settings.class_name == "AlbertTokenizer":
         for key, type_, meant in (("do_lower_case", "Lowercase", True), ("keep_accents", "StripAccents", False)):
             if (value := settings.flag(key)) is not None and (type_ in parts) != (value == meant):
@@ -221,7 +234,7 @@ def wordpiece_json(file: epath.Path, settings: Settings) -> bytes:
     """
     import tokenizers
 
-    settings.require_class(_BERT, file)
+    settings.require_class((*_BERT, *_GENERIC), file)
     with as_user_error(f"{file} cannot be read: ", OSError, ValueError):
         tokens = file.read_text().rstrip("\n").split("\n")  # not splitlines(): some tokens are odd spaces
     lowercase = settings.flag("do_lower_case")

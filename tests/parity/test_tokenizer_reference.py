@@ -83,6 +83,28 @@ def test_settings_beside_tokenizer_json(settings, lowercase, tmp_path):
     check(path, transformers.BertTokenizer.from_pretrained(path), [*TEXTS, *TEXT[:1]])
 
 
+@pytest.mark.parametrize("changes", [
+    {"normalizer": None},
+    {"normalizer": {"type": "NFC"}},
+    {"normalizer": {"type": "BertNormalizer", "handle_chinese_chars": False, "strip_accents": False}},
+    {"pre_tokenizer": None},
+    {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+    {"max_input_chars_per_word": 4},
+])  # fmt: skip
+@pytest.mark.parametrize("files", [
+    {"tokenizer_config": {"tokenizer_class": "BertTokenizerFast"}},
+    {"config": {"model_type": "distilbert"}},
+])  # fmt: skip
+def test_a_class_of_bert_makes_the_tokenizer_anew_of_the_vocabulary(changes, files, tmp_path):
+    spec = json.loads(bert().to_str())
+    spec["model"] |= {key: x for key, x in changes.items() if key in spec["model"]}
+    if "clean_text" in (spec["normalizer"] or {}) and changes.get("normalizer"):
+        changes = {"normalizer": {**spec["normalizer"], **changes["normalizer"]}}
+    spec |= {key: x for key, x in changes.items() if key in spec}
+    path = folder(tmp_path, spec, **files)
+    check(path, transformers.AutoTokenizer.from_pretrained(path), [*TEXTS, *TEXT[:1]])
+
+
 @pytest.mark.parametrize("add_prefix_space", [False, True, None])
 def test_vocab_json(add_prefix_space, tmp_path):
     vocabulary("byte_level", ROBERTA).model.save(str(tmp_path))

@@ -28,8 +28,8 @@ def cut(path: Path, text: str) -> list[str]:
         ({"do_lower_case": True, "strip_accents": False}, "möchte schön", ["möchte", "schön"]),
         ({"do_lower_case": False, "strip_accents": True}, "möchte Keys", ["mochte", "Keys"]),
         ({"do_lower_case": False}, "Keys möchte", ["Keys", "möchte"]),
-        ({"tokenize_chinese_chars": False}, "人的", ["人", "##的"]),
-        ({"tokenize_chinese_chars": True}, "人的", ["人", "的"]),
+        ({"do_lower_case": True, "tokenize_chinese_chars": False}, "人的", ["人", "##的"]),
+        ({"do_lower_case": True, "tokenize_chinese_chars": True}, "人的", ["人", "的"]),
     ],
 )
 def test_settings_beside_vocab_txt(settings, text, tokens, tmp_path):
@@ -39,6 +39,24 @@ def test_settings_beside_vocab_txt(settings, text, tokens, tmp_path):
 def test_settings_beside_tokenizer_json_win_as_in_transformers(tmp_path):
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": False}
     assert "[UNK]" in cut(folder(tmp_path, tokenizer_files.bert(), tokenizer_config=settings), "KEYS")
+
+
+@pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json"])
+def test_an_upper_case_vocabulary_of_a_bert_needs_a_word_on_lower_case(file, tmp_path):
+    if file == "vocab.txt":
+        bert_vocab(tmp_path, "The", "the")
+    else:
+        folder(tmp_path, tokenizer_files.bert(lowercase=False), config={"model_type": "bert"})
+    with pytest.raises(UserError, match='write "do_lower_case": false, or true, in'):
+        load_tokenizer(tmp_path)
+    folder(tmp_path, tokenizer_config={"do_lower_case": False})
+    load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_alone_is_lower_case_where_no_token_is_upper_case(tmp_path):
+    bert_vocab(tmp_path, "The", "the")
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert cut(tmp_path, "The the") == ["The", "the"]
 
 
 def test_a_class_without_settings_of_its_own_takes_tokenizer_json_as_it_is(tmp_path):
