@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from flax_mlm.distributed import batches, mesh
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.inference.embeddings import check_batches
 from flax_mlm.inference.forward import NotFinite
 from flax_mlm.inference.load import LoadedModel, Log, OnBatch, Params
@@ -54,7 +54,7 @@ def search(
 
     Raises:
       UserError: `finetune.method` is probe, which trains no encoder; or see `embeddings.check_batches`.
-      NotFinite: no learning rate is without NaN or infinity.
+      NotFinite: no learning rate is without NaN or infinity; UserError where that is so of a later seed.
     """
     check_batches(model)
     config = model.config.finetune
@@ -64,7 +64,7 @@ def search(
     scores, first = {}, {}
     with jax.set_mesh(model.mesh):
         for learning_rate in (rates := config.rates(model.config.model.hidden_size)):
-            name = f"{learning_rate:g}"
+            name = str(learning_rate)
             try:
                 scores[name], params = train(learning_rate, 0)
             except NotFinite:
@@ -75,7 +75,10 @@ def search(
             first[name] = outcome(params)
             log(f"learning rate {name}: {scores[name]:.4f} on the development set")
         best = max(scores, key=lambda name: scores[name])
-        others = [outcome(train(float(best), seed)[1]) for seed in range(1, config.seeds)]
+        others = []
+        for seed in range(1, config.seeds):
+            with as_user_error(f"seed {seed} with the best learning rate, {best}: ", NotFinite):
+                others.append(outcome(train(float(best), seed)[1]))
     return SearchResult(best, scores, [first[best], *others])
 
 

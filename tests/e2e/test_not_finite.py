@@ -148,6 +148,26 @@ def test_the_best_epoch_before_a_divergence_is_kept(sound):
     assert 0 < x < 0.05
 
 
+def test_a_later_seed_that_diverges_is_named(sound):
+    model = with_finetune(sound, learning_rates="0.01", seeds=2)
+    calls = []
+
+    def dev_score(params) -> float:
+        calls.append(params)
+        check_finite(np.float32(np.nan if len(calls) > model.config.finetune.epochs else 0.5))
+        return 0.5 + len(calls)
+
+    problem = climbing(model)._replace(dev_score=dev_score)
+    with pytest.raises(UserError, match="seed 1 with the best learning rate, "):
+        loop.search(model, problem, lambda params: None, print, lambda: None)
+
+
+def test_learning_rates_are_told_apart_and_used_to_the_last_digit(sound):
+    model = with_finetune(sound, learning_rates="0.0010000001,0.001", epochs=1)
+    found = loop.search(model, climbing(model), lambda params: None, print, lambda: None)
+    assert [*found.dev_scores] == ["0.0010000001", "0.001"]
+
+
 def test_a_search_in_which_everything_diverges_fails(sound):
     model = with_finetune(sound, learning_rates="0.9,0.5", weight_decay=0.0, warmup_fraction=0.0)
     with pytest.raises(NotFinite):
