@@ -1,7 +1,8 @@
 """The Python interface: `flax_mlm.load` and the model that it returns."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class Model:
             raise UserError(f"top_k is {top_k}; expected at least 1")
         filler = mask_filler.MaskFiller(self._model)
         if isinstance(texts, str):
-            return filler.fill_mask(texts, top_k)
+            return filler.fill_mask(_checked([texts])[0], top_k)
         return [filler.fill_mask(text, top_k) for text in _checked(texts)]
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -132,9 +133,13 @@ class Model:
         return likelihood.log_likelihood(self._model, _checked(texts))
 
 
-def _checked(texts: Sequence[str]) -> list[str]:
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+def _checked(texts: Iterable[str]) -> list[str]:
+    listed: list[Any] = list(texts) if isinstance(texts, Iterable) else [None]
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in listed):
         raise UserError(f"texts is {type(texts).__name__}; expected a list of strings")
-    if not len(texts):
+    if not listed:
         raise UserError("texts is empty; expected at least one text")
-    return list(texts)
+    for number, text in enumerate(listed, 1):
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):  # half a character of UTF-16
+            raise UserError(f"text {number} has a lone surrogate; expected Unicode, as decode(errors='replace') makes")
+    return listed

@@ -55,6 +55,7 @@ class MaskFiller:
         """Token ids of a text, and for each mask the k likeliest tokens with their probabilities."""
         ids = self.encode(text)
         (log_probs,) = self.log_probabilities([ids])
+        k = min(k, int((~self._model.tokenizer.is_special).sum()))
         best = {i: np.argsort(-log_probs_V, kind="stable")[:k] for i, log_probs_V in log_probs.items()}
         return ids, {i: [(int(p), math.exp(log_probs[i][p])) for p in tokens] for i, tokens in best.items()}
 

@@ -58,6 +58,27 @@ def test_fill_mask_of_several_masks_and_texts(model):
     assert model.fill_mask([TEXT, TEXT], top_k=2) == [model.fill_mask(TEXT, top_k=2)] * 2
 
 
+def test_special_tokens_are_no_filling_however_many_are_asked_for(model):
+    answers = model.fill_mask(TEXT, top_k=10**6)
+    assert len(answers) == (~model.tokenizer.is_special).sum()
+
+
+def test_texts_come_from_any_iterable(model):
+    np.testing.assert_array_equal(model.embed(text for text in (PLAIN, TEXT)), model.embed([PLAIN, TEXT]))
+
+
+@pytest.mark.parametrize("method", ["embed", "log_likelihood", "logits", "fill_mask"])
+@pytest.mark.parametrize(("texts", "message"), [
+    (["fine", "half \ud83d"], "text 2 has a lone surrogate"),
+    ([PLAIN, None], "texts is list; expected a list of strings"),
+    ([], "texts is empty"),
+    (3, "texts is int"),
+])  # fmt: skip
+def test_texts_that_are_none_are_refused(model, method, texts, message):
+    with pytest.raises(UserError, match=message):
+        getattr(model, method)(texts)
+
+
 def test_fill_mask_has_the_probabilities_of_the_command(toy, trained_run, model):
     done = toy.run("fill_mask", f"--checkpoint={trained_run}", "--top_k=1", TEXT)
     assert done.returncode == 0, done.stderr
