@@ -80,7 +80,8 @@ def table(result: dict[str, Any]) -> list[str]:
         lines.append(f"baseline without a model  {result['baseline']:.4f}  ({result['baseline_label']})")
         if result["median"] - result["stderr"] <= result["baseline"]:
             what = "not better than the baseline by more than the standard error"
-            lines.append(f"WARNING: {what}; try higher finetune.learning_rates, or more finetune.epochs")
+            advice = "with finetune.method=full try higher finetune.learning_rates, or more finetune.epochs"
+            lines.append(f"WARNING: {what}; {advice}")
     if result["chosen_on_test"]:
         lines.append("note: without --test the metric is that of the development set, and slightly optimistic")
     return lines

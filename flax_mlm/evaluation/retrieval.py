@@ -123,15 +123,16 @@ def read_benchmark(folder: str, *splits: str) -> Benchmark:
         seen = next((f", not '{query}' and '{name}'" for query, name in positive), "")
         what = f"{qrels} has no relevant documents for queries.jsonl in corpus.jsonl"
         raise UserError(f"{what}; expected their ids{seen}")
-    for names, what in (
-        (unknown, "queries that queries.jsonl lacks; they are left out"),
-        (absent, "relevant documents that corpus.jsonl lacks; they count as not found"),
+    for names, kind, what in (
+        (unknown, "queries that queries.jsonl lacks", "they are left out"),
+        (absent, "relevant documents that corpus.jsonl lacks", "they count as not found"),
         (
             [query for query, name in relevant if query == name],
-            "queries as relevant to themselves; as in BEIR, none is its own result",
+            "queries as relevant to themselves",
+            "as in BEIR, none is its own result",
         ),
     ):
-        notes += [f"{qrels} names {len(names)} {what}; the first is '{names[0]}'"] if names else []
+        notes += [f"{kind} in {qrels}: {len(names)}, the first is '{names[0]}'; {what}"] if names else []
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return Benchmark(documents, queries, known)

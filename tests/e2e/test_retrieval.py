@@ -366,19 +366,19 @@ def test_ways_to_write_judgements(tmp_path, qrels, file):
     [
         (
             "q1\td9\t1\n",
-            "names 1 relevant documents that corpus.jsonl lacks; they count as not found; the first is 'd9'",
+            "relevant documents that corpus.jsonl lacks in {qrels}: 1, the first is 'd9'; they count as not found",
         ),
-        ("q9\td1\t1\n", "names 1 queries that queries.jsonl lacks; they are left out; the first is 'q9'"),
+        ("q9\td1\t1\n", "queries that queries.jsonl lacks in {qrels}: 1, the first is 'q9'; they are left out"),
         (
             "s\ts\t1\n",
-            "names 1 queries as relevant to themselves; as in BEIR, none is its own result; the first is 's'",
+            "queries as relevant to themselves in {qrels}: 1, the first is 's'; as in BEIR, none is its own result",
         ),
     ],
 )
 def test_what_the_folder_lacks_is_said(tmp_path, capsys, qrels, note):
     folder = beir(tmp_path / "b", {"d1": "a dog", "s": "a cat"}, {"q1": "dog?", "s": "a cat"}, f"q1\td1\t1\n{qrels}")
     retrieval.read_benchmark(folder, "test")
-    assert capsys.readouterr().err == f"note: {folder}/qrels/test.tsv {note}\n"
+    assert capsys.readouterr().err == f"note: {note.format(qrels=folder / 'qrels/test.tsv')}\n"
 
 
 def test_documents_that_the_folder_lacks_are_not_trained_on(tmp_path):
