@@ -140,7 +140,7 @@ def with_settings(content: bytes, file: epath.Path, settings: Settings) -> bytes
     with as_user_error(f"{file} is not a Hugging Face tokenizer.json: ", Exception):
         tokenizer, before = read_json(content)
         spec = json.loads(tokenizer.to_str())
-    changes = _normalizer_changes(spec, settings)
+    changes = _settings_changes(spec, settings)
     if changes:
         tokenizer, _ = read_json(json.dumps(spec).encode())
     changes |= _add_tokens(tokenizer, spec, file, settings)
@@ -148,11 +148,11 @@ def with_settings(content: bytes, file: epath.Path, settings: Settings) -> bytes
     return to_json(tokenizer, roles) if changes or roles != before else content
 
 
-def _normalizer_changes(spec: Spec, settings: Settings) -> bool:
-    """Makes the changes to normalizer and pre-tokenizer that the settings ask for; returns whether there are any."""
+def _settings_changes(spec: Spec, settings: Settings) -> bool:
+    """Makes the changes that the class and the settings ask for; returns whether there are any."""
     if settings.class_name in _GENERIC:
         return False
-    before = json.dumps(spec)
+    before, vocab = json.dumps(spec), spec["model"]["vocab"]
     parts = {part["type"]: part for part in components(spec)}
     values = {name: settings.flag(key) for key, name in _NORMALIZER.items() if key in settings.config}
     values = {name: x for name, x in values.items() if x is not None or name == "strip_accents"}
@@ -164,6 +164,10 @@ def _normalizer_changes(spec: Spec, settings: Settings) -> bool:
         spec["normalizer"] = _BERT_NORMALIZER | values
         spec["pre_tokenizer"] = {"type": "BertPreTokenizer"}
         spec["model"]["max_input_chars_per_word"] = 100
+        ends = {role: settings.roles.get(role, SPECIAL_TOKENS[role][0]) for role in ("cls", "sep")}
+        if _template(spec["post_processor"]) != ends and vocab.keys() >= {*ends.values()}:
+            processor = {role: [token, vocab[token]] for role, token in ends.items()}
+            spec["post_processor"] = {"type": "BertProcessing", **processor}
     elif normalizer:
         normalizer |= values
     elif settings.class_name == "AlbertTokenizer":

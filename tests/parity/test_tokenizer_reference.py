@@ -90,6 +90,7 @@ def test_settings_beside_tokenizer_json(settings, lowercase, tmp_path):
     {"pre_tokenizer": None},
     {"pre_tokenizer": {"type": "WhitespaceSplit"}},
     {"max_input_chars_per_word": 4},
+    {"post_processor": None},
 ])  # fmt: skip
 @pytest.mark.parametrize("files", [
     {"tokenizer_config": {"tokenizer_class": "BertTokenizerFast"}},
@@ -103,6 +104,7 @@ def test_a_class_of_bert_makes_the_tokenizer_anew_of_the_vocabulary(changes, fil
     spec |= {key: x for key, x in changes.items() if key in spec}
     path = folder(tmp_path, spec, **files)
     check(path, transformers.AutoTokenizer.from_pretrained(path), [*TEXTS, *TEXT[:1]])
+    assert load_tokenizer(path).puts_ends
 
 
 @pytest.mark.parametrize("add_prefix_space", [False, True, None])

@@ -149,7 +149,11 @@ def test_roles_are_stored_with_the_tokenizer(tmp_path):
 
 def test_a_file_whose_tokens_are_spelled_as_usual_is_stored_as_it_is(tmp_path):
     names = {f"{role}_token": token for role, token in zip(("pad", "unk", "cls", "sep", "mask"), BERT, strict=True)}
-    path = folder(tmp_path, tokenizer_files.bert(), tokenizer_config={"tokenizer_class": "BertTokenizer", **names})
+    library = tokenizer_files.bert()
+    library.post_processor = processors.BertProcessing(
+        *((token, library.token_to_id(token)) for token in ("[SEP]", "[CLS]"))
+    )
+    path = folder(tmp_path, library, tokenizer_config={"tokenizer_class": "BertTokenizer", **names})
     assert load_tokenizer(path).content == (path / "tokenizer.json").read_bytes()
 
 
