@@ -378,7 +378,7 @@ def test_ways_to_write_judgements(tmp_path, qrels, file):
 def test_what_the_folder_lacks_is_said(tmp_path, capsys, qrels, note):
     folder = beir(tmp_path / "b", {"d1": "a dog", "s": "a cat"}, {"q1": "dog?", "s": "a cat"}, f"q1\td1\t1\n{qrels}")
     retrieval.read_benchmark(folder, "test")
-    assert capsys.readouterr().err == f"note: {note.format(qrels=folder / 'qrels/test.tsv')}\n"
+    assert capsys.readouterr().err == f"note: {note.format(qrels=f'{folder}/qrels/test.tsv')}\n"
 
 
 def test_documents_that_the_folder_lacks_are_not_trained_on(tmp_path):
