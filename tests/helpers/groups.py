@@ -1,15 +1,14 @@
 """Groups of real processes on this machine; this file is also the program that they run."""
 
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 from tests.helpers.paths import ROOT
+from tests.helpers.ports import free_ports
 
 HEARTBEAT = 2
 
@@ -88,15 +87,6 @@ def program() -> None:
     except Failure as e:
         print(f"stopped: {e}", file=sys.stderr)
         sys.exit(1)
-
-
-def free_ports() -> int:
-    """A port of this machine that is free, and so is the next one."""
-    while True:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", 0)) as first:
-            port = first.getsockname()[1]
-            with socket.create_server(("127.0.0.1", port + 1)):
-                return port
 
 
 class Group:

@@ -3,13 +3,14 @@
 import json
 import queue
 import signal
-import socket
 import subprocess
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
+
+from tests.helpers.ports import free_ports
 
 RATES = {"tokens_per_second", "data_wait", "eta_seconds", "mfu", "train_seconds"}
 PATIENCE = 180  # seconds for what must happen; only a hang reaches it
@@ -21,9 +22,7 @@ class Watched:
     def __init__(self, toy, workdir: Path, *flags: str, processes: int = 1, devices: int = 1, command: str = "train"):
         self.workdir, self.lines = workdir, []
         self._queue: queue.Queue[str | None] = queue.Queue()
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{s.getsockname()[1]}"
+        address = f"127.0.0.1:{free_ports()}"
         self.processes: list[subprocess.Popen] = []
         for i in range(processes):
             place = [f"--coordinator={address}", f"--num_processes={processes}", f"--process_id={i}", "--heartbeat=3"]
