@@ -68,16 +68,7 @@ while :; do
     python -m flax_mlm.train "${arguments[@]}" &
     pids+=($!)
   else
-    # A port that is free, as is the next one, and that no outgoing connection gets (on Linux 32768 and up).
-    port=$(python -c '
-import contextlib, random, socket
-port = None
-while not port:
-    one = random.randrange(10_000, 32_000, 2)
-    first, second = ("127.0.0.1", one), ("127.0.0.1", one + 1)
-    with contextlib.suppress(OSError), socket.create_server(first), socket.create_server(second):
-        port = one
-print(port)')
+    port=$(python -c 'from flax_mlm.distributed.rendezvous import free_port; print(free_port())')
     for ((i = 0; i < processes; i++)); do
       python -m flax_mlm.train "${arguments[@]}" \
         --coordinator="127.0.0.1:$port" --num_processes="$processes" --process_id="$i" &

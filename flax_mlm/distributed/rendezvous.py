@@ -4,6 +4,7 @@ Each process writes what it knows of itself to hello/TOKEN, again and again: an 
 a process that is gone, and two that change belong to two processes of one number. Process 0 writes one answer.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -50,6 +51,24 @@ def meet(cluster: ClusterConfig, address: str, count: int, index: int, identity:
     return store, answer["run_id"], answer["hosts"], _next_port(address)
 
 
+def free_port() -> int:
+    """A port where process 0 can listen, as on the next one, in a run on this machine alone.
+
+    Outgoing connections do not take them while the run starts: on Linux they get 32768 and up.
+    """
+    while True:
+        port = secrets.choice(range(10_000, 32_000, 2))
+        with contextlib.suppress(UserError):
+            _check_ports(f"127.0.0.1:{port}")
+            return port
+
+
+def _check_ports(address: str) -> str:
+    """Returns IP:PORT of process 0. Raises UserError where it cannot listen there and on the next port."""
+    own_address, _ = coordination.check_free(address), coordination.check_free(_next_port(address))
+    return own_address
+
+
 def _next_port(address: str) -> str:
     host, _, port = address.rpartition(":")
     return f"{host}:{int(port) + (1 if int(port) < 2**16 - 1 else -1)}"
@@ -72,7 +91,7 @@ class _Guest:
 
 def _gather(cluster: ClusterConfig, address: str, me: dict[str, Any]) -> tuple[Store, dict[str, Any]]:
     """Serves the store, and waits until all the others fit. Runs in process 0."""
-    own_address, _ = coordination.check_free(address), coordination.check_free(_next_port(address))
+    own_address = _check_ports(address)
     store = Store.serve(own_address, cluster.heartbeat)
     count, timeout = me["count"], cluster.initialization_timeout
     reach = ", which only this machine can reach" if own_address.startswith(("127.", "[::1]")) else ""

@@ -7,8 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from flax_mlm.distributed.rendezvous import free_port
 from tests.helpers.paths import ROOT
-from tests.helpers.ports import free_ports
 
 HEARTBEAT = 2
 
@@ -94,7 +94,7 @@ class Group:
 
     def __init__(self, count: int = 2):
         self.count, self.started = count, list[subprocess.Popen]()
-        self.address = f"127.0.0.1:{free_ports()}"
+        self.address = f"127.0.0.1:{free_port()}"
 
     def start(self, id: int | None, *flags: str, env: dict[str, str] | None = None) -> subprocess.Popen:
         """Starts process `id`; None: it is not told about the others."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.helpers.ports import free_ports
+from flax_mlm.distributed.rendezvous import free_port
 
 RATES = {"tokens_per_second", "data_wait", "eta_seconds", "mfu", "train_seconds"}
 PATIENCE = 180  # seconds for what must happen; only a hang reaches it
@@ -22,7 +22,7 @@ class Watched:
     def __init__(self, toy, workdir: Path, *flags: str, processes: int = 1, devices: int = 1, command: str = "train"):
         self.workdir, self.lines = workdir, []
         self._queue: queue.Queue[str | None] = queue.Queue()
-        address = f"127.0.0.1:{free_ports()}"
+        address = f"127.0.0.1:{free_port()}"
         self.processes: list[subprocess.Popen] = []
         for i in range(processes):
             place = [f"--coordinator={address}", f"--num_processes={processes}", f"--process_id={i}", "--heartbeat=3"]
