@@ -60,8 +60,7 @@ def read_pairs(source: str, split: str) -> contrastive.Pairs:
     """
     if Path(source).expanduser().is_dir():
         benchmark = read_benchmark(source, split)
-        graded = [(q, d, grade) for q, grades in benchmark.relevance.items() for d, grade in grades.items()]
-        relevant = [(q, d) for q, d, grade in graded if grade > 0 and d in benchmark.documents]
+        relevant = [(q, d) for q, d in _relevant(benchmark.relevance) if d in benchmark.documents]
         queries, positives = [benchmark.queries[q] for q, _ in relevant], [benchmark.documents[d] for _, d in relevant]
         return contrastive.Pairs(queries, positives, [[] for _ in relevant])
     pairs = contrastive.Pairs([], [], [])
@@ -116,11 +115,10 @@ def read_benchmark(folder: str, *splits: str) -> Benchmark:
             raise UserError(f"{qrels}:{number} grades '{document}' for '{query}' again, otherwise; keep one of the two")
     unknown = [query for query in relevance if query not in queries]
     known = {query: grades for query, grades in relevance.items() if query in queries}
-    relevant = [(query, name) for query, grades in known.items() for name, grade in grades.items() if grade > 0]
+    relevant = _relevant(known)
     absent = [name for _, name in relevant if name not in documents]
     if len(relevant) == len(absent):
-        positive = ((query, name) for query, grades in relevance.items() for name, grade in grades.items() if grade > 0)
-        seen = next((f", not '{query}' and '{name}'" for query, name in positive), "")
+        seen = next((f", not '{query}' and '{name}'" for query, name in _relevant(relevance)), "")
         what = f"{qrels} has no relevant documents for queries.jsonl in corpus.jsonl"
         raise UserError(f"{what}; expected their ids{seen}")
     for names, kind, what in (
@@ -136,6 +134,11 @@ def read_benchmark(folder: str, *splits: str) -> Benchmark:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return Benchmark(documents, queries, known)
+
+
+def _relevant(relevance: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
+    """Lists the queries with each document that is relevant to them."""
+    return [(query, name) for query, grades in relevance.items() for name, grade in grades.items() if grade > 0]
 
 
 def _texts(file: Path) -> dict[str, str]:
