@@ -39,12 +39,14 @@ class Settings(NamedTuple):
     Attributes:
       folder: where they are.
       config: tokenizer_config.json, with the special tokens of special_tokens_map.json.
+      model_type: of config.json.
       roles: role -> special token.
       added: the tokens to add, each with `content`, flags, and `id` where one is stated.
     """
 
     folder: epath.Path
     config: dict[str, Any]
+    model_type: Any
     roles: dict[str, str]
     added: list[dict[str, Any]]
 
@@ -54,6 +56,10 @@ class Settings(NamedTuple):
         if value is not None and type(value) is not bool:
             raise UserError(f"{self.folder / CONFIG}: {key} is {value!r}; expected true or false")
         return value
+
+    def spelled(self, usual: int) -> dict[str, str]:
+        """Returns role -> special token, spelled as BERT (0) or RoBERTa (1) spells it where no setting names it."""
+        return {role: self.roles.get(role, spellings[usual]) for role, spellings in SPECIAL_TOKENS.items()}
 
     @property
     def class_name(self) -> str:
@@ -76,7 +82,8 @@ def read_settings(folder: epath.Path) -> Settings:
     if "added_tokens_decoder" not in config:  # then the other files count, as in transformers
         config |= _read(folder / MAP)
     model = _read(folder / "config.json")
-    default = "BertTokenizer" if model.get("model_type") in ("bert", "distilbert", "electra") else None
+    model_type = model.get("model_type")
+    default = "BertTokenizer" if model_type in ("bert", "distilbert", "electra") else None
     config["tokenizer_class"] = config.get("tokenizer_class") or model.get("tokenizer_class") or default
     for key, neutral in _UNSUPPORTED.items():
         if (value := config.get(key, neutral)) not in (neutral, None):
@@ -90,7 +97,7 @@ def read_settings(folder: epath.Path) -> Settings:
     missing = (token for token in special if token not in {t["content"] for t in stated})
     flags = dict.fromkeys(_FLAGS, False) | {"special": True}
     added = [*stated, *({"content": token, **flags} for token in dict.fromkeys(missing))]
-    return Settings(folder, config, roles, added)
+    return Settings(folder, config, model_type, roles, added)
 
 
 def _names_token(key: str, value: Any) -> bool:
@@ -164,7 +171,7 @@ def _settings_changes(spec: Spec, settings: Settings) -> bool:
         spec["normalizer"] = _BERT_NORMALIZER | values
         spec["pre_tokenizer"] = {"type": "BertPreTokenizer"}
         spec["model"]["max_input_chars_per_word"] = 100
-        ends = {role: settings.roles.get(role, SPECIAL_TOKENS[role][0]) for role in ("cls", "sep")}
+        ends = {role: token for role, token in settings.spelled(0).items() if role in ("cls", "sep")}
         if _template(spec["post_processor"]) != ends and vocab.keys() >= {*ends.values()}:
             processor = {role: [token, vocab[token]] for role, token in ends.items()}
             spec["post_processor"] = {"type": "BertProcessing", **processor}
@@ -245,7 +252,7 @@ def wordpiece_json(file: epath.Path, settings: Settings) -> bytes:
     if lowercase is None:
         lowercase = not any(token != token.lower() for token in tokens if not token.startswith("["))
     vocab = {token: i for i, token in enumerate(tokens)}
-    names = {role: settings.roles.get(role, spellings[0]) for role, spellings in SPECIAL_TOKENS.items()}
+    names = settings.spelled(0)
     if missing := [names[role] for role in ("unk", "sep", "cls") if names[role] not in vocab]:
         raise UserError(f"{file} has no {missing[0]} token; it is not a BERT vocabulary")
     chinese = settings.flag("tokenize_chinese_chars")
@@ -279,8 +286,7 @@ def byte_level_json(file: epath.Path, settings: Settings) -> bytes:
     prefix = bool(settings.flag("add_prefix_space"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
-    names = {role: settings.roles.get(role, spellings[1]) for role, spellings in SPECIAL_TOKENS.items()}
-    known = {role: token for role, token in names.items() if token in vocab}
+    known = {role: token for role, token in settings.spelled(1).items() if token in vocab}
     tokenizer.add_special_tokens([AddedToken(token, lstrip=role == "mask") for role, token in known.items()])
     if {"cls", "sep"} <= known.keys():
         sep, cls = ((known[role], vocab[known[role]]) for role in ("sep", "cls"))
@@ -320,7 +326,7 @@ def check_model(tokenizer: Tokenizer, file: epath.Path) -> None:
     for role, token in settings.roles.items():
         if (own := tokenizer.tokens[getattr(tokenizer, f"{role}_id")]) != token:
             problems.append(f"{role}_token is {token!r}, not {own!r}")
-    is_albert = "albert" in (settings.class_name[:6].lower(), _read(file.parent / "config.json").get("model_type"))
+    is_albert = "albert" in (settings.class_name[:6].lower(), settings.model_type)
     plain, upper, accented = (ids.tolist() for ids in tokenizer.encode(["e", "E", "é"]))
     lowercase, keep_accents = settings.flag("do_lower_case"), settings.flag("keep_accents")
     if upper != plain and (is_albert if lowercase is None else lowercase):
