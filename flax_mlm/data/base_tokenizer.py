@@ -43,10 +43,13 @@ class Tokenizer(abc.ABC):
       starts_word: bool (V,), tokens that begin a word; special tokens do.
       ends_word: bool (V,), tokens after which a word begins.
       marks_words: whether the vocabulary marks words; otherwise each token counts as one.
+      added_words: id -> word of the words that were added to the vocabulary (`tokenizer.extra_tokens_file`). Each is
+        found where no letter, digit or underscore stands beside it, and the space before it belongs to it.
       num_threads: threads that `encode` uses; 0: one per core.
     """
 
     filename: str
+    added_words: dict[int, str]
 
     def __init__(
         self,

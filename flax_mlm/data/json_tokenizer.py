@@ -35,6 +35,7 @@ class HuggingFaceTokenizer(Tokenizer):
             size = max(self._tokenizer.get_vocab().values()) + 1
         tokens = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
         added = self._spec["added_tokens"]
+        self.added_words = {t["id"]: t["content"] for t in added if not t["special"]}
         special_ids = {t["id"] for t in added if t["special"] or is_special_spelling(t["content"])}
         special_ids |= {i for i, token in enumerate(tokens) if not token}
         marks = _word_marks(self._spec)

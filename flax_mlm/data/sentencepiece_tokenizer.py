@@ -54,6 +54,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._after = {self._puts_space: self._sp, not self._puts_space: other}  # by whether a space is put in front
         marks = WordMarks(ends="▁") if proto.trainer_spec.treat_whitespace_as_suffix else WordMarks(begins="▁")
         super().__init__(content, [p.piece for p in proto.pieces], special_ids, marks, path)
+        self.added_words = {i: word.replace("▁", " ") for word, i in added.items()}
         self.ends_word[list(added.values())] = bool(marks.ends)
         self._folds_case = proto.normalizer_spec.name.endswith("_cf")
         self._added = {self._key(word): i for word, i in added.items()}

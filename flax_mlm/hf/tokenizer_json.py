@@ -46,31 +46,13 @@ def content(tokenizer: Tokenizer, pair_type: int) -> bytes:
     return result.to_str(pretty=True).encode()
 
 
-def added_words(tokenizer: Tokenizer) -> dict[int, str]:
-    """Returns id -> word of the words that were added to the tokenizer's vocabulary (`tokenizer.extra_tokens_file`).
-
-    Each is found where no letter, digit or underscore stands beside it, and the space before it belongs to it.
-    """
-    from tokenizers import Tokenizer as HfTokenizer
-
-    if tokenizer.filename == "tokenizer.json":
-        added = HfTokenizer.from_str(tokenizer.content.decode()).get_added_tokens_decoder()
-        return {i: token.content for i, token in added.items() if not token.special}
-    pieces = _proto(tokenizer).pieces
-    return {
-        i: p.piece[1:].replace("▁", " ")
-        for i, p in enumerate(pieces)
-        if p.type == p.USER_DEFINED and re.match("▁[^▁]", p.piece)
-    }
-
-
 def _converted(tokenizer: Tokenizer) -> Any:
     """Converts a SentencePiece model."""
     from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
     from tokenizers import Tokenizer as HfTokenizer
     from tokenizers.normalizers import Sequence
 
-    proto, words, tokens = _proto(tokenizer), added_words(tokenizer), set(tokenizer.tokens)
+    proto, words, tokens = _proto(tokenizer), tokenizer.added_words, set(tokenizer.tokens)
     for i, word in words.items():
         if word in tokens:
             problem = f"{tokenizer.tokens[i]}, an added word, and {word}, which continues words"

@@ -69,7 +69,7 @@ def compare_folder(folder: Path, model: LoadedModel) -> Difference:
 
     limit = min(model.config.model.max_positions, 512)
     mask = tokenizer.tokens[tokenizer.mask_id]
-    words = [f"{word}, or ({word}) {word}s." for word in tokenizer_json.added_words(tokenizer).values()]
+    words = [f"{word}, or ({word}) {word}s." for word in tokenizer.added_words.values()]
     spelled = [f"a {tokenizer.tokens[i]} b" for i in np.flatnonzero(tokenizer.is_special) if tokenizer.tokens[i]]
     plain = [*_sample_texts(), *words, *spelled]
     texts = [(text, ids.tolist(), True) for text, ids in zip(plain, tokenizer.encode(plain), strict=True)]

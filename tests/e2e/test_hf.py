@@ -424,7 +424,7 @@ def test_added_words_are_tokens_in_tokenizer_json(model_type, toy, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model", tmp_path / "words")
     theirs = tokenizers.Tokenizer.from_str(tokenizer_json.content(tokenizer, 1).decode())
     theirs.encode_special_tokens = True
-    words = tokenizer_json.added_words(tokenizer)
+    words = tokenizer.added_words
     assert list(words.values()) == ["covid", "zyxogene", "new york", "guard"]
     for i, word in words.items():
         assert theirs.encode(f"the {word} barks", add_special_tokens=False).ids.count(i) == 1, word
