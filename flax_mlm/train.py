@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import flags
 from rich.progress import Progress
 
+from flax_mlm.checkpoint import store
 from flax_mlm.cli import app, console
 from flax_mlm.config import phases
 from flax_mlm.config.load import flatten
@@ -43,6 +44,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
     """
     started = time.monotonic()
     workdir = gcs.parse("--workdir", str(workdir)) or Path(workdir).expanduser().absolute()
+    store.check_name("--workdir", workdir)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(preemption.Stop())
         environment.prepare(config.train.batch_groups if config.train.reproducible else 0)

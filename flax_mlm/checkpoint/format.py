@@ -8,20 +8,23 @@ read has its fingerprint.
 """
 
 import base64
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from flax_mlm.checkpoint.store import MARKER, bound_retries, saved_steps
+from flax_mlm.checkpoint.store import MARKER, bound_retries, check_name, saved_steps
 from flax_mlm.config import load, schema
 from flax_mlm.data.tokenizer import TOKENIZERS, Tokenizer
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
 
 FORMAT = 4
+_READ_BACK_BYTES = 1 << 28
 _META_LIMIT = 1 << 26  # bytes; a tokenizer of 250,000 tokens takes 20 MiB
 # Errors of the machine that reads, not of the checkpoint.
 _NOT_DAMAGE = re.compile(r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|Permission denied|Too many open files|allocate memory")
@@ -45,6 +48,7 @@ def find_checkpoints(path: str) -> list[epath.Path]:
     if not (name and step.isdigit()):
         name, step = path, ""
     folder = gcs.parse("--checkpoint", name) or epath.Path(name).expanduser().resolve()  # orbax takes no relative path
+    check_name("--checkpoint", folder)
     gcs.check("--checkpoint", folder)
     with gcs.errors(folder):
         if (folder / MARKER).exists():
@@ -170,9 +174,7 @@ def restore(checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, An
       Damaged: it cannot be read, or an array differs from what was saved.
       Failure: it cannot be read on this machine now.
     """
-    import jax
-
-    from flax_mlm.checkpoint.fingerprint import fingerprints, leaves, table
+    from flax_mlm.checkpoint.fingerprint import leaves
 
     stored = {name: entry for name, entry in meta["arrays"].items() if name.split("/")[0] in abstract}
     expected = {name: [str(x.dtype), list(x.shape)] for name, x in leaves(abstract).items()}
@@ -181,10 +183,51 @@ def restore(checkpoint: epath.Path, meta: dict[str, Any], abstract: dict[str, An
         if ours != theirs:
             raise UserError(f"checkpoint '{checkpoint}' has {name} {_shape(theirs)}; this config has {_shape(ours)}")
     items = _read_items(checkpoint, abstract)
-    for name, entry in table(items, jax.device_get(fingerprints(items))).items():
-        if entry != stored[name]:
-            raise Damaged(f"checkpoint '{checkpoint}': {name} differs from what was saved (a damaged or changed file)")
+    _compare(checkpoint, meta, leaves(items))
     return items
+
+
+def read_back(checkpoint: epath.Path, abstract: dict[str, Any]) -> None:
+    """Reads a new checkpoint as a restart would: its meta, the shapes of all arrays, and of each item the smallest
+    array and the largest of at most `_READ_BACK_BYTES`.
+
+    Args:
+      abstract: as for `restore`.
+
+    Raises:
+      Damaged: a part is missing, or differs from what was saved.
+      Failure: it cannot be read on this machine now.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    from flax_mlm.checkpoint.fingerprint import leaves
+
+    meta, few = read_meta(checkpoint), set[str]()
+    for item, tree in abstract.items():
+        with _reading(checkpoint):
+            stored = leaves(ocp.PyTreeCheckpointHandler().metadata(checkpoint / item).tree)
+        for name, x in (named := leaves({item: tree})).items():
+            found = stored.get(name.removeprefix(f"{item}/"))
+            if found is None or (found.shape, found.dtype) != (x.shape, x.dtype):
+                raise Damaged(f"checkpoint '{checkpoint}': {name} is not there as it was saved")
+        sizes = {name: x.size * x.dtype.itemsize for name, x in named.items()}
+        small = [name for name in sorted(sizes, key=sizes.__getitem__) if sizes[name] <= _READ_BACK_BYTES]
+        few |= {*small[:1], *small[-1:]}
+    picked = [x if name in few else ocp.PLACEHOLDER for name, x in leaves(abstract).items()]
+    items = _read_items(checkpoint, jax.tree.unflatten(jax.tree.structure(abstract), picked))
+    _compare(checkpoint, meta, {name: x for name, x in leaves(items).items() if name in few})
+
+
+def _compare(checkpoint: epath.Path, meta: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """Compares arrays with their fingerprints in `meta`. Raises Damaged."""
+    import jax
+
+    from flax_mlm.checkpoint.fingerprint import fingerprints, table
+
+    for name, entry in table(arrays, jax.device_get(fingerprints(arrays))).items():
+        if entry != meta["arrays"][name]:
+            raise Damaged(f"checkpoint '{checkpoint}': {name} differs from what was saved (a damaged or changed file)")
 
 
 def _shape(entry: list[Any] | None) -> str:
@@ -192,17 +235,25 @@ def _shape(entry: list[Any] | None) -> str:
 
 
 def _read_items(checkpoint: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Reads the arrays of some items, except for those that are `ocp.PLACEHOLDER`."""
     import orbax.checkpoint as ocp
 
     bound_retries()
-    args = {item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()}
+    to_args = ocp.checkpoint_utils.construct_restore_args
+    args = {item: ocp.args.PyTreeRestore(tree, restore_args=to_args(tree)) for item, tree in abstract.items()}
+    with _reading(checkpoint), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(checkpoint, args=ocp.args.Composite(**args))
+    return {item: restored[item] for item in abstract}
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: epath.Path) -> Iterator[None]:
+    """Turns what orbax raises into Damaged, or into the error of the bucket or of this machine."""
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(checkpoint, args=ocp.args.Composite(**args))
+        yield
     except Exception as e:  # a damaged folder makes orbax raise anything
         if gcs.is_one(checkpoint) and (explained := gcs.explain(checkpoint, e)):
             raise explained from e  # the bucket failed, not the checkpoint
         _check_machine(checkpoint, e)
         message = str(e).splitlines()[0] if str(e) else repr(e)
         raise Damaged(f"checkpoint '{checkpoint}' cannot be read ({message})") from e
-    return {item: restored[item] for item in abstract}

@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
 from flax_mlm.checkpoint.fingerprint import fingerprints, table
-from flax_mlm.checkpoint.format import Damaged, read_meta, restore, split_state
-from flax_mlm.checkpoint.store import MARKER, Store, bound_retries, is_step, saved_steps
+from flax_mlm.checkpoint.format import Damaged, read_back, read_meta, restore, split_state
+from flax_mlm.checkpoint.store import MARKER, LiteralPath, Store, bound_retries, is_step, saved_steps
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
@@ -48,13 +47,14 @@ class Checkpoints:
           lost_within: seconds within which the loss of a process has ended the others (`ProcessGroup.lost_within`).
         """
         self._train, self._meta, self._lost_within = config.train, meta, lost_within
-        self._workdir, self._folder = workdir, epath.Path(workdir) / "checkpoints"
+        self._workdir, self._folder = workdir, LiteralPath(workdir) / "checkpoints"
         self._is_main, self._is_alone = jax.process_index() == 0, jax.process_count() == 1
         bound_retries()
         atomicity = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), atomicity_options=atomicity)
         self._saving: int | None = None
         self._newest: int | None = None  # committed step
+        self._has_read_back, self._unread = False, dict[str, Any]()  # abstract items of a save that is to be read back
         self.failed_in_a_row, self.restored_meta = 0, dict[str, Any]()
         self._retention = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         # Orbax logs what it also raises, and this class reports that.
@@ -80,7 +80,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, before: Callable[[], None] = lambda: None, **run_meta: Any) -> bool:
         """Starts saving a state once the last save has finished; returns when it is copied from the devices.
 
-        A failure is reported, counted and cleaned up; the next save tries again.
+        The first save is waited for and read back: what cannot be restored here is found now. A failure is reported,
+        counted and cleaned up; the next save tries again.
 
         Args:
           step: the number of updates made so far.
@@ -102,8 +103,11 @@ class Checkpoints:
         with self._counting_failures(step, OSError, gcs.Unreachable), gcs.errors(self._workdir):
             if self._is_main:
                 before()
-            is_saved = self._agreed(int(step in saved_steps(self._workdir)))
-            return bool(is_saved) or self._start(step, state, run_meta)
+            if self._agreed(int(step in saved_steps(self._workdir))):
+                self._saving = step if self._unread else None
+            elif not self._start(step, state, run_meta):
+                return False
+            return not self._unread or self.wait()
         return False  # the failure was counted
 
     def _start(self, step: int, state: Any, run_meta: dict[str, Any]) -> bool:
@@ -120,6 +124,8 @@ class Checkpoints:
                 self._sweep()  # a failed save may have continued in the background
             self._checkpointer.save(self._folder / str(step), args=ocp.args.Composite(**args), force=True)
             self._saving = step
+            if not self._has_read_back:
+                self._unread = jax.tree.map(ocp.utils.to_shape_dtype_struct, items)
             return True
         return False  # the failure was counted
 
@@ -133,11 +139,23 @@ class Checkpoints:
             # The folder decides, not what orbax reports.
             if self._is_main and step not in saved_steps(self._workdir):
                 raise FileNotFoundError(f"{self._folder / str(step)} does not exist")
+            if self._unread:
+                self._read_back(step)
             self.failed_in_a_row, self._newest = 0, step
             if self._is_main:
                 self._retention.submit(self._retain, step)
             return True
         return False  # the failure was counted
+
+    def _read_back(self, step: int) -> None:
+        """Reads a saved step, and deletes it where that is not what was saved. Raises as `read_back` does."""
+        try:
+            read_back(self._folder / str(step), self._unread)
+        except Damaged:
+            if self._is_main:
+                self._store.delete(str(step))
+            raise
+        self._has_read_back, self._unread = True, {}
 
     @contextlib.contextmanager
     def _counting_failures(self, step: int, *errors: type[Exception]) -> Iterator[None]:

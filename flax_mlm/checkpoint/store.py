@@ -6,20 +6,54 @@ first, and a step without a marker does not count.
 """
 
 import contextlib
+import glob
 import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from etils import epath
+from etils.epath import gpath
 
+from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import gcs
 
 MARKER = "commit_success.txt"  # orbax's AtomicityMode.COMMIT_FILE; written last
 _QUARANTINE = ".quarantine"
 _RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}  # 30 s; tensorstore's default is 15 minutes
+
+
+class LiteralPath(gpath.PosixGPath):
+    """A path whose `glob` takes the path itself as it is written. Orbax looks for the arrays to merge with it, and
+    would find none, and say nothing, where a folder above them has brackets in its name."""
+
+    def glob(self, pattern: str) -> Iterator["LiteralPath"]:
+        if gcs.is_one(self):  # whose names have none
+            yield from super().glob(pattern)
+        else:
+            yield from map(self._new, glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
+
+
+def check_name(what: str, path: gcs.AnyPath) -> None:
+    """Checks that arrays can be stored under a path.
+
+    Args:
+      what: the flag that has this value, for the message.
+
+    Raises:
+      UserError: tensorstore would take it for another path, or for none.
+    """
+    name = os.fspath(path)
+    with as_user_error(
+        f"{what}: '{name}' has bytes that are not UTF-8, so that no array can be stored there: ", UnicodeError
+    ):
+        name.encode()
+    if "\\" in name:
+        why = "contains a backslash, which the library that stores arrays takes for a slash"
+        raise UserError(f"{what}: '{name}' {why}; rename the folder")
 
 
 class Store:

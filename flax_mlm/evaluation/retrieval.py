@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flax_mlm.checkpoint.store import check_name
 from flax_mlm.data import tables
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import labels as task_labels
@@ -279,6 +280,7 @@ def evaluate(
         if folder.exists():
             raise UserError(f"--save is '{save}', which exists; name a new folder")
         report.require("train", train, "pairs to fine-tune on; without --train there is nothing new for --save")
+        check_name("--save", folder.absolute())
         files.check_writable("--save", folder, makes_folders=True)
     sources = (train, "train"), (dev, "dev")
     pairs, dev_pairs = (read_pairs(source, name) if source else None for source, name in sources)

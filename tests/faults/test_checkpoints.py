@@ -16,8 +16,10 @@ import jax
 import numpy as np
 import pytest
 
+from flax_mlm.checkpoint import manager
+from flax_mlm.checkpoint.fingerprint import leaves as named
 from flax_mlm.checkpoint.format import FORMAT, Damaged, find_checkpoints, newest_meta, read_meta, restore
-from flax_mlm.checkpoint.store import saved_steps
+from flax_mlm.checkpoint.store import check_name, saved_steps
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import Failure, UserError
@@ -385,6 +387,7 @@ def test_a_folder_that_vanishes(workdir, outcome):
 @pytest.mark.fault(20)
 def test_a_folder_that_vanishes_while_saving(workdir, outcome, capsys):
     checkpoints = opened(workdir)
+    checkpoints.save(35, state_at(35))  # the first one is waited for
     checkpoints.save(40, large_state_at(40))
     (workdir / "checkpoints").rename(workdir / "gone")
     assert not checkpoints.wait() or saved_steps(workdir) == [40], "what is said to be saved is there"
@@ -475,6 +478,63 @@ def test_names_are_only_names(saved, tmp_path, monkeypatch, outcome, name):
     assert find_checkpoints(f"{workdir}@20")[0].name == "20"
     assert [p.name for p in tmp_path.iterdir()] == [name]
     outcome("harmless")
+
+
+@pytest.mark.parametrize("name", ["run[1]", "[exp1] lr=0.1", "[!a]*?", "**", "100%", "a:b", "@"])
+def test_a_run_is_saved_and_restored_under_any_name(tmp_path, name):
+    save_three(tmp_path / name / "run")
+    assert restored(tmp_path / name / "run")[0] == 30
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_folders_beside_the_run_do_not_get_into_its_arrays(tmp_path):
+    save_three(tmp_path / "run1")
+    save_three(tmp_path / "run?")
+    assert restored(tmp_path / "run?")[0] == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("a\\b", "contains a backslash"), ("caf\udce9", "bytes that are not UTF-8")]
+)
+def test_names_under_which_no_array_can_be_stored_are_refused(saved, tmp_path, name, said):
+    with pytest.raises(UserError, match=f"--workdir: .*{said}"):
+        check_name("--workdir", tmp_path / name / "run")
+    workdir = shutil.copytree(saved, tmp_path / name)
+    with pytest.raises(UserError, match=f"--checkpoint: .*{said}"):
+        find_checkpoints(str(workdir))
+
+
+@pytest.mark.parametrize("damage", ["params/d", "rest/manifest.ocdbt", "meta"])
+def test_the_first_save_is_read_back(tmp_path, monkeypatch, capsys, damage):
+    """Whatever makes a save useless without a word is found at once, and not at the restart."""
+    checkpoints = opened(tmp_path)
+    finish = checkpoints._checkpointer.wait_until_finished
+
+    def lose() -> None:
+        finish()
+        shutil.rmtree(tmp_path / "checkpoints" / "10" / damage, ignore_errors=True)
+        (tmp_path / "checkpoints" / "10" / damage).unlink(missing_ok=True)
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoints._checkpointer, "wait_until_finished", lose)
+        assert not checkpoints.save(10, state_at(10))
+    assert "WARNING: step 10 could not be saved (Damaged: " in capsys.readouterr().out
+    assert saved_steps(tmp_path) == []
+    assert checkpoints.save(20, state_at(20))
+    checkpoints.close()
+    assert restored(tmp_path)[0] == 20
+
+
+def test_a_save_that_is_never_right_ends_the_run(tmp_path, monkeypatch):
+    checkpoints = opened(tmp_path, max_failed_saves=2)
+    monkeypatch.setattr(
+        manager, "fingerprints", lambda items: jax.tree.map(lambda x: np.zeros(3, np.uint32), named(items))
+    )
+    with pytest.raises(
+        Failure, match=r"params/. differs from what was saved .*; 2 saves in a row have failed; nothing"
+    ):
+        for step in (10, 20):
+            checkpoints.save(step, state_at(step))
 
 
 def test_an_asked_step_is_never_replaced_by_another(workdir):
