@@ -17,13 +17,14 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from flax_mlm.checkpoint.store import MARKER, bound_retries, check_name, saved_steps
+from flax_mlm.checkpoint.store import MARKER, bound_retries, check_name, is_own, saved_steps
 from flax_mlm.config import load, schema
 from flax_mlm.data.tokenizer import TOKENIZERS, Tokenizer
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
 
 FORMAT = 4
+_EXPECTED = "give the workdir of a run that has saved one, or a Hugging Face folder with config.json and weights"
 _READ_BACK_BYTES = 1 << 28
 _META_LIMIT = 1 << 26  # bytes; a tokenizer of 250,000 tokens takes 20 MiB
 # Errors of the machine that reads, not of the checkpoint.
@@ -39,29 +40,38 @@ def find_checkpoints(path: str) -> list[epath.Path]:
     """Lists the checkpoints that `path` may mean, newest first.
 
     Args:
-      path: the workdir of a run, WORKDIR@STEP, or the folder of one checkpoint.
+      path: the workdir of a run, WORKDIR@STEP, or the folder of one checkpoint. A folder of this name, with @STEP and
+        all, goes first.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or another program has written it.
     """
-    name, _, step = path.rpartition("@")
-    if not (name and step.isdigit()):
-        name, step = path, ""
-    folder = gcs.parse("--checkpoint", name) or epath.Path(name).expanduser().resolve()  # orbax takes no relative path
+    folder, step = _folder(path), ""
+    name, _, number = path.rpartition("@")
+    with gcs.errors(folder):
+        if name and number.isascii() and number.isdigit() and not folder.exists():
+            folder, step = _folder(name), number
+        if (folder / MARKER).exists():
+            found = [folder]
+        else:
+            folder = folder.parent if folder.name == "checkpoints" else folder
+            found = [folder / "checkpoints" / str(step) for step in reversed(saved_steps(folder))]
+        own = gcs.together(is_own, found, folder)
+    if not any(own):
+        what = "a checkpoint of another program, and none of flax_mlm," if found else "no checkpoint"
+        raise UserError(f"--checkpoint: {what} in '{folder}'; {_EXPECTED}")
+    found = [checkpoint for checkpoint, is_ours in zip(found, own, strict=True) if is_ours]
+    if step and not (asked := [checkpoint for checkpoint in found if checkpoint.name == str(int(step))]):
+        steps = ", ".join(checkpoint.name for checkpoint in reversed(found))
+        raise UserError(f"--checkpoint: '{folder}' has no step {step}; it has {steps}")
+    return asked if step else found
+
+
+def _folder(path: str) -> epath.Path:
+    folder = gcs.parse("--checkpoint", path) or epath.Path(path).expanduser().resolve()  # orbax takes no relative path
     check_name("--checkpoint", folder)
     gcs.check("--checkpoint", folder)
-    with gcs.errors(folder):
-        if (folder / MARKER).exists():
-            return [folder]
-        if folder.name == "checkpoints":
-            folder = folder.parent
-        steps = saved_steps(folder)
-    if not steps:
-        expected = "the workdir of a run that has saved one, or a Hugging Face folder with config.json and weights"
-        raise UserError(f"--checkpoint: no checkpoint in '{folder}'; give {expected}")
-    if step and int(step) not in steps:
-        raise UserError(f"--checkpoint: '{folder}' has no step {step}; it has {', '.join(map(str, steps))}")
-    return [folder / "checkpoints" / str(step) for step in ([int(step)] if step else reversed(steps))]
+    return folder
 
 
 def make_meta(config: schema.Config, tokenizer: Tokenizer, corpus: str, text: dict[str, Any]) -> dict[str, Any]:

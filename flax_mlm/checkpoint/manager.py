@@ -17,14 +17,10 @@ from jax.experimental import multihost_utils
 
 from flax_mlm.checkpoint.fingerprint import fingerprints, table
 from flax_mlm.checkpoint.format import Damaged, read_back, read_meta, restore, split_state
-from flax_mlm.checkpoint.store import MARKER, LiteralPath, Store, bound_retries, is_step, saved_steps
+from flax_mlm.checkpoint.store import LiteralPath, Store, bound_retries, saved_steps
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
-
-_ITEMS = ("params", "average", "rest", "meta")
-# All that the folder of a step can hold; the last four until orbax has finished the item.
-_ENTRIES = {"_CHECKPOINT_METADATA", MARKER, *_ITEMS, *(f"{item}.orbax-checkpoint-tmp" for item in _ITEMS)}
 
 
 class Checkpoints:
@@ -62,20 +58,8 @@ class Checkpoints:
         self._store = Store(self._folder)
         if self._is_main:
             self._store.create()
-            self._sweep()
+            self._store.sweep(saved_steps(workdir))
             self._store.empty_trash()
-
-    def _sweep(self) -> None:
-        """Clears away entries that have a step's name and are no step: they would block saving that step."""
-        committed = saved_steps(self._workdir)
-        for name in self._store.names():
-            path = self._folder / name
-            if not name.isdigit() or (is_step(path) and int(name) in committed):
-                continue
-            if is_step(path) and path.is_dir() and {entry.name for entry in path.iterdir()} <= _ENTRIES:
-                self._store.delete(name)  # a save that was killed or failed
-            else:
-                self._store.quarantine(name)
 
     def save(self, step: int, state: Any, before: Callable[[], None] = lambda: None, **run_meta: Any) -> bool:
         """Starts saving a state once the last save has finished; returns when it is copied from the devices.
@@ -121,7 +105,9 @@ class Checkpoints:
         args = {item: ocp.args.StandardSave(tree) for item, tree in items.items()} | {"meta": ocp.args.JsonSave(meta)}
         with self._counting_failures(step, Exception):
             if self._is_main:
-                self._sweep()  # a failed save may have continued in the background
+                self._store.sweep(saved_steps(self._workdir))  # a failed save may have continued in the background
+                if str(step) in self._store.names():
+                    raise FileExistsError(f"{self._folder / str(step)} exists, and no run of flax_mlm has written it")
             self._checkpointer.save(self._folder / str(step), args=ocp.args.Composite(**args), force=True)
             self._saving = step
             if not self._has_read_back:
@@ -172,7 +158,7 @@ class Checkpoints:
                 with gcs.errors(self._workdir):
                     if self._is_main:
                         with contextlib.suppress(OSError):  # as on a full disk; the next save sweeps again
-                            self._sweep()
+                            self._store.sweep(saved_steps(self._workdir))
                     steps = saved_steps(self._workdir)
                 last = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved yet"
             except gcs.Unreachable:

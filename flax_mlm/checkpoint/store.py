@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from etils import epath
 from etils.epath import gpath
 
 from flax_mlm.errors import UserError, as_user_error
-from flax_mlm.storage import gcs
+from flax_mlm.storage import files, gcs
 
 MARKER = "commit_success.txt"  # orbax's AtomicityMode.COMMIT_FILE; written last
-_QUARANTINE = ".quarantine"
+ITEMS = ("params", "average", "rest", "meta")
+_META = ("format", "tokenizer", "sha256")  # some keys of `meta`
+# All that the folder of a step can hold; the last four until orbax has finished the item.
+_ENTRIES = {"_CHECKPOINT_METADATA", MARKER, *ITEMS, *(f"{item}.orbax-checkpoint-tmp" for item in ITEMS)}
+_TRASH, _QUARANTINE = ".trash", ".quarantine"
 _RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}  # 30 s; tensorstore's default is 15 minutes
 
 
@@ -71,7 +75,14 @@ class Store:
 
     def empty_trash(self) -> None:
         """Finishes the deletions of a killed process; in a bucket they left a step without marker."""
-        shutil.rmtree(self._path / ".trash", ignore_errors=True)
+        trash = Path(self._path, _TRASH)
+        if self._in_bucket or not trash.is_dir():
+            return
+        for folder in trash.glob("*-*"):
+            if {path.name for path in folder.iterdir()} <= {folder.name.partition("-")[0]}:
+                shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            trash.rmdir()
 
     def names(self) -> list[str]:
         """Lists the entries of the folder, sorted. Raises OSError where there is no folder; a bucket always has it."""
@@ -86,8 +97,8 @@ class Store:
 
     def sync(self, name: str) -> None:
         """Waits until the files of a step are on the disk and not only in the page cache."""
-        for folder, _, files in os.walk(self._path / name):  # no local files if it is in a bucket
-            for path in (*(os.path.join(folder, f) for f in files), folder):
+        for folder, _, names in os.walk(self._path / name):  # no local files if it is in a bucket
+            for path in (*(os.path.join(folder, f) for f in names), folder):
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
@@ -95,13 +106,23 @@ class Store:
     def delete(self, name: str) -> None:
         """Deletes a step."""
         if self._in_bucket:
-            for path in (self._path / name / MARKER, self._path / name):
+            for part in (MARKER, *ITEMS[:-1], ""):  # `meta` goes last: it says whose the others are
                 with contextlib.suppress(FileNotFoundError):
-                    self._client.rm(os.fspath(path), recursive=True)
+                    self._client.rm(os.fspath(self._path / name / part), recursive=True)
             return
-        target = self._new_folder(".trash", name)
+        target = self._new_folder(_TRASH, name)
         (self._path / name).rename(target / name)
         shutil.rmtree(target, ignore_errors=True)
+
+    def sweep(self, committed: Collection[int]) -> None:
+        """Clears away what killed and failed saves of ours have left, which would block saving those steps."""
+        for name in self.names():
+            path = self._path / name
+            if is_step(path) and int(name) not in committed and (is_own(path) or is_remains(path)):
+                if {entry.name for entry in path.iterdir()} <= _ENTRIES:
+                    self.delete(name)
+                else:
+                    self.quarantine(name)
 
     def quarantine(self, name: str) -> gcs.AnyPath:
         """Moves a step to quarantine. Returns its new folder."""
@@ -142,7 +163,27 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
     return sorted(int(path.name) for path, is_committed in zip(steps, committed, strict=True) if is_committed)
 
 
-def is_step(path: epath.Path) -> bool:
+def is_own(path: gcs.AnyPath) -> bool:
+    """Returns whether a folder is a checkpoint that flax_mlm has saved, be it damaged or not complete: its item `rest`
+    or its `meta` tells. What is not known to be ours is never moved, deleted or called damaged."""
+    if os.path.islink(os.fspath(path)) or not path.is_dir():
+        return False
+    if any(entry.name.startswith("rest") for entry in path.iterdir() if entry.name in _ENTRIES):
+        return True
+    return files.is_json_with(path / "meta" / "metadata", *_META)
+
+
+def is_remains(path: gcs.AnyPath) -> bool:
+    """Returns whether a folder in a run of ours may be left from a save that was killed before `is_own` could tell: no
+    other item is finished."""
+    if os.path.islink(os.fspath(path)) or not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir()}
+    finished = [item for item in ITEMS if item in names and (not gcs.is_one(path) or (path / item / MARKER).exists())]
+    return names <= _ENTRIES and not finished
+
+
+def is_step(path: gcs.AnyPath) -> bool:
     """Returns whether a path is named as a step is, and is no link."""
     name = path.name
     return name.isascii() and name.isdigit() and str(int(name)) == name and not os.path.islink(os.fspath(path))

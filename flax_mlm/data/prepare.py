@@ -93,6 +93,10 @@ def _is_done(output: Path, request: str) -> bool:
 @contextlib.contextmanager
 def _lock(work: Path, log: Log) -> Iterator[None]:
     """Makes the work folder, and locks out other processes until the block ends."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in work.iterdir():
+            if not re.fullmatch("lock|[0-9a-f]{16}", path.name):
+                raise UserError(f"{path} is not ours, and its folder is for unfinished work; move it away")
     while True:
         work.mkdir(parents=True, exist_ok=True)
         # The last owner of the lock may have finished, and be removing the folder.

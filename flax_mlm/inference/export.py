@@ -89,10 +89,12 @@ def _files(model: LoadedModel, config_file: dict[str, Any]) -> dict[str, bytes]:
 
 def _write(output: Path, files: dict[str, bytes], tensors: dict[str, Any]) -> None:
     """Writes a folder under another name, and renames it once it is complete."""
-    temporary = output.with_name(output.name + ".tmp")
+    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True)  # a new one: whatever has that name is not ours
+    except OSError as e:
+        raise UserError(f"--output: '{temporary}' cannot be made: {e.strerror or e}") from e
+    try:
         for name, content in files.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)

@@ -59,6 +59,15 @@ def write_bytes(file: Path, content: bytes | memoryview) -> None:
         os.fsync(opened.fileno())
 
 
+def is_json_with(file: gcs.AnyPath, *keys: str) -> bool:
+    """Returns whether a file, also one in a bucket, is a JSON object that has these keys."""
+    try:
+        content: Any = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and all(key in content for key in keys)
+
+
 def write_text(file: gcs.AnyPath, text: str) -> None:
     """Writes UTF-8 text atomically, also into a bucket."""
     if isinstance(file, Path):

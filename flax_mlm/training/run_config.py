@@ -3,14 +3,15 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
 
+from flax_mlm.checkpoint import store
 from flax_mlm.config.load import flatten, from_dict
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import files, gcs
 
 _FILE = "config.json"
+_SECTIONS = ("data", "model", "objective", "optimizer", "train", "mesh")
 
 # May differ between a run and its continuation: they change where, how often or how fast, not what is learned.
 FREE = (
@@ -33,30 +34,20 @@ def refuse_foreign(workdir: gcs.AnyPath) -> None:
         foreign = next(_foreign(workdir), None)
     if foreign:
         what = f"holds '{foreign}', which no run of flax_mlm has written"
-        raise UserError(f"--workdir: '{workdir}' {what}; use a new folder")
+        raise UserError(f"--workdir: '{workdir}' {what}; use a new folder, or move it away")
 
 
 def _foreign(workdir: gcs.AnyPath) -> Iterator[str]:
     """Files that a run would change, and that are not known to be one's."""
-    if (workdir / _FILE).exists():
-        if not _is_json_with(workdir / _FILE, "data", "model", "objective", "optimizer", "train", "mesh"):
-            yield _FILE
-        return
-    folder, own = workdir / "checkpoints", (".trash", ".quarantine")
-    steps = [path for path in (folder.iterdir() if folder.is_dir() else []) if path.name not in own]
-    for path in steps:
-        if not _is_json_with(path / "meta" / "metadata", "format", "tokenizer", "sha256"):
+    folder, is_known = workdir / "checkpoints", files.is_json_with(workdir / _FILE, *_SECTIONS)
+    entries = [path for path in (folder.iterdir() if folder.is_dir() else []) if path.name[0] != "."]
+    if not is_known and (workdir / _FILE).exists():
+        yield _FILE
+    for path in entries:
+        if not store.is_own(path) and not (is_known and (not store.is_step(path) or store.is_remains(path))):
             yield f"checkpoints/{path.name}"
-    if not steps:
-        yield from (name for name in ("metrics.jsonl", "result.json") if (workdir / name).exists())
-
-
-def _is_json_with(file: gcs.AnyPath, *keys: str) -> bool:
-    try:
-        content: Any = json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and all(key in content for key in keys)
+    if not entries and not is_known:
+        yield from (name for name in ("metrics.jsonl", "result.json", "clock.json") if (workdir / name).exists())
 
 
 def take(workdir: gcs.AnyPath, config: Config) -> None:

@@ -171,11 +171,50 @@ def test_what_only_looks_like_a_checkpoint(workdir, outcome, kind):
     else:
         shutil.copytree(folder / "20", folder / "٩٩٩")
     assert saved_steps(workdir) == [10, 20, 30]
+    entries = sorted(path.name for path in folder.iterdir() if kind != "empty folder" or path.name != "999")
     assert restored(workdir)[0] == 30
-    assert not os.path.lexists(folder / "999"), "it would be in the way of saving that step"
+    assert sorted(path.name for path in folder.iterdir()) == entries, "what is not known to be ours stays where it is"
     assert saved_steps(workdir) == [10, 20, 30]
     assert kind != "junk" or ((folder / "notes.txt").read_text() == "keep me" and (folder / "latest").is_dir())
     outcome("recovered")
+
+
+@pytest.mark.parametrize("files", [["model.pt"], ["params/d/1"], ["meta/metadata", "commit_success.txt"], []])
+def test_what_another_program_wrote_is_never_removed_moved_or_called_damaged(workdir, capsys, files):
+    theirs = workdir / "checkpoints" / "40"
+    for name in files:
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / name).write_text("{}")
+    if not files:
+        theirs.write_text("{}")
+    before = sorted((workdir / "checkpoints").rglob("*"))
+    checkpoints = opened(workdir, max_to_keep=3)
+    assert sorted((workdir / "checkpoints").rglob("*")) == before
+    if "commit_success.txt" not in files:
+        assert not checkpoints.save(40, state_at(40))
+        assert "40 exists, and no run of flax_mlm has written it" in capsys.readouterr().out
+    checkpoints.close()
+    assert {*before} <= {*(workdir / "checkpoints").rglob("*")}
+
+
+def test_a_checkpoint_of_another_program_is_none_and_not_a_damaged_one(workdir, tmp_path):
+    theirs = tmp_path / "theirs" / "checkpoints" / "7"
+    shutil.copytree(workdir / "checkpoints" / "30" / "params", theirs / "params")
+    (theirs / "commit_success.txt").touch()
+    for path in (theirs, theirs.parent, theirs.parent.parent, f"{theirs.parent.parent}@7"):
+        with pytest.raises(UserError, match=r"a checkpoint of another program, and none of flax_mlm, in .*; give the"):
+            find_checkpoints(str(path))
+    shutil.copytree(theirs, workdir / "checkpoints" / "40")
+    assert newest_meta(str(workdir))[0].name == "30"
+
+
+def test_a_folder_of_the_name_goes_before_a_step(workdir, tmp_path):
+    assert find_checkpoints(f"{workdir}@20")[0].name == "20"
+    named = shutil.copytree(workdir, f"{workdir}@20")
+    assert [path.parent.parent for path in find_checkpoints(named)] == [Path(named)] * 3
+    assert find_checkpoints(f"{named}@10") == [Path(named) / "checkpoints" / "10"]
+    with pytest.raises(UserError, match="no checkpoint in"):
+        find_checkpoints(f"{workdir}@²")
 
 
 @pytest.mark.fault(26)
@@ -348,7 +387,7 @@ def test_a_disk_so_full_that_nothing_can_be_tidied_up(workdir, outcome, monkeypa
 
     with monkeypatch.context() as m:
         m.setattr(checkpoints._checkpointer, "save", full)
-        m.setattr(checkpoints, "_sweep", full)
+        m.setattr(checkpoints._store, "sweep", full)
         assert not checkpoints.save(40, state_at(40))
     assert checkpoints.save(50, state_at(50))
     assert checkpoints.wait()

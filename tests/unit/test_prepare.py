@@ -224,6 +224,16 @@ def test_a_finished_output_is_kept(text, undisturbed, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+def test_a_folder_of_another_name_and_owner_is_not_removed(text, tmp_path):
+    (tmp_path / "corpus.tmp").mkdir()
+    (tmp_path / "corpus.tmp" / "thesis.txt").write_text("x")
+    with pytest.raises(
+        UserError, match=r"corpus.tmp/thesis.txt is not ours, and its folder is for unfinished work; move"
+    ):
+        prepare(make_config(data_source=f"text:{text}"), tmp_path / "corpus", silent)
+    assert (tmp_path / "corpus.tmp" / "thesis.txt").read_text() == "x"
+
+
 def test_cached_and_with_a_given_tokenizer(text, undisturbed, tmp_path):
     config = make_config(
         data_source=f"text:{text}",
