@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from flax_mlm.cli import app, tables
-from flax_mlm.config.schema import Config, split
+from flax_mlm.config.schema import Config, split, split_paths
 from flax_mlm.errors import Failure, UserError, as_user_error
 from flax_mlm.storage import files
 
 _CHECKPOINTS_HELP = "workdirs, checkpoints or Hugging Face folders, comma-separated; NAME=PATH sets a column's name"
-_CHECKPOINTS = flags.DEFINE_list("checkpoints", [], _CHECKPOINTS_HELP)
+_CHECKPOINTS = flags.DEFINE_string("checkpoints", "", _CHECKPOINTS_HELP)
 _TASKS_HELP = "tasks of evaluate with their options, separated by `;`; NAME=TASK ... sets a row's name"
 _TASKS = flags.DEFINE_string("tasks", "mlm; cloze", _TASKS_HELP)
 flags.DEFINE_string("output", "", "folder for the results, table.md, comparison.json and plot.png")
@@ -51,11 +51,26 @@ def main(config: Config) -> None:
     print(f"\n{text}\nwritten to {output}: table.md  plot.png  comparison.json  results/")
 
 
-def parse_checkpoints(items: list[str]) -> dict[str, str]:
-    """Parses each `PATH` or `NAME=PATH` of `--checkpoints`: name -> path. Raises UserError."""
+def parse_checkpoints(text: str) -> dict[str, str]:
+    """Parses `--checkpoints`, a list of `PATH` or `NAME=PATH`: name -> path. Raises UserError."""
+
+    def exists(path: str) -> bool:
+        return any(os.path.exists(os.path.expanduser(p)) for p in (path, re.sub(r"@[0-9]+$", "", path)))
+
+    def parts(item: str) -> tuple[str, str]:
+        if exists(item) or item.startswith("gs://"):
+            return "", item
+        places = (match.start() for match in re.finditer("=", item))
+        splits = [(item[:i], item[i + 1 :]) for i in places]
+        return next((pair for pair in splits if exists(pair[1])), splits[0] if splits else ("", item))
+
+    def is_whole(item: str) -> bool:
+        name, path = parts(item)
+        return "," not in name and exists(path)
+
     paths: dict[str, str] = {}
-    for item in items:
-        name, _, path = item.rpartition("=") if not Path(item).exists() else ("", "", item)
+    for item in filter(None, split_paths(text, is_whole)):
+        name, path = parts(item)
         name = name or Path(path.rstrip("/")).name
         if name in paths:
             raise UserError(f"--checkpoints names two '{name}'; rename one with NAME=PATH")

@@ -164,7 +164,8 @@ def config_of(arguments: list[str]) -> Config:
 
 def _load(name_and_argument: str) -> ConfigDict:
     """Calls `get_config` of a packaged config or of a file, with the text after a colon as its argument."""
-    name, _, argument = name_and_argument.partition(":")
+    is_file = Path(name_and_argument).is_file()  # whose name may have a colon
+    name, _, argument = (name_and_argument, "", "") if is_file else name_and_argument.partition(":")
     file = _CONFIGS.get(name, Path(name))
     if not file.is_file():
         hint = did_you_mean(file.stem, _CONFIGS, f"the configs are {', '.join(_CONFIGS)}")

@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
@@ -28,8 +28,12 @@ class DataConfig:
     packing: Annotated[str, "best_fit | sequential"]
     num_workers: Annotated[int, "[0, inf)"]
 
-    def folders(self) -> dict[str, str]:
+    def folders(self, exists: Callable[[str], bool] | None = None) -> dict[str, str]:
         """Corpora of `corpus`: folder or gs:// path -> weight as written, "" for all of them if none has a weight.
+
+        Args:
+          exists: says whether there is a folder of this name, which may have commas and colons in it; None: one on
+            this machine.
 
         Raises:
           UserError: a weight is not a positive number, only some corpora have one, or a folder is named twice.
@@ -38,11 +42,15 @@ class DataConfig:
         def wrong(why: str) -> UserError:
             return UserError(f"data.corpus: {why}; expected a folder, or several such as 'wiki:0.7,books:0.3'")
 
-        if not self.corpus or os.path.isdir(os.path.expanduser(self.corpus)):  # a folder may have any name
-            return dict.fromkeys(filter(None, [self.corpus]), "")
+        is_folder = exists or (lambda path: os.path.isdir(os.path.expanduser(path)))
+
+        def parts(item: str) -> tuple[str, str]:
+            pattern = r"^(.*?)(?::([+-]?(?:[\d.]+(?:e[+-]?\d+)?|nan|inf)))?$"
+            return (item, "") if is_folder(item) else re.findall(pattern, item, re.I | re.S)[0]
+
         weights: dict[str, str] = {}
-        for item in split(self.corpus, ","):
-            path, weight = re.findall(r"^(.*?)(?::([+-]?(?:[\d.]+(?:e[+-]?\d+)?|nan|inf)))?$", item, re.I | re.S)[0]
+        for item in split_paths(self.corpus, lambda item: is_folder(parts(item)[0])) if self.corpus else []:
+            path, weight = parts(item)
             if not path:
                 raise wrong(f"'{self.corpus}' has an empty item")
             if path in weights:
@@ -282,6 +290,18 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, ready for JSON."""
         return asdict(self)
+
+
+def split_paths(text: str, exists: Callable[[str], bool]) -> list[str]:
+    """Splits a list of paths at its commas, but for those in the name of a path that exists as it is written."""
+    if exists(text):
+        return [text]
+    items, paths = split(text, ","), list[str]()
+    while items:
+        longest = (n for n in range(len(items), 1, -1) if exists(",".join(items[:n])))
+        paths.append(",".join(items[: (n := next(longest, 1))]))
+        items = items[n:]
+    return paths
 
 
 def split(text: str, separator: str) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_mlm.config.schema import Config, DataConfig
 from flax_mlm.data import words
-from flax_mlm.data.corpus import Corpus, Rows
+from flax_mlm.data.corpus import MANIFEST, Corpus, Rows
 from flax_mlm.data.prepare import prepare
 from flax_mlm.data.stream import Stream, counts, whole_numbers
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -40,7 +40,7 @@ class Mixture:
         Raises:
           UserError: as `Corpus.open`; or two are the same folder, or differ in tokenizer or row length.
         """
-        folders = data.folders()
+        folders = data.folders(_is_folder)
         corpora = [Corpus.open(folder) for folder in folders]
         paths = [os.fspath(c.path).rstrip("/") if gcs.is_one(c.path) else os.path.realpath(c.path) for c in corpora]
         first = corpora[0]
@@ -137,6 +137,16 @@ class Mixture:
         wanted = counts(self.weights, max_rows) if max_rows else rows
         starts, taken = itertools.accumulate(rows, initial=0), map(min, rows, wanted)
         return [start + np.arange(m) * n // max(m, 1) for start, n, m in zip(starts, rows, taken, strict=False)]
+
+
+def _is_folder(path: str) -> bool:
+    """Returns whether there is a folder, or in a bucket a corpus, of exactly this name."""
+    if not path.startswith("gs://") or path.count("://") > 1:
+        return os.path.isdir(os.path.expanduser(path))
+    folder = gcs.parse("data.corpus", path)
+    assert folder
+    with gcs.errors(folder):
+        return (folder / MANIFEST).exists()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -298,6 +298,12 @@ def test_a_name_takes_an_argument_and_means_the_config_where_a_file_has_the_same
     assert config_of(["--config=objectives:clm"]).objective.name == "clm"
 
 
+def test_a_file_may_have_a_colon_in_its_name(tmp_path):
+    file = tmp_path / "lr:1e-3.py"
+    shutil.copy(CONFIGS[0], file)
+    assert config_of([f"--config={file}"]) == config_of([f"--config={CONFIGS[0]}"])
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_builds(toy, path):
     config = printed(toy, f"--config={path}")

@@ -162,6 +162,21 @@ def test_a_file_that_was_changed_is_read_again(tmp_path):
     assert compare.files_in([f"--data={tmp_path}"]) != before
 
 
+@pytest.mark.parametrize(("text", "paths"), [
+    ("a,b=x", {"a": "a", "b": "x"}),
+    ("runs/lr=0.1,new=runs/lr=0.1@20", {"lr=0.1": "runs/lr=0.1", "new": "runs/lr=0.1@20"}),
+    ("runs/lr=0.1@20", {"lr=0.1@20": "runs/lr=0.1@20"}),
+    ("runs/a,b, c=runs/a,b@10", {"a,b": "runs/a,b", "c": "runs/a,b@10"}),
+    ("gs://bucket/lr=0.1", {"lr=0.1": "gs://bucket/lr=0.1"}),
+    ("old=gs://bucket/a", {"old": "gs://bucket/a"}),
+])  # fmt: skip
+def test_a_path_that_exists_as_it_is_written_goes_first(tmp_path, monkeypatch, text, paths):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=0.1", "a,b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert compare.parse_checkpoints(text) == paths
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -67,8 +67,11 @@ def test_weights_that_are_none(text, said):
 
 def test_a_folder_may_be_called_anything(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a:1,b:2").mkdir()
+    for name in ("a:1,b:2", "c:3", "d,e"):
+        (tmp_path / name).mkdir()
     assert data("a:1,b:2").folders() == {"a:1,b:2": ""}
+    assert data("a:1,b:2,c:3").folders() == {"a:1,b:2": "", "c:3": ""}
+    assert data("c:3:0.5, d,e:0.25, f:1").folders() == {"c:3": "0.5", "d,e": "0.25", "f": "1"}
 
 
 @pytest.fixture(scope="module")
