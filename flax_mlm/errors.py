@@ -40,6 +40,15 @@ def as_user_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
         raise UserError(f"{prefix}{e}") from e
 
 
+@contextlib.contextmanager
+def as_failure(what: str) -> Iterator[None]:
+    """Turns an OSError, such as that of a full disk, into a Failure: once mended, the command is started again."""
+    try:
+        yield
+    except OSError as e:
+        raise Failure(f"{what}: {e.strerror or e}; mend that, and start the same command again") from e
+
+
 def refuse_lfs_pointer(file: Any) -> None:
     """Raises UserError where a file, a `Path`, is what Git leaves for a large file that was not downloaded."""
     with file.open("rb") as f:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ from flax_mlm.evaluation import metrics
 from flax_mlm.storage.gcs import AnyPath
 from flax_mlm.storage.lease import Lease
 from flax_mlm.training.budget import Budget
-from flax_mlm.training.metrics import Throughput, Writers, train_line
+from flax_mlm.training.metrics import Column, Throughput, Writers, fit, train_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,11 @@ class RunContext:
 
 
 class Logger:
-    """Counts tokens, FLOPs and seconds, and writes them with the metrics. Only process 0 has `writers`."""
+    """Counts tokens, FLOPs and seconds, and writes them with the metrics. Only process 0 has `writers`.
+
+    Attributes:
+      last: metrics of the last train line.
+    """
 
     def __init__(self, context: RunContext, writers: Writers | None, progress: float, totals: dict[str, float]):
         """Starts the clock.
@@ -52,6 +58,7 @@ class Logger:
           totals: tokens_seen and train_seconds of that fraction; empty for a new run.
         """
         self._context, self.writers = context, writers
+        self.last: dict[str, float] = {}
         self.speed = Throughput(progress, chips.peak_flops(context.mesh.devices.flat[:]), totals)
 
     @contextlib.contextmanager
@@ -68,15 +75,16 @@ class Logger:
         if self.writers and (step % context.config.train.log_every == 0 or is_over(context.phases, step, progress)):
             line = {name: value for name, value in values.items() if name != "stop"} | {"rows": cursor.row}
             line |= self.speed.report(progress) | _epochs(cursor, context.mixtures[phase])
-            self._write(step, "train", progress, train_line(line), line)
+            self.last = line
+            self._write(step, "train", progress, train_columns(line), line)
 
     def validation(self, step: int, progress: float, result: dict[str, float]) -> None:
         """Writes the held-out metrics, and the time used of a budget."""
-        losses = "".join(f"  {name} {result[f'loss/{name}']:.4f}" for name in metrics.corpus_names(result))
-        summary = f"validation loss {result['loss']:.4f}  accuracy {result['accuracy']:.4f}{losses}"
+        losses = [f"{name} {result[f'loss/{name}']:.4f}" for name in metrics.corpus_names(result)]
+        summary = [f"validation loss {result['loss']:.4f}", f"accuracy {result['accuracy']:.4f}", *losses]
         budget = self._context.budget
         used = {"budget_seconds": budget.used()} if budget else {}
-        self._write(step, "validation", progress, summary, result | self.speed.totals() | used)
+        self._write(step, "validation", progress, [(0, text) for text in summary], result | self.speed.totals() | used)
         if self.writers:
             self.writers.flush()
 
@@ -84,15 +92,22 @@ class Logger:
         """Writes the ranks of the clozes' answers; `table`, Markdown, goes to TensorBoard."""
         numbers = {name: x for name, x in result.items() if name != "answers"}
         summary = f"clozes  top1 {result['top1']:.2f}  top5 {result['top5']:.2f}"
-        self._write(step, "cloze", progress, summary, numbers, table)
+        self._write(step, "cloze", progress, [(0, summary)], numbers, table)
 
-    def _write(self, step: int, kind: str, progress: float, line: str, values: dict[str, Any], text: str = "") -> None:
-        """Prints `step N/TOTAL` and a line; the total of a run with a budget is extrapolated."""
+    def _write(
+        self, step: int, kind: str, progress: float, columns: list[Column], values: dict[str, Any], text: str = ""
+    ) -> None:
+        """Prints a line, of the columns for which a terminal has room, and writes the values."""
         if self.writers:
-            train = self._context.phases[-1].config.train
-            total = f"~{max(step, round(step / max(progress, 1e-9)))}" if train.budget_minutes else f"{train.steps}"
-            print(f"step {step}/{total}  {line}", flush=True)
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            print(fit([(0, f"step {self.position(step, progress)}"), *columns], width), flush=True)
             self.writers.write(step, kind, values, text)
+
+    def position(self, step: int, progress: float) -> str:
+        """Formats a step and the run's total, which is extrapolated for a run with a budget."""
+        train = self._context.phases[-1].config.train
+        total = f"~{max(step, round(step / max(progress, 1e-9)))}" if train.budget_minutes else f"{train.steps}"
+        return f"{step}/{total}"
 
 
 def _epochs(cursor: DataCursor, mixture: Mixture) -> dict[str, float]:

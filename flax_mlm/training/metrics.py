@@ -3,14 +3,17 @@
 import contextlib
 import datetime
 import hashlib
+import io
 import json
 import math
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flax_mlm.config.schema import Config
+from flax_mlm.errors import as_failure
 from flax_mlm.storage import files, gcs, mirror
 
 _METRICS = "metrics.jsonl"
@@ -79,30 +82,42 @@ class Throughput:
         return rates | self._before
 
 
-def train_line(m: dict[str, float]) -> str:
-    """Formats the metrics of a step as one greppable line."""
+Column = tuple[int, str]  # its rank, 0 for what is never left out, and its text
+
+
+def train_columns(m: dict[str, float]) -> list[Column]:
+    """Formats the metrics of a step as the columns of one greppable line."""
     columns = [
-        f"loss {m['loss']:.4f}",
-        f"accuracy {m['accuracy']:.4f}",
-        f"lr {m['learning_rate']:.2e}",
-        f"grad_norm {m['grad_norm']:.3f}",
-        f"tokens/s {m['tokens_per_second']:,.0f}",
-        f"mfu {m['mfu']:.1%}" if "mfu" in m else "mfu unknown",
-        f"data_wait {m['data_wait']:.1%}",
-        *(f"{name} {value:.2f}" for name, value in m.items() if name.startswith("epochs/")),
-        f"eta {datetime.timedelta(seconds=round(m['eta_seconds']))}",
+        (0, f"loss {m['loss']:.4f}"),
+        (4, f"accuracy {m['accuracy']:.4f}"),
+        (3, f"lr {m['learning_rate']:.2e}"),
+        (6, f"grad_norm {m['grad_norm']:.3f}"),
+        (1, f"tokens/s {m['tokens_per_second']:,.0f}"),
+        *((5, f"mfu {m['mfu']:.1%}") for _ in range("mfu" in m)),
+        (7, f"data_wait {m['data_wait']:.1%}"),
+        *((8, f"{name} {value:.2f}") for name, value in m.items() if name.startswith("epochs/")),
+        (2, f"eta {datetime.timedelta(seconds=round(m['eta_seconds']))}"),
     ]
     if "generator_loss" in m:
-        columns[1:1] = [f"generator {m['generator_loss']:.4f}", f"discriminator {m['discriminator_loss']:.4f}"]
-    return "  ".join(columns + ([f"skipped {m['skipped']:.0f}"] if m["skipped"] else []))
+        parts = f"generator {m['generator_loss']:.4f}", f"discriminator {m['discriminator_loss']:.4f}"
+        columns[1:1] = [(5, part) for part in parts]
+    return columns + ([(0, f"skipped {m['skipped']:.0f}")] if m["skipped"] else [])
+
+
+def fit(columns: Sequence[Column], width: int | None = None) -> str:
+    """Joins columns to a line of at most `width` characters, if that is given, by leaving out those of high rank."""
+    kept = list(columns)
+    while width and len("  ".join(text for _, text in kept)) > width and (last := max(kept))[0] > 0:
+        kept.remove(last)
+    return "  ".join(text for _, text in kept)
 
 
 def lines(workdir: Path, kind: str = "") -> list[dict[str, Any]]:
-    """Reads the lines of metrics.jsonl in a local workdir: those of one kind (train, validation, cloze), or all. An
-    incomplete line, left by a kill, is skipped."""
+    """Reads the lines of metrics.jsonl in a local workdir: those of one kind (train, validation, cloze), or all. A
+    damaged line, or an incomplete one that a kill has left, is skipped."""
     file, entries = workdir / _METRICS, []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+    for line in file.read_bytes().split(b"\n") if file.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             entry = json.loads(line)
             if entry["step"] >= 0 and kind in ("", entry["kind"]):
                 entries.append(entry)
@@ -110,9 +125,9 @@ def lines(workdir: Path, kind: str = "") -> list[dict[str, Any]]:
 
 
 def _json_line(entry: Mapping[str, Any]) -> str:
-    """Formats a line of metrics.jsonl; NaN and infinity, of a step that was skipped, are no JSON and become null."""
-    finite = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in entry.items()}
-    return json.dumps(finite) + "\n"
+    """Formats a line of metrics.jsonl. NaN and infinity are no JSON: they become null, and `not_finite` names them."""
+    words = {name: str(x) for name, x in entry.items() if isinstance(x, float) and not math.isfinite(x)}
+    return json.dumps({**entry, **dict.fromkeys(words), **({"not_finite": words} if words else {})}) + "\n"
 
 
 class Writers:
@@ -127,19 +142,15 @@ class Writers:
         if self._mirror:
             self._mirror.fetch(_METRICS)
         self._folder = self._mirror.folder if self._mirror else Path(workdir)
-        file = self._folder / _METRICS
-        written = lines(self._folder)
-        kept = [m for m in written if m["step"] < start_step or (m["step"], m["kind"]) == (start_step, "train")]
-        text = "".join(map(_json_line, kept))
-        if file.exists() and file.read_text() != text:
-            files.write_text(file, text)
-        self._file, self._unwritten = file.open("ab", buffering=0), b""
+        self._unwritten = b""
+        with as_failure(f"{workdir / _METRICS} cannot be rewritten"):
+            self._file = self._trimmed(start_step)
         self._tensorboard = self._wandb = None
         if config.log.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            # With a bounded queue, writing blocks for ever once the thread that empties it has met a full disk.
-            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1, max_queue=0)
+            try:
+                self._tensorboard = self._open_tensorboard(workdir / "tensorboard", start_step)
+            except OSError as e:
+                print(f"WARNING: TensorBoard is off: its files cannot be written: {e.strerror}", flush=True)
         if config.log.wandb_project:
             try:
                 import wandb
@@ -149,6 +160,34 @@ class Writers:
                 self._wandb = wandb.init(project=config.log.wandb_project, **settings)
             except Exception as e:  # a missing package, account or network never stops a run
                 print(f"Weights & Biases is off: {type(e).__name__}: {e}")
+
+    def _trimmed(self, start_step: int) -> io.FileIO:
+        """Drops the lines of steps after `start_step`, and those that are damaged; opens the file to append to it."""
+        file = self._folder / _METRICS
+        written = lines(self._folder)
+        kept = [m for m in written if m["step"] < start_step or (m["step"], m["kind"]) == (start_step, "train")]
+        text = "".join(map(_json_line, kept))
+        if file.exists() and file.read_bytes() != text.encode():
+            files.write_text(file, text)
+        return file.open("ab", buffering=0)
+
+    def _open_tensorboard(self, existing: gcs.AnyPath, start_step: int) -> Any:
+        """Opens an event file whose name differs from those of earlier starts and follows them in the alphabet: that is
+        the order in which TensorBoard reads, and a later file replaces the steps that it repeats."""
+        from tensorboardX import SummaryWriter
+
+        names = [path.name for path in existing.iterdir()] if existing.is_dir() else []
+        matches = [match for name in names if (match := re.search(r"tfevents\.(\d+)\..*?(?:\.start(\d+))?$", name))]
+        start = 1 + max((int(match[2] or 0) for match in matches), default=0)
+        newest = max((int(match[1]) for match in matches), default=0)
+        folder = self._folder / "tensorboard"
+        # With a bounded queue, writing blocks for ever once the thread that empties it has met a full disk.
+        options = {"purge_step": start_step + 1, "max_queue": 0, "filename_suffix": f".start{start}"}
+        writer = SummaryWriter(str(folder), **options)
+        (file,) = folder.glob(f"*.start{start}")
+        if (began := int(file.name.split(".")[3])) <= newest:  # within a second, or the clock has gone back
+            file.rename(file.with_name(file.name.replace(f".{began}.", f".{newest + 1}.", 1)))
+        return writer
 
     def flush(self) -> None:
         """Copies the files of a workdir in a bucket there: metrics.jsonl before this returns, the others soon. Called

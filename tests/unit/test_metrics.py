@@ -13,6 +13,7 @@ import pytest
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
 from flax_mlm.configs import base, bert_base
+from flax_mlm.errors import Failure
 from flax_mlm.model import flops
 from flax_mlm.training import metrics
 
@@ -43,7 +44,76 @@ def test_a_loss_that_is_no_number_is_null(tmp_path):
     writers.write(1, "train", {"loss": float("nan"), "grad_norm": float("inf"), "skipped": 1.0})
     writers.close()
     expected = {"step": 1, "kind": "train", "loss": None, "grad_norm": None, "skipped": 1.0}
+    expected["not_finite"] = {"loss": "nan", "grad_norm": "inf"}
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == expected
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\xff\xfe\n",
+        b'{"step": 4, "kind": "train", "loss": "\xe9"}\n',
+        b"\x00" * 4096,
+        b"[" * 10_000 + b"\n",
+        b"null\n\r\n",
+    ],
+)
+def test_damaged_lines_are_dropped_and_the_others_kept(tmp_path, damage):
+    good = '{"step": 1, "kind": "train", "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good.encode() + damage)
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=False), 5)
+    writers.write(6, "train", {"loss": 2.0})
+    writers.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == good + good.replace("1", "6", 1).replace("1.0", "2.0")
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": NaN}')
+    writers = metrics.Writers(tmp_path, with_log(tensorboard=False), 5)
+    writers.write(6, "train", {"loss": 2.0})
+    writers.close()
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first) == {"step": 1, "kind": "train", "loss": None, "not_finite": {"loss": "nan"}}
+    assert json.loads(second) == {"step": 6, "kind": "train", "loss": 2.0}
+
+
+def test_a_file_that_cannot_be_trimmed_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9, "kind": "train", "loss": 1.0}')
+    (tmp_path / "metrics.jsonl.tmp").mkdir()
+    with pytest.raises(Failure, match=r"metrics\.jsonl cannot be rewritten: Is a directory"):
+        metrics.Writers(tmp_path, with_log(tensorboard=False), 5)
+
+
+def scalars(folder) -> dict[int, float]:
+    """Steps and losses as TensorBoard shows them: files in the order of their names, each from its first step on."""
+    from tensorflow.compat.v1.train import summary_iterator
+
+    shown: dict[int, float] = {}
+    for file in sorted((folder / "tensorboard").iterdir()):
+        for event in summary_iterator(str(file)):
+            if event.session_log.status == event.session_log.START:
+                shown = {step: loss for step, loss in shown.items() if step < event.step}
+            shown |= dict((event.step, value.simple_value) for value in event.summary.value)
+    return shown
+
+
+@pytest.mark.parametrize("later", [0, -3600, 3600])
+def test_tensorboard_shows_what_the_last_start_wrote(tmp_path, monkeypatch, later):
+    for start, (first, now) in enumerate([(0, 1.7e9), (2, 1.7e9 + later), (3, 1.7e9 + later)]):
+        with monkeypatch.context() as clock:
+            clock.setattr(time, "time", lambda now=now: now)
+            writers = metrics.Writers(tmp_path, with_log(tensorboard=True), first)
+            for step in range(first + 1, 6):
+                writers.write(step, "train", {"loss": float(start)})
+            writers.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 3
+    assert scalars(tmp_path) == {1: 0.0, 2: 0.0, 3: 1.0, 4: 2.0, 5: 2.0}
+
+
+def test_a_tensorboard_folder_that_cannot_be_made_is_only_said(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("")
+    metrics.Writers(tmp_path, with_log(tensorboard=True), 0).close()
+    assert "WARNING: TensorBoard is off" in capsys.readouterr().out
 
 
 def steps_in(folder) -> list[tuple[int, str]]:
@@ -171,11 +241,31 @@ def test_totals_go_on_where_they_were_saved_without_the_pauses(monkeypatch):
     assert speed.report(0.12)["tokens_per_second"] == pytest.approx(100 / 9)
 
 
+VALUES = dict(loss=1.5, accuracy=0.25, learning_rate=1e-3, grad_norm=0.5, skipped=0.0, data_wait=0.01)
+
+
 def test_the_line_can_be_grepped():
-    values = dict(loss=1.5, accuracy=0.25, learning_rate=1e-3, grad_norm=0.5, skipped=0.0)
-    line = metrics.train_line({**values, "tokens_per_second": 1234.5, "data_wait": 0.01, "eta_seconds": 3661})
+    columns = metrics.train_columns({**VALUES, "tokens_per_second": 1234.5, "eta_seconds": 3661})
+    line = metrics.fit(columns)
     assert "\n" not in line
-    assert re.search(r"^loss 1\.5000  accuracy 0\.2500 .* tokens/s 1,234  mfu unknown .* eta 1:01:01$", line)
-    assert metrics.train_line(
-        {**values, "skipped": 2.0, "tokens_per_second": 1, "data_wait": 0, "eta_seconds": 1, "mfu": 0.5}
-    ).endswith("mfu 50.0%  data_wait 0.0%  eta 0:00:01  skipped 2")
+    assert re.search(r"^loss 1\.5000  accuracy 0\.2500 .* tokens/s 1,234  data_wait .* eta 1:01:01$", line)
+    more = {"skipped": 2.0, "tokens_per_second": 1, "eta_seconds": 1, "mfu": 0.5}
+    line = metrics.fit(metrics.train_columns({**VALUES, **more}))
+    assert line.endswith("mfu 50.0%  data_wait 1.0%  eta 0:00:01  skipped 2")
+
+
+LONG = {
+    **VALUES, "skipped": 10.0, "tokens_per_second": 12_345_678.9, "eta_seconds": 1e7, "mfu": 0.5,
+    "generator_loss": 1.0, "discriminator_loss": 2.0, "epochs/wiki": 0.1, "epochs/books": 0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [200, 132, 100, 80, 60, 40])
+@pytest.mark.parametrize("step", ["1/9", "1000000/2000000"])
+def test_columns_are_left_out_until_a_line_fits(width, step):
+    kept = metrics.fit([(0, f"step {step}"), *metrics.train_columns(LONG)], width)
+    assert len(kept) <= max(width, len(f"step {step}  loss 1.5000  skipped 10"))
+    assert kept.startswith(f"step {step}  ")
+    assert "loss 1.5000" in kept
+    assert kept.endswith("skipped 10")
+    assert ("tokens/s 12,345,679" in kept) == (width >= 80 or (len(step) < 5 and width >= 60))
