@@ -118,13 +118,14 @@ def result_of(task: str, arguments: list[str], name: str, path: str, sha256: str
     """Reads the result of an earlier evaluation of a checkpoint, or evaluates it.
 
     Raises:
-      UserError: evaluate ended with a user error, `output` cannot be written, or the file holds no result.
+      UserError: evaluate ended with a user error, or `output` cannot be written.
       Failure: evaluate failed.
     """
     print(f"{task}: {name}", flush=True)
     key = files.digest([path, sha256, *arguments, *files_in(arguments)])[:12]
     file = output / "results" / f"{task}-{name}-{key}.json"
-    if not file.exists():
+    result = files.read_result(file)
+    if result is None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -135,10 +136,8 @@ def result_of(task: str, arguments: list[str], name: str, path: str, sha256: str
             message = (done.stderr.strip().splitlines() or ["no output"])[-1]
             error = UserError if done.returncode == 2 else Failure
             raise error(f"{task} of {name}: {message.removeprefix('error: ')}")
-    try:
-        return files.read_json(file)
-    except UserError as e:
-        raise UserError(f"{task} of {name}: {e}; delete the file to evaluate again") from e
+        result = files.read_json(file)
+    return result
 
 
 def files_in(arguments: list[str]) -> list[tuple[str, int, int]]:

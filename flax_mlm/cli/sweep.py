@@ -8,7 +8,6 @@ settings. Values that contain , ; or & are written in double quotes:
 
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -114,10 +113,11 @@ class Run(NamedTuple):
 
     def result(self) -> dict[str, Any] | None:
         """Reads the last evaluation; None for a run that is not finished, or whose loss is infinite or NaN."""
-        file, last = self.workdir / "result.json", self.curve()[-1:]
-        if not last or not file.exists() or json.loads(file.read_text())["loss"] != last[0]["loss"]:
+        result, last = files.read_result(self.workdir / "result.json"), self.curve()[-1:]
+        if not result or not last or result.get("loss") != last[0].get("loss"):
             return None
-        return last[0] if math.isfinite(last[0]["loss"]) else None
+        loss = last[0].get("loss")
+        return last[0] if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def make_run(base: list[str], setting: Setting, seed: int, workdir: Path) -> Run:

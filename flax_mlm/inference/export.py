@@ -17,7 +17,7 @@ from flax_mlm.errors import UserError
 from flax_mlm.hf import folder, model_card, sentence_transformers, tokenizer_json, weights
 from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.model import electra, heads
-from flax_mlm.storage import gcs
+from flax_mlm.storage import files, gcs
 
 
 def export(
@@ -83,8 +83,8 @@ def _files(model: LoadedModel, config_file: dict[str, Any]) -> dict[str, bytes]:
     if "fine_tuned" in model.meta or came_as_one:
         length = min(config.finetune.max_length, model.max_length)
         contents |= sentence_transformers.files(config.finetune, length, m.hidden_size)
-    files = {name: f"{json.dumps(x, indent=2, ensure_ascii=False)}\n".encode() for name, x in contents.items()}
-    return {**files, "tokenizer.json": tokenizer_json.content(tokenizer, min(1, max(0, m.type_vocab_size - 1)))}
+    texts = {name: f"{json.dumps(x, indent=2, ensure_ascii=False)}\n".encode() for name, x in contents.items()}
+    return {**texts, "tokenizer.json": tokenizer_json.content(tokenizer, min(1, max(0, m.type_vocab_size - 1)))}
 
 
 def _write(output: Path, files: dict[str, bytes], tensors: dict[str, Any]) -> None:
@@ -114,6 +114,6 @@ def _result(path: str, step: int) -> dict[str, float] | None:
         file = checkpoint.parent.parent / "result.json"
         with gcs.errors(checkpoint):
             # A run that continues deletes the file, so it belongs to the last step.
-            if saved_steps(file.parent)[-1:] == [step] and file.exists():
-                return json.loads(file.read_text())
+            if saved_steps(file.parent)[-1:] == [step]:
+                return files.read_result(file)
     return None

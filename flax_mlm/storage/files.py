@@ -100,3 +100,16 @@ def read_json(file: Path) -> Any:
 
     with as_user_error(f"{file} is not JSON of finite numbers: ", ValueError):
         return json.loads(read_text(file), parse_constant=finite, parse_float=finite)
+
+
+def read_result(file: gcs.AnyPath) -> dict[str, Any] | None:
+    """Reads the JSON object of a result that can be made again; None: there is none, or what is there is damaged."""
+
+    def refuse(text: str) -> None:
+        raise ValueError(text)
+
+    try:
+        value = json.loads(file.read_bytes(), parse_constant=refuse) if file.exists() else None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and value else None

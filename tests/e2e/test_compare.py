@@ -48,6 +48,11 @@ def test_the_command(toy, trained_run, causal_run, tmp_path):
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
+    next((tmp_path / "out/results").glob("mlm-old-*")).write_text('{"loss": 3.')
+    again = toy.run("compare", *line)
+    assert again.returncode == 0, again.stderr
+    assert text in again.stdout, "half a result is made again"
+
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/results").iterdir()}
     again = toy.run("compare", *line)
     assert again.returncode == 0

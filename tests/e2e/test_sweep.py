@@ -337,6 +337,19 @@ def test_a_run_whose_loss_is_no_number_is_not_finished(tmp_path, loss):
     assert pretend(tmp_path, {"optimizer.beta1": 0.9}, 0, {20: loss}).result() is None
 
 
+@pytest.mark.parametrize("content", ["", "{", "[3.0]", "null", '{"accuracy": 0.5}', '{"loss": NaN}', "\0" * 9])
+def test_a_damaged_result_counts_as_missing(tmp_path, content):
+    run = pretend(tmp_path, {"optimizer.beta1": 0.9}, 0, {20: 3.0})
+    (run.workdir / "result.json").write_text(content)
+    assert run.result() is None
+
+
+def test_a_line_without_a_loss_is_no_result(tmp_path):
+    run = pretend(tmp_path, {"optimizer.beta1": 0.9}, 0, {20: 3.0})
+    (run.workdir / "metrics.jsonl").write_text('{"step": 20, "kind": "validation", "loss": null}\n')
+    assert run.result() is None
+
+
 @pytest.mark.parametrize(
     ("setting", "entropy", "compares"),
     [
