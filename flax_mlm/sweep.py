@@ -76,7 +76,7 @@ def lock_folder(folder: Path) -> int:
 
 
 class Trainer:
-    """Runs `train` in a subprocess and passes SIGTERM and SIGINT on to it: it saves, and exits with 75.
+    """Runs `train` in a subprocess and passes SIGTERM, SIGINT and SIGHUP on to it: it saves, and exits with 75.
 
     Attributes:
       stopped: True after such a signal.
@@ -86,8 +86,9 @@ class Trainer:
         """Handles the signals; runs inherit the descriptor `lock`."""
         self.stopped, self._lock = False, lock
         self._process: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._stop)
 
     def _stop(self, number: int, _: Any) -> None:
         self.stopped = True
@@ -154,4 +155,4 @@ def failure_reason(workdir: Path, code: int) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, prints_log=True)

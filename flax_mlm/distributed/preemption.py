@@ -1,4 +1,4 @@
-"""Signals that stop a run: SIGTERM (a preemption) and SIGINT (Ctrl-C)."""
+"""Signals that stop a run: SIGTERM (a preemption), SIGINT (Ctrl-C) and SIGHUP (its terminal is gone)."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from typing import NoReturn, Self
 
 from flax_mlm.errors import PREEMPTED
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -24,12 +24,13 @@ def leave(reason: str) -> NoReturn:
 
 
 class Stop:
-    """Handles SIGTERM and SIGINT inside a `with` block, and restores the previous handlers after it.
+    """Handles SIGTERM, SIGINT and SIGHUP inside a `with` block, and restores the previous handlers after it.
 
     Between `hold` and `release` the first signal only sets `requested`, so that the caller can save and return.
-    Outside that interval it ends the process at once. A second signal always ends the process at once. Python allows
-    signal handlers only in the main thread: in any other thread the block changes nothing, and the program that owns
-    the main thread may set `requested`.
+    Outside that interval it ends the process at once. A second SIGTERM or SIGINT always ends the process at once;
+    SIGHUP counts for neither, since terminals, shells and service managers send it several times, or with a SIGTERM.
+    Where it is ignored (nohup), it stays so. Python allows signal handlers only in the main thread: in any other thread
+    the block changes nothing, and the program that owns the main thread may set `requested`.
 
     Attributes:
       requested: true after the first signal.
@@ -39,7 +40,7 @@ class Stop:
     def __init__(self) -> None:
         self.requested = False
         self.leave: Callable[[str], None] = leave
-        self._has_unsaved_work = False
+        self._has_unsaved_work, self._is_saved, self._is_warned = False, False, False
 
     def __enter__(self) -> Self:
         self._handles = threading.current_thread() is threading.main_thread()
@@ -48,7 +49,9 @@ class Stop:
             # writes the signal's number to this socket at once, and a thread reads it.
             read, self._write = socket.socketpair()
             self._write.setblocking(False)
-            self._previous = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+            ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+            handled = [number for number in _SIGNALS if number not in ignored]
+            self._previous = {number: signal.signal(number, lambda *_: None) for number in handled}
             self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True)
             self._thread.start()
@@ -69,13 +72,15 @@ class Stop:
                     self._handle(number[0])
 
     def _handle(self, number: int) -> None:
-        name = signal.Signals(number).name
-        if self.requested:
+        name, is_hangup = signal.Signals(number).name, number == signal.SIGHUP
+        if self._is_warned and not is_hangup:
             os._exit(128 + number)
-        self.requested = True
+        is_first, self.requested = not self.requested, True
+        self._is_warned = self._is_warned or not is_hangup
         if not self._has_unsaved_work:
-            self.leave(f"{name}: there is nothing to save")
-        print(f"{name}: saving, then leaving; a second one leaves at once", file=sys.stderr, flush=True)
+            self.leave(f"{name}: {'the last step is saved' if self._is_saved else 'there is nothing to save'}")
+        if is_first:
+            print(f"{name}: saving, then leaving; a second one leaves at once", file=sys.stderr, flush=True)
 
     def hold(self) -> None:
         """Starts the interval in which a signal must not end the process before a save."""
@@ -83,6 +88,6 @@ class Stop:
 
     def release(self) -> None:
         """Ends the interval that `hold` started: all work is saved."""
-        self._has_unsaved_work = False
+        self._has_unsaved_work, self._is_saved = False, True
         if self.requested:
             self.leave("stopped by a signal; the last step is saved")
