@@ -86,4 +86,4 @@ def _write_parquet(file: Any, table: Any, vectors_ND: Any) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, from_checkpoint=True)
+    app.run(main, from_checkpoint=True, prints_log=True)

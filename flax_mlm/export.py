@@ -46,4 +46,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, from_checkpoint=True)
+    app.run(main, from_checkpoint=True, prints_log=True)

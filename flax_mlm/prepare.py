@@ -21,4 +21,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, prints_log=True)

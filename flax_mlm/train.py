@@ -6,23 +6,20 @@ The same line starts a run, continues one that was interrupted, and reports a fi
 """
 
 import contextlib
-import json
 import os
-import sys
 import time
 from pathlib import Path
 
 from absl import flags
-from rich.progress import Progress
 
 from flax_mlm.checkpoint import store
-from flax_mlm.cli import app, console
+from flax_mlm.cli import app, console, output
 from flax_mlm.config import phases
 from flax_mlm.config.load import flatten
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import environment, preemption, processes
 from flax_mlm.distributed.cluster import ClusterConfig
-from flax_mlm.errors import PREEMPTED, Preempted
+from flax_mlm.errors import PREEMPTED, Preempted, as_failure
 from flax_mlm.storage import files, gcs
 
 
@@ -46,10 +43,21 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
     workdir = gcs.parse("--workdir", str(workdir)) or Path(workdir).expanduser().absolute()
     store.check_name("--workdir", workdir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(output.guarded())
         stop = stack.enter_context(preemption.Stop())
         environment.prepare(config.train.batch_groups if config.train.reproducible else 0)
 
         import jax  # heavy imports wait until the config is known to be right
+
+        identity = {"jax": jax.__version__, **flatten(config.to_dict())}
+        group = stack.enter_context(processes.join(cluster or ClusterConfig(), identity, config.train.stall_timeout))
+        stop.leave = lambda reason: group.leave(PREEMPTED, reason)
+        is_main, log = group.index == 0, console.log if group.index == 0 else lambda *_: None
+        status = console.RunStatus(group)
+        screen = output.Status(status.line)
+        if is_main:
+            stack.enter_context(screen)
+        log(console.recipe(config, workdir))
 
         from flax_mlm.data import mixture
         from flax_mlm.distributed.mesh import check_batch, make_mesh
@@ -58,11 +66,6 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         from flax_mlm.training.budget import Budget
         from flax_mlm.training.logging import RunContext
         from flax_mlm.training.metrics import Writers
-
-        identity = {"jax": jax.__version__, **flatten(config.to_dict())}
-        group = stack.enter_context(processes.join(cluster or ClusterConfig(), identity, config.train.stall_timeout))
-        stop.leave = lambda reason: group.leave(PREEMPTED, reason)
-        is_main, log = group.index == 0, print if group.index == 0 else lambda *_: None
 
         # The devices of all processes.
         run_phases = phases.parse_phases(config)
@@ -73,6 +76,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         if config.train.reproducible:
             check_batch("train.batch_groups", config.train.batch_groups, mesh)
         stack.enter_context(jax.set_mesh(mesh))
+        log(console.devices(mesh))
 
         # The workdir, to which process 0 alone writes.
         stack.enter_context(gcs.errors(workdir))
@@ -92,6 +96,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         group.check_same("--workdir", holder(workdir))
         tokens_per_row = [m.tokens_per_row for m in mixtures]
         run_phases = phases.with_corpora(run_phases, [m.seq_len for m in mixtures], tokens_per_row)
+        log(console.data(run_phases, mixtures))
         if is_main:
             run_config.take(workdir, config)
             if config.train.budget_minutes:
@@ -101,21 +106,22 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         # Model and optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.
         run = loop.Run(RunContext(config, workdir, run_phases, mixtures, mesh, group, stop, log, lease, budget))
         result_file = workdir / "result.json"
-        if run.is_over and result_file.exists():
-            result = json.loads(result_file.read_text())
+        if run.is_over and (result := files.read_result(result_file)):
             if is_main:
                 print(f"this run is finished: {run.step} steps are done")
                 console.summary(workdir, run.model(), result)
             return result
-        memory, writers = run.compile(), None
+        log(console.model(run_phases[0].config, mixtures[0].seq_len, run.training_of[0]))
+        log("compiling   the train step")
+        if memory := run.compile():
+            log(console.memory(memory))
+        writers = None
         if is_main:
             result_file.unlink(missing_ok=True)
-            console.banner(run_phases, mixtures, mesh, run.training_of[0], memory)
             writers = Writers(workdir, config, run.step)
             stack.callback(writers.close)
         run.begin(writers)
-        progress_bar = stack.enter_context(Progress(disable=not (is_main and sys.stdout.isatty())))
-        bar = progress_bar.add_task("training", total=1.0)
+        status.run = run
 
         # Training.
         stop.hold()
@@ -129,7 +135,6 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
                     run.start_phase()
                 run.calibrate_budget()
                 run.make_step()
-                progress_bar.update(bar, completed=run.progress)
                 if run.save_is_due:
                     run.save(is_last=run.is_over)
         except preemption.Stopped:
@@ -141,12 +146,14 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
             run.save(is_last=True)
             raise
         stop.release()
+        screen.draw()
         run.close()
 
         # The result.
         result = run.evaluate()
         if is_main:
-            files.write_json(result_file, result)
+            with as_failure(f"{result_file} cannot be written"):
+                files.write_json(result_file, result)
             console.summary(workdir, run.model(), result)
     return result
 
@@ -162,4 +169,4 @@ if __name__ == "__main__":
         workdir = app.required("workdir", "name a folder for the run, such as --workdir=runs/first")
         train(config, workdir, cluster.from_flags())
 
-    app.run(main)
+    app.run(main, prints_log=True)

@@ -6,6 +6,8 @@ Exit codes: 0 success, 1 failure, 2 user error (one line, no traceback), 75 stop
 the same command again).
 """
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from flax_mlm.cli import output
 from flax_mlm.config.knobs import knob, parse, spell
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
@@ -31,7 +34,12 @@ _CONFIGS = {file.stem: file for file in sorted(Path(base.__file__).parent.glob("
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
 
 
-def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, positional: str = "") -> None:
+def run(
+    main: Callable[[Config], int | None],
+    from_checkpoint: bool = False,
+    positional: str = "",
+    prints_log: bool = False,
+) -> None:
     """Parses the command line, builds the config, calls `main` and exits with its code.
 
     Args:
@@ -39,7 +47,19 @@ def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, pos
       from_checkpoint: the config comes from the checkpoint or Hugging Face folder of `--checkpoint`, otherwise from
         `--config` (default: quickstart). `--config.section.field=value` overrides either.
       positional: the flag that a bare argument is the value of.
+      prints_log: what the command makes is in files, and it succeeds although stdout cannot be written; otherwise it
+        exits with 1 then.
     """
+    with output.guarded(prints_log):
+        code = _run(main, from_checkpoint, positional)
+        if (error := output.loss()) and not prints_log:
+            if error.errno != errno.EPIPE:  # else the reader (head, grep -q) has exited
+                print(f"stopped: stdout cannot be written: {error.strerror}", file=sys.stderr)
+            code = code or 1
+    sys.exit(code)
+
+
+def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional: str) -> int:
     environment.prepare_paths()
     flags.DEFINE_bool("print_config", False, "print the resolved config as JSON and exit", module_name=sys.argv[0])
     if from_checkpoint:
@@ -47,25 +67,22 @@ def run(main: Callable[[Config], int | None], from_checkpoint: bool = False, pos
         flags.DEFINE_string("checkpoint", "", source, module_name=sys.argv[0])
     try:
         if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(sys.argv):
-            _help(from_checkpoint)
+            return _help(from_checkpoint)
         config = _parse(sys.argv, from_checkpoint, positional)
         if flags.FLAGS.print_config:
             print(json.dumps(config.to_dict(), indent=2))
-            sys.exit(0)
+            return 0
         environment.prepare(config.train.batch_groups if config.train.reproducible else 0)
-        sys.exit(main(config) or 0)
+        return main(config) or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except Failure as e:
         print(f"stopped: {e}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # a failed thread may be stuck, and must not delay the exit
     except Preempted:  # train has printed the line on process 0
-        sys.exit(PREEMPTED)
-    except BrokenPipeError:  # the reader of the output (head, grep -q) has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return PREEMPTED
 
 
 def required(flag: str, hint: str) -> str:
@@ -101,15 +118,14 @@ def _parse(argv: list[str], from_checkpoint: bool, positional: str) -> Config:
     return config
 
 
-def _help(from_checkpoint: bool) -> None:
-    """Prints the command's flags and exits."""
+def _help(from_checkpoint: bool) -> int:
+    """Prints the command's flags. Returns the exit code."""
     source = "" if from_checkpoint else f"{', '.join(_CONFIGS)}, or a file; default: quickstart; "
     meaning = f"{source}--config.section.field=value sets a field; --print_config lists them"
     flags.DEFINE_string("config", "", meaning, module_name=sys.argv[0])
-    try:
+    with contextlib.suppress(SystemExit):  # absl exits with 1
         app.run(lambda _: None)
-    except SystemExit:  # absl exits with 1
-        sys.exit(0)
+    return 0
 
 
 def _split(argv: list[str], source_flag: str = "--config") -> tuple[str | None, dict[str, Any], list[str]]:

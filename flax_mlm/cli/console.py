@@ -1,14 +1,22 @@
 """The lines that a run prints at its start and its end."""
 
 import contextlib
+import datetime
+import math
+import shlex
 import sys
+import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from flax_mlm.config.phases import Phase
+from flax_mlm.config.schema import Config
+from flax_mlm.distributed.processes import ProcessGroup
 from flax_mlm.errors import UserError
 from flax_mlm.storage import gcs
+from flax_mlm.training.metrics import fit
 
 _EXAMPLES = (
     "The President of the United [MASK] spoke to Congress.",
@@ -17,46 +25,114 @@ _EXAMPLES = (
 )
 
 
-def banner(run_phases: list[Phase], mixtures: list[Any], mesh: Any, training: Any, memory: list[Any]) -> None:
-    """Prints the versions, devices, mesh, model, memory, corpora and phases of a run."""
+def log(line: str) -> None:
+    """Prints a line at once: what it names may take minutes."""
+    print(line, flush=True)
+
+
+def recipe(config: Config, workdir: gcs.AnyPath) -> str:
+    """Formats the versions and what a config says of a run: known before anything is opened or compiled."""
+    versions = "  ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
+    o, m, t, objective = config.optimizer, config.model, config.train, config.objective
+    masks = f", mask rate {objective.mask_rate:g}" * (objective.name != "clm")
+    average = f", evaluates the {o.averages} average of the weights" * (o.averages != "none")
+    start = config.init_from or "new weights"
+    return "\n".join(
+        [
+            f"python {sys.version.split()[0]}  {versions}",
+            f"workdir     {_relative(workdir)}",
+            f"recipe      {objective.name}{masks}, {t.length:g} {t.unit} of {t.global_batch_size} rows",
+            f"            {o.name}, peak learning rate {o.learning_rate:g}, schedule {o.schedule}{average}",
+            f"            {m.num_layers} layers of {m.hidden_size}, {m.num_heads} heads, {start}",
+        ]
+    )
+
+
+def devices(mesh: Any) -> str:
+    """Formats the devices and the mesh."""
     import jax
 
-    versions = "  ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
     device = mesh.devices.flat[0]
-    num_params = sum(x.size for x in jax.tree.leaves(training.abstract.params))
-    first = run_phases[0].config
-    flops = training.flops / first.train.global_batch_size / mixtures[0].seq_len
-    print(f"python {sys.version.split()[0]}  {versions}")
-    print(f"devices     {mesh.size} × {device.device_kind} ({device.platform}), {jax.process_count()} process(es)")
-    print(f"mesh        {dict(mesh.shape)}")
-    print(f"model       {num_params:,} parameters, {flops / 1e6:,.1f} MFLOPs per token")
-    if memory:
-        most = max(memory, key=lambda m: m.temp_size_in_bytes)
-        state, temporaries = most.argument_size_in_bytes / 2**20, most.temp_size_in_bytes / 2**20
-        print(f"memory      {state:,.0f} MiB of state and batch on each device, {temporaries:,.0f} MiB of temporaries")
+    what = f"{mesh.size} × {device.device_kind} ({device.platform}), {jax.process_count()} process(es)"
+    return f"devices     {what}\nmesh        {dict(mesh.shape)}"
+
+
+def data(run_phases: list[Phase], mixtures: list[Any]) -> str:
+    """Formats the corpora and the phases of a run."""
     rows = [(p.num_steps or 0) * p.config.train.global_batch_size for p in run_phases]
+    lines: list[str] = []
     for mixture in {id(mixture): mixture for mixture in mixtures}.values():  # phases may share one
-        _print_corpora(mixture, sum(n for m, n in zip(mixtures, rows, strict=True) if m is mixture))
-    length = f"{first.train.budget_minutes:g} minutes" if first.train.budget_minutes else f"{first.train.steps:,} steps"
+        lines += _corpora(mixture, sum(n for m, n in zip(mixtures, rows, strict=True) if m is mixture))
+    t = run_phases[0].config.train
+    length = f"{t.budget_minutes:g} minutes" if t.budget_minutes else f"{t.steps:,} steps"
     tokens = sum(n * m.tokens_per_row for n, m in zip(rows, mixtures, strict=True))
-    average = first.optimizer.averages
-    averaged = f" (evaluates the {average} average of the weights)" if average != "none" else ""
-    of_rows = f" of {first.train.global_batch_size} rows" + f" = {tokens:,.0f} tokens" * bool(tokens)
-    print(f"run         {first.objective.name}, {length}{of_rows}, {first.optimizer.name}{averaged}")
+    lines.append(f"run         {length} of {t.global_batch_size} rows" + f" = {tokens:,.0f} tokens" * bool(tokens))
     for phase in filter(lambda phase: phase.changes, run_phases):
         at = f"step {phase.first_step:,} ({phase.begin:.0%})" if phase.num_steps else f"{phase.begin:.0%}"
-        print(f"            from {at} on {phase.changes}")
-    sys.stdout.flush()
+        lines.append(f"            from {at} on {phase.changes}")
+    return "\n".join(lines)
 
 
-def _print_corpora(mixture: Any, rows: int) -> None:
-    """Prints the corpora of a mixture, with the epochs in this many rows; 0: unknown."""
+def _corpora(mixture: Any, rows: int) -> Iterator[str]:
+    """Formats the corpora of a mixture, with the epochs in this many rows; 0: unknown."""
     for (name, corpus), epochs in zip(mixture.corpora.items(), mixture.stream().epochs(rows), strict=True):
         counts, fraction = corpus.counts["train"], mixture.fractions[name]
         read = f", {fraction:.1%} of the rows" * (fraction < 1) + f" ({epochs:.2f} epochs)" * bool(rows)
-        print(f"corpus      {corpus.path} ({corpus.about['name']})")
+        yield f"corpus      {corpus.path} ({corpus.about['name']})"
         size = f"{counts['rows']:,} rows of {mixture.seq_len}, {counts['tokens']:,} tokens"
-        print(f"            {size}, vocabulary {mixture.vocab_size:,}{read}")
+        yield f"            {size}, vocabulary {mixture.vocab_size:,}{read}"
+
+
+def model(config: Config, seq_len: int, training: Any) -> str:
+    """Formats the size of a model."""
+    import jax
+
+    num_params = sum(x.size for x in jax.tree.leaves(training.abstract.params))
+    flops = training.flops / config.train.global_batch_size / seq_len
+    return f"model       {num_params:,} parameters, {flops / 1e6:,.1f} MFLOPs per token"
+
+
+def memory(statistics: list[Any]) -> str:
+    """Formats the memory of the step that takes most, of those of all phases."""
+    most = max(statistics, key=lambda m: m.temp_size_in_bytes)
+    state, temporaries = most.argument_size_in_bytes / 2**20, most.temp_size_in_bytes / 2**20
+    return f"memory      {state:,.0f} MiB of state and batch on each device, {temporaries:,.0f} MiB of temporaries"
+
+
+class RunStatus:
+    """The status line of a run.
+
+    Attributes:
+      run: the run, once it trains.
+    """
+
+    run: Any = None  # a loop.Run, whose import is heavy
+
+    def __init__(self, group: ProcessGroup):
+        self._group, self._doing, self._since = group, "", 0.0
+
+    def line(self, columns: int) -> str:
+        """Formats a bar with step, loss, tokens/s and ETA, and an activity other than training with its seconds."""
+        if (doing := self._group.doing) != self._doing:
+            self._doing, self._since = doing, time.monotonic()
+        elapsed = datetime.timedelta(seconds=int(time.monotonic() - self._since))
+        activity = [] if doing in ("training", "waiting for a batch") else [(0, f"{doing} {elapsed}")]
+        if not self.run:
+            return fit(activity, columns)
+        last = self.run.logger.last
+        parts = [
+            (0, f"{math.floor(100 * self.run.progress):3}%"),
+            (0, f"step {self.run.logger.position(self.run.step, self.run.progress)}"),
+        ]
+        if last:
+            eta = datetime.timedelta(seconds=round(last["eta_seconds"]))
+            parts += [(2, f"loss {last['loss']:.4f}"), (3, f"tokens/s {last['tokens_per_second']:,.0f}")]
+            parts += [(1, f"eta {eta}")]
+        text = fit(parts + activity, columns)
+        if (room := min(columns - len(text) - 4, 30)) < 5:
+            return text
+        filled = math.floor(room * self.run.progress)
+        return f"[{'=' * filled}{' ' * (room - filled)}] {text}"
 
 
 def summary(workdir: gcs.AnyPath, trained: Any, result: dict[str, float]) -> None:
@@ -74,12 +150,16 @@ def summary(workdir: gcs.AnyPath, trained: Any, result: dict[str, float]) -> Non
             with contextlib.suppress(UserError):  # longer than a row
                 words = ", ".join(f"{word} {probability:.2f}" for word, probability in filler.top_words(sentence, 5)[0])
                 print(f"{sentence}\n    {words}")
-    if workdir.is_relative_to(Path.cwd()):
-        workdir = workdir.relative_to(Path.cwd())
+    workdir = _relative(workdir)
     print(f"\nwritten to {workdir}: checkpoints/  metrics.jsonl  config.json  result.json", end="")
     print("  tensorboard/" if trained.config.log.tensorboard else "")
     print("Next steps:")
-    print(f"    python -m flax_mlm.evaluate --checkpoint={workdir} --task=mlm")
+    checkpoint = shlex.quote(f"--checkpoint={workdir}")
+    print(f"    python -m flax_mlm.evaluate {checkpoint} --task=mlm")
     if objective == "mlm":
-        print(f'    python -m flax_mlm.fill_mask --checkpoint={workdir} "The [MASK] of the United States."')
-    print(f"    python -m flax_mlm.export --checkpoint={workdir} --output=exported")
+        print(f'    python -m flax_mlm.fill_mask {checkpoint} "The [MASK] of the United States."')
+    print(f"    python -m flax_mlm.export {checkpoint} --output=exported")
+
+
+def _relative(workdir: gcs.AnyPath) -> gcs.AnyPath:
+    return workdir.relative_to(Path.cwd()) if workdir.is_relative_to(Path.cwd()) else workdir

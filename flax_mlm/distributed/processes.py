@@ -100,6 +100,11 @@ class ProcessGroup:
         me.step = step or me.step
         me.since = time.monotonic()
 
+    @property
+    def doing(self) -> str:
+        """The current phase of the main loop, as `progress` and `untimed` have named it."""
+        return self._watch.me.doing
+
     @contextlib.contextmanager
     def untimed(self, doing: str) -> Iterator[None]:
         """Surrounds what may take any time, such as a compilation."""

@@ -221,10 +221,11 @@ def table(result: dict[str, Any]) -> list[str]:
     if result["objective"] == "rtd":
         return rtd.table(result)
     kind = "masked" if result["objective"] == "mlm" else "next"
+    gain = result["unigram_entropy"] - result["loss"]
     lines = [
         f"held-out {kind}-token loss  {result['loss']:.4f} ± {result['loss_stderr']:.4f} nats"
         f"    unigram entropy    {result['unigram_entropy']:.4f}"
-        f"    ({result['unigram_entropy'] - result['loss']:+.2f} nats better)",
+        f"    ({abs(gain):.2f} nats {'better' if gain >= 0 else 'worse'})",
         f"{kind}-token accuracy       {result['accuracy']:.4f} ± {result['accuracy_stderr']:.4f}"
         f"         majority baseline  {result['majority_accuracy']:.4f}"
         f"    ({result['accuracy'] / result['majority_accuracy']:.1f} times)",

@@ -11,6 +11,7 @@ import jax
 
 from flax_mlm.checkpoint.format import make_meta
 from flax_mlm.checkpoint.manager import Checkpoints
+from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config import phases
 from flax_mlm.data import mixture, pipeline
 from flax_mlm.distributed.batches import abstract_batch, local_rows, shard_batch
@@ -66,7 +67,10 @@ class Run:
         corpus, text = mixture.fingerprint_of(mixtures), mixture.about_of(mixtures)
         meta = make_meta(context.phases[0].config, self._tokenizer, corpus, text)
         self._checkpoints = Checkpoints(context.workdir, context.config, meta, context.group.lost_within)
-        with context.group.untimed("restoring"):
+        saved = saved_steps(context.workdir)[-1:]
+        doing = f"restoring step {saved[0]}" if saved else "initialising the model"
+        context.log(doing)
+        with context.group.untimed(doing):
             restored = self._checkpoints.restore_latest(self.training_of[0].abstract, context.log)
             self.state: TrainState = restored or self._initial_state()
         self.step, self.progress = int(self.state.step), float(self.state.progress)
@@ -250,6 +254,7 @@ class Run:
             return self._context.stop.requested
 
         if self.phase not in self._evaluated:  # one batch compiles, which may take any time
+            self._context.log("compiling the evaluation")
             with group.untimed("compiling"), self.logger.pause("compiling"), contextlib.suppress(Stopped):
                 mlm.run(model, data, lambda: True)
             self._evaluated.add(self.phase)

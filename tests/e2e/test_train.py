@@ -58,6 +58,9 @@ def test_train_is_a_function_that_can_be_called_twice(toy, tmp_path):
     second = train(config, str(tmp_path / "second"))
     assert first == second == json.loads((tmp_path / "first" / "result.json").read_text())
     assert train(config, tmp_path / "first") == first, "a finished run returns its result"
+    (tmp_path / "first" / "result.json").write_text("")
+    assert train(config, tmp_path / "first") == first, "half a result is made again"
+    assert json.loads((tmp_path / "first" / "result.json").read_text()) == first
     other = config_of(toy.flags(train__steps=7))
     with pytest.raises(UserError, match=r"holds a run with train\.steps = 6"):
         train(other, tmp_path / "first")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -78,14 +79,16 @@ class Toy:
         overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in {**options, **changes}.items()]
         return [f"--config={ROOT / 'configs' / 'base.py'}", *overrides]
 
-    def start(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen:
+    def start(
+        self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT, stdout: Any = subprocess.PIPE
+    ) -> subprocess.Popen:
         """Starts `python -m flax_mlm.COMMAND` in a process of its own."""
         env = {**os.environ, "XLA_FLAGS": xla.flags(devices)}
         env |= {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}
         if devices == 1 and not any(str(argument).startswith("--num_processes=") for argument in arguments):
             env |= compiled.environment(self.programs)
         line = [sys.executable, "-m", f"flax_mlm.{command}", *map(str, arguments)]
-        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
+        return subprocess.Popen(line, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
 
     def run(self, command: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         """Runs `python -m flax_mlm.COMMAND` to its end."""
