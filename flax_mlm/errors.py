@@ -18,10 +18,12 @@ class UserError(Exception):
 
 
 class Failure(Exception):
-    """A run that cannot continue through no mistake of the user: a lost process, a full disk, a diverged model.
+    """A run that cannot continue through no mistake of the user: a lost process, a full disk.
 
-    Commands print the message as one line and exit with code 1.
+    Commands print the message as one line and exit with `code`: 1, or 2 where a restart would end in the same way.
     """
+
+    code = 1
 
 
 class Preempted(Exception):

@@ -142,8 +142,8 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
             message = f"stopped by a signal; step {run.step} is saved. The same command continues"
             log(message)
             raise Preempted(message) from None
-        except loop.Diverged:
-            run.save(is_last=True)
+        except loop.Diverged as e:
+            run.save(is_last=True, gave_up=str(e))
             raise
         stop.release()
         screen.draw()

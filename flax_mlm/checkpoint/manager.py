@@ -49,6 +49,7 @@ class Checkpoints:
         atomicity = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), atomicity_options=atomicity)
         self._saving: int | None = None
+        self._prunes = True  # when the save in progress is done
         self._newest: int | None = None  # committed step
         self._has_read_back, self._unread = False, dict[str, Any]()  # abstract items of a save that is to be read back
         self.failed_in_a_row, self.restored_meta = 0, dict[str, Any]()
@@ -61,7 +62,9 @@ class Checkpoints:
             self._store.sweep(saved_steps(workdir))
             self._store.empty_trash()
 
-    def save(self, step: int, state: Any, before: Callable[[], None] = lambda: None, **run_meta: Any) -> bool:
+    def save(
+        self, step: int, state: Any, before: Callable[[], None] = lambda: None, prunes: bool = True, **run_meta: Any
+    ) -> bool:
         """Starts saving a state once the last save has finished; returns when it is copied from the devices.
 
         The first save is waited for and read back: what cannot be restored here is found now. A failure is reported,
@@ -72,6 +75,7 @@ class Checkpoints:
           state: a TrainState, or another NamedTuple with `params`.
           before: called by process 0 before anything is written. Its UserError or Failure is raised, but a bucket that
             does not answer counts as a failed save.
+          prunes: once it is saved, older steps are deleted as `train.max_to_keep` says.
           run_meta: further entries of `meta` (JSON): `config` (of the phase, with the run's `train.phases`), `totals`
             (numbers, see `metrics.Throughput`), `phase` (its index), `cursor` (a `DataCursor` as a dict). Those of
             process 0 are stored.
@@ -87,6 +91,7 @@ class Checkpoints:
         with self._counting_failures(step, OSError, gcs.Unreachable), gcs.errors(self._workdir):
             if self._is_main:
                 before()
+            self._prunes = prunes
             if self._agreed(int(step in saved_steps(self._workdir))):
                 self._saving = step if self._unread else None
             elif not self._start(step, state, run_meta):
@@ -128,7 +133,7 @@ class Checkpoints:
             if self._unread:
                 self._read_back(step)
             self.failed_in_a_row, self._newest = 0, step
-            if self._is_main:
+            if self._is_main and self._prunes:
                 self._retention.submit(self._retain, step)
             return True
         return False  # the failure was counted

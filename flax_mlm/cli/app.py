@@ -80,7 +80,7 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
     except Failure as e:
         print(f"stopped: {e}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(1)  # a failed thread may be stuck, and must not delay the exit
+        os._exit(e.code)  # a failed thread may be stuck, and must not delay the exit
     except Preempted:  # train has printed the line on process 0
         return PREEMPTED
 

@@ -28,7 +28,9 @@ from flax_mlm.training.step import build_training
 
 
 class Diverged(Failure):
-    """More updates in a row were skipped than `optimizer.max_skipped_steps` allows."""
+    """More updates in a row were skipped than `optimizer.max_skipped_steps` allows, or all updates of a run."""
+
+    code = 2  # launchers do not start again what would diverge again
 
 
 class _Pending(NamedTuple):
@@ -59,6 +61,7 @@ class Run:
         """Restores the newest sound checkpoint, else takes the weights of `init_from`, else initialises new ones."""
         self._context, self._programs = context, dict[int, jax.stages.Compiled]()
         self._pending: _Pending | None = None
+        self._skipped_in_a_row = 0.0
         self._evaluated, self._calibrated = set[int](), set[int]()  # phases
         mixtures = context.mixtures
         self._tokenizer = mixtures[0].tokenizer()
@@ -75,6 +78,9 @@ class Run:
             self.state: TrainState = restored or self._initial_state()
         self.step, self.progress = int(self.state.step), float(self.state.progress)
         meta = self._checkpoints.restored_meta
+        if why := meta.get("gave_up"):
+            remedy = f"use another --workdir; delete checkpoints/{self.step} to go on from the step before it"
+            raise Diverged(f"'{context.workdir}' holds a run that gave up at step {self.step}: {why}; {remedy}")
         self.phase, self.cursor = meta.get("phase", 0), mixture.DataCursor(**meta.get("cursor", {}))
 
     def _initial_state(self) -> TrainState:
@@ -188,14 +194,15 @@ class Run:
         """Waits for a step, and logs its metrics."""
         step, phase, cursor, metrics = pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.progress = values["progress"]
+        self.progress, self._skipped_in_a_row = values["progress"], values["skipped_in_a_row"]
         self.logger.train(step, phase, cursor, values, self.training_of[phase].flops)
         return values
 
     def _end(self, values: dict[str, float]) -> Diverged | Stopped | None:
         """The exception that ends the run after a step with these metrics."""
-        if values["skipped_in_a_row"] >= self._context.config.optimizer.max_skipped_steps:
-            what = f"{values['skipped_in_a_row']:.0f} steps in a row had a non-finite loss or gradient, or a spike"
+        in_a_row, limit = values["skipped_in_a_row"], self._context.config.optimizer.max_skipped_steps
+        if in_a_row >= limit or (self.is_over and in_a_row == self.step):
+            what = f"{in_a_row:.0f} steps in a row had a non-finite loss or gradient, or a spike"
             state = f"their updates were skipped, and step {self.step} is saved"
             return Diverged(f"{what}; {state}. Try a lower optimizer.learning_rate")
         return Stopped() if values["stop"] else None
@@ -206,8 +213,11 @@ class Run:
         every = self._context.config.train.checkpoint_every
         return self.is_over or self._times_next_save or is_multiple(self.step, every)
 
-    def save(self, is_last: bool = False) -> None:
+    def save(self, is_last: bool = False, gave_up: str = "") -> None:
         """Starts saving the state. The last save of a run is waited for, and tried again where it fails.
+
+        Args:
+          gave_up: why the run ends here for good; empty for a run that may go on.
 
         Raises:
           Failure: saves fail again and again.
@@ -225,9 +235,10 @@ class Run:
             self.logger.writers.flush()
 
         def is_saved() -> bool:
-            is_started = self._checkpoints.save(self.step, self.state, before, **run_meta)
+            is_started = self._checkpoints.save(self.step, self.state, before, prunes, **run_meta)
             return is_started and (not waits or self._checkpoints.wait())
 
+        prunes = not gave_up and self._skipped_in_a_row == 0  # a run that diverges keeps what was before
         config = context.phases[self.phase].config
         train = dataclasses.replace(config.train, phases=context.config.train.phases)
         run_meta = {
@@ -235,7 +246,7 @@ class Run:
             "totals": self.logger.speed.totals(),
             "phase": self.phase,
             "cursor": dataclasses.asdict(self.cursor),
-        }
+        } | ({"gave_up": gave_up} if gave_up else {})
         with self.logger.pause("saving" if waits else "handing over what to save"), context.group.untimed("saving"):
             while not is_saved() and is_last:
                 time.sleep(1)  # the manager gives up after `train.max_failed_saves`

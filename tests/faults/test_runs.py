@@ -403,7 +403,7 @@ def test_non_finite_losses_stop_the_run_with_a_finite_checkpoint(toy, tmp_path, 
     changes = {"optimizer__learning_rate": 1e30, "optimizer__max_skipped_steps": 3, "optimizer__name": "adamw"}
     run = Watched(toy, tmp_path / "run", *toy.flags(**changes))
     codes, _ = run.finish()
-    assert codes == [1], run.err
+    assert codes == [2], run.err
     assert run.err[0].startswith("stopped: ")
     assert "steps in a row had a non-finite loss" in run.err[0]
     assert "lower optimizer.learning_rate" in run.err[0]
@@ -415,6 +415,35 @@ def test_non_finite_losses_stop_the_run_with_a_finite_checkpoint(toy, tmp_path, 
     outcome("detected", 3)
 
 
+def test_a_run_that_gave_up_stays_so_and_costs_no_checkpoint(toy, tmp_path):
+    """It saves at every step, also where the updates are skipped, and keeps two by schedule."""
+    changes = {"name": "adamw", "learning_rate": 1e-3, "max_skipped_steps": 2, "spike_action": "skip"}
+    flags = toy.flags(train__checkpoint_every=1, **{f"optimizer__{name}": value for name, value in changes.items()})
+    flags.append("--config.optimizer.spike_threshold=1e-9")  # from step 26 on nearly all updates are skipped
+    first = Watched(toy, tmp_path / "run", *flags)
+    codes, _ = first.finish()
+    assert codes == [2], first.err
+    steps, metrics = saved_steps(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert len(steps) == 4, "the two before the first skipped update are kept"
+    again = Watched(toy, tmp_path / "run", *flags)
+    codes, _ = again.finish()
+    assert codes == [2], again.err
+    assert f"holds a run that gave up at step {steps[-1]}: 2 steps in a row had" in again.err[0]
+    assert f"delete checkpoints/{steps[-1]} to go on" in again.err[0]
+    assert saved_steps(tmp_path / "run") == steps
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_run_whose_updates_were_all_skipped_is_not_finished(toy, tmp_path):
+    """Though it had fewer steps than may be skipped in a row."""
+    flags = toy.flags(optimizer__name="adamw", optimizer__learning_rate=3e38, train__steps=5)
+    run = Watched(toy, tmp_path / "run", *flags, "--config.optimizer.warmup_fraction=0.0")
+    codes, _ = run.finish()
+    assert codes == [2], run.err
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
 @pytest.mark.fault(48)
 @FULL
 def test_spikes_without_end_stop_the_run(toy, tmp_path, outcome):
@@ -422,6 +451,6 @@ def test_spikes_without_end_stop_the_run(toy, tmp_path, outcome):
     flags = toy.flags(**SHORT, **{f"optimizer__{name}": value for name, value in changes.items()})
     run = Watched(toy, tmp_path / "run", *flags)
     codes, _ = run.finish()
-    assert codes == [1], run.err
+    assert codes == [2], run.err
     assert run.err[0].startswith("stopped: 3 steps in a row had a non-finite loss or gradient, or a spike")
     outcome("detected", 3)
