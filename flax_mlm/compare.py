@@ -44,7 +44,7 @@ def main(config: Config) -> None:
         arguments = [*overrides, *options]  # the task's own win
         results = {name: result_of(task, arguments, name, *found, output) for name, found in checkpoints.items()}
         rows += compared(task, results, _DRAWS.value)
-    text = table(list(checkpoints), rows)
+    text = table(list(checkpoints), rows) + "".join(f"\n{name}: {note}\n" for name, note in cut_notes(paths).items())
     files.write_text(output / "table.md", text)
     files.write_json(output / "comparison.json", [row._asdict() for row in rows])
     plot(output / "plot.png", list(checkpoints), rows)
@@ -204,6 +204,15 @@ def table(checkpoints: list[str], rows: list[Row]) -> str:
         lines.append([row.task, f"{row.metric} {arrow}", *(cell(row, name) for name in checkpoints)])
     note = "± standard error. Below: the difference to the row's first value with its 95% interval (paired bootstrap)."
     return tables.markdown(["task", "metric", *checkpoints], lines, text_columns=2) + f"\n\n{note}\n"
+
+
+def cut_notes(paths: dict[str, str]) -> dict[str, str]:
+    """Notes on the checkpoints of runs whose time budget has cut their schedule, by name."""
+    from flax_mlm.checkpoint.format import newest_meta
+    from flax_mlm.hf.folder import is_hf_folder
+
+    notes = {name: tables.cut_note(newest_meta(path)[1]) for name, path in paths.items() if not is_hf_folder(path)}
+    return {name: note for name, note in notes.items() if note}
 
 
 def plot(file: Path, checkpoints: list[str], rows: list[Row]) -> None:

@@ -100,7 +100,8 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         if is_main:
             run_config.take(workdir, config)
             if config.train.budget_minutes:
-                budget = Budget(workdir, 60 * config.train.budget_minutes, started)
+                begins = [phase.begin for phase in run_phases]
+                budget = Budget(workdir, 60 * config.train.budget_minutes, started, begins)
                 stack.callback(budget.close)
 
         # Model and optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.

@@ -146,7 +146,7 @@ class Row(NamedTuple):
     sd: dict[str, float]  # sample standard deviations; empty for fewer than two finished runs
     difference: list[float]  # loss minus the first row's loss with the same seed
     is_comparable: bool  # its loss has the same definition as that of the first finished row
-    is_best: bool  # lowest mean loss of the comparable rows whose seeds are all finished
+    is_best: bool  # lowest mean loss of the comparable rows whose seeds are all finished, none cut short
 
 
 def summarise(runs: list[Run], errors: dict[str, str]) -> list[Row]:
@@ -158,18 +158,20 @@ def summarise(runs: list[Run], errors: dict[str, str]) -> list[Row]:
         group = list(some)
         all_entries = [_entry(run, results[run.name], errors.get(run.name)) for run in group]
         finished = [entry for entry in all_entries if "loss" in entry]
+        whole = [entry for entry in finished if not tables.cut_note(entry)]
         definitions = [_loss_definition(run.config, result) for run in group if (result := results[run.name])]
         reference = reference or next(iter(definitions[-1:]), None)
         is_comparable = bool(definitions) and definitions[-1] == reference
         if not rows:
-            first_losses = {entry["seed"]: entry["loss"] for entry in finished}
+            first_losses = {entry["seed"]: entry["loss"] for entry in whole}
         numbers = {name: [entry[name] for entry in finished if name in entry] for name in _NUMBERS}
         mean = {name: statistics.fmean(values) for name, values in numbers.items() if values}
         sd = {name: statistics.stdev(values) for name, values in numbers.items() if len(values) > 1}
-        shared = [entry for entry in finished if is_comparable and entry["seed"] in first_losses]
+        shared = [entry for entry in whole if is_comparable and entry["seed"] in first_losses]
         difference = [entry["loss"] - first_losses[entry["seed"]] for entry in shared]
         rows.append(Row(setting, all_entries, mean, sd, difference, is_comparable, False))
-    complete = [row for row in rows if row.is_comparable and all("loss" in entry for entry in row.runs)]
+    is_whole = [all("loss" in run and not tables.cut_note(run) for run in row.runs) for row in rows]
+    complete = [row for row, whole in zip(rows, is_whole, strict=True) if row.is_comparable and whole]
     best = min(complete, key=lambda row: row.mean["loss"]) if len(complete) > 1 else None
     return [row._replace(is_best=row is best) for row in rows]
 
@@ -179,7 +181,7 @@ def _entry(run: Run, result: dict[str, Any] | None, error: str | None) -> dict[s
     entry: dict[str, Any] = {"seed": run.seed, "workdir": os.fspath(run.workdir)}
     if result:
         result = result | {"tokens_per_second": result["tokens_seen"] / result["train_seconds"]}
-        return entry | {name: result[name] for name in _NUMBERS if name in result}
+        return entry | {name: result[name] for name in (*_NUMBERS, "schedule_cut") if name in result}
     return entry | {"error": error} if error else entry
 
 
@@ -224,7 +226,9 @@ def table(rows: list[Row]) -> str:
             "cannot be compared (with other vocabularies, bits per byte can)."
         )
     for row in rows:
-        notes += [f"{describe(row.setting)}, seed={run['seed']}: {run['error']}" for run in row.runs if "error" in run]
+        for run in row.runs:
+            if problem := run.get("error") or tables.cut_note(run):
+                notes.append(f"{describe(row.setting)}, seed={run['seed']}: {problem}")
     return tables.markdown(header, lines, len(fields)) + "".join(f"\n\n{note}" for note in notes) + "\n"
 
 

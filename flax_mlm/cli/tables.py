@@ -1,7 +1,7 @@
 """Results for people: Markdown tables, and figures that need no screen."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns:
     rule = ["---"] * text_columns + ["--:"] * (len(header) - text_columns)
     lines = [header, rule, *([cell.replace("|", r"\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cut_note(about: Mapping[str, Any]) -> str:
+    """A note on a run whose time budget has cut its schedule, by its result or checkpoint; empty for a whole one."""
+    if not (share := about.get("schedule_cut")):
+        return ""
+    return f"for the last {share:.0%} of the schedule no time was left; it does not compare with whole runs"
 
 
 @contextlib.contextmanager

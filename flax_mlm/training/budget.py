@@ -3,6 +3,9 @@
 Each step advances progress by the fraction of the remaining time that it takes; the time of a pause is recovered over
 the next steps. A slower machine, a pause or a restart changes the number of steps, but the learning rate is annealed in
 time. A thread records the time used in the workdir, so that time lost by a kill counts as well.
+
+Where the time is used up long before the schedule's end, as after a slow restart, the run still ends annealed: the rest
+of the schedule is passed in some 25 steps, each phase in at least one, and is reported as cut.
 """
 
 import contextlib
@@ -10,7 +13,9 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files, gcs
@@ -18,6 +23,8 @@ from flax_mlm.storage import files, gcs
 _FILE = "clock.json"
 _TARGET = 0.99  # of the budget: leaving after the last evaluation takes time, too
 _RECOVERY = 0.1  # fraction of the pauses so far that each step recovers
+_FALL = 0.25  # of what is left of the schedule: the most that a step takes, unless steps have taken half as much before
+_END = 1e-3  # of the schedule, which the last step may take
 
 
 class Budget:
@@ -28,27 +35,31 @@ class Budget:
       interval: seconds between two records of the time used: as much may be lost by a kill.
     """
 
-    def __init__(self, workdir: gcs.AnyPath, seconds: float, started: float, progress: float = 0.0):
+    def __init__(self, workdir: gcs.AnyPath, seconds: float, started: float, begins: Sequence[float] = ()):
         """Continues with the time that earlier starts have left.
 
         Args:
           seconds: the whole budget.
           started: `time.monotonic()` when this start began.
+          begins: fractions of the run at which phases begin; a step ends at each.
 
         Raises:
           UserError: clock.json, the time used, cannot be read.
         """
-        self._workdir, self._file, self._seconds, self.progress = workdir, workdir / _FILE, seconds, progress
+        self._workdir, self._file, self._seconds, self.progress = workdir, workdir / _FILE, seconds, 0.0
+        self._stops = [float(np.nextafter(np.float32(x), np.float32(2))) for x in begins if x > 0]  # on the devices too
         try:
             with gcs.errors(workdir):
                 recorded = json.loads(self._file.read_text()) if self._file.exists() else {"seconds": 0.0}
                 self._began = started - float(recorded["seconds"])
+                self._cut_at = float(recorded.get("cut_at", 1.0))  # progress at which the time was used up
         except (OSError, ValueError, KeyError, TypeError) as e:
             what = f"'{self._file}', the time used, cannot be read ({type(e).__name__}: {e})"
             raise UserError(f"--workdir: {what}; delete the file to restart the budget") from e
         self.interval = max(1.0, min(30.0, 0.002 * seconds))
         self._last_step: float | None = None
         self._step_seconds: float | None = None  # running mean, without pauses
+        self._pace = 0.0  # progress of a step, running mean
         self._behind = 0.0  # seconds of pauses that are not recovered yet
         self._reserved: dict[str, float] = {}  # seconds for what follows the last step
         self.note()
@@ -66,9 +77,29 @@ class Budget:
         # One more step is made before the last one is known to be the last.
         left = _TARGET * self._seconds - sum(self._reserved.values()) - self.used() - step
         moved = step + _RECOVERY * self._behind
-        self.progress += (1.0 - self.progress) * (min(moved / (left + self._behind), 1.0) if left > step else 1.0)
+        self._advance(min(moved / (left + self._behind), 1.0) if left > step else 1.0)
         self._behind -= _RECOVERY * self._behind
         return self.progress
+
+    def _advance(self, fraction: float) -> None:
+        """Advances the progress by this fraction of what is left, or by less where that would be a jump."""
+        left = 1.0 - self.progress
+        largest = left if left <= _END else max(2.0 * self._pace, min(_FALL * left, self.progress + 0.01))
+        move = min(fraction * left, largest)
+        if move == fraction * left > 0.0:
+            self._pace += (move - self._pace) * (0.1 if self._pace else 1.0)
+        elif fraction > _FALL and self._cut_at == 1.0:
+            self._cut_at = self.progress
+            if share := self.cut():
+                left_over = f"the last {share['schedule_cut']:.0%} of the schedule, which a few steps complete"
+                print(f"WARNING: train.budget_minutes is used up before {left_over}", flush=True)
+        to_stops = [stop - self.progress for stop in self._stops if stop > self.progress]
+        self.progress += min([move, *to_stops])
+
+    def cut(self) -> dict[str, float]:
+        """Returns `schedule_cut`, the fraction of the schedule for which no time was left; nothing below 5%."""
+        share = 1.0 - self._cut_at
+        return {"schedule_cut": share} if share >= 0.05 else {}
 
     def forget(self, activity: str) -> None:
         """Reserves no time for an activity until it is timed again."""
@@ -90,7 +121,8 @@ class Budget:
     def note(self) -> None:
         """Records the time used."""
         with contextlib.suppress(OSError, gcs.Unreachable), gcs.errors(self._workdir):  # the next record tries again
-            files.write_json(self._file, {"seconds": self.used()})
+            cut = {"cut_at": self._cut_at} if self._cut_at < 1.0 else {}
+            files.write_json(self._file, {"seconds": self.used()} | cut)
 
     def close(self) -> None:
         """Records the time used for the last time."""

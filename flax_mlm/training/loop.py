@@ -246,7 +246,9 @@ class Run:
             "totals": self.logger.speed.totals(),
             "phase": self.phase,
             "cursor": dataclasses.asdict(self.cursor),
-        } | ({"gave_up": gave_up} if gave_up else {})
+            **({"gave_up": gave_up} if gave_up else {}),
+            **(context.budget.cut() if context.budget else {}),
+        }
         with self.logger.pause("saving" if waits else "handing over what to save"), context.group.untimed("saving"):
             while not is_saved() and is_last:
                 time.sleep(1)  # the manager gives up after `train.max_failed_saves`
@@ -271,6 +273,8 @@ class Run:
             self._evaluated.add(self.phase)
         with self.logger.pause("evaluating"):
             result = mlm.run(model, data, must_stop)
+        if self._context.budget:
+            result |= self._context.budget.cut()
         self.logger.validation(self.step, self.progress, result)
         return result
 

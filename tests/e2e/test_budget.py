@@ -5,6 +5,7 @@ import json
 import re
 import time
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -116,6 +117,60 @@ def test_the_time_used_before_a_restart_counts(tmp_path):
     second.close()
     assert 500 <= second.used() < 501 + time.monotonic() - started
     assert json.loads((tmp_path / "clock.json").read_text())["seconds"] >= 500
+
+
+@pytest.mark.parametrize("begun", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("used", [590.0, 10_000.0])
+def test_used_up_it_still_ends_annealed_and_says_what_was_cut(monkeypatch, tmp_path, capsys, begun, used):
+    """A linear schedule, or wsd that decays over the last tenth, of a run whose restarts have taken the time."""
+    clock = Clock(monkeypatch)
+    clock.start()
+    (tmp_path / "clock.json").write_text(json.dumps({"seconds": used}))
+    begins = [0.0, 0.1, 0.11, 0.95, 0.951]
+    run = budget.Budget(tmp_path, 600.0, clock.started, begins)
+    run.progress, progress = begun, [begun]
+    while progress[-1] < 1.0:
+        progress.append(float(np.float32(run.next_progress())))
+        clock.now += 1.0
+    moves = [b - a for a, b in itertools.pairwise(progress)]
+    assert max(moves) <= 0.2501 * (1 - begun)
+    assert 1 - progress[-2] <= 0.01 * 0.1
+    assert len(moves) < 35
+    phases = [sum(begin <= p for begin in begins) for p in progress[:-1]]
+    assert set(phases) == set(range(phases[0], 6)), "a step of each phase that was to come"
+    assert run.cut() == {"schedule_cut": 1 - begun}
+    assert f"is used up before the last {1 - begun:.0%} of the schedule" in capsys.readouterr().out
+    run.close()
+    assert budget.Budget(tmp_path, 600.0, clock.started).cut() == run.cut(), "after a restart, too"
+
+
+def test_a_first_step_without_time_left_does_not_jump_to_the_peak(monkeypatch, tmp_path):
+    clock = Clock(monkeypatch)
+    clock.start()
+    run = budget.Budget(tmp_path, 3.0, clock.started)
+    assert run.next_progress() <= 0.01
+    assert run.next_progress() <= 0.03
+
+
+def test_a_run_that_ends_by_degrees_is_not_called_cut(monkeypatch, tmp_path):
+    simulate(Clock(monkeypatch), tmp_path, 600.0, [1.0], set(), evaluate_every=50)
+    assert "cut_at" not in json.loads((tmp_path / "clock.json").read_text())
+
+
+def test_a_start_that_takes_the_whole_budget(toy, tmp_path):
+    """A real run: the rate falls to its end, each phase is entered, and the result says so."""
+    changes = {"train__budget_minutes": 0.01, "train__phases": "50%: train.global_batch_size=8", "eval__max_rows": 16}
+    out = finish(toy, tmp_path / "run", *toy.flags(**changes))
+    lines = metrics_of(tmp_path / "run")
+    rates = [line["learning_rate"] for line in lines]
+    assert lines[-1]["progress"] == 1.0
+    assert rates[-1] < 0.01 * max(rates)
+    assert rates.index(max(rates)) >= 2, "it warms up"
+    assert len(rates) - rates.index(max(rates)) > 10, "by degrees"
+    assert {b - a for a, b in itertools.pairwise(line["rows"] for line in lines)} == {16, 8}
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["schedule_cut"] == 1.0
+    assert "WARNING: train.budget_minutes is used up before the last 100% of the schedule" in out
+    assert "NOTE: for the last 100% of the schedule no time was left" in out
 
 
 def test_a_run_with_a_budget(toy, tmp_path):

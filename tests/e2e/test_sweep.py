@@ -332,6 +332,17 @@ def test_the_table(tmp_path):
     assert not (tmp_path / "sweep.png").exists(), "it would be of other settings"
 
 
+def test_a_run_whose_budget_cut_its_schedule_is_not_compared(tmp_path):
+    a, b, c = ({"optimizer.beta1": beta} for beta in (0.9, 0.8, 0.7))
+    runs = [pretend(tmp_path, setting, 0, {20: loss}) for setting, loss in ((a, 3.0), (b, 2.0), (c, 2.5))]
+    file = runs[1].workdir / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"loss": 2.0', '"schedule_cut": 0.7, "loss": 2.0'))
+    rows = sweep.summarise(runs, {})
+    assert [row.is_best for row in rows] == [False, False, True]
+    assert [row.difference for row in rows] == [[0.0], [], [-0.5]]
+    assert "beta1=0.8, seed=0: for the last 70% of the schedule no time was left" in sweep.table(rows)
+
+
 @pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
 def test_a_run_whose_loss_is_no_number_is_not_finished(tmp_path, loss):
     assert pretend(tmp_path, {"optimizer.beta1": 0.9}, 0, {20: loss}).result() is None
