@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
     c.reinit_head = False  # with init_from: initialise a new vocabulary head, for folders without one
 
     c.data = ConfigDict()
-    c.data.source = "builtin"  # builtin | text:GLOB | jsonl:GLOB#field | tfds:NAME[/config][:version][:split]
+    # builtin | text:GLOB | lines:GLOB | jsonl:GLOB#field | tfds:NAME[/config][:version][:split]
+    c.data.source = "builtin"
     # A folder made by `prepare`, or several with weights ("wiki:0.7,books:0.3"; without weights: in proportion to their
     # rows). It determines seq_len; source, packing and validation_fraction are unused then; tokenizer.path is optional.
     c.data.corpus = ""

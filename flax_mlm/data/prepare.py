@@ -29,6 +29,7 @@ from flax_mlm.storage import files
 Log = Callable[[str], None]
 
 _SECONDS = 10.0  # between lines about progress
+_WARNED_FRACTION = 0.01  # of unknown tokens
 _LINE_CHARS = 2000  # SentencePiece drops training lines of more than max_sentence_length bytes
 
 
@@ -116,13 +117,15 @@ def _lock(work: Path, log: Log) -> Iterator[None]:
 def _build(config: Config, source: sources.Source, request: str, output: Path, work: Path, log: Log) -> None:
     """Makes the corpus in the work folder and renames it to `output`."""
     log(f"source: {source.name}; licence: {source.licence}")
-    data, counts = config.data, Counter[str]()
+    data, counts, undecodable = config.data, Counter[str](), Counter[str]()
+    source.check()
     sources.check_fraction(source, data.validation_fraction)
     work.mkdir(exist_ok=True)
     tokenizer = _tokenizer(config, source, work / "tokenizer", log)
     if config.objective.name != "clm":
         tokenizer.require_words(config.objective.masking)
-    splits = units.make_units(_with_progress("tokenising", source, counts, log), work, tokenizer, data, log)
+    chunks = _with_progress("tokenising", source, counts, undecodable, log)
+    splits, unknown = units.make_units(chunks, work, tokenizer, data, log)
     for name, split in splits.items():
         if not split["rows"]:
             raise UserError(f"data.source is '{data.source}'; its {name} documents hold no text")
@@ -144,24 +147,56 @@ def _build(config: Config, source: sources.Source, request: str, output: Path, w
     write_manifest(folder, manifest)
     folder.rename(output)
     _log_summary(manifest, log)
+    _log_lost_text(splits, counts, undecodable, unknown, tokenizer.tokens[tokenizer.unk_id], log)
     log(f"corpus: {output}")
 
 
 def _log_summary(manifest: dict[str, Any], log: Log) -> None:
-    """Logs the size of a corpus, and warnings about its text."""
+    """Logs the size of a corpus."""
     for name, s in manifest["splits"].items():
         text = f"{s['documents']:,} documents, {s['words']:,} words, {s['bytes']:,} bytes, {s['tokens']:,} tokens"
         padding = s["padding"] / (s["rows"] * manifest["seq_len"])
         log(f"{name}: {text} ({s['tokens'] / s['bytes']:.3f} per byte), {s['rows']:,} rows, {padding:.2%} padding")
-    counts = Counter(manifest["source"]["counts"])
+
+
+def _log_lost_text(
+    splits: dict[str, Any],
+    counts: Counter[str],
+    undecodable: Counter[str],
+    unknown: Counter[str],
+    unknown_token: str,
+    log: Log,
+) -> None:
+    """Logs which fraction of the text is lost, and warnings with the files that lose most.
+
+    Args:
+      counts: of `Source.chunks`.
+      undecodable: file -> bytes that were replaced.
+      unknown: file -> unknown tokens.
+    """
+    num_tokens, num_bytes = (sum(s[key] for s in splits.values()) for key in ("tokens", "bytes"))
+    lost_tokens, lost_bytes = unknown.total() / num_tokens, min(1.0, counts["undecodable_bytes"] / num_bytes)
+    log(f"text: {lost_tokens:.2%} of the tokens are unknown, {lost_bytes:.2%} of the bytes were no UTF-8")
+    if lost_tokens >= _WARNED_FRACTION:
+        what = f"the tokenizer has no tokens for {lost_tokens:.0%} of the text, which becomes {unknown_token}"
+        log(f"warning: {what}{_most(unknown)}; use a tokenizer made for this text (tokenizer.path)")
     if counts["undecodable_bytes"]:
         where = f" in {counts['undecodable_files']:,} files" if counts["undecodable_files"] else ""
-        log(f"warning: {counts['undecodable_bytes']:,} bytes{where} were not UTF-8 and became U+FFFD")
+        what = f"{counts['undecodable_bytes']:,} bytes{where} were not UTF-8 and became U+FFFD{_most(undecodable)}"
+        log(f"warning: {what}; convert such files, as with iconv -f LATIN1 -t UTF-8")
     if counts["nul_bytes"]:
         log(f"warning: {counts['nul_bytes']:,} NUL bytes; UTF-16 is recognised by its byte-order mark alone")
+    if counts["wikiextractor_tags"]:
+        what = f"{counts['wikiextractor_tags']:,} lines are WikiExtractor's tags <doc ...>, which are taken for text"
+        log(f"warning: {what}; use `wikiextractor --json` and jsonl:GLOB")
     for kind in ("empty_files", "empty_documents"):
         if counts[kind]:
             log(f"warning: {counts[kind]:,} {kind.replace('_', ' ')}")
+
+
+def _most(by_file: Counter[str]) -> str:
+    names = [file for file, _ in by_file.most_common(3) if file]
+    return f", most in {', '.join(names)}" if names else ""
 
 
 def _tokenizer(config: Config, source: sources.Source, folder: Path, log: Log) -> Tokenizer:
@@ -174,7 +209,7 @@ def _tokenizer(config: Config, source: sources.Source, folder: Path, log: Log) -
         log(f"tokenizer: {t.path}{f' with the words of {t.extra_tokens_file}' * bool(t.extra_tokens_file)}")
         tokenizer = load_tokenizer(t.path, t.extra_tokens_file)
     else:
-        chunks = _with_progress("sampling text", source, Counter(), log)
+        chunks = _with_progress("sampling text", source, Counter(), Counter(), log)
         training_texts = (chunk.text for chunk in chunks if chunk.hash >= config.data.validation_fraction)
         sample = _sample(training_texts, t.sample_bytes)
         size = sum(len(text.encode()) for text in sample)
@@ -245,7 +280,9 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             yield from cut(line.replace("\u2585", " "), _LINE_CHARS)
 
 
-def _with_progress(title: str, source: sources.Source, counts: Counter[str], log: Log) -> Iterator[sources.TextChunk]:
+def _with_progress(
+    title: str, source: sources.Source, counts: Counter[str], undecodable: Counter[str], log: Log
+) -> Iterator[sources.TextChunk]:
     """Reads the chunks of a source, with a bar on a terminal and a line every ten seconds elsewhere."""
     from rich.console import Console
     from rich.progress import Progress
@@ -254,7 +291,7 @@ def _with_progress(title: str, source: sources.Source, counts: Counter[str], log
     start = last = time.monotonic()
     with Progress(console=Console(stderr=True), transient=True, disable=not has_bar) as bar:
         task = bar.add_task(title, total=source.size)
-        for chunk in source.chunks(counts):
+        for chunk in source.chunks(counts, undecodable):
             if has_bar:
                 bar.update(task, completed=counts["read"])
             elif (now := time.monotonic()) - last > _SECONDS:

@@ -12,6 +12,7 @@ Documents are held out for validation by a hash of their text. A document has th
 order, so copies of it are always in the same split.
 """
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -43,12 +44,14 @@ class TextChunk(NamedTuple):
     Attributes:
       unit, document: numbers in the source.
       hash: of the whole document, see `hashed`.
+      file: path of its file; empty where there is none.
     """
 
     unit: int
     document: int
     text: str
     hash: float = math.nan
+    file: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +63,28 @@ class Source:
       licence: licence of the text.
       version: JSON-able; two sources with the same version give the same documents.
       size: total size in the unit of counts["read"]: bytes of files, or examples.
+      check: raises UserError where the beginning of a file shows that it is no text.
     """
 
     name: str
     licence: str
     version: Any
     size: int
-    _texts: Callable[[Counter[str]], Iterator[tuple[int, int, str]]]  # see `_numbered`
+    _texts: Callable[[Counter[str], Counter[str]], Iterator[tuple[int, int, str, str]]]  # see `chunks`, `_numbered`
+    check: Callable[[], None] = lambda: None
 
-    def chunks(self, counts: Counter[str] | None = None) -> Iterator[TextChunk]:
-        """Reads the source from its start, and adds to the given counts as it goes: read, files, empty_files,
-        undecodable_files, undecodable_bytes, nul_bytes, empty_documents."""
-        return hashed(_numbered(self._texts(Counter() if counts is None else counts)))
+    def chunks(
+        self, counts: Counter[str] | None = None, undecodable: Counter[str] | None = None
+    ) -> Iterator[TextChunk]:
+        """Reads the source from its start, and adds to the given counts as it goes.
+
+        Args:
+          counts: read, files, empty_files, undecodable_files, undecodable_bytes, nul_bytes, empty_documents,
+            wikiextractor_tags.
+          undecodable: file -> number of its bytes that were replaced.
+        """
+        numbers, by_file = (Counter() if given is None else given for given in (counts, undecodable))
+        return hashed(_numbered(self._texts(numbers, by_file)))
 
 
 # Reads the documents of a file as (offset of the document's first byte, text of one of its chunks).
@@ -79,7 +92,7 @@ _Reader: TypeAlias = Callable[[Path, BinaryIO, Counter[str]], Iterator[tuple[int
 
 
 def open_source(spec: str) -> Source:
-    """Opens `builtin`, `text:GLOB`, `jsonl:GLOB#field` or `tfds:NAME[/config][:version][:split]`.
+    """Opens `builtin`, `text:GLOB`, `lines:GLOB`, `jsonl:GLOB#field` or `tfds:NAME[/config][:version][:split]`.
 
     Raises:
       UserError: the kind, the files or the dataset do not exist. Reading the source may raise it as well.
@@ -87,33 +100,44 @@ def open_source(spec: str) -> Source:
     kind, _, rest = spec.partition(":")
     if spec == "builtin":
         return _builtin()
-    if kind == "text" and rest:
-        return _from_files(spec, _find(spec, rest), _text_documents)
+    if kind in ("text", "lines") and rest:
+        paths = _find(spec, rest)
+        if named := [path for path in paths if {".jsonl", ".ndjson"}.intersection(path.suffixes)]:
+            raise UserError(f"data.source is '{spec}', and {named[0]} is JSON lines by its name; use jsonl:GLOB#field")
+        return _from_files(spec, paths, _text_documents if kind == "text" else _line_documents)
     if kind == "jsonl" and rest:
-        pattern, _, field = rest.partition("#")
+        is_file = os.path.exists(os.path.expanduser(rest))  # with a # in its name
+        pattern, _, field = (rest, "", "") if is_file else rest.partition("#")
         return _from_files(spec, _find(spec, pattern), functools.partial(_json_documents, field=field or "text"))
     if kind == "tfds" and rest:
         return _tfds(spec, rest)
-    expected = "builtin, text:GLOB, jsonl:GLOB#field or tfds:NAME[/config][:version][:split]"
+    expected = "builtin, text:GLOB, lines:GLOB, jsonl:GLOB#field or tfds:NAME[/config][:version][:split]"
     raise UserError(f"data.source is '{spec}'; expected {expected}")
 
 
 def _find(spec: str, pattern: str) -> list[Path]:
-    paths = sorted(Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p))
+    """Finds the files that match a glob. What exists as it is written stands for itself, such as a folder `text[1]`."""
+    path = Path(os.path.expanduser(pattern))
+    literal = next((p for p in (path, *path.parents) if os.path.exists(p)), Path())
+    matches = glob.glob(str(Path(glob.escape(str(literal)), path.relative_to(literal))), recursive=True)
+    paths = sorted(Path(p) for p in matches if os.path.isfile(p))
+    if not paths and path.is_dir():
+        names = (spec.partition(":")[0] + ":" + os.path.join(pattern, end) for end in ("*", "**"))
+        raise UserError(f"data.source is '{spec}'; '{pattern}' is a folder; expected files: {' or '.join(names)}")
     if not paths:
         raise UserError(f"data.source is '{spec}'; no file matches '{pattern}' (from {os.getcwd()})")
     return paths
 
 
-def _numbered(texts: Iterable[tuple[int, int, str]]) -> Iterator[TextChunk]:
-    """Numbers the units and documents of (group, offset of the document in the group, text)."""
+def _numbered(texts: Iterable[tuple[int, int, str, str]]) -> Iterator[TextChunk]:
+    """Numbers the units and documents of (group, offset of the document in the group, text, file)."""
     unit = -1
     last_unit = None
     for document, ((group, offset), chunks) in enumerate(itertools.groupby(texts, lambda chunk: chunk[:2])):
         size = 0
-        for _, _, text in chunks:
+        for _, _, text, file in chunks:
             unit += last_unit != (last_unit := (group, offset // UNIT_BYTES + size // UNIT_BYTES))
-            yield TextChunk(unit, document, text)
+            yield TextChunk(unit, document, text, file=file)
             size += len(text)
 
 
@@ -138,7 +162,7 @@ def hashed(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
 def _from_files(name: str, paths: list[Path], read: _Reader, licence: str = "not stated; that of the files") -> Source:
     stats = [p.stat() for p in paths]
 
-    def texts(counts: Counter[str]) -> Iterator[tuple[int, int, str]]:
+    def texts(counts: Counter[str], by_file: Counter[str]) -> Iterator[tuple[int, int, str, str]]:
         group = group_size = group_offset = 0
         for path, stat in zip(paths, stats, strict=True):
             if group_size and group_size + stat.st_size > UNIT_BYTES:
@@ -148,21 +172,33 @@ def _from_files(name: str, paths: list[Path], read: _Reader, licence: str = "not
             counts["files"] += 1
             finished, undecodable = counts["read"], counts["undecodable_bytes"]
             is_empty = True
-            try:
-                with path.open("rb") as raw, opened(path, raw) as file:
-                    for offset, text in read(path, file, counts):
-                        is_empty = False
-                        counts["read"] = finished + raw.tell()
-                        yield group, group_offset + offset, text
-                    group_offset += file.tell()
-            except (OSError, EOFError, UnicodeError, zlib.error) as e:
-                raise UserError(f"{path} cannot be read to its end: {e}; check that the file is complete") from e
+            with _reading(path), path.open("rb") as raw, opened(path, raw) as file:
+                for offset, text in read(path, file, counts):
+                    is_empty = False
+                    counts["read"] = finished + raw.tell()
+                    yield group, group_offset + offset, text, str(path)
+                group_offset += file.tell()
             counts["read"] = finished + stat.st_size
             counts["empty_files"] += is_empty
-            counts["undecodable_files"] += counts["undecodable_bytes"] > undecodable
+            if replaced := counts["undecodable_bytes"] - undecodable:
+                counts["undecodable_files"] += 1
+                by_file[str(path)] = replaced
+
+    def check() -> None:
+        for path in paths:
+            with _reading(path), path.open("rb") as raw:
+                opened(path, raw)
 
     version = [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats, strict=True)]
-    return Source(name, licence, version, sum(s.st_size for s in stats), texts)
+    return Source(name, licence, version, sum(s.st_size for s in stats), texts, check)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, UnicodeError, zlib.error) as e:
+        raise UserError(f"{path} cannot be read to its end: {e}; check that the file is complete") from e
 
 
 def _text_documents(path: Path, file: BinaryIO, counts: Counter[str], whole: bool = False) -> Iterator[tuple[int, str]]:
@@ -171,6 +207,8 @@ def _text_documents(path: Path, file: BinaryIO, counts: Counter[str], whole: boo
     size = document = 0
     line_starts = document_starts = True
     for offset, text, ends in line_chunks(file, counts):
+        if line_starts and text.startswith(("<doc id=", "</doc>")):
+            counts["wikiextractor_tags"] += 1
         is_blank = line_starts and ends and not text.strip()
         line_starts = ends
         if is_blank and not whole:
@@ -189,6 +227,16 @@ def _text_documents(path: Path, file: BinaryIO, counts: Counter[str], whole: boo
         yield document, "".join(buffer).rstrip("\n")
 
 
+def _line_documents(path: Path, file: BinaryIO, counts: Counter[str]) -> Iterator[tuple[int, str]]:
+    """Reads documents of one line each."""
+    document, begins = 0, True
+    for offset, text, begins_next in line_chunks(file, counts):
+        document = offset if begins else document
+        begins = begins_next
+        if text.strip():
+            yield document, text.rstrip("\n")
+
+
 def _json_documents(path: Path, file: BinaryIO, counts: Counter[str], field: str) -> Iterator[tuple[int, str]]:
     end = 0
     for number, line in enumerate(file, 1):
@@ -204,7 +252,8 @@ def _json_documents(path: Path, file: BinaryIO, counts: Counter[str], field: str
         text = record.get(field)
         if not isinstance(text, str):
             has = f"'{field}' is {json_kind(text)}" if field in record else f"it has {', '.join(map(repr, record))}"
-            raise UserError(f"{path}:{number} has no string field '{field}' ({has}); write jsonl:GLOB#field")
+            remedy = 'leave the line out, or write ""' if field in record else "name the field, as in jsonl:GLOB#field"
+            raise UserError(f"{path}:{number} has no string field '{field}' ({has}); {remedy}")
         yield from ((offset, chunk) for chunk in _document_chunks(text, counts))
 
 
@@ -240,14 +289,14 @@ def _tfds(spec: str, name: str) -> Source:
         raise UserError(f"data.source is '{spec}'; none of {', '.join(info.features)} is clearly the text")
     size = info.splits[split].num_examples
 
-    def texts(counts: Counter[str]) -> Iterator[tuple[int, int, str]]:
+    def texts(counts: Counter[str], by_file: Counter[str]) -> Iterator[tuple[int, int, str, str]]:
         offset = 0
         decoders = tfds.decode.PartialDecoding({field: True})
         for example in builder.as_dataset(split=split, decoders=decoders).as_numpy_iterator():
             counts["read"] += 1
             data = example[field]
             for text in _document_chunks(decode(data, counts), counts):
-                yield 0, offset, text
+                yield 0, offset, text, ""
             offset += len(data)
 
     licence = " ".join((info.redistribution_info.license or "").split()) or f"not stated; see {info.homepage}"
@@ -274,7 +323,10 @@ def check_fraction(source: Source, fraction: float) -> None:
         raise UserError(f"the source, {source.name}, holds no text")
     if len(lowest) < 2:
         what = "one document" if documents == 1 else f"{documents:,} copies of one document"
-        raise UserError(f"the source, {source.name}, is {what}, so none can be held out; give several that differ")
+        rule = " (a blank line ends a document; lines:GLOB takes each line as one)" * source.name.startswith("text:")
+        raise UserError(
+            f"the source, {source.name}, is {what}, so none can be held out; give several that differ{rule}"
+        )
     what = f"holds out {'none' if lowest[0] >= fraction else 'all'} of the {documents:,} documents of {source.name}"
     raise UserError(f"data.validation_fraction is {fraction}, which {what}; set it to {_between(*lowest)}")
 

@@ -3,12 +3,46 @@
 import codecs
 import gzip
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from flax_mlm.errors import UserError
+
 CHUNK_CHARS = 1 << 16
+
+_DECOMPRESS = "decompress it, or compress it with gzip or zstd and end its name in .gz or .zst"
+_UNPACK = "unpack it, and give the files in it"
+_CONVERT = "write its text as JSON lines, and use jsonl:GLOB#field"
+_EXTRACT = "use `wikiextractor --json` and jsonl:GLOB"
+_GET_TEXT = "give files of plain text"
+# What a file that is no plain text begins with -> its name, and what to do.
+_SIGNATURES = (
+    (rb"\x1f\x8b", "compressed by gzip", _DECOMPRESS),
+    (rb"\x28\xb5\x2f\xfd", "compressed by zstd", _DECOMPRESS),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "compressed by bzip2", _DECOMPRESS),
+    (rb"\xfd7zXZ\0", "compressed by xz", _DECOMPRESS),
+    (rb"\x5d\0\0[\0-\xff]{2}", "compressed by lzma", _DECOMPRESS),
+    (rb"\x04\x22\x4d\x18|LZIP\x01|\xff\x06\0\0sNaPpY|\x1f\x9d", "compressed", _DECOMPRESS),
+    (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a zip archive, or a file of an office program", _UNPACK),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (rb"Rar!\x1a\x07", "a rar archive", _UNPACK),
+    (rb"[\0-\xff]{257}ustar", "a tar archive", _UNPACK),
+    (rb"PAR1", "a Parquet file", _CONVERT),
+    (rb"ARROW1\0|\xff\xff\xff\xff", "an Arrow file", _CONVERT),
+    (rb"ORC[\x01-\x1f]|Obj\x01|SQLite format 3\0|\x89HDF|\x93NUMPY", "a table or database", _CONVERT),
+    (rb"\x80[\x02-\x05][\x95\]}(cX\x8a\x8c]", "a pickle", _CONVERT),
+    (rb"%PDF-", "a PDF", _GET_TEXT),
+    (rb"\{\\rtf", "an RTF document", _GET_TEXT),
+    (rb"<mediawiki\s", "a dump of MediaWiki", _EXTRACT),
+    (rb"\s*<doc id=[^>]*\surl=[^>]*>", "WikiExtractor's output with its tags <doc ...>", _EXTRACT),
+    (rb"version https://git-lfs\.github\.com", "a Git LFS pointer, not the file itself", "run: git lfs pull"),
+)
+_CONTROL = bytes({*range(32)} - {*b"\t\n\v\f\r\x1b"})
+_MAX_FOREIGN = 0.1  # fraction of a file's beginning that is no UTF-8 text: Latin-1 in German has 0.02, noise 0.5
+_MIN_HEAD = 64  # bytes to judge from
 
 
 def cut(text: str, limit: int) -> Iterator[str]:
@@ -71,6 +105,9 @@ def opened(path: Path, raw: Any) -> BinaryIO:
 
     Text in UTF-16 or UTF-32, by its byte-order mark, is read as UTF-8. Where it is damaged, reading raises
     UnicodeError.
+
+    Raises:
+      UserError: by its beginning, it is no text, or text with markup or in another encoding.
     """
     file = raw
     if path.suffix in (".gz", ".zst"):
@@ -81,9 +118,22 @@ def opened(path: Path, raw: Any) -> BinaryIO:
     elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
     else:
+        _refuse_foreign(path, head)
         return file
     text = codecs.iterdecode(iter(lambda: file.read(CHUNK_CHARS), b""), encoding)
     return _reader(part.encode() for part in text)  # type: ignore[return-value]
+
+
+def _refuse_foreign(path: Path, head: bytes) -> None:
+    head = head.removeprefix(codecs.BOM_UTF8)
+    for pattern, what, remedy in _SIGNATURES:
+        if re.match(pattern, head):
+            raise UserError(f"{path} is {what}; expected plain text; {remedy}")
+    text = head.decode(errors="ignore").encode().translate(None, _CONTROL)
+    foreign = 1 - len(text) / max(len(head), 1)
+    if len(head) >= _MIN_HEAD and foreign > _MAX_FOREIGN:
+        what = f"{path} is no text in UTF-8, as {foreign:.0%} of its first bytes show; expected UTF-8"
+        raise UserError(f"{what}; convert it with iconv -f ENCODING -t UTF-8, or leave it out if it is no text")
 
 
 def _reader(blocks: Iterator[bytes]) -> io.BufferedReader:

@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,7 +37,7 @@ Tokenised: TypeAlias = tuple[list[TextChunk], np.ndarray, np.ndarray]
 
 def make_units(
     chunks: Iterable[TextChunk], work: Path, tokenizer: Tokenizer, data: DataConfig, log: Callable[[str], None]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Counter[str]]:
     """Tokenises, packs and writes the units that are not finished yet.
 
     Args:
@@ -46,7 +46,7 @@ def make_units(
         the files UNIT.json to `units`.
 
     Returns:
-      The `splits` of corpus.json.
+      The `splits` of corpus.json, and the number of unknown tokens in each file of text.
     """
     folder, finished = work / "corpus", work / "units"
     folder.mkdir(exist_ok=True)
@@ -57,23 +57,34 @@ def make_units(
     jobs = (job for job in make_jobs(chunks) if job[0].unit not in units)
     results = _tokenise(jobs, work / "tokenizer", data.num_workers or os.cpu_count() or 1)
     for unit, group in itertools.groupby(results, lambda result: result[0][0].unit):
-        ids, table, hashes = _joined(group)
-        is_held_out = hashes < data.validation_fraction
-        units[unit] = {}
+        unit_chunks, ids, table = _joined(group)
+        is_held_out = np.array([chunk.hash for chunk in unit_chunks]) < data.validation_fraction
+        units[unit] = {"unknown": _unknown_tokens(unit_chunks, ids, table[:, 1], tokenizer.unk_id)}
         for split, chosen in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
             tokens = ids[np.repeat(chosen, table[:, 1])]
             file = folder / f"{split}-{unit:05d}.npy"
             units[unit][split] = write_shard(file, tokens, table[chosen], data.seq_len, tokenizer, data.packing)
         files.write_json(finished / f"{unit:05d}.json", units[unit])
-    return {split: join_entries([units[unit][split] for unit in sorted(units)]) for split in SPLITS}
+    splits = {split: join_entries([units[unit][split] for unit in sorted(units)]) for split in SPLITS}
+    return splits, sum((Counter(unit["unknown"]) for unit in units.values()), Counter())
 
 
-def _joined(results: Iterable[Tokenised]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Joins jobs: ids (T,), the table of `write_shard` (C, 4), and the hash of each chunk's document (C,)."""
+def _joined(results: Iterable[Tokenised]) -> tuple[list[TextChunk], np.ndarray, np.ndarray]:
+    """Joins jobs: the chunks, ids (T,), and the table of `write_shard` (C, 4)."""
     jobs, ids, sizes = zip(*results, strict=True)
     chunks = list(itertools.chain(*jobs))
     table = np.column_stack([np.array([chunk.document for chunk in chunks], np.int64), np.concatenate(sizes)])
-    return np.concatenate(ids), table, np.array([chunk.hash for chunk in chunks])
+    return chunks, np.concatenate(ids), table
+
+
+def _unknown_tokens(chunks: list[TextChunk], ids: np.ndarray, num_tokens_C: np.ndarray, unk_id: int) -> dict[str, int]:
+    """Counts the unknown tokens of each file that has some."""
+    ends_C = np.cumsum(num_tokens_C)
+    totals = np.cumsum(np.append(0, ids == unk_id))
+    by_file = Counter[str]()
+    for chunk, number in zip(chunks, (totals[ends_C] - totals[ends_C - num_tokens_C]).tolist(), strict=True):
+        by_file[chunk.file] += number
+    return dict(+by_file)
 
 
 def make_jobs(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:

@@ -1,6 +1,7 @@
 """Preparing a corpus: nothing lost, the same bytes however it was interrupted or shared out."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.prepare import prepare
 from flax_mlm.data.sources import TextChunk, hashed
 from flax_mlm.errors import UserError
+from tests.helpers import tokenizer_files
 from tests.helpers.paths import ROOT
 
 
@@ -259,7 +261,7 @@ EMPTY += split_by_hash(["few words", "some words"])["train"]
     "content, message",
     [
         ("a\n\nb\n\nc", r"validation_fraction is 0.05, which holds out none of the 3 documents .* set it to 0\.\d+"),
-        ("a\nb", "is one document"),
+        ("a\nb", r"is one document, .* \(a blank line ends a document; lines:GLOB takes each line as one\)"),
         ("a\nb\n\na\nb", "is 2 copies of one document"),
         (" \n", "holds no text"),
         ("\n\n".join(f"few words {'a' * i}" for i in range(99)), r"vocab_size is 500; expected at most \d+"),
@@ -285,11 +287,46 @@ def test_odd_text_is_reported(tmp_path):
     log: list[str] = []
     config = make_config(data_source=f"text:{tmp_path}/?", tokenizer_vocab_size=270)
     prepare(config, tmp_path / "out", log.append)
-    assert "warning: 1 bytes in 1 files were not UTF-8 and became U+FFFD" in log
+    damaged = f"warning: 1 bytes in 1 files were not UTF-8 and became U+FFFD, most in {tmp_path}/a; "
+    assert any(line.startswith(damaged) for line in log)
     assert "warning: 1 empty files" in log
     assert any("licence" in line for line in log)
     held_out = len(split_by_hash([*documents[:-1], documents[-1] + "\ufffd"])["validation"])
     assert any(line.startswith(f"validation: {held_out} documents, ") and "padding" in line for line in log)
+
+
+@pytest.mark.parametrize("documents, warned", [(40, True), (4000, False)])
+def test_text_without_tokens_is_reported_with_its_file(documents, warned, tmp_path):
+    for name, words, count in (("a", ("the ", "and "), documents), ("b", ("的 ", "一 "), 40)):
+        texts = ("".join(words[int(bit)] for bit in f"{i:012b}") for i in range(count))
+        (tmp_path / name).write_text("\n\n".join(texts))
+    log: list[str] = []
+    path = tokenizer_files.folder(tmp_path / "tokenizer", tokenizer_files.bert())
+    config = make_config(data_source=f"text:{tmp_path}/?", tokenizer_path=str(path))
+    prepare(config, tmp_path / "out", log.append)
+    (line,) = [line for line in log if line.startswith("text: ")]
+    assert re.fullmatch(r"text: \d+\.\d\d% of the tokens are unknown, 0\.00% of the bytes were no UTF-8", line)
+    assert any(line.startswith("warning") for line in log) == warned
+    where = f"of the text, which becomes [UNK], most in {tmp_path}/b; use a tokenizer"
+    assert any(where in line for line in log) == warned
+
+
+def test_unknown_tokens_of_units_that_were_finished_before_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
+    (tmp_path / "a").write_text("\n\n".join(f"的 一 是 {'不 ' * i}" for i in range(40)))
+    path = tokenizer_files.folder(tmp_path / "tokenizer", tokenizer_files.bert())
+    config = make_config(data_source=f"text:{tmp_path}/a", tokenizer_path=str(path))
+    log: list[str] = []
+    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(prepare_lib, "write_manifest", interrupt)
+        prepare(config, tmp_path / "out", silent)
+    prepare(config, tmp_path / "out", log.append)
+    assert any("units were finished before" in line for line in log)
+    assert "text: 100.00% of the tokens are unknown, 0.00% of the bytes were no UTF-8" in log
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 @given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 200))

@@ -1,10 +1,16 @@
 """Documents come out whole and in order, and nothing is dropped in silence."""
 
+import bz2
 import gzip
+import io
 import itertools
 import json
+import lzma
+import pickle
 import socket
 import sys
+import tarfile
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -98,6 +104,94 @@ def test_undecodable_bytes_are_replaced_and_counted(tmp_path):
     assert (counts["undecodable_files"], counts["undecodable_bytes"]) == (1, 3)
 
 
+PROSE = "The baker sold keys to the people of the harbour.\n\n" * 40
+CHINESE = "北京是中华人民共和国的首都。\n\n" * 40
+
+
+def archive(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w") as z:
+            z.writestr("a.txt", PROSE)
+    else:
+        with tarfile.open(fileobj=buffer, mode="w") as t:
+            t.addfile(tarfile.TarInfo("a.txt"), io.BytesIO(b""))
+    return buffer.getvalue()
+
+
+NO_TEXT = {
+    "a.bz2": (bz2.compress(PROSE.encode()), "compressed by bzip2; .* compress it with gzip or zstd"),
+    "a.xz": (lzma.compress(PROSE.encode()), "compressed by xz"),
+    "a.lzma": (lzma.compress(PROSE.encode(), format=lzma.FORMAT_ALONE), "compressed by lzma"),
+    "gzip.txt": (gzip.compress(PROSE.encode()), r"compressed by gzip; .* end its name in \.gz"),
+    "zstd.txt": (zstandard.ZstdCompressor().compress(PROSE.encode()), "compressed by zstd"),
+    "a.zip": (archive("zip"), "a zip archive"),
+    "a.tar": (archive("tar"), "a tar archive"),
+    "a.tar.gz": (gzip.compress(archive("tar")), "a tar archive"),
+    "a.parquet": (b"PAR1\x15\x04\x15" + bytes(80), "a Parquet file; .* jsonl:GLOB#field"),
+    "a.pkl": (pickle.dumps([PROSE]), "a pickle"),
+    "a.pdf": (b"%PDF-1.7\n", "a PDF"),
+    "dump.xml": (b'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">', "a dump of MediaWiki"),
+    "wiki_00": (b'<doc id="12" url="https://en.wikipedia.org/wiki?curid=12" title="A">\nA\n', "WikiExtractor's output"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    "utf16.txt": (PROSE.encode("utf-16-le"), r"no text in UTF-8, as 5\d% of its first bytes show"),
+    "chinese16.txt": (CHINESE.encode("utf-16-be"), "no text in UTF-8"),
+    "utf32.txt": (PROSE.encode("utf-32-be"), "no text in UTF-8"),
+    "gbk.txt": (CHINESE.encode("gbk"), "no text in UTF-8.*iconv"),
+    "noise": (np.random.default_rng(0).bytes(5000), "no text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TEXT)
+@pytest.mark.parametrize("kind", ["text", "lines", "jsonl"])
+def test_what_is_no_text_is_refused_by_name_before_anything_is_read(tmp_path, name, kind):
+    content, message = NO_TEXT[name]
+    (tmp_path / "0.txt").write_text(PROSE)
+    (tmp_path / name).write_bytes(content)
+    source = sources.open_source(f"{kind}:{tmp_path}/*")
+    with pytest.raises(UserError, match=rf"{name} is {message}"):
+        source.check()
+
+
+@pytest.mark.parametrize("kind", ["text", "lines"])
+def test_what_is_no_text_is_refused_where_it_is_read(tmp_path, kind):
+    (tmp_path / "a").write_bytes(NO_TEXT["a.bz2"][0])
+    with pytest.raises(UserError, match="a is compressed by bzip2"):
+        read(f"{kind}:{tmp_path}/a")
+
+
+@pytest.mark.parametrize("text", ["ORC and PARIS", "PK is a place", "BZh", "a\tb\x1b[0m" * 20, "]", "é" * 5000, ""])
+def test_text_that_begins_like_something_else_is_text(tmp_path, text):
+    (tmp_path / "a").write_text(text)
+    sources.open_source(f"text:{tmp_path}/a").check()
+
+
+def test_json_lines_are_not_read_as_text(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz is JSON lines by its name; use jsonl:GLOB#field"):
+        sources.open_source(f"text:{tmp_path}/*")
+
+
+def test_tags_of_wikiextractor_are_counted_wherever_they_are(tmp_path):
+    (tmp_path / "a").write_text(f'{PROSE}\n<doc id="1" url="" title="B">\nB\n\n</doc>\n')
+    assert read(f"text:{tmp_path}/a")[1]["wikiextractor_tags"] == 2
+
+
+def test_bytes_that_are_replaced_are_counted_by_file(tmp_path):
+    (tmp_path / "a").write_bytes("Zürich für".encode("latin1"))
+    (tmp_path / "b").write_text("Zürich")
+    by_file: Counter[str] = Counter()
+    list(sources.open_source(f"text:{tmp_path}/*").chunks(undecodable=by_file))
+    assert by_file == {str(tmp_path / "a"): 2}
+
+
+def test_each_line_may_be_a_document(tmp_path):
+    long = "word " * 30_000
+    (tmp_path / "a").write_text(f"one\r\n\n \ntwo\n{long}\nlast")
+    texts, _ = read(f"lines:{tmp_path}/a")
+    assert texts == ["one", "two", long, "last"]
+
+
 @pytest.mark.parametrize("unit", ["word ", "字", "🙂", "x"])
 def test_one_long_line_is_one_document_in_bounded_parts(tmp_path, unit):
     text = unit * (3_000_000 // len(unit.encode()))
@@ -178,7 +272,7 @@ def test_jsonl(tmp_path):
     assert texts[2].startswith("half \ufffd")
     assert counts["undecodable_bytes"] == 3
     assert counts["empty_documents"] == 1
-    with pytest.raises(UserError, match=r"a.jsonl.gz:1 has no string field 'body' \(it has 'text'\)"):
+    with pytest.raises(UserError, match=r"a.jsonl.gz:1 has no string field 'body' \(it has 'text'\); name the field"):
         read(f"jsonl:{tmp_path}/*.gz#body")
     with pytest.raises(UserError, match=r"a.jsonl.gz:3"):
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n\n{"text": 3}'))
@@ -191,7 +285,7 @@ def test_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ('{"text": null}', r"has no string field 'text' \('text' is null\)"),
+        ('{"text": null}', r"has no string field 'text' \('text' is null\); leave the line out"),
         ('{"text": ["a", "b"]}', r"has no string field 'text' \('text' is a list of 2\)"),
         ('{"text": NaN}', r"has no string field 'text' \('text' is NaN\)"),
         ('["a"]', "is a list of 1; expected a JSON object a line"),
@@ -232,6 +326,36 @@ def test_paths_are_relative_to_here_and_sorted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read("text:*")[0] == read("text:~/*")[0] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", ["text[1]", "[a]", "a*", "what?"])
+def test_a_path_that_exists_is_no_pattern(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / name).write_text("one")
+    (tmp_path / "text1").mkdir()
+    (tmp_path / "text1" / "b").write_text("two")
+    assert read(f"text:{tmp_path}/{name}/*")[0] == ["one"]
+    assert read(f"text:{tmp_path}/{name}/{name}")[0] == ["one"]
+
+
+def test_brackets_are_a_pattern_where_no_such_path_exists(tmp_path):
+    for name in ("text1", "text2", "text3"):
+        (tmp_path / name).write_text(name)
+    assert read(f"text:{tmp_path}/text[12]")[0] == ["text1", "text2"]
+
+
+def test_a_name_may_hold_the_mark_of_a_field(tmp_path):
+    (tmp_path / "c#.jsonl").write_text('{"text": "one", "body": "two"}')
+    assert read(f"jsonl:{tmp_path}/c#.jsonl")[0] == ["one"]
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_a_folder_as_a_source_is_answered_with_its_files(tmp_path, kind, end):
+    with pytest.raises(
+        UserError, match=rf"is a folder; expected files: {kind}:{tmp_path}/\* or {kind}:{tmp_path}/\*\*"
+    ):
+        sources.open_source(f"{kind}:{tmp_path}{end}")
 
 
 def test_version_changes_with_a_file(tmp_path):
