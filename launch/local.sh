@@ -16,12 +16,12 @@
 # ends it: the run saves, and the same line continues it.
 set -euo pipefail
 
-processes=1 devices='' restarts=3 arguments=() dry_run=''
+processes=1 devices='' restarts=3 arguments=() workdir='' dry_run=''
 for argument in "$@"; do
   case $argument in
   --processes=* | --devices_per_process=* | --restarts=*)
-    if ! [[ ${argument#*=} =~ ^[0-9]{1,4}$ ]] || [[ $argument = *s=0 && $argument != --restarts* ]]; then
-      echo "error: $argument; it takes a whole number" >&2
+    if ! [[ ${argument#*=} =~ ^(0|[1-9][0-9]{0,3})$ ]] || [[ $argument = *s=0 && $argument != --restarts* ]]; then
+      echo "error: $argument; it takes a whole number, without zeros before it" >&2
       exit 2
     fi
     ;;
@@ -31,13 +31,13 @@ for argument in "$@"; do
   --devices_per_process=*) devices=${argument#*=} ;;
   --restarts=*) restarts=${argument#*=} ;;
   --dry_run) dry_run=1 ;;
-  *) arguments+=("$argument") ;;
+  *)
+    case $argument in --workdir | --workdir=*) workdir=1 ;; esac
+    arguments+=("$argument")
+    ;;
   esac
 done
-case " ${arguments[*]-} " in
-*" --workdir"*) ;;
-*) arguments+=(--workdir=runs/quickstart) ;;
-esac
+if [ -z "$workdir" ]; then arguments+=(--workdir=runs/quickstart); fi
 if [ -n "$dry_run" ]; then
   # shellcheck source=launch/job.sh
   . "$(dirname "$0")/job.sh"
@@ -59,7 +59,8 @@ if [ -n "$devices" ]; then
 fi
 
 pids=() stopping=''
-trap 'stopping=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM
+# A terminal that goes sends HUP to the run, too, which takes it and the TERM for one.
+trap 'stopping=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM HUP
 trap 'stopping=1' INT # a terminal sends it to the processes too, and a second one would cut their saving short
 
 while :; do
@@ -93,5 +94,5 @@ while :; do
     if [ "$restarts" = 0 ]; then exit "$code"; fi
     restarts=$((restarts - 1))
   fi
-  echo "the run ended with exit code $code: restarting it" >&2
+  echo "the run ended with exit code $code: restarting it" >&2 || true # a log on a full disk
 done

@@ -99,6 +99,10 @@ check() {
   fi
   check_quota
   check_arguments
+  if [ -n "$dry_run" ]; then
+    echo "not checked, for nobody was asked: login, project, zone, quota, bucket; checked: the job file and the config" >&2
+    return 0
+  fi
   echo "checks passed: $accelerator_type, $runtime, $PROVISIONING, in $ZONE" >&2
   echo "python -m flax_mlm.plan --topology=$TPU --slices=$SLICES estimates whether the run fits and what it costs" >&2
 }
@@ -185,6 +189,7 @@ submit() {
     echo "starting the run on the existing TPUs" >&2
   else
     create || failure "$RUN was not created, and costs nothing: $(reason)"
+    if [ -n "$dry_run" ]; then return 0; fi
     echo "$SLICES × $TPU requested as $RUN. Next: bash launch/tpu.sh babysit $job_file" >&2
     echo "without a babysitter, delete them yourself once status shows DONE" >&2
   fi
@@ -206,8 +211,8 @@ node_name() {
 status() {
   local name what since
   look || failure "the TPUs of $RUN cannot be looked for: $(reason)"
-  echo "$RUN: $SLICES × $TPU, $state"
   if [ -n "$dry_run" ]; then return 0; fi
+  echo "$RUN: $SLICES × $TPU, $state"
   list_objects || failure "gs://$BUCKET cannot be read: $(reason)"
   for name in $(printf '%s\n' "$objects" | grep '^workers/'); do
     read -r since what <<<"$(gcloud storage cat "$job_url/$name")"
@@ -227,6 +232,10 @@ logs() {
     *) mistake "logs: no option '$option'; these are --worker=NAME and --follow" ;;
     esac
   done
+  if [ -n "$dry_run" ]; then
+    ask gcloud storage cat "$job_url/logs/$worker.log"
+    return 0
+  fi
   while :; do
     if ask_quietly gcloud storage cat "--range=$seen-" "$job_url/logs/$worker.log"; then
       printf '%s' "$said"

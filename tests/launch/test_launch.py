@@ -178,6 +178,16 @@ def test_the_line_of_a_slurm_job_is_printed_quoted(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments", [[], ["--workdirs=w"], ["--workdir="], ["--config.x=a --workdir=w"], ["--work=w"]]
+)
+def test_a_slurm_job_without_a_workdir_is_refused(arguments):
+    line = ["bash", ROOT / "launch" / "slurm.sbatch", "--dry_run", *arguments]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: --workdir is missing; name a folder that all nodes see\n"
+
+
 EIGHT = "0,1,2,3,4,5,6,7"
 
 
@@ -236,6 +246,47 @@ def test_dry_runs_run_nothing(tmp_path, line, expected):
     assert done.returncode == 0
     assert not (tmp_path / "venv").exists()
     assert (done.stdout + done.stderr).splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize("value", ["08", "00", "010", "-1", "1e3", "two", "", "1 2", "10000"])
+@pytest.mark.parametrize("option", ["processes", "devices_per_process", "restarts"])
+def test_what_is_no_number_for_bash_is_refused(option, value):
+    line = ["bash", "launch/local.sh", "--dry_run", f"--{option}={value}"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --{option}={value}; it takes a whole number, without zeros before it\n"
+
+
+def test_an_option_that_begins_like_workdir_is_none():
+    line = ["bash", "launch/local.sh", "--dry_run", "--workdirs=w"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "python -m flax_mlm.train --workdirs=w --workdir=runs/quickstart\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_local_runs_save_when_the_script_is_told_to_stop(tmp_path, number):
+    """Also a second time: a terminal that goes tells the script and the run."""
+    venv = environment_with_everything(tmp_path / "venv")
+    run = "import os, signal, sys, time\nfor n in (1, 15): signal.signal(n, lambda *_: sys.exit(75))\n"
+    (tmp_path / "run.py").write_text(run + "os.write(1, b'begun'); time.sleep(60)")
+    executable(venv / "bin" / "python", f'#!/bin/bash\nexec "{sys.executable}" "{tmp_path}/run.py"\n')
+    env = os.environ | {"VENV": str(venv)}
+    script = subprocess.Popen(["bash", "launch/local.sh", "--workdir=x"], cwd=ROOT, env=env, stdout=subprocess.PIPE)
+    assert script.stdout.read(5) == b"begun"
+    script.send_signal(number)
+    assert script.wait(60) == 75
+
+
+def test_a_full_disk_does_not_keep_local_runs_from_a_restart(tmp_path):
+    venv = environment_with_everything(tmp_path / "venv")
+    executable(
+        venv / "bin" / "python",
+        f'#!/bin/bash\n[ -e "{tmp_path}/second" ] || {{ touch "{tmp_path}/second"; exit 75; }}\n',
+    )
+    env = os.environ | {"VENV": str(venv)}
+    with open("/dev/full", "w") as full:
+        line = ["bash", "launch/local.sh", "--workdir=x"]
+        assert subprocess.run(line, cwd=ROOT, env=env, stdout=full, stderr=full).returncode == 0
 
 
 def test_local_runs_have_huge_pages_beside_what_the_user_sets(tmp_path):

@@ -107,6 +107,12 @@ def lines_of(desk: Desk, name: str) -> list[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_dry_runs_print_what_would_be_run(desk, name, request):
     compare_golden(request, f"launch/tpu_{name}.txt", "\n".join(lines_of(desk, name)) + "\n")
+    said = desk.run("check", "--dry_run") + desk.run("submit", "--dry_run") + desk.run("status", "--dry_run")
+    said += desk.run("logs", "--dry_run")
+    assert "checks passed" not in said
+    assert "requested" not in said
+    assert "NONE" not in said
+    assert said.count("not checked, for nobody was asked") == 2
     assert not desk.cloud.calls, "a dry run asks nobody"
     assert not desk.cloud.gcs.requests, "a dry run asks nobody"
 
