@@ -139,7 +139,7 @@ def get_config() -> ConfigDict:
     c.train.cloze_every = 0  # steps between evaluations of the built-in clozes; 0: never
     c.train.checkpoint_every = 1000  # steps; the last step is always saved
     c.train.max_to_keep = 2  # newest checkpoints to keep
-    c.train.keep_period = 0  # steps; checkpoints at its multiples are kept forever; 0: none
+    c.train.keep_period = 0  # steps; a multiple of checkpoint_every, whose checkpoints are kept forever; 0: none
     c.train.max_failed_saves = 3  # failed saves in a row (disk full) before the run stops; 1 with several processes
     c.train.stall_timeout = 600.0  # seconds without progress before the run stops with an error; 0.0: never
 

@@ -176,12 +176,16 @@ def with_corpora(phases: Sequence[Phase], seq_len: Sequence[int], tokens_per_row
       tokens_per_row: mean tokens of each phase's rows, special tokens not counted.
 
     Raises:
-      UserError: the run has too few steps for `optimizer.averaging`.
+      UserError: the run has too few steps for `optimizer.averaging`, or too many for a 32-bit number.
     """
     phases = [p.with_rows(n, tokens) for p, n, tokens in zip(phases, seq_len, tokens_per_row, strict=True)]
     if phases[0].config.train.unit != "tokens":
         return phases
     counts = [p.num_steps or 0 for p in phases]
+    if sum(counts) >= 2**31:
+        t = phases[0].config.train
+        what = f"train.tokens is {t.tokens:g}, which is {sum(counts):.3g} steps of train.global_batch_size rows"
+        raise UserError(f"{what}; expected less than 2**31 steps; lower train.tokens")
     validate.check_snapshots(phases[0].config.optimizer, sum(counts))
     steps = {"train.steps": sum(counts)}
     return [p._replace(config=_with_values(p.config, steps), first_step=sum(counts[:i])) for i, p in enumerate(phases)]

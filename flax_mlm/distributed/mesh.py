@@ -10,6 +10,7 @@ propagates it, and an ambiguous sharding is an error rather than a silent copy.
 Axis names appear in `distributed/` only; the model names dimensions by their letters.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,9 +33,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Mesh of shape (data, fsdp, tensor) over all devices; with several TPU slices, only `data` crosses them.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or `data` is not a multiple of the slices.
+      UserError: JAX finds no devices, the sizes do not multiply to their number, or `data` is not a multiple of the
+        slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = _all_devices() if devices is None else devices
     inner = config.fsdp * config.tensor
     data = config.data if config.data != -1 else max(1, len(devices) // inner)
     if data * inner != len(devices):
@@ -52,6 +54,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     else:
         grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, (AxisType.Explicit,) * 3)
+
+
+def _all_devices() -> Sequence[jax.Device]:
+    try:
+        return jax.devices()
+    except RuntimeError as e:  # JAX_PLATFORMS, JAX_PLATFORM_NAME or the plugin of an accelerator
+        reason = " ".join(str(e).split())
+        remedy = "correct JAX_PLATFORMS, or unset it to take what is there"
+        raise UserError(f"JAX_PLATFORMS is '{os.environ.get('JAX_PLATFORMS', '')}': {reason}; {remedy}") from e
 
 
 def num_batch_shards(mesh: Any) -> int:

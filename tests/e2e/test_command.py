@@ -93,6 +93,14 @@ def test_wrong_options(refused, arguments, said):
     assert said in refused("train", *arguments)
 
 
+@pytest.mark.parametrize("platforms", ["foo", "cuda", "cpu,foo", "CPU "])
+def test_an_accelerator_that_is_not_there(refused, toy, monkeypatch, platforms):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    said = refused("train", *toy.flags(), "--workdir=w")
+    assert f"JAX_PLATFORMS is '{platforms}': Unable to initialize backend" in said
+    assert "correct JAX_PLATFORMS, or unset it" in said
+
+
 @pytest.mark.parametrize(
     "content, said",
     [

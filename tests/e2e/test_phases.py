@@ -129,6 +129,14 @@ def test_a_run_in_tokens_has_the_steps_that_its_average_takes():
             phases.with_corpora([changed], [128], [100.0])
 
 
+@pytest.mark.parametrize("tokens", [128 * 32 * 2.0**31, 1e15, 1e300])
+def test_a_run_in_tokens_has_fewer_steps_than_a_32_bit_number(tokens):
+    (part,) = parts_of("", tokens=tokens)
+    rows = part.config.train.global_batch_size
+    with pytest.raises(UserError, match=r"train\.tokens is .* expected less than 2\*\*31 steps"):
+        phases.with_corpora([part], [128], [128 * 32 / rows])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -150,6 +150,8 @@ def test_a_misspelt_field_is_answered_with_a_real_one(path, data):
         (["objective.mask_replace_prob=0.9", "objective.random_replace_prob=0.2"], "objective.mask_replace_prob"),
         (["optimizer.schedule=wsd", "optimizer.warmup_fraction=0.9"], "optimizer.warmup_fraction"),
         (["optimizer.averaging=lawa", "train.steps=800"], "optimizer.lawa_count"),
+        (["train.keep_period=1500"], "train.keep_period is 1500; expected a multiple of train.checkpoint_every, 1000"),
+        (["train.checkpoint_every=300", "train.keep_period=200"], "train.keep_period"),
         (["optimizer.name=schedule_free"], "optimizer.schedule"),
         (
             ["optimizer.name=schedule_free", "optimizer.schedule=constant", "optimizer.averaging=ema"],
