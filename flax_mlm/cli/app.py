@@ -7,12 +7,15 @@ the same command again).
 """
 
 import contextlib
+import datetime
 import errno
+import functools
 import json
 import os
 import re
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +76,8 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
             print(json.dumps(config.to_dict(), indent=2))
             return 0
         environment.prepare(config.train.batch_groups if config.train.reproducible else 0)
-        return main(config) or 0
+        with output.Status(functools.partial(_elapsed, time.monotonic())):
+            return main(config) or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -83,6 +87,11 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
         os._exit(e.code)  # a failed thread may be stuck, and must not delay the exit
     except Preempted:  # train has printed the line on process 0
         return PREEMPTED
+
+
+def _elapsed(start: float, columns: int) -> str:
+    """The status line of a command that has none of its own."""
+    return f"{Path(sys.argv[0]).stem} {datetime.timedelta(seconds=int(time.monotonic() - start))}"
 
 
 def required(flag: str, hint: str) -> str:

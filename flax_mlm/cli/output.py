@@ -14,10 +14,12 @@ from typing import Any, Self
 _KEPT = 2**16  # bytes that cannot be written now, and are written later
 _PATIENCE = 10.0  # seconds that a run waits for the reader of its log
 _INTERVAL = 0.5  # seconds between two drawings of the status line
-_ERASE = b"\r\x1b[2K"
+_ERASE_LINE = b"\x1b[2K"
+_ERASE = b"\r" + _ERASE_LINE
 
 _lock = threading.RLock()  # terminals show both streams
 _is_drawn = False  # a status line is on the screen
+_innermost: "Status | None" = None  # the one that is drawn
 
 
 class _Descriptor(io.RawIOBase):
@@ -52,7 +54,7 @@ class _Descriptor(io.RawIOBase):
         with _lock:
             is_first_error = self._error is None
             self._send(_erased(self) + text)
-            self.ends_line = text.endswith(b"\n") if text else self.ends_line
+            self.ends_line = text.endswith((b"\n", _ERASE_LINE)) if text else self.ends_line  # rich ends its bars so
         if self._error and is_first_error and self._is_log and self._number == 1:
             what = f"stdout cannot be written: {self._error.strerror}"
             print(f"WARNING: {what}; the run goes on, and lines of its log may be missing", file=sys.stderr)
@@ -178,7 +180,10 @@ def loss() -> OSError | None:
 
 
 class Status:
-    """A status line at the bottom of a terminal, drawn twice a second in a `with` block; other output goes above it."""
+    """A status line at the bottom of a terminal, drawn twice a second in a `with` block; other output goes above it.
+
+    Of blocks inside one another, the innermost is drawn. A progress bar of rich is drawn in its place.
+    """
 
     def __init__(self, line: Callable[[int], str]):
         """`line` takes the number of columns."""
@@ -187,14 +192,20 @@ class Status:
         self._descriptor: _Descriptor | None = None
 
     def __enter__(self) -> Self:
+        global _innermost
         if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and (descriptor := _descriptor(sys.stdout)):
             self._descriptor = descriptor
             self._thread.start()
+        self._outer, _innermost = _innermost, self
         return self
 
     def draw(self) -> None:
         """Draws the line now."""
-        if self._descriptor and all(d.ends_line for d in map(_descriptor, (sys.stdout, sys.stderr)) if d):
+        if (
+            self._descriptor
+            and _innermost is self
+            and all(d.ends_line for d in map(_descriptor, (sys.stdout, sys.stderr)) if d)
+        ):
             columns = shutil.get_terminal_size().columns - 1  # the last one makes some terminals wrap
             text = self._line(columns)[:columns]
             self._descriptor.draw(_ERASE + text.encode(sys.stdout.encoding, "replace"))
@@ -204,6 +215,8 @@ class Status:
             self.draw()
 
     def __exit__(self, *_: object) -> None:
+        global _innermost
+        _innermost = self._outer
         if self._descriptor:
             self._ended.set()
             self._thread.join()

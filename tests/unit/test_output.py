@@ -13,6 +13,7 @@ import sys
 import termios
 
 import pytest
+from rich.progress import Progress
 
 from flax_mlm.cli import output
 
@@ -124,16 +125,16 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path, closed):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A terminal of 40 columns: its descriptor, and a function that reads so many characters from it."""
+    """A terminal of 40 columns: its descriptor, and a function that reads what it shows up to a text."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
     monkeypatch.setattr(output, "_INTERVAL", 1000.0)  # only a test draws
 
-    def shown(count: int) -> str:
-        text = ""
-        while len(text) < count and select.select([master], [], [], 10)[0]:
-            text += os.read(master, count - len(text)).decode()
-        return text
+    def shown(end: str) -> str:
+        text = b""
+        while not text.endswith(end.encode()) and select.select([master], [], [], 10)[0]:
+            text += os.read(master, 10**6)
+        return text.decode()
 
     yield slave, shown
     os.close(master)
@@ -152,7 +153,33 @@ def test_lines_go_above_the_status_line(terminal, stdout, monkeypatch):
         status.draw()
     line = ERASE + "compiling".ljust(39, ".")
     expected = f"{line}{ERASE}step 1\r\n{line}{ERASE}"
-    assert shown(len(expected)) == expected
+    assert shown(expected) == expected
+
+
+def test_of_status_lines_inside_one_another_the_innermost_is_drawn(terminal, stdout):
+    descriptor, shown = terminal
+    stdout(descriptor)
+    with output.guarded(), output.Status(lambda columns: "train") as outer:
+        with output.Status(lambda columns: "compiling") as inner:
+            outer.draw()
+            inner.draw()
+        outer.draw()
+    expected = f"{ERASE}compiling{ERASE}{ERASE}train{ERASE}"
+    assert shown(expected) == expected
+
+
+def test_a_bar_of_rich_takes_the_place_of_the_status_line(terminal, stdout):
+    descriptor, shown = terminal
+    stdout(descriptor)
+    with output.guarded(), output.Status(lambda columns: "prepare") as status:
+        with Progress(transient=True, auto_refresh=False) as bar:
+            bar.add_task("tokenising")
+            bar.refresh()
+            status.draw()
+        status.draw()
+    text = shown(f"prepare{ERASE}")
+    assert text.count("prepare") == 1
+    assert "tokenising" in text
 
 
 def test_no_status_line_is_put_into_half_a_line(terminal, stdout):
@@ -163,7 +190,7 @@ def test_no_status_line_is_put_into_half_a_line(terminal, stdout):
         status.draw()
         print("for a batch")
     expected = "waiting for a batch\r\n"
-    assert shown(len(expected)) == expected
+    assert shown(expected) == expected
 
 
 def test_a_terminal_that_cannot_erase_gets_no_status_line(terminal, stdout, monkeypatch):
@@ -173,7 +200,7 @@ def test_a_terminal_that_cannot_erase_gets_no_status_line(terminal, stdout, monk
     with output.guarded(), output.Status(lambda columns: "compiling") as status:
         status.draw()
         print("step 1", flush=True)
-    assert shown(8) == "step 1\r\n"
+    assert shown("step 1\r\n") == "step 1\r\n"
 
 
 def test_a_file_gets_no_status_line(stdout, tmp_path):
