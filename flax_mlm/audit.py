@@ -20,7 +20,7 @@ from rich.text import Text
 
 from flax_mlm.cli import app
 from flax_mlm.config import phases
-from flax_mlm.config.schema import Config
+from flax_mlm.config.schema import Config, MeshConfig
 from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.errors import UserError
 
@@ -59,23 +59,24 @@ def audit(phase: phases.Phase, tokenizer: Tokenizer, batches: Batches, rows: int
     import jax
     import jax.numpy as jnp
 
+    from flax_mlm.distributed.mesh import make_mesh, use_mesh
     from flax_mlm.objectives import masking
     from flax_mlm.objectives.audit import measure
     from flax_mlm.objectives.rows import Vocabulary, row_keys, run_key
 
-    objective = phase.config.objective
-    key, vocab = run_key(phase.config, "mask"), Vocabulary.from_tokenizer(tokenizer)
-    counts: Counter[str] = Counter()
-    for step, batch in enumerate(batches):
-        tokens_BL = batch["tokens"]
-        K = masking.max_predictions_per_row(tokens_BL.shape[1], phase.largest_mask_rate)
-        # The number of steps of a run with a budget is not known.
-        rates = masking.rates_at(phase, min(step / phase.num_steps, 1.0) if phase.num_steps else 0.0)
-        keys_B = row_keys(key, jnp.asarray(batch["row_ids"]))
-        masked = jax.device_get(masking.mask_tokens(jnp.asarray(tokens_BL), keys_B, vocab, objective, rates, K))
-        if step == 0 and rows:
-            _print_rows(tokenizer, tokens_BL[:rows], masked, console)
-        counts.update(measure(tokens_BL, masked, tokenizer, objective.masking, rates.mask))
+    objective, counts = phase.config.objective, Counter[str]()
+    with use_mesh(make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])):
+        key, vocab = run_key(phase.config, "mask"), Vocabulary.from_tokenizer(tokenizer)
+        for step, batch in enumerate(batches):
+            tokens_BL = batch["tokens"]
+            K = masking.max_predictions_per_row(tokens_BL.shape[1], phase.largest_mask_rate)
+            # The number of steps of a run with a budget is not known.
+            rates = masking.rates_at(phase, min(step / phase.num_steps, 1.0) if phase.num_steps else 0.0)
+            keys_B = row_keys(key, jnp.asarray(batch["row_ids"]))
+            masked = jax.device_get(masking.mask_tokens(jnp.asarray(tokens_BL), keys_B, vocab, objective, rates, K))
+            if step == 0 and rows:
+                _print_rows(tokenizer, tokens_BL[:rows], masked, console)
+            counts.update(measure(tokens_BL, masked, tokenizer, objective.masking, rates.mask))
     return _report(phase, counts, console)
 
 

@@ -47,9 +47,10 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         stop = stack.enter_context(preemption.Stop())
         environment.prepare(config.train.batch_groups if config.train.reproducible else 0)
 
-        import jax  # heavy imports wait until the config is known to be right
+        # Heavy imports wait until the config is known to be right.
+        from flax_mlm.distributed import jax_options
 
-        identity = {"jax": jax.__version__, **flatten(config.to_dict())}
+        identity = jax_options.recorded() | flatten(config.to_dict())
         group = stack.enter_context(processes.join(cluster or ClusterConfig(), identity, config.train.stall_timeout))
         stop.leave = lambda reason: group.leave(PREEMPTED, reason)
         is_main, log = group.index == 0, console.log if group.index == 0 else lambda *_: None
@@ -60,7 +61,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         log(console.recipe(config, workdir))
 
         from flax_mlm.data import mixture
-        from flax_mlm.distributed.mesh import check_batch, make_mesh
+        from flax_mlm.distributed.mesh import check_batch, make_mesh, use_mesh
         from flax_mlm.storage.lease import Lease, holder
         from flax_mlm.training import loop, run_config
         from flax_mlm.training.budget import Budget
@@ -75,7 +76,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         check_batch("eval.batch_size", config.eval.batch_size, mesh)
         if config.train.reproducible:
             check_batch("train.batch_groups", config.train.batch_groups, mesh)
-        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(use_mesh(mesh))
         log(console.devices(mesh))
 
         # The workdir, to which process 0 alone writes.

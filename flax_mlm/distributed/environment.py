@@ -31,9 +31,11 @@ def prepare(reproducible: int = 0) -> None:
       reproducible: if positive, results are the same on up to this number of devices of a kind.
 
     Raises:
-      UserError: `reproducible` needs settings that the running backend was started without.
+      UserError: `reproducible` needs settings that the running backend was started without, or JAX's 64-bit numbers are
+        on.
     """
     prepare_paths()
+    _refuse_x64()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     _keep_freed_memory()
     if platform.machine() in ("x86_64", "AMD64") and not _add_flag(_RIGHT_SUMS):
@@ -62,6 +64,15 @@ def prepare_paths() -> None:
     patience = {"CONNECT_TIMEOUT_SECONDS": "10", "LOW_SPEED_TIME_SECONDS": "60", "LOW_SPEED_LIMIT_BYTES": "1"}
     for name, value in patience.items():
         os.environ.setdefault(f"TENSORSTORE_CURL_{name}", value)
+
+
+def _refuse_x64() -> None:
+    """Raises UserError if JAX computes, or will compute, with 64-bit numbers where no dtype is named."""
+    jax, variable = sys.modules.get("jax"), os.environ.get("JAX_ENABLE_X64", "")
+    if jax.config.jax_enable_x64 if jax else variable.lower() in ("1", "y", "yes", "t", "true", "on"):
+        what = f"jax_enable_x64 is on{' (JAX_ENABLE_X64)' * bool(variable)}; expected off"
+        why = "models are trained, saved and read with 32 bits"
+        raise UserError(f"{what}, because {why}; unset it, or use flax_mlm in a process of its own")
 
 
 def _add_flag(flag: str) -> bool:

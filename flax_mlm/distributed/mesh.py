@@ -10,8 +10,9 @@ propagates it, and an ambiguous sharding is an error rather than a silent copy.
 Axis names appear in `distributed/` only; the model names dimensions by their letters.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +64,13 @@ def _all_devices() -> Sequence[jax.Device]:
         reason = " ".join(str(e).split())
         remedy = "correct JAX_PLATFORMS, or unset it to take what is there"
         raise UserError(f"JAX_PLATFORMS is '{os.environ.get('JAX_PLATFORMS', '')}': {reason}; {remedy}") from e
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Sets the mesh of this thread, that functions are compiled, and by which rule keys become random bits."""
+    with jax.set_mesh(mesh), jax.disable_jit(False), jax.threefry_partitionable(True):
+        yield
 
 
 def num_batch_shards(mesh: Any) -> int:

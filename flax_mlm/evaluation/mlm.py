@@ -147,7 +147,7 @@ def eval_outputs(model: LoadedModel, corpus: Mixture, on_batch: OnBatch) -> Iter
     numbers, size = np.concatenate(corpus.held_out(model.config.eval.max_rows)), model.config.eval.batch_size
     own_rows = batches.local_rows(model.mesh, size)
     for batch in eval_batches(corpus.split("validation"), numbers, batch_size=size, local_rows=own_rows):
-        with jax.set_mesh(model.mesh):
+        with mesh.use_mesh(model.mesh):
             global_batch = batches.shard_batch(batch, model.mesh, stop=bool(on_batch()))
             output, stop = jax.device_get(model.forward.evaluate(model.params, global_batch, model.vocab))
         if stop:

@@ -23,6 +23,7 @@ from flax_mlm.finetuning.loop import Batch, Problem, epoch_indices
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.forward import check_finite
 from flax_mlm.inference.load import LoadedModel, OnBatch, Params, pad_rows
+from flax_mlm.objectives.rows import new_key
 from flax_mlm.storage import gcs
 
 _NONE = -1  # text index where an example has fewer hard negatives than others
@@ -68,7 +69,7 @@ def make_problem(
         for i, indices in enumerate(epoch_indices(dev_lengths, model.config.finetune.batch_size, rng)):
             on_batch()
             arrays = batches.shard_rows(list(dev_batch(indices, rng)), model.mesh)
-            losses.append(float(jitted_loss(params, *arrays, jax.random.fold_in(jax.random.key(0), i))))
+            losses.append(float(jitted_loss(params, *arrays, jax.random.fold_in(new_key(0), i))))
         check_finite(losses)
         return -float(np.mean(losses))
 

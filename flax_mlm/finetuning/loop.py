@@ -18,6 +18,7 @@ from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.inference.embeddings import check_batches
 from flax_mlm.inference.forward import NotFinite
 from flax_mlm.inference.load import LoadedModel, Log, OnBatch, Params
+from flax_mlm.objectives.rows import new_key
 from flax_mlm.optim import optimizer
 
 _POOL = 32  # number of batches whose examples are sorted by length together
@@ -62,7 +63,7 @@ def search(
         raise UserError("finetune.method is probe; only --task=classification takes it; use full")
     train = _make_training(model, problem, on_batch)
     scores, first = {}, {}
-    with jax.set_mesh(model.mesh):
+    with mesh.use_mesh(model.mesh):
         for learning_rate in (rates := config.rates(model.config.model.hidden_size)):
             name = str(learning_rate)
             try:
@@ -88,7 +89,7 @@ _Training = Callable[[float, int], tuple[float, Params]]  # learning rate, seed 
 def _make_training(model: LoadedModel, problem: Problem, on_batch: OnBatch) -> _Training:
     """Builds a function (learning rate, seed) -> score and parameters of the best epoch.
 
-    Call it under `jax.set_mesh(model.mesh)`. It trains until `finetune.patience` epochs have brought no better score,
+    Call it under `mesh.use_mesh(model.mesh)`. It trains until `finetune.patience` epochs have brought no better score,
     and raises NotFinite where even the first epoch diverges.
     """
     config = model.config.finetune
@@ -110,7 +111,7 @@ def _make_training(model: LoadedModel, problem: Problem, on_batch: OnBatch) -> _
         return jax.tree.map(lambda p, u: p - lr * u, params, updates), state, loss
 
     def train(learning_rate: float, seed: int) -> tuple[float, Params]:
-        key = jax.random.key(seed)
+        key = new_key(seed)
         params, state = init(model.params["encoder"], key)
         best_score, best_params = -np.inf, params
         best_epoch = step = 0

@@ -125,7 +125,7 @@ def run_batches(
     check_batches(model)
     size = model.config.finetune.batch_size
     results: dict[int, np.ndarray] = {}
-    with jax.set_mesh(model.mesh):
+    with mesh.use_mesh(model.mesh):
         for indices in _batches_by_length(rows, size):
             on_batch()
             filled = indices + [indices[-1]] * (size - len(indices))
@@ -152,7 +152,7 @@ def row_outputs(model: LoadedModel, rows: Sequence[list[int]]) -> Iterator[tuple
     for indices in _batches_by_length(rows, size):
         shape = size, model.padded_length(len(rows[indices[-1]]))
         tokens_BL = pad_rows([rows[i] for i in indices], shape, model.tokenizer.pad_id)
-        with jax.set_mesh(model.mesh):
+        with mesh.use_mesh(model.mesh):
             outputs = model.forward.outputs(model.params, batches.shard_rows(tokens_BL, model.mesh), model.vocab)
         for i, *arrays in zip(indices, *map(np.asarray, outputs), strict=False):
             hidden_LD, logits = (array[: len(rows[i])] for array in arrays)

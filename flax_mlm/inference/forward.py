@@ -11,7 +11,15 @@ import numpy as np
 
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed.deterministic import map_groups
-from flax_mlm.distributed.mesh import bind_to_mesh, num_batch_shards, per_row, replicate, reshard_like, shard_params
+from flax_mlm.distributed.mesh import (
+    bind_to_mesh,
+    num_batch_shards,
+    per_row,
+    replicate,
+    reshard_like,
+    shard_params,
+    use_mesh,
+)
 from flax_mlm.errors import UserError
 from flax_mlm.model import electra, encoder, heads
 from flax_mlm.model.attention.dispatch import resolve_attention
@@ -50,7 +58,7 @@ class EvalOutput(NamedTuple):
 
 class Forward(NamedTuple):
     """Functions of the parameters, jitted except for those in `model` and `loss`. Call them under
-    `jax.set_mesh(mesh)`."""
+    `use_mesh(mesh)`."""
 
     model: heads.Model
     loss: Loss
@@ -79,7 +87,7 @@ def build_forward(config: Config, vocab_size: int, mesh: jax.sharding.Mesh) -> F
     def init() -> Any:
         return shard_params(model.init(rows.run_key(config, "init")), model.dims)
 
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh):
         abstract_params = bind_to_mesh(jax.eval_shape(init), mesh)
     return Forward(
         model,

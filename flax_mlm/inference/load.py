@@ -16,7 +16,7 @@ from flax_mlm.checkpoint.format import Damaged, find_checkpoints, read_meta, res
 from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.distributed.batches import shard_replicated_rows
-from flax_mlm.distributed.mesh import make_mesh, num_batch_shards
+from flax_mlm.distributed.mesh import make_mesh, num_batch_shards, use_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.hf.folder import is_hf_folder, open_folder
 from flax_mlm.hf.weights import load_params, param_mappings, subtokens
@@ -32,7 +32,7 @@ Params = Any  # of a model, or of a fine-tuned encoder: a dict with the encoder'
 
 
 class LoadedModel(NamedTuple):
-    """A model with its parameters on a mesh. Use it under `jax.set_mesh(mesh)`."""
+    """A model with its parameters on a mesh. Use it under `use_mesh(mesh)`."""
 
     config: Config
     mesh: Mesh
@@ -77,7 +77,7 @@ class LoadedModel(NamedTuple):
         tokens_BL = pad_rows(rows, (size, shape[1]), self.tokenizer.pad_id)
         predict_BK = pad_rows(positions, (size, shape[2]))
         labels_BK = None if labels is None else pad_rows(labels, predict_BK.shape)
-        with jax.set_mesh(self.mesh):
+        with use_mesh(self.mesh):
             inputs = shard_replicated_rows([tokens_BL, predict_BK, labels_BK], self.mesh)
             log_probs = np.array(self.forward.log_probs(self.params, *inputs, self.vocab))[: len(rows)]
         check_finite(log_probs)
@@ -122,7 +122,7 @@ def load_model(path: str, config: Config) -> LoadedModel:
 
 def _load_checkpoint(checkpoint: epath.Path, meta: dict[str, Any], config: Config, mesh: Mesh) -> LoadedModel:
     tokenizer = stored_tokenizer(meta)
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh):
         forward = build_forward(config, tokenizer.vocab_size, mesh)
         # A fine-tuned encoder was initialised with the average, and has none.
         item = "average" if config.optimizer.averages != "none" and "fine_tuned" not in meta else "params"
@@ -133,7 +133,7 @@ def _load_checkpoint(checkpoint: epath.Path, meta: dict[str, Any], config: Confi
 
 def _load_folder(config: Config, mesh: Mesh) -> LoadedModel:
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh):
         forward = build_forward(config, tokenizer.vocab_size, mesh)
         log = functools.partial(print, file=sys.stderr)
         params = start_params(config, forward.init(), forward.model.dims, tokenizer, log)

@@ -34,7 +34,8 @@ class DetectionHead(nnx.Module):
         width = config.hidden_size
         self.activation = ACTIVATIONS[config.activation]
         self.dense = Linear("DE", (width, width), 1, config, rngs)
-        self.detector = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), (1, width)), dims="1D")
+        detector_1D = config.initializer_range * jax.random.normal(rngs.params(), (1, width), jnp.float32)
+        self.detector = nnx.Param(detector_1D, dims="1D")
         self.detector_bias = nnx.Param(jnp.zeros(1), dims="1")
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:

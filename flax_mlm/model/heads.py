@@ -103,7 +103,7 @@ def _is_variable(x: Any) -> bool:
 
 def init_task_head(key: jax.Array, config: ModelConfig, num_outputs: int) -> dict[str, jax.Array]:
     """Initialises a linear head for fine-tuning: kernel (D, C) and bias (C,), float32."""
-    kernel = config.initializer_range * jax.random.normal(key, (config.hidden_size, num_outputs))
+    kernel = config.initializer_range * jax.random.normal(key, (config.hidden_size, num_outputs), jnp.float32)
     return {"kernel": kernel, "bias": jnp.zeros(num_outputs)}
 
 

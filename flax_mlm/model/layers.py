@@ -60,7 +60,8 @@ class Linear(nnx.Module):
     """Weights and biases of a projection. `dims` are the letters of the weights' dimensions, inputs first."""
 
     def __init__(self, dims: str, shape: tuple[int, ...], num_inputs: int, config: ModelConfig, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape), dims=dims)
+        kernel = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.kernel = nnx.Param(kernel, dims=dims)
         if config.use_bias:
             self.bias = nnx.Param(jnp.zeros(shape[num_inputs:]), dims=dims[num_inputs:])
 
@@ -113,7 +114,7 @@ class Embeddings(nnx.Module):
     def _table(self, letter: str, rows: int, rngs: nnx.Rngs) -> nnx.Param:
         c = self.config
         width, width_letter = (c.embedding_size, "E") if c.embedding_size else (c.hidden_size, "D")
-        values = c.initializer_range * jax.random.normal(rngs.params(), (rows, width))
+        values = c.initializer_range * jax.random.normal(rngs.params(), (rows, width), jnp.float32)
         return nnx.Param(values, dims=letter + width_letter)
 
     def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, token_types_BL: jax.Array | None) -> jax.Array:

@@ -181,7 +181,7 @@ def sample_tokens(logits_BKV: jax.Array, keys_B: jax.Array, vocab_size: int) -> 
       logits_BKV: float32; columns from `vocab_size` on belong to no token.
       keys_B: one key per row, so that a row's samples do not depend on how the batch is split.
     """
-    noise_BKV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BKV.shape[1:]))(keys_B)
+    noise_BKV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BKV.shape[1:], jnp.float32, mode="low"))(keys_B)
     logits_BKV = jax.lax.stop_gradient(logits_BKV)
     logits_BKV += reshard_like(noise_BKV, logits_BKV)
     is_token_V = jax.lax.broadcasted_iota(jnp.int32, logits_BKV.shape, 2) < vocab_size

@@ -15,9 +15,14 @@ from flax_mlm.data.tokenizer import Tokenizer
 _PURPOSES = ("init", "mask", "dropout", "eval")
 
 
+def new_key(seed: int) -> jax.Array:
+    """Key of a seed: that of `jax.random.key` by default, whatever JAX's options say of generator and seeds."""
+    return jax.random.wrap_key_data(jnp.array([0, seed % 2**32], jnp.uint32), impl="threefry2x32")
+
+
 def run_key(config: Config, purpose: str) -> jax.Array:
     """Key of a run for one purpose: "init", "mask", "dropout" or "eval"."""
-    return jax.random.fold_in(jax.random.key(config.seed), _PURPOSES.index(purpose))
+    return jax.random.fold_in(new_key(config.seed), _PURPOSES.index(purpose))
 
 
 def row_keys(key: jax.Array, row_ids_B2: jax.Array) -> jax.Array:

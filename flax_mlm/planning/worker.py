@@ -15,7 +15,7 @@ from flax_mlm.config.load import build, from_dict
 from flax_mlm.config.phases import Phase, parse_phases
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import batches, chips
-from flax_mlm.distributed.mesh import bind_to_mesh, check_batch, make_mesh, num_batch_shards
+from flax_mlm.distributed.mesh import bind_to_mesh, check_batch, make_mesh, num_batch_shards, use_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.model.attention import dispatch, xla
 from flax_mlm.model.heads import vocab_rows
@@ -39,7 +39,7 @@ def answer(config: Config, vocab_size: int, target: Target, compiles: bool) -> C
     check_batch("train.global_batch_size", t.global_batch_size, mesh, t.gradient_accumulation_steps)
     if t.reproducible:
         check_batch("train.batch_groups", t.batch_groups, mesh)
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh):
         training, vocab = build_training(config, vocab_size, mesh, phase), _abstract_vocabulary(vocab_size, mesh)
         step = _traced(phase, vocab_size, training, mesh, vocab)
         step.cudnn = cudnn

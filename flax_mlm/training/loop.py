@@ -14,6 +14,7 @@ from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config import phases
 from flax_mlm.data import mixture, pipeline
+from flax_mlm.distributed import jax_options
 from flax_mlm.distributed.batches import abstract_batch, local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.errors import Failure
@@ -82,6 +83,9 @@ class Run:
             remedy = f"use another --workdir; delete checkpoints/{self.step} to go on from the step before it"
             raise Diverged(f"'{context.workdir}' holds a run that gave up at step {self.step}: {why}; {remedy}")
         self.phase, self.cursor = meta.get("phase", 0), mixture.DataCursor(**meta.get("cursor", {}))
+        if changed := jax_options.differences(meta.get("environment", {}), jax_options.recorded()):
+            effect = f"from step {self.step} on, numbers may differ in their last bits from those of an undisturbed run"
+            context.log(f"note: {'; '.join(changed)}: {effect}")
 
     def _initial_state(self) -> TrainState:
         config, training = self._context.phases[0].config, self.training_of[0]
@@ -248,6 +252,7 @@ class Run:
             "cursor": dataclasses.asdict(self.cursor),
             **({"gave_up": gave_up} if gave_up else {}),
             **(context.budget.cut() if context.budget else {}),
+            "environment": jax_options.recorded(),
         }
         with self.logger.pause("saving" if waits else "handing over what to save"), context.group.untimed("saving"):
             while not is_saved() and is_last:

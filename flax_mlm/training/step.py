@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from flax_mlm.checkpoint.fingerprint import fingerprint_scalar
 from flax_mlm.config.phases import Phase, single_phase
 from flax_mlm.config.schema import Config
-from flax_mlm.distributed.mesh import bind_to_mesh
+from flax_mlm.distributed.mesh import bind_to_mesh, use_mesh
 from flax_mlm.inference.forward import Batch, Forward, build_forward
 from flax_mlm.model import flops, heads
 from flax_mlm.objectives.masking import Rates, rates_at
@@ -24,7 +24,7 @@ from flax_mlm.training.update import StepContext, gradient_params, update
 
 
 class Training(NamedTuple):
-    """Functions of the train state for one phase of a run on one mesh. Call them under `jax.set_mesh(mesh)`."""
+    """Functions of the train state for one phase of a run on one mesh. Call them under `use_mesh(mesh)`."""
 
     forward: Forward
     init: Callable[..., TrainState]  # (parameters; new ones if omitted) -> state before the first step; jitted
@@ -50,7 +50,7 @@ def build_training(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | N
         params = params or forward.init()
         return new_state(params, tx.init(params), keeps_average=config.optimizer.averages != "none")
 
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh):
         abstract = bind_to_mesh(jax.eval_shape(init), mesh)
     gradient = choose_gradient(config.train, forward.loss)
     context = StepContext(phase, forward.loss, gradient, tx, mesh.devices.flat[0].platform)

@@ -1,18 +1,83 @@
 """The settings that make CPU results right."""
 
 import os
+import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+from flax_mlm.config.schema import MeshConfig
+from flax_mlm.distributed import jax_options
+from flax_mlm.distributed.mesh import make_mesh, use_mesh
+from flax_mlm.objectives.rows import new_key
+from tests.helpers.paths import ROOT
 
 
 def test_sums_are_right_under_jit():
     """jax-ml/jax#39103: this jaxlib's YNNPACK reductions lose part of a long sum."""
     x = jnp.full(32_769, 32_768.0)
     assert float(jax.jit(jnp.sum)(x)) == float(np.sum(np.asarray(x, np.float64)))
+
+
+def test_every_option_of_jax_is_fixed_recorded_or_irrelevant():
+    """An option of a new JAX is to be listed: does it change masks, or last bits, or nothing?"""
+    kinds = (jax_options.FIXED, jax_options.RECORDED, jax_options.IRRELEVANT)
+    listed = [name for kind in kinds for name in kind]
+    assert jax.config.values.keys() <= set(listed)
+    assert len(listed) == len(set(listed))
+
+
+def test_what_is_recorded_tells_two_environments_apart(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_a=1 --xla_dump_to=/a --xla_force_host_platform_device_count=8")
+    before = jax_options.recorded()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_b=1")
+    assert jax_options.differences(before, jax_options.recorded()) == []
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=2")
+    with jax.default_matmul_precision("highest"):
+        assert jax_options.differences(before, jax_options.recorded()) == [
+            "jax_default_matmul_precision was None, and is highest",
+            "XLA_FLAGS was --xla_a=1 --xla_b=1, and is --xla_a=2",
+        ]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**40 + 5])
+def test_keys_are_the_same_with_every_generator_and_offset(seed):
+    expected = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
+    with jax.default_prng_impl("rbg"):
+        key = new_key(seed)
+    assert jax.random.key_impl(key) == "threefry2x32"
+    assert (jax.random.key_data(key) == expected).all()
+
+
+def test_every_key_and_every_draw_names_its_generator_and_dtype():
+    for file in sorted((ROOT / "flax_mlm").rglob("*.py")):
+        for line in file.read_text().splitlines():
+            if re.search(r"random\.(key|PRNGKey)\(", line):
+                assert "impl=" in line, f"{file}: {line}"
+            if re.search(r"random\.(normal|gumbel|uniform)\(", line):
+                assert re.search(r"jnp\.(b?float\d+)", line), f"{file}: {line}"
+
+
+@pytest.mark.parametrize("is_partitionable", [True, False])
+def test_random_bits_follow_from_the_key_alone_on_a_mesh(is_partitionable):
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    with jax.threefry_partitionable(is_partitionable), jax.disable_jit(), use_mesh(mesh):
+        bits = jax.jit(lambda key: jax.random.bits(key, (4,), jnp.uint32))(new_key(0))
+    with jax.threefry_partitionable(True):
+        assert (bits == jax.random.bits(jax.random.key(0), (4,), jnp.uint32)).all()
+
+
+def test_64_bit_numbers_are_refused():
+    expected = "UserError: jax_enable_x64 is on (JAX_ENABLE_X64); expected off"
+    assert expected in run("e.prepare()", JAX_ENABLE_X64="1").stderr
+    assert expected in run("import jax; e.prepare()", JAX_ENABLE_X64="True").stderr
+    done = run("import jax; jax.config.update('jax_enable_x64', True); e.prepare()")
+    assert "UserError: jax_enable_x64 is on; expected off" in done.stderr
+    assert run("e.prepare()", JAX_ENABLE_X64="0").returncode == 0
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
