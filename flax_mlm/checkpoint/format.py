@@ -22,6 +22,7 @@ from flax_mlm.config import load, schema
 from flax_mlm.data.tokenizer import TOKENIZERS, Tokenizer
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
+from flax_mlm.storage.retry import retrying
 
 FORMAT = 4
 _EXPECTED = "give the workdir of a run that has saved one, or a Hugging Face folder with config.json and weights"
@@ -36,6 +37,7 @@ class Damaged(UserError):
     """A checkpoint that differs from what was saved. The message is one line, and names the checkpoint and the part."""
 
 
+@retrying
 def find_checkpoints(path: str) -> list[epath.Path]:
     """Lists the checkpoints that `path` may mean, newest first.
 
@@ -49,9 +51,9 @@ def find_checkpoints(path: str) -> list[epath.Path]:
     folder, step = _folder(path), ""
     name, _, number = path.rpartition("@")
     with gcs.errors(folder):
-        if name and number.isascii() and number.isdigit() and not folder.exists():
+        if name and number.isascii() and number.isdigit() and not files.exists(folder):
             folder, step = _folder(name), number
-        if (folder / MARKER).exists():
+        if files.exists(folder / MARKER):
             found = [folder]
         else:
             folder = folder.parent if folder.name == "checkpoints" else folder
@@ -85,6 +87,7 @@ def make_meta(config: schema.Config, tokenizer: Tokenizer, corpus: str, text: di
     return {"format": FORMAT, "config": config.to_dict(), "tokenizer": stored, "corpus": corpus, "text": text}
 
 
+@retrying
 def read_meta(checkpoint: epath.Path) -> dict[str, Any]:
     """Reads the `meta` of a checkpoint folder.
 
@@ -158,10 +161,39 @@ def stored_config(meta: dict[str, Any]) -> ConfigDict:
     return config
 
 
+def stored_run(meta: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config of the run, with all its phases, as it was saved in a checkpoint."""
+    run: dict[str, Any] = meta.get("run", meta["config"])
+    return run
+
+
 def stored_tokenizer(meta: dict[str, Any]) -> Tokenizer:
     """Returns the tokenizer of a checkpoint."""
     name = meta["tokenizer"]["filename"]
     return TOKENIZERS[name](base64.b64decode(meta["tokenizer"]["base64"]), f"the checkpoint's {name}")
+
+
+def refuse_other_start(what: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Compares what a run was trained on and started from, by content: the paths may have changed.
+
+    Args:
+      what: the beginning of the message.
+      theirs, ours: `meta` of a checkpoint, and of the continuation.
+
+    Raises:
+      UserError: the corpus or the weights of `init_from` are others.
+    """
+    if (a := theirs["corpus"]) != (b := ours["corpus"]):
+        counts = [(key, theirs["text"].get(key), ours["text"].get(key)) for key in ours["text"]]
+        differences = [f"{key} {old!r}, not {new!r}" for key, old, new in counts if old != new and key != "corpora"]
+        if theirs["tokenizer"] != ours["tokenizer"]:
+            differences.insert(0, "another tokenizer")
+        how = ", ".join(differences) or "the same number of rows with another content"
+        message = f"{what} was trained on corpus {a[:12]}, and this is {b[:12]}: it had {how}"
+        raise UserError(f"{message}; give the same text and tokenizer, under any path, or use another --workdir")
+    if (a := theirs.get("start", "")) != (b := ours.get("start", "")):
+        message = f"{what} began with the weights {a[:12] or 'of no folder'}, and init_from has {b[:12] or 'none'}"
+        raise UserError(f"{message}; give the same weights, under any path, or use another --workdir")
 
 
 def split_state(state: Any) -> dict[str, Any]:
@@ -216,8 +248,7 @@ def read_back(checkpoint: epath.Path, abstract: dict[str, Any]) -> None:
 
     meta, few = read_meta(checkpoint), set[str]()
     for item, tree in abstract.items():
-        with _reading(checkpoint):
-            stored = leaves(ocp.PyTreeCheckpointHandler().metadata(checkpoint / item).tree)
+        stored = _stored_arrays(checkpoint, item)
         for name, x in (named := leaves({item: tree})).items():
             found = stored.get(name.removeprefix(f"{item}/"))
             if found is None or (found.shape, found.dtype) != (x.shape, x.dtype):
@@ -228,6 +259,17 @@ def read_back(checkpoint: epath.Path, abstract: dict[str, Any]) -> None:
     picked = [x if name in few else ocp.PLACEHOLDER for name, x in leaves(abstract).items()]
     items = _read_items(checkpoint, jax.tree.unflatten(jax.tree.structure(abstract), picked))
     _compare(checkpoint, meta, {name: x for name, x in leaves(items).items() if name in few})
+
+
+@retrying
+def _stored_arrays(checkpoint: epath.Path, item: str) -> dict[str, Any]:
+    """Returns shape and dtype of each array of an item, as the files of the array have them."""
+    import orbax.checkpoint as ocp
+
+    from flax_mlm.checkpoint.fingerprint import leaves
+
+    with _reading(checkpoint):
+        return leaves(ocp.PyTreeCheckpointHandler().metadata(checkpoint / item).tree)
 
 
 def _compare(checkpoint: epath.Path, meta: dict[str, Any], arrays: dict[str, Any]) -> None:
@@ -245,6 +287,7 @@ def _shape(entry: list[Any] | None) -> str:
     return f"as {entry[0]} {tuple(entry[1])}" if entry else "not at all"
 
 
+@retrying
 def _read_items(checkpoint: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """Reads the arrays of some items, except for those that are `ocp.PLACEHOLDER`."""
     import orbax.checkpoint as ocp

@@ -6,6 +6,7 @@ See format.py for what a checkpoint consists of, and store.py for how it is dele
 import concurrent.futures
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flax_mlm.checkpoint.fingerprint import fingerprints, table
-from flax_mlm.checkpoint.format import Damaged, read_back, read_meta, restore, split_state
+from flax_mlm.checkpoint.format import Damaged, read_back, read_meta, refuse_other_start, restore, split_state
 from flax_mlm.checkpoint.store import LiteralPath, Store, bound_retries, saved_steps
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
@@ -185,13 +186,12 @@ class Checkpoints:
           Failure: one cannot be read, though it is not damaged; or, with several processes, the newest is damaged.
         """
         items = split_state(abstract)
+        self._take_back(items, log)
         while (step := self._agreed(max(saved_steps(self._workdir), default=-1))) >= 0:
             checkpoint = self._folder / str(step)
             try:
                 meta = read_meta(checkpoint)
-                if (theirs := meta["corpus"]) != (ours := self._meta["corpus"]):
-                    what = f"was trained on corpus {theirs[:12]}, and this is {ours[:12]}"
-                    raise UserError(f"--workdir: '{self._workdir}' {what}; use another --workdir")
+                refuse_other_start(f"--workdir: '{self._workdir}'", meta, self._meta)
                 restored = restore(checkpoint, meta, items)
             except Damaged as e:
                 self._quarantine(step, e, log)
@@ -204,6 +204,28 @@ class Checkpoints:
             what = f"none of the checkpoints in '{self._workdir}' is sound (they are in checkpoints/.quarantine)"
             raise UserError(f"{what}; use another --workdir")
         return None
+
+    def _take_back(self, items: dict[str, Any], log: Callable[[str], None]) -> None:
+        """Takes back from quarantine the last step that is sound after all, where it is newer than all others."""
+        newest = max(saved_steps(self._workdir), default=-1)
+        candidates = [path for path in self._store.quarantined() if int(path.name) > newest] if self._is_main else []
+        while name := self._agreed_name(os.path.relpath(candidates.pop(0), self._folder) if candidates else ""):
+            path = self._folder / name
+            try:
+                restore(path, read_meta(path), items)
+            except UserError:
+                continue
+            if self._is_main:
+                self._store.take_back(path)
+            log(f"checkpoint {path.name} is sound after all, and taken back from {path.parent}")
+            candidates = []
+
+    def _agreed_name(self, name: str) -> str:
+        """Returns the name of process 0."""
+        if self._is_alone:
+            return name
+        padded = np.frombuffer(name.encode().ljust(256, b"\0"), np.uint8)
+        return bytes(multihost_utils.broadcast_one_to_all(padded)).rstrip(b"\0").decode()
 
     def _quarantine(self, step: int, damage: Damaged, log: Callable[[str], None]) -> None:
         """Moves a damaged step to quarantine. With several processes raises Failure: others may have read it."""

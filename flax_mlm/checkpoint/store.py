@@ -20,6 +20,7 @@ from etils.epath import gpath
 
 from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import files, gcs
+from flax_mlm.storage.retry import retrying
 
 MARKER = "commit_success.txt"  # orbax's AtomicityMode.COMMIT_FILE; written last
 ITEMS = ("params", "average", "rest", "meta")
@@ -106,20 +107,23 @@ class Store:
     def delete(self, name: str) -> None:
         """Deletes a step."""
         if self._in_bucket:
-            for part in (MARKER, *ITEMS[:-1], ""):  # `meta` goes last: it says whose the others are
-                with contextlib.suppress(FileNotFoundError):
-                    self._client.rm(os.fspath(self._path / name / part), recursive=True)
+            self._delete_in_bucket(self._path / name)
             return
         target = self._new_folder(_TRASH, name)
         (self._path / name).rename(target / name)
         shutil.rmtree(target, ignore_errors=True)
+
+    def _delete_in_bucket(self, path: epath.Path) -> None:
+        for part in (MARKER, *ITEMS[:-1], ""):  # `meta` goes last: it says whose the others are
+            with contextlib.suppress(FileNotFoundError):
+                self._client.rm(os.fspath(path / part), recursive=True)
 
     def sweep(self, committed: Collection[int]) -> None:
         """Clears away what killed and failed saves of ours have left, which would block saving those steps."""
         for name in self.names():
             path = self._path / name
             if is_step(path) and int(name) not in committed and (is_own(path) or is_remains(path)):
-                if {entry.name for entry in path.iterdir()} <= _ENTRIES:
+                if (_entries(path) or set()) <= _ENTRIES:
                     self.delete(name)
                 else:
                     self.quarantine(name)
@@ -135,52 +139,80 @@ class Store:
             target.rmdir()
         return target
 
+    def quarantined(self) -> list[gcs.AnyPath]:
+        """Lists the steps in quarantine, the last first."""
+        found = [path for parent in (_entries(self._path / _QUARANTINE) or ()) for path in self._put_away(parent)]
+        return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+    def _put_away(self, parent: str) -> list[gcs.AnyPath]:
+        folder = self._path / _QUARANTINE / parent
+        return [path for name in _entries(folder) or () if is_step(path := folder / name) and is_own(path)]
+
+    def take_back(self, path: gcs.AnyPath) -> None:
+        """Moves a step from quarantine to its place."""
+        if self._in_bucket:
+            self._move_in_bucket(path, self._path / path.name)
+        else:
+            Path(path).rename(self._path / path.name)
+            with contextlib.suppress(OSError):
+                Path(path).parent.rmdir()
+
     def _new_folder(self, parent: str, name: str) -> Path:
         (self._path / parent).mkdir(exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._path / parent))
 
     def _quarantine_in_bucket(self, name: str) -> epath.Path:
-        """Copies a step, the marker last, then deletes it, the marker first."""
         _, generation = gcs.read(self._path / name / MARKER)
         # The generation names the target, so that processes that see the same damage at once agree on it.
         target = self._path / _QUARANTINE / f"{name}-{generation or secrets.token_hex(4)}"
-        source = os.fspath(self._path / name)
-        for file in sorted(self._client.find(source), key=lambda file: file.endswith(f"/{name}/{MARKER}")):
-            relative = file.removeprefix(source.removeprefix("gs://"))
-            with contextlib.suppress(FileNotFoundError):  # another process has moved it
-                self._client.cp_file(file, os.fspath(target / name) + relative)
-        self.delete(name)
+        self._move_in_bucket(self._path / name, target / name)
         return target
 
+    def _move_in_bucket(self, source: epath.Path, target: epath.Path) -> None:
+        """Copies a step, the marker last, then deletes it, the marker first."""
+        name = os.fspath(source)
+        for file in sorted(self._client.find(name), key=lambda file: file.endswith(f"/{source.name}/{MARKER}")):
+            with contextlib.suppress(FileNotFoundError):  # another process has moved it
+                self._client.cp_file(file, os.fspath(target) + file.removeprefix(name.removeprefix("gs://")))
+        self._delete_in_bucket(source)
 
+
+@retrying
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """Lists the steps of a run's committed checkpoints, ascending. Links and half-written folders do not count."""
     folder = epath.Path(workdir) / "checkpoints"
-    if not (gcs.is_one(folder) or folder.is_dir()):
+    if not (gcs.is_one(folder) or files.exists(folder)):
         return []
     steps = [path for name in Store(folder).names() if is_step(path := folder / name)]
-    committed = gcs.together(lambda path: (path / MARKER).exists(), steps, folder)
+    committed = gcs.together(lambda path: files.exists(path / MARKER), steps, folder)
     return sorted(int(path.name) for path, is_committed in zip(steps, committed, strict=True) if is_committed)
 
 
+@retrying
 def is_own(path: gcs.AnyPath) -> bool:
     """Returns whether a folder is a checkpoint that flax_mlm has saved, be it damaged or not complete: its item `rest`
     or its `meta` tells. What is not known to be ours is never moved, deleted or called damaged."""
-    if os.path.islink(os.fspath(path)) or not path.is_dir():
-        return False
-    if any(entry.name.startswith("rest") for entry in path.iterdir() if entry.name in _ENTRIES):
+    if any(name.startswith("rest") for name in _entries(path) or () if name in _ENTRIES):
         return True
-    return files.is_json_with(path / "meta" / "metadata", *_META)
+    return _entries(path) is not None and files.is_json_with(path / "meta" / "metadata", *_META)
 
 
+@retrying
 def is_remains(path: gcs.AnyPath) -> bool:
     """Returns whether a folder in a run of ours may be left from a save that was killed before `is_own` could tell: no
     other item is finished."""
-    if os.path.islink(os.fspath(path)) or not path.is_dir():
+    if (names := _entries(path)) is None or not names <= _ENTRIES:
         return False
-    names = {entry.name for entry in path.iterdir()}
-    finished = [item for item in ITEMS if item in names and (not gcs.is_one(path) or (path / item / MARKER).exists())]
-    return names <= _ENTRIES and not finished
+    in_bucket = gcs.is_one(path)
+    return not any(item in names and (not in_bucket or (path / item / MARKER).exists()) for item in ITEMS)
+
+
+def _entries(path: gcs.AnyPath) -> set[str] | None:
+    """Lists the names in a folder; None where it is none, or a link."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not os.path.islink(os.fspath(path)):
+            return {entry.name for entry in path.iterdir()}
+    return None
 
 
 def is_step(path: gcs.AnyPath) -> bool:

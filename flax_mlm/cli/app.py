@@ -31,7 +31,7 @@ from flax_mlm.configs import base
 from flax_mlm.distributed import environment
 from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError, did_you_mean
 from flax_mlm.inference.config import apply_folder, read_config
-from flax_mlm.storage import gcs
+from flax_mlm.storage import gcs, retry
 
 _CONFIGS = {file.stem: file for file in sorted(Path(base.__file__).parent.glob("*.py"))}
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
@@ -79,14 +79,20 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
         with output.Status(functools.partial(_elapsed, time.monotonic())):
             return main(config) or 0
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        passes = retry.is_transient(e)  # the error of a file server, and no mistake
+        print(f"stopped: {retry.describe(e)}" if passes else f"error: {e}", file=sys.stderr)
+        return 1 if passes else 2
     except Failure as e:
         print(f"stopped: {e}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(e.code)  # a failed thread may be stuck, and must not delay the exit
     except Preempted:  # train has printed the line on process 0
         return PREEMPTED
+    except OSError as e:
+        if not retry.is_transient(e):
+            raise
+        print(f"stopped: {retry.describe(e)}", file=sys.stderr)
+        return 1
 
 
 def _elapsed(start: float, columns: int) -> str:

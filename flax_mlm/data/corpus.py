@@ -29,6 +29,7 @@ from etils import epath
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, gcs
+from flax_mlm.storage.retry import retrying
 
 FORMAT = 3  # raised whenever older readers would misread
 MANIFEST = "corpus.json"
@@ -46,6 +47,7 @@ class CheckedFile:
     size: int
     sha256: str
 
+    @retrying
     def check_size(self) -> None:
         """Compares the size. Raises UserError."""
         with _reading(self.path):
@@ -55,6 +57,7 @@ class CheckedFile:
         if size != self.size:
             raise UserError(f"{self.path} has {size} bytes; corpus.json says {self.size}; {_REMEDY}")
 
+    @retrying
     def content(self) -> bytes:
         """Reads the file and compares its checksum. Raises UserError."""
         with _reading(self.path):
@@ -79,6 +82,7 @@ class Shard:
     def _crc32(self) -> np.ndarray:
         return np.frombuffer(self.checksums.content(), np.uint32, self.rows, self.checksums.size - 4 * self.rows)
 
+    @retrying
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Reads rows by number, (n,) -> (n, L) of `dtype`.
 
@@ -174,6 +178,7 @@ class Corpus:
     _tokenizer: CheckedFile
 
     @classmethod
+    @retrying
     def open(cls, path: str | Path) -> "Corpus":
         """Opens a folder made by `prepare`, and checks that every file is there in its full size.
 

@@ -12,6 +12,7 @@ from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
 from flax_mlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from flax_mlm.errors import UserError, as_user_error, refuse_lfs_pointer
 from flax_mlm.storage import gcs
+from flax_mlm.storage.retry import retrying
 
 # By the name of the file that `save` writes.
 TOKENIZERS: dict[str, Callable[[bytes, str], Tokenizer]] = {
@@ -20,6 +21,7 @@ TOKENIZERS: dict[str, Callable[[bytes, str], Tokenizer]] = {
 _NAMES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")  # in a folder, the first one counts
 
 
+@retrying
 def load_tokenizer(path: str | Path, extra_tokens_file: str | Path = "") -> Tokenizer:
     """Reads a SentencePiece `.model`, a Hugging Face `tokenizer.json`, a WordPiece `vocab.txt`, or a byte-level
     `vocab.json` with `merges.txt`, or that of a folder; and the settings of Hugging Face beside it.

@@ -3,6 +3,7 @@
 Only config.json and safetensors files are read. Nothing in a folder can run code here.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from flax_mlm.hf import architecture as arch
 from flax_mlm.hf import bert, modernbert
 from flax_mlm.hf.architecture import Architecture, SpecialIds
 from flax_mlm.hf.distilbert import DISTILBERT
+from flax_mlm.storage.retry import retrying
 
 ARCHITECTURES = (
     *(bert.BERT, bert.BERT_CAUSAL, bert.ROBERTA, bert.ROBERTA_CAUSAL, bert.ALBERT, DISTILBERT, bert.XLM_ROBERTA),
@@ -53,6 +55,15 @@ class Folder(NamedTuple):
         for old, new in _RENAMED.items():
             tensors = {name.removesuffix(old) + new if name.endswith(old) else name: x for name, x in tensors.items()}
         return {prefix + name: tensor for name, tensor in tensors.items()}
+
+    @retrying
+    def fingerprint(self) -> str:
+        """Hashes the files of weights, so that a folder is known under another path."""
+        digest = hashlib.sha256()
+        for file in self.weight_files():
+            with (self.path / file).open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        return digest.hexdigest()
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Checks that a tokenizer belongs to the model.
@@ -106,6 +117,7 @@ def _other_weights(folder: Path) -> list[Path]:
     return [file for ending in _OTHER_WEIGHTS for file in sorted(folder.glob(f"*{ending}"))]
 
 
+@retrying
 def is_hf_folder(path: str) -> bool:
     """Returns whether a path is a Hugging Face folder, with weights of any kind beside config.json, and no run."""
     folder = Path(path).expanduser()
@@ -154,6 +166,7 @@ def _check_vocab(config: Mapping[str, Any]) -> None:
         raise ValueError(f"pad_token_id = {pad_id!r}; expected a token id below vocab_size")
 
 
+@retrying
 def read_json(file: Path, kind: type = dict) -> Any:
     """Reads a JSON file that holds an object, or another kind of value. Raises UserError."""
     try:
@@ -168,6 +181,7 @@ def read_json(file: Path, kind: type = dict) -> Any:
     return content
 
 
+@retrying
 def _read_tensors(file: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file

@@ -12,8 +12,21 @@ from typing import Any
 
 from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import gcs
+from flax_mlm.storage.retry import retrying
 
 
+def exists(path: gcs.AnyPath) -> bool:
+    """Returns whether a path exists. Where a file server fails, the answer is an OSError, and not no."""
+    if gcs.is_one(path):
+        return path.exists()
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+@retrying
 def read_text(file: Path) -> str:
     """Reads a UTF-8 file, without byte-order mark. Raises UserError."""
     try:

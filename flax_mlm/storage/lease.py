@@ -21,6 +21,7 @@ from typing import Any
 
 from flax_mlm.errors import Failure, UserError, as_user_error
 from flax_mlm.storage import gcs
+from flax_mlm.storage.retry import retrying
 
 _NAME = "lease.json"
 _BEAT = 5.0  # seconds between increments of the counter
@@ -159,6 +160,7 @@ def _start_time(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+@retrying
 def _read(file: gcs.AnyPath) -> bytes | None:
     """Reads the first 64 KiB; None if there is no file. Raises OSError for a link, and does not wait for a pipe."""
     if not isinstance(file, Path):

@@ -5,6 +5,7 @@ import json
 import os
 import queue
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -14,16 +15,26 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils.epath import gpath
 
-from flax_mlm.checkpoint import manager
+from flax_mlm.checkpoint import manager, store
 from flax_mlm.checkpoint.fingerprint import leaves as named
-from flax_mlm.checkpoint.format import FORMAT, Damaged, find_checkpoints, newest_meta, read_meta, restore
+from flax_mlm.checkpoint.format import (
+    FORMAT,
+    Damaged,
+    find_checkpoints,
+    newest_meta,
+    read_meta,
+    refuse_other_start,
+    restore,
+)
 from flax_mlm.checkpoint.store import check_name, saved_steps
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import Failure, UserError
-from flax_mlm.storage import files
+from flax_mlm.storage import files, retry
 from tests.helpers.checkpoints import META, abstract, opened, restored, same_bits, save_three, state_at
 from tests.helpers.paths import ROOT
 from tests.helpers.saver import State
@@ -260,6 +271,62 @@ def test_what_a_machine_cannot_read_is_not_taken_for_damaged(workdir, outcome, m
     outcome("detected")
 
 
+HICCUPS = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+HICCUPS += [TimeoutError(errno.ETIMEDOUT, "timed out"), ValueError("Error reading ... [os_error_code='116']")]
+
+
+class FileServer:
+    """A file server that fails a number of times in what `at` names, a method of a class."""
+
+    def __init__(self, monkeypatch, at: tuple[type, str], error: Exception, times: float):
+        monkeypatch.setattr(retry, "_PAUSES", (0.0,) * 5)
+        works = getattr(*at)
+        self.left = times
+
+        def fails(*args, **kwargs):
+            if self.left <= 0:
+                return works(*args, **kwargs)
+            self.left -= 1
+            raise error
+
+        monkeypatch.setattr(*at, fails)
+
+
+@pytest.mark.fault(21)
+@pytest.mark.parametrize("at", [(gpath.PosixGPath, "read_text"), (ocp.Checkpointer, "restore")], ids=["meta", "arrays"])
+@pytest.mark.parametrize("error", HICCUPS, ids=repr)
+def test_a_file_server_that_fails_for_a_while_damages_nothing(workdir, outcome, monkeypatch, at, error):
+    with monkeypatch.context() as m:
+        server = FileServer(m, at, error, 4)
+        assert restored(workdir)[0] == 30
+        assert server.left == 0
+    with monkeypatch.context() as m:
+        FileServer(m, at, error, np.inf)
+        with pytest.raises(Failure, match=r"a file server does not answer: .*; nothing is changed, start again"):
+            restored(workdir)
+    assert saved_steps(workdir) == [10, 20, 30]
+    assert not (workdir / "checkpoints" / ".quarantine").exists()
+    outcome("recovered")
+
+
+@pytest.mark.fault(21)
+@pytest.mark.parametrize("steps", [(30,), (10, 20, 30)], ids=str)
+def test_what_was_put_away_and_is_sound_is_taken_back(workdir, outcome, steps):
+    for step in steps:
+        store.Store(workdir / "checkpoints").quarantine(str(step))
+    found, log = restored(workdir)
+    assert found == 30
+    assert re.fullmatch(r"checkpoint 30 is sound after all, and taken back from .*/\.quarantine/30-\w+", log[0])
+    assert restored(workdir)[0] == 30
+    outcome("recovered")
+
+
+def test_a_step_put_away_that_is_older_than_the_newest_stays_there(workdir):
+    store.Store(workdir / "checkpoints").quarantine("20")
+    assert restored(workdir)[0] == 30
+    assert saved_steps(workdir) == [10, 30]
+
+
 @pytest.mark.fault(28)
 def test_leftovers_are_swept(workdir, outcome):
     folder = workdir / "checkpoints"
@@ -338,12 +405,24 @@ def test_other_arrays_are_refused_before_they_are_read(workdir, outcome, state, 
 
 @pytest.mark.fault(41)
 def test_another_corpus_is_refused(workdir, outcome):
-    checkpoints = opened(workdir, {**META, "corpus": "b" * 64})
-    with pytest.raises(UserError, match="was trained on corpus aaaaaaaaaaaa, and this is bbbbbbbbbbbb"):
+    checkpoints = opened(workdir, {**META, "corpus": "b" * 64, "text": {"documents": 7}})
+    said = "was trained on corpus aaaaaaaaaaaa, and this is bbbbbbbbbbbb: it had documents None, not 7; give"
+    with pytest.raises(UserError, match=said):
         checkpoints.restore_latest(abstract(state_at(0)), print)
     checkpoints.close()
     assert saved_steps(workdir) == [10, 20, 30]
     outcome("detected")
+
+
+@pytest.mark.parametrize(("theirs", "ours", "said"), [
+    ({"corpus": "b" * 64, "tokenizer": {}}, {}, "another tokenizer; give"),
+    ({"corpus": "b" * 64}, {}, "the same number of rows with another content; give"),
+    ({"start": "c" * 64}, {}, "began with the weights cccccccccccc, and init_from has none; give the same weights"),
+    ({"start": "c" * 64}, {"start": "d" * 64}, "began with the weights cccccccccccc, and init_from has dddddddddddd"),
+])  # fmt: skip
+def test_the_message_says_in_what_a_run_differs(theirs, ours, said):
+    with pytest.raises(UserError, match=f"^here .*{said}"):
+        refuse_other_start("here", {**META, **theirs}, {**META, **ours})
 
 
 def full_disk(is_full: bool) -> None:
