@@ -99,7 +99,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         run_phases = phases.with_corpora(run_phases, [m.seq_len for m in mixtures], tokens_per_row)
         log(console.data(run_phases, mixtures))
         if is_main:
-            run_config.take(workdir, config)
+            run_config.take(workdir, config, log)
             if config.train.budget_minutes:
                 begins = [phase.begin for phase in run_phases]
                 budget = Budget(workdir, 60 * config.train.budget_minutes, started, begins)
@@ -107,6 +107,8 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
 
         # Model and optimizer: from the newest sound checkpoint, from a Hugging Face folder, or new.
         run = loop.Run(RunContext(config, workdir, run_phases, mixtures, mesh, group, stop, log, lease, budget))
+        if is_main:
+            run_config.record(workdir, config)
         result_file = workdir / "result.json"
         if run.is_over and (result := files.read_result(result_file)):
             if is_main:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flax_mlm.checkpoint.format import make_meta
+from flax_mlm.checkpoint.format import make_meta, stored_run
 from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config import phases
@@ -19,11 +19,13 @@ from flax_mlm.distributed.batches import abstract_batch, local_rows, shard_batch
 from flax_mlm.distributed.preemption import Stopped
 from flax_mlm.errors import Failure
 from flax_mlm.evaluation import cloze, mlm
+from flax_mlm.hf.folder import open_folder
 from flax_mlm.inference.forward import NotFinite
 from flax_mlm.inference.load import LoadedModel, start_params
 from flax_mlm.objectives.rows import Vocabulary
 from flax_mlm.training.logging import Logger, RunContext
 from flax_mlm.training.metrics import Writers
+from flax_mlm.training.run_config import FREE, MOVABLE, refuse_other
 from flax_mlm.training.state import TrainState, start_phase
 from flax_mlm.training.step import build_training
 
@@ -70,6 +72,8 @@ class Run:
         self.training_of = [build_training(p.config, mixtures[0].vocab_size, context.mesh, p) for p in context.phases]
         corpus, text = mixture.fingerprint_of(mixtures), mixture.about_of(mixtures)
         meta = make_meta(context.phases[0].config, self._tokenizer, corpus, text)
+        start = open_folder(context.config.init_from).fingerprint() if context.config.init_from else ""
+        meta |= {"run": context.config.to_dict(), "start": start}
         self._checkpoints = Checkpoints(context.workdir, context.config, meta, context.group.lost_within)
         saved = saved_steps(context.workdir)[-1:]
         doing = f"restoring step {saved[0]}" if saved else "initialising the model"
@@ -78,14 +82,21 @@ class Run:
             restored = self._checkpoints.restore_latest(self.training_of[0].abstract, context.log)
             self.state: TrainState = restored or self._initial_state()
         self.step, self.progress = int(self.state.step), float(self.state.progress)
-        meta = self._checkpoints.restored_meta
+        if meta := self._checkpoints.restored_meta:
+            self._check_restored(meta)
+        self.phase, self.cursor = meta.get("phase", 0), mixture.DataCursor(**meta.get("cursor", {}))
+
+    def _check_restored(self, meta: dict[str, Any]) -> None:
+        """Raises UserError where a checkpoint is of another run, and Diverged where its run gave up."""
+        config, workdir = self._context.config, self._context.workdir
+        held = f"--workdir: checkpoint {self.step} in '{workdir}' is of"
+        refuse_other(held, stored_run(meta), config, (*FREE, *MOVABLE))
         if why := meta.get("gave_up"):
             remedy = f"use another --workdir; delete checkpoints/{self.step} to go on from the step before it"
-            raise Diverged(f"'{context.workdir}' holds a run that gave up at step {self.step}: {why}; {remedy}")
-        self.phase, self.cursor = meta.get("phase", 0), mixture.DataCursor(**meta.get("cursor", {}))
+            raise Diverged(f"'{workdir}' holds a run that gave up at step {self.step}: {why}; {remedy}")
         if changed := jax_options.differences(meta.get("environment", {}), jax_options.recorded()):
             effect = f"from step {self.step} on, numbers may differ in their last bits from those of an undisturbed run"
-            context.log(f"note: {'; '.join(changed)}: {effect}")
+            self._context.log(f"note: {'; '.join(changed)}: {effect}")
 
     def _initial_state(self) -> TrainState:
         config, training = self._context.phases[0].config, self.training_of[0]

@@ -2,13 +2,18 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from flax_mlm.checkpoint import store
-from flax_mlm.config.load import flatten, from_dict
+from flax_mlm.checkpoint.format import newest_meta, stored_run
+from flax_mlm.config.load import build, flatten, from_dict
+from flax_mlm.config.phases import parse_phases
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import files, gcs
+from flax_mlm.storage.retry import retrying
 
 _FILE = "config.json"
 _SECTIONS = ("data", "model", "objective", "optimizer", "train", "mesh")
@@ -23,6 +28,11 @@ FREE = (
 )
 
 
+# May differ, too: the same content can have another path. Fingerprints in the checkpoints tell whether it is the same.
+MOVABLE = ("data.source", "data.corpus", "tokenizer.path", "tokenizer.extra_tokens_file", "init_from")
+
+
+@retrying
 def refuse_foreign(workdir: gcs.AnyPath) -> None:
     """Checks that nothing in a workdir belongs to another program, before anything in it is touched: a run deletes,
     moves and rewrites files under the names that it uses.
@@ -39,30 +49,55 @@ def refuse_foreign(workdir: gcs.AnyPath) -> None:
 
 def _foreign(workdir: gcs.AnyPath) -> Iterator[str]:
     """Files that a run would change, and that are not known to be one's."""
-    folder, is_known = workdir / "checkpoints", files.is_json_with(workdir / _FILE, *_SECTIONS)
-    entries = [path for path in (folder.iterdir() if folder.is_dir() else []) if path.name[0] != "."]
-    if not is_known and (workdir / _FILE).exists():
-        yield _FILE
+    folder, config = workdir / "checkpoints", _read(workdir)
+    entries = [path for path in (folder.iterdir() if files.exists(folder) else []) if path.name[0] != "."]
+    is_known = bool(config) or any(map(store.is_own, entries))
+    if not config and files.exists(workdir / _FILE) and (not is_known or files.is_json_with(workdir / _FILE)):
+        yield _FILE  # of a run it is damaged, and no JSON any more
     for path in entries:
         if not store.is_own(path) and not (is_known and (not store.is_step(path) or store.is_remains(path))):
             yield f"checkpoints/{path.name}"
     if not entries and not is_known:
-        yield from (name for name in ("metrics.jsonl", "result.json", "clock.json") if (workdir / name).exists())
+        yield from (name for name in ("metrics.jsonl", "result.json", "clock.json") if files.exists(workdir / name))
 
 
-def take(workdir: gcs.AnyPath, config: Config) -> None:
-    """Writes config.json into a new workdir, or checks that the run in it has the same config.
+def _read(workdir: gcs.AnyPath) -> dict[str, Any]:
+    """Reads config.json; empty where there is none, or it is damaged or another program's."""
+    if not files.is_json_with(workdir / _FILE, *_SECTIONS):
+        return {}
+    config: dict[str, Any] = json.loads((workdir / _FILE).read_text())
+    return config
+
+
+@retrying
+def take(workdir: gcs.AnyPath, config: Config, log: Callable[[str], None] = print) -> None:
+    """Writes config.json into a new workdir, or checks that the run in it has the same config, but for paths; a lost or
+    damaged config.json is restored.
 
     Raises:
       UserError: the workdir holds a run with another config, or cannot be written.
     """
     with _usable(workdir):
-        if not (workdir / _FILE).exists():
+        is_there = stored = _read(workdir)
+        if not stored and store.saved_steps(workdir):
+            stored = stored_run(newest_meta(os.fspath(workdir))[1])
+        if stored:
+            refuse_other(f"--workdir: '{workdir}' holds", stored, config, (*FREE, *MOVABLE))
+    if not is_there:
+        record(workdir, config)
+    if stored and not is_there:
+        log(f"{workdir / _FILE} was lost or damaged, and is restored as the newest checkpoint has it")
+
+
+def record(workdir: gcs.AnyPath, config: Config) -> None:
+    """Writes config.json, where it is not there or has other paths. Raises UserError where it cannot be written."""
+    with _usable(workdir):
+        stored, now = flatten(_read(workdir)), flatten(config.to_dict())
+        if any(stored.get(name) != now[name] for name in MOVABLE):
             files.write_json(workdir / _FILE, config.to_dict())
-            return
-    check(workdir, config)
 
 
+@retrying
 def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) -> None:
     """Checks that the run in a workdir, if there is one, has this config, except for the fields and sections in
     `free`. A field that did not exist when the run started counts with its default.
@@ -71,13 +106,37 @@ def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) ->
       UserError: a field differs, or config.json cannot be read.
     """
     with _usable(workdir):
-        if not (workdir / _FILE).exists():
-            return
-        stored = flatten(from_dict(json.loads((workdir / _FILE).read_text())).to_dict())
-    for name, value in flatten(config.to_dict()).items():
-        if stored.get(name) != value and not {name, f"{name.split('.')[0]}."} & {*free}:
-            what = f"holds a run with {name} = {stored.get(name)}, and this one has {value}"
-            raise UserError(f"--workdir: '{workdir}' {what}; use another --workdir")
+        if files.exists(workdir / _FILE):
+            stored = json.loads((workdir / _FILE).read_text())
+            refuse_other(f"--workdir: '{workdir}' holds", stored, config, free)
+
+
+def refuse_other(holder: str, stored: dict[str, Any], config: Config, free: tuple[str, ...]) -> None:
+    """Compares the config of a run with that of its continuation; see `check`.
+
+    Args:
+      holder: the beginning of the message, such as `'runs/a' holds`.
+      stored: as it was saved.
+
+    Raises:
+      UserError: a field differs.
+    """
+    before = from_dict(stored)
+    theirs, ours = _kept(before.to_dict(), free), _kept(config.to_dict(), free)
+    for name in (name for name in ours if theirs.get(name) != ours[name]):
+        if name == "train.phases" and _phases(build(before), free) == _phases(config, free):
+            continue  # they differ in what is free
+        what = f"{holder} a run with {name} = {theirs.get(name)}, and this one has {ours[name]}"
+        raise UserError(f"{what}; use another --workdir")
+
+
+def _kept(values: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
+    return {name: x for name, x in flatten(values).items() if not {name, f"{name.split('.')[0]}."} & {*free}}
+
+
+def _phases(config: Config, free: tuple[str, ...]) -> list[Any]:
+    kept = (*free, "train.phases")
+    return [(p.begin, dict(p.final_values), _kept(p.config.to_dict(), kept)) for p in parse_phases(config)]
 
 
 @contextlib.contextmanager

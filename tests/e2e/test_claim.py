@@ -3,9 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flax_mlm.config.load import build, from_dict
+from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
 from flax_mlm.training import run_config
 
@@ -84,3 +87,47 @@ def test_a_run_is_ours(tmp_path, trained_run):
     _fill(tmp_path, {"checkpoints/7/meta/metadata": metadata.read_text()})
     assert json.loads(metadata.read_text())["format"]
     run_config.refuse_foreign(tmp_path)
+
+
+def _config(folder: Path, **changes: Any) -> Config:
+    values = from_dict(json.loads((folder / "config.json").read_text()))
+    values.update_from_flattened_dict(changes)
+    return build(values)
+
+
+@pytest.mark.parametrize("damage", ["lost", "empty", "cut", "zeros"])
+def test_a_lost_or_damaged_config_is_restored_from_the_newest_checkpoint(tmp_path, trained_run, damage):
+    run, lines = shutil.copytree(trained_run, tmp_path / "run"), list[str]()
+    config, file = _config(run), run / "config.json"
+    before = file.read_text()
+    file.write_text({"lost": "", "empty": "", "cut": before[:99], "zeros": "\0" * 99}[damage])
+    if damage == "lost":
+        file.unlink()
+    run_config.refuse_foreign(run)
+    with pytest.raises(UserError, match=r"holds a run with optimizer.learning_rate = 0.01, and this one has 0.5; use"):
+        run_config.take(run, _config(trained_run, **{"optimizer.learning_rate": 0.5}), lines.append)
+    run_config.take(run, config, lines.append)
+    assert lines == [f"{file} was lost or damaged, and is restored as the newest checkpoint has it"]
+    assert file.read_text() == before
+
+
+def test_a_config_of_another_program_beside_our_checkpoints_is_refused(tmp_path, trained_run):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=r"holds 'config.json', which no run of flax_mlm has written"):
+        run_config.refuse_foreign(run)
+
+
+def test_paths_may_change_also_in_phases(tmp_path, trained_run):
+    phases = "50%: data.corpus=a, objective.mask_rate=0.4"
+    shutil.copy(trained_run / "config.json", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(_config(tmp_path, **{"train.phases": phases}).to_dict()))
+    moved = {"data.corpus": "x", "data.source": "text:y", "tokenizer.path": "z"}
+    config = _config(tmp_path, **moved, **{"train.phases": phases.replace("=a", "=b")})
+    run_config.take(tmp_path, config)
+    assert _config(tmp_path) != config
+    run_config.record(tmp_path, config)
+    assert _config(tmp_path) == config
+    other = phases.replace("0.4", "0.3")
+    with pytest.raises(UserError, match=r"holds a run with train.phases = 50%: .*, and this one has 50%: "):
+        run_config.take(tmp_path, _config(tmp_path, **{"train.phases": other}))

@@ -104,6 +104,15 @@ def test_it_goes_on_with_another_layout(toy, straight, tmp_path, changes, where)
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
+def test_it_goes_on_with_the_same_corpus_under_another_path(toy, straight, tmp_path):
+    workdir, corpus = shutil.copytree(straight, tmp_path / "copy"), shutil.copytree(toy.corpus, tmp_path / "corpus")
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    out = finish(toy, workdir, *toy.flags(**SHORT, data__corpus=corpus))
+    assert "restored step 50" in out
+    assert json.loads((workdir / "config.json").read_text())["data"]["corpus"] == str(corpus)
+    assert_same_run(workdir, straight, STEPS)
+
+
 def test_verify_resume_compares_whole_runs(toy, tmp_path):
     flags = [f for f in toy.flags() if "checkpoint_every" not in f]
     done = toy.run("verify_resume", *flags, "--steps=6", "--kills=1", "--shapes=1x2", f"--workdir={tmp_path / 'runs'}")
