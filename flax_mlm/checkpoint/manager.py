@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from flax_mlm.checkpoint.format import Damaged, read_back, read_meta, refuse_oth
 from flax_mlm.checkpoint.store import LiteralPath, Store, bound_retries, saved_steps
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import Failure, UserError
-from flax_mlm.storage import files, gcs
+from flax_mlm.storage import files, gcs, retry
 
 
 class Checkpoints:
@@ -57,11 +58,18 @@ class Checkpoints:
         self._retention = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         # Orbax logs what it also raises, and this class reports that.
         logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+        self._unraisable_hook = sys.unraisablehook
+        sys.unraisablehook = self._report_unraisable
         self._store = Store(self._folder)
         if self._is_main:
             self._store.create()
             self._store.sweep(saved_steps(workdir))
             self._store.empty_trash()
+
+    def _report_unraisable(self, report: Any) -> None:
+        """Leaves out what tensorstore says, after a save has failed, to event loops that orbax has closed by then."""
+        if str(report.exc_value) != "Event loop is closed":
+            self._unraisable_hook(report)
 
     def save(
         self, step: int, state: Any, before: Callable[[], None] = lambda: None, prunes: bool = True, **run_meta: Any
@@ -169,7 +177,7 @@ class Checkpoints:
                 last = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved yet"
             except gcs.Unreachable:
                 last = "the last one saved cannot be listed"
-            report = f"step {step} could not be saved ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            report = f"step {step} could not be saved ({retry.reason(error)})"
             if not self._is_alone or self.failed_in_a_row >= self._train.max_failed_saves:
                 raise Failure(f"{report}; {self.failed_in_a_row} saves in a row have failed; {last}") from error
             print(f"WARNING: {report}; {last}; the next save will try again", flush=True)
@@ -267,3 +275,4 @@ class Checkpoints:
         self.wait()
         self._retention.shutdown()
         self._checkpointer.close()
+        sys.unraisablehook = self._unraisable_hook

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import os
 import re
 import time
 from collections.abc import Callable
@@ -49,8 +50,16 @@ def retrying(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
+def reason(error: BaseException) -> str:
+    """Returns the message of an exception in one line, first what a library cites from the system."""
+    text = " ".join(str(error).split())
+    if codes := _STATED.findall(text):
+        return f"{os.strerror(int(codes[-1]))}: {re.sub('^[A-Z_]+: ', '', text)[:200]}"
+    return f"{type(error).__name__}: {text[:300]}"
+
+
 def describe(error: BaseException) -> str:
     """Returns the line that a command ends with: the error of the file server, without what was made of it."""
     while error.__cause__ and is_transient(error.__cause__):
         error = error.__cause__
-    return f"a file server does not answer: {' '.join(str(error).split())[:300]}; nothing is changed, start again"
+    return f"a file server does not answer: {reason(error)}; nothing is changed, start again"

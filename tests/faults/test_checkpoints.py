@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -455,6 +456,32 @@ def test_a_disk_that_is_full_once(workdir, outcome, capsys):
     assert not (workdir / "checkpoints" / "40").exists()
     assert restored(workdir)[0] == 50
     outcome("recovered")
+
+
+def test_a_full_disk_is_one_line_that_says_so(tmp_path, monkeypatch, capsys):
+    reports: list[str] = []
+    hook = lambda report: reports.append(str(report.exc_value))  # noqa: E731
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+    checkpoints = opened(tmp_path)
+    full_disk(True)
+    try:
+        assert not checkpoints.save(40, large_state_at(40))
+    finally:
+        full_disk(False)
+    for said in ("Event loop is closed", "something else"):  # the first, from tensorstore, on some full disks
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(said)))
+    checkpoints.close()
+    assert re.fullmatch(r"WARNING: step 40 could not be saved \(File too large: .*\n", capsys.readouterr().out)
+    assert reports == ["something else"]
+    assert sys.unraisablehook == hook
+
+
+def test_a_library_that_cites_the_system_is_cut_short():
+    error = ValueError("RESOURCE_EXHAUSTED: Error writing 'x': failed [os_error_code='28'] [source locations]")
+    assert retry.reason(error).startswith("No space left on device: Error writing 'x': failed")
+    assert (
+        retry.reason(OSError(errno.ENOSPC, "No space left on device")) == "OSError: [Errno 28] No space left on device"
+    )
 
 
 @pytest.mark.fault(18)
