@@ -24,7 +24,7 @@ from absl import flags
 
 from flax_mlm.cli import app, sweep
 from flax_mlm.config.schema import Config
-from flax_mlm.errors import PREEMPTED, UserError
+from flax_mlm.errors import PREEMPTED, UserError, as_failure
 
 _GRID_HELP = "all combinations of field=value,value; field=value,...; a&b=1&2,3&4 changes two fields together"
 _GRID = flags.DEFINE_string("grid", "", _GRID_HELP)
@@ -103,8 +103,9 @@ class Trainer:
             return PREEMPTED
         workdir.mkdir(exist_ok=True)
         line = [sys.executable, "-m", "flax_mlm.train", *arguments]
-        with (workdir / _LOG).open("a") as log:
-            print(f"$ {shlex.join(line)}", file=log, flush=True)
+        with (workdir / _LOG).open("ab", buffering=0) as log:
+            with contextlib.suppress(OSError):  # a full disk: the log may lose lines
+                log.write(f"$ {shlex.join(line)}\n".encode())
             self._process = process = subprocess.Popen(
                 line, env=_ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self._lock],
                 start_new_session=True,  # otherwise Ctrl-C reaches it twice
@@ -123,7 +124,9 @@ def _end_with_parent() -> None:
 def run_all(runs: list[sweep.Run], trainer: Trainer, workdir: Path) -> int:
     """Trains what is not finished, and writes the report after each run. Returns the exit code."""
     errors: dict[str, str] = {}
-    sweep.write(workdir, runs, errors)
+    unwritable = f"--workdir: the report in '{workdir}' cannot be written"
+    with as_failure(unwritable):
+        sweep.write(workdir, runs, errors)
     for number, run in enumerate(runs, 1):
         is_new = not run.result()
         code = trainer.train(run.workdir, run.arguments) if is_new else 0
@@ -138,7 +141,8 @@ def run_all(runs: list[sweep.Run], trainer: Trainer, workdir: Path) -> int:
             outcome = f"FAILED: {errors[run.name]}"
         print(f"{number}/{len(runs)}  {run.name}  {outcome}{'' if is_new else '  (before)'}", flush=True)
         if is_new:
-            sweep.write(workdir, runs, errors)
+            with as_failure(unwritable):
+                sweep.write(workdir, runs, errors)
     print(f"\n{(workdir / 'sweep.md').read_text()}\nwritten to {workdir}: sweep.md  sweep.json  sweep.png")
     return 1 if errors else 0
 

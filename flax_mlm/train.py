@@ -58,7 +58,8 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         screen = output.Status(status.line)
         if is_main:
             stack.enter_context(screen)
-        log(console.recipe(config, workdir))
+        run_phases = phases.parse_phases(config)
+        log(console.recipe(run_phases[0].config, workdir))
 
         from flax_mlm.data import mixture
         from flax_mlm.distributed.mesh import check_batch, make_mesh, use_mesh
@@ -69,7 +70,6 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         from flax_mlm.training.metrics import Writers
 
         # The devices of all processes.
-        run_phases = phases.parse_phases(config)
         mesh = make_mesh(config.mesh)
         for t in (phase.config.train for phase in run_phases):
             check_batch("train.global_batch_size", t.global_batch_size, mesh, t.gradient_accumulation_steps)
@@ -120,11 +120,12 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         if memory := run.compile():
             log(console.memory(memory))
         writers = None
-        if is_main:
-            result_file.unlink(missing_ok=True)
-            writers = Writers(workdir, config, run.step)
-            stack.callback(writers.close)
-        run.begin(writers)
+        with group.untimed("starting the data pipeline"):
+            if is_main:
+                result_file.unlink(missing_ok=True)
+                writers = Writers(workdir, config, run.step)
+                stack.callback(writers.close)
+            run.begin(writers)
         status.run = run
 
         # Training.

@@ -31,7 +31,7 @@ def log(line: str) -> None:
 
 
 def recipe(config: Config, workdir: gcs.AnyPath) -> str:
-    """Formats the versions and what a config says of a run: known before anything is opened or compiled."""
+    """Formats the versions and what the config of the first phase says: known before anything is opened or compiled."""
     versions = "  ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
     o, m, t, objective = config.optimizer, config.model, config.train, config.objective
     masks = f", mask rate {objective.mask_rate:g}" * (objective.name != "clm")

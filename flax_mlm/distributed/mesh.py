@@ -60,8 +60,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def _all_devices() -> Sequence[jax.Device]:
     try:
         return jax.devices()
-    except RuntimeError as e:  # JAX_PLATFORMS, JAX_PLATFORM_NAME or the plugin of an accelerator
-        reason = " ".join(str(e).split())
+    except (RuntimeError, AssertionError) as e:  # JAX asserts that a known platform has a plugin
+        reason = " ".join(str(e).split()) or "JAX has no plugin for it"
         remedy = "correct JAX_PLATFORMS, or unset it to take what is there"
         raise UserError(f"JAX_PLATFORMS is '{os.environ.get('JAX_PLATFORMS', '')}': {reason}; {remedy}") from e
 

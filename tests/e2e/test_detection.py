@@ -476,5 +476,6 @@ def test_the_exported_folder_holds_the_discriminator(toy, rtd_run, tmp_path):
 
 def test_the_line_of_a_step_has_both_losses():
     values = dict(loss=20.5, accuracy=0.9, generator_loss=5.5, discriminator_loss=0.3, learning_rate=1e-3, grad_norm=1)
-    line = metrics.train_line({**values, "skipped": 0, "tokens_per_second": 1, "data_wait": 0, "eta_seconds": 1})
+    more = {"skipped": 0, "tokens_per_second": 1, "data_wait": 0, "eta_seconds": 1}
+    line = metrics.fit(metrics.train_columns({**values, **more}))
     assert "loss 20.5000  generator 5.5000  discriminator 0.3000  accuracy 0.9000" in line

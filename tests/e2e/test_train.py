@@ -140,7 +140,7 @@ def test_phases_follow_each_other_in_one_run(toy, tmp_path, pytestconfig):
     """Next token for half of the steps, then masks; each checkpoint knows what it was trained with."""
     straight = tmp_path / "straight"
     out = finish(toy, straight, *toy.flags(**PHASES, train__keep_period=10))
-    assert "run         clm, 60 steps of 16 rows" in out
+    assert "recipe      clm, 60 steps of 16 rows" in out
     assert "from step 30 (50%) on objective.name=mlm" in out
     for line in metrics_of(straight):  # about 26 of 32 tokens are ordinary
         assert (line["predicted_tokens"] > 300) == (line["step"] <= 30), line
