@@ -105,6 +105,7 @@ def shortened(config: Config, steps: int, every: int) -> list[str]:
     values: dict[str, Any] = {f"train.{name}": 0.0 for name in LENGTHS}
     values |= {"train.steps": steps, "train.phases": phases.in_fractions(phases.parse_phases(config))}
     values |= {"train.log_every": 1, "train.eval_every": every, "train.checkpoint_every": every, "train.max_to_keep": 9}
+    values["train.keep_period"] = 0  # all are kept
     values |= {"eval.max_rows": config.eval.max_rows or 2 * config.eval.batch_size}
     values |= {"optimizer.lawa_every": min(o.lawa_every, max(1, (steps - 1) // o.lawa_count))}
     values |= {"log.tensorboard": False, "log.wandb_project": ""}

@@ -150,7 +150,8 @@ def _check_training(c: Config) -> None:
     lengths = [f"train.{name}" for name in LENGTHS if getattr(t, name)]
     _need(len(lengths) < 2, f"{' and '.join(lengths)} are set; set only one length")
     period, every = t.keep_period, t.checkpoint_every
-    on_grid = not period or period % every == 0 or every % period == 0
+    is_idle = not period or (t.unit == "steps" and period >= t.steps)
+    on_grid = is_idle or period % every == 0 or every % period == 0
     grid = f"a multiple of train.checkpoint_every, {every}: other steps are not saved, and cannot be kept"
     _need_value(c, "train.keep_period", on_grid, grid)
     if t.unit == "steps":

@@ -129,6 +129,11 @@ def test_a_misspelt_field_is_answered_with_a_real_one(path, data):
     assert meant[1] in difflib.get_close_matches(wrong, FIELDS, n=1, cutoff=0.5) or meant[1] == path
 
 
+@pytest.mark.parametrize("period", ["0", "500", "2000", "20000", "12345"])
+def test_a_period_of_which_no_checkpoint_is_lost_is_taken(period):
+    assert outcome("--config.train.steps=10000", f"--config.train.keep_period={period}") == (0, "", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
