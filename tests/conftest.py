@@ -9,7 +9,7 @@ import pytest
 
 pytest.register_assert_rewrite("tests.helpers")
 
-from flax_mlm.distributed import environment  # noqa: E402
+from flax_mlm.distributed import compilation_cache, environment  # noqa: E402
 from tests.helpers import fork_server, xla  # noqa: E402
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,7 +20,6 @@ environment.prepare()
 
 import jax  # noqa: E402  (only now that the environment is set)
 
-from tests.helpers import compiled  # noqa: E402
 from tests.helpers.toy import Toy, digest_of_sources  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -78,14 +77,17 @@ def pytest_configure(config: pytest.Config) -> None:
     assert len(jax.devices()) == 8, f"tests need 8 simulated devices, found {len(jax.devices())}"
     if not config.getoption("--full"):
         subprocess.Popen = fork_server.Forked  # type: ignore[misc]
-    compiled.keep(config.cache.mkdir("compiled"))
+    # What this process and those that it starts compile, also for later runs of the tests.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    compilation_cache.keep()
+    compilation_cache.prepare()
     gc.freeze()  # what was imported is not looked through again and again
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Toy:
-    kept, programs = pytestconfig.cache.mkdir(f"toy-{digest_of_sources()}"), pytestconfig.cache.mkdir("compiled")
-    return Toy(tmp_path_factory.mktemp("toy"), kept, programs)
+    return Toy(tmp_path_factory.mktemp("toy"), pytestconfig.cache.mkdir(f"toy-{digest_of_sources()}"))
 
 
 @pytest.fixture(scope="session")

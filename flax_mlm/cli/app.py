@@ -28,12 +28,14 @@ from flax_mlm.config.knobs import knob, parse, spell
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
 from flax_mlm.configs import base
-from flax_mlm.distributed import environment
+from flax_mlm.distributed import compilation_cache, environment
 from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError, did_you_mean
 from flax_mlm.inference.config import apply_folder, read_config
 from flax_mlm.storage import gcs, retry
 
 _CONFIGS = {file.stem: file for file in sorted(Path(base.__file__).parent.glob("*.py"))}
+_KEPT = f"keep compiled programs for later starts, in {compilation_cache.FOLDER} or JAX_COMPILATION_CACHE_DIR"
+_KEEPS_COMPILED = flags.DEFINE_bool("compilation_cache", True, _KEPT)
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -65,6 +67,7 @@ def run(
 def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional: str) -> int:
     environment.prepare_paths()
     flags.DEFINE_bool("print_config", False, "print the resolved config as JSON and exit", module_name=sys.argv[0])
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["compilation_cache"])
     if from_checkpoint:
         source = "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder"
         flags.DEFINE_string("checkpoint", "", source, module_name=sys.argv[0])
@@ -76,6 +79,7 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
             print(json.dumps(config.to_dict(), indent=2))
             return 0
         environment.prepare(config.train.batch_groups if config.train.reproducible else 0)
+        compilation_cache.keep(_KEEPS_COMPILED.value)
         with output.Status(functools.partial(_elapsed, time.monotonic())):
             return main(config) or 0
     except UserError as e:

@@ -21,6 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_mlm.config.schema import MeshConfig
+from flax_mlm.distributed import compilation_cache
 from flax_mlm.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -37,6 +38,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       UserError: JAX finds no devices, the sizes do not multiply to their number, or `data` is not a multiple of the
         slices.
     """
+    compilation_cache.prepare()
     devices = _all_devices() if devices is None else devices
     inner = config.fsdp * config.tensor
     data = config.data if config.data != -1 else max(1, len(devices) // inner)

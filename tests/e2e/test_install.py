@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flax_mlm.__main__ import COMMANDS
-from tests.helpers import compiled, xla
+from tests.helpers import xla
 from tests.helpers.paths import ROOT
 
 CONFIGS = {file.name for file in (ROOT / "configs").glob("*.py")}
@@ -68,10 +68,10 @@ def wheel(sources, tmp_path_factory) -> Path:
 class Installation:
     """An environment with the wheel and the packages of this one, and an empty folder to work in."""
 
-    def __init__(self, folder: Path, wheel: Path, kept: Path):
+    def __init__(self, folder: Path, wheel: Path):
         self.scripts, self.cwd = folder / "venv" / "bin", folder / "empty"
         self._env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self._env |= {"XLA_FLAGS": xla.COMPILE_FAST, **compiled.environment(kept)}
+        self._env |= {"XLA_FLAGS": xla.COMPILE_FAST}
         self.cwd.mkdir()
         venv.create(folder / "venv", symlinks=True)
         (self.site,) = (folder / "venv").glob("lib/python*/site-packages")
@@ -86,8 +86,8 @@ class Installation:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory, pytestconfig) -> Installation:
-    return Installation(tmp_path_factory.mktemp("installed"), wheel, pytestconfig.cache.mkdir("compiled"))
+def installed(wheel, tmp_path_factory) -> Installation:
+    return Installation(tmp_path_factory.mktemp("installed"), wheel)
 
 
 @pytest.fixture(scope="module")

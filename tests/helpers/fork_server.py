@@ -237,7 +237,8 @@ def _read_jax_settings(env: dict[str, str]) -> None:
     for name, value in env.items():
         if name.startswith("JAX_") and hasattr(jax.config, name.lower()):
             default = getattr(jax.config, name.lower())
-            jax.config.update(name.lower(), value if default is None else type(default)(value))
+            kind = {type(None): str, bool: lambda text: text.lower() in ("1", "true", "on")}
+            jax.config.update(name.lower(), kind.get(type(default), type(default))(value))
 
 
 def _import_flax_mlm() -> None:

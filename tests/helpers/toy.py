@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from tests.helpers import compiled, xla
+from tests.helpers import xla
 from tests.helpers.paths import ROOT
 
 _ANIMALS = {
@@ -31,14 +31,13 @@ class Toy:
     """A small text that can be learned: what an animal does, and where, follows from the animal.
 
     `folder` is for what the tests of one process make. `kept` holds the text, a corpus made from it, and runs that are
-    made once, by the process that needs them first, and kept until the sources change. `programs` keeps compiled
-    programs.
+    made once, by the process that needs them first, and kept until the sources change.
     """
 
     animals = _ANIMALS
 
-    def __init__(self, folder: Path, kept: Path, programs: Path):
-        self.folder, self.kept, self.programs = folder, kept, programs
+    def __init__(self, folder: Path, kept: Path):
+        self.folder, self.kept = folder, kept
         self.text, self.corpus = kept / "text.txt", kept / "corpus"
         self.once("corpus", self._prepare)
 
@@ -85,8 +84,6 @@ class Toy:
         """Starts `python -m flax_mlm.COMMAND` in a process of its own."""
         env = {**os.environ, "XLA_FLAGS": xla.flags(devices)}
         env |= {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}
-        if devices == 1 and not any(str(argument).startswith("--num_processes=") for argument in arguments):
-            env |= compiled.environment(self.programs)
         line = [sys.executable, "-m", f"flax_mlm.{command}", *map(str, arguments)]
         return subprocess.Popen(line, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
 

@@ -11,7 +11,7 @@ import pytest
 
 from flax_mlm.distributed.cluster import slurm_gpus
 from flax_mlm.errors import UserError
-from tests.helpers import compiled, xla
+from tests.helpers import xla
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import environment_with_everything, executable, tool
 
@@ -68,7 +68,7 @@ sys.exit(max(p.wait() for p in started))
 class Slurm:
     """A cluster of nodes that are all this machine."""
 
-    def __init__(self, folder: Path, toy, nodes: int = 2, tasks: int = 1, **more: str):
+    def __init__(self, folder: Path, nodes: int = 2, tasks: int = 1, **more: str):
         self.folder = folder
         executable(folder / "bin" / "srun", SRUN.format(python=sys.executable))
         executable(folder / "bin" / "scontrol", f'#!/bin/bash\necho "$@" >>{folder}/scontrol\n')
@@ -79,8 +79,6 @@ class Slurm:
             "SLURM_NNODES": str(nodes), "SLURM_NTASKS_PER_NODE": str(tasks), "XLA_FLAGS": xla.flags(1),
             "TF_ENABLE_ONEDNN_OPTS": "0",
         } | more  # fmt: skip
-        if nodes * tasks == 1:
-            self.env |= compiled.environment(toy.programs)
 
     def submit(self, *arguments: object) -> subprocess.Popen:
         copy = self.folder / "slurm_script"  # Slurm runs a copy
@@ -110,7 +108,7 @@ def tasks_of(process: subprocess.Popen) -> list[int]:
 
 
 def test_a_slurm_job_is_queued_again_until_the_run_is_done(toy, tmp_path):
-    slurm, workdir = Slurm(tmp_path, toy), tmp_path / "run with a space"
+    slurm, workdir = Slurm(tmp_path), tmp_path / "run with a space"
     options = [f"--workdir={workdir}", *toy.flags(train__steps=40, train__checkpoint_every=1000)]
     job = slurm.submit(*options)
     said = until(job, "step 3/")
@@ -132,7 +130,7 @@ def test_a_slurm_job_is_queued_again_until_the_run_is_done(toy, tmp_path):
 
 
 def test_a_cancelled_slurm_job_saves_and_is_not_queued_again(toy, tmp_path):
-    slurm = Slurm(tmp_path, toy, nodes=1)
+    slurm = Slurm(tmp_path, nodes=1)
     job = slurm.submit(f"--workdir={tmp_path / 'run'}", *toy.flags(train__steps=4000))
     until(job, "step 3/")
     for pid in (job.pid, *tasks_of(job)):
@@ -144,7 +142,7 @@ def test_a_cancelled_slurm_job_saves_and_is_not_queued_again(toy, tmp_path):
 
 
 def test_a_slurm_job_is_not_queued_for_ever(toy, tmp_path):
-    slurm = Slurm(tmp_path, toy, nodes=1, SLURM_RESTART_COUNT="3", MAX_REQUEUES="3")
+    slurm = Slurm(tmp_path, nodes=1, SLURM_RESTART_COUNT="3", MAX_REQUEUES="3")
     job = slurm.submit(f"--workdir={tmp_path / 'run'}", *toy.flags(train__steps=4000))
     until(job, "step 3/")
     os.kill(tasks_of(job)[0], signal.SIGTERM)
@@ -162,7 +160,7 @@ def test_a_slurm_job_is_not_queued_for_ever(toy, tmp_path):
     ],
 )
 def test_a_mistake_ends_a_slurm_job(toy, tmp_path, changes, arguments, message):
-    slurm = Slurm(tmp_path, toy, nodes=1, **changes)
+    slurm = Slurm(tmp_path, nodes=1, **changes)
     job = slurm.submit(*arguments)
     _, err = job.communicate(timeout=60)
     assert (job.returncode, err.count("\n")) == (2, 1), err
