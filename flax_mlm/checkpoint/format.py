@@ -122,6 +122,8 @@ def _check_meta(meta: dict[str, Any]) -> None:
     wrong = [name for name, kind in _TYPES.items() if type(meta[name]) is not kind]
     wrong += [name for name, value in meta.get("environment", {}).items() if type(value) is not str]
     wrong += [name for name, number in meta.get("totals", {}).items() if type(number) not in (int, float)]
+    sums = meta.get("sums", {})
+    wrong += [name for name, pair in sums.items() if [*map(type, pair)] != [float, int] or pair[1] < 0]
     wrong += [name for name, count in counts.items() if type(count) is not int or count < 0]
     wrong += [name for name, entry in meta["arrays"].items() if [type(x) for x in entry] != [str, list, str]]
     if wrong:

@@ -86,7 +86,7 @@ class Checkpoints:
             does not answer counts as a failed save.
           prunes: once it is saved, older steps are deleted as `train.max_to_keep` says.
           run_meta: further entries of `meta` (JSON): `config` (of the phase, with the run's `train.phases`), `totals`
-            (numbers, see `metrics.Throughput`), `phase` (its index), `cursor` (a `DataCursor` as a dict),
+            and `sums` (numbers, see `Logger.saved`), `phase` (its index), `cursor` (a `DataCursor` as a dict),
             `environment` (`jax_options.recorded`). Those of process 0 are stored.
 
         Returns:

@@ -125,9 +125,10 @@ class RunStatus:
             (0, f"step {self.run.logger.position(self.run.step, self.run.progress)}"),
         ]
         if last:
+            parts.append((2, f"loss {last['loss']:.4f}"))
+        if "tokens_per_second" in last:  # the first step of a start has no rates
             eta = datetime.timedelta(seconds=round(last["eta_seconds"]))
-            parts += [(2, f"loss {last['loss']:.4f}"), (3, f"tokens/s {last['tokens_per_second']:,.0f}")]
-            parts += [(1, f"eta {eta}")]
+            parts += [(3, f"tokens/s {last['tokens_per_second']:,.0f}"), (1, f"eta {eta}")]
         text = fit(parts + activity, columns)
         if (room := min(columns - len(text) - 4, 30)) < 5:
             return text

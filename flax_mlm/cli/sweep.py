@@ -180,7 +180,8 @@ def _entry(run: Run, result: dict[str, Any] | None, error: str | None) -> dict[s
     """A run in sweep.json."""
     entry: dict[str, Any] = {"seed": run.seed, "workdir": os.fspath(run.workdir)}
     if result:
-        result = result | {"tokens_per_second": result["tokens_seen"] / result["train_seconds"]}
+        if result["train_seconds"]:  # not of a run of one step
+            result = result | {"tokens_per_second": result["tokens_seen"] / result["train_seconds"]}
         return entry | {name: result[name] for name in (*_NUMBERS, "schedule_cut") if name in result}
     return entry | {"error": error} if error else entry
 

@@ -1,12 +1,14 @@
 """Reports of a run in training, lines on the console and in metrics.jsonl, and what they and the run share."""
 
 import contextlib
+import copy
 import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from flax_mlm.config.phases import Phase, is_over
@@ -17,7 +19,7 @@ from flax_mlm.evaluation import metrics
 from flax_mlm.storage.gcs import AnyPath
 from flax_mlm.storage.lease import Lease
 from flax_mlm.training.budget import Budget
-from flax_mlm.training.metrics import Column, Throughput, Writers, fit, train_columns
+from flax_mlm.training.metrics import Column, Means, Throughput, Writers, fit, train_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,25 @@ class RunContext:
     budget: Budget | None
 
 
+class Step(NamedTuple):
+    """A step that was dispatched.
+
+    Attributes:
+      number: updates made with it.
+      cursor: position of the next batch in its data.
+      metrics: on the devices.
+      waited: seconds that it waited for its batch.
+      ended: `Throughput.now()` at its end; None where that is not known before its metrics are read.
+    """
+
+    number: int
+    phase: int
+    cursor: DataCursor
+    metrics: dict[str, jax.Array]
+    waited: float
+    ended: float | None
+
+
 class Logger:
     """Counts tokens, FLOPs and seconds, and writes them with the metrics. Only process 0 has `writers`.
 
@@ -50,16 +71,16 @@ class Logger:
       last: metrics of the last train line.
     """
 
-    def __init__(self, context: RunContext, writers: Writers | None, progress: float, totals: dict[str, float]):
-        """Starts the clock.
-
-        Args:
-          progress: fraction of the run that is done.
-          totals: tokens_seen and train_seconds of that fraction; empty for a new run.
-        """
+    def __init__(self, context: RunContext, writers: Writers | None, meta: dict[str, Any]):
+        """Starts from the `meta` of the restored step, which is empty for a new run; see `saved`."""
         self._context, self.writers = context, writers
         self.last: dict[str, float] = {}
-        self.speed = Throughput(progress, chips.peak_flops(context.mesh.devices.flat[:]), totals)
+        self.speed = Throughput(chips.peak_flops(context.mesh.devices.flat[:]), meta.get("totals", {}))
+        self._means = Means(meta.get("sums", {}))
+
+    def saved(self) -> dict[str, Any]:
+        """Returns what a checkpoint stores, so that a run that continues from it writes the same lines."""
+        return {"totals": self.speed.totals(), "sums": copy.deepcopy(self._means.sums)}
 
     @contextlib.contextmanager
     def pause(self, activity: str) -> Iterator[None]:
@@ -68,15 +89,25 @@ class Logger:
         with self.speed.paused(), budget.pause(activity) if budget else contextlib.nullcontext():
             yield
 
-    def train(self, step: int, phase: int, cursor: DataCursor, values: dict[str, float], flops: float) -> None:
-        """Counts a step, and writes its metrics every `train.log_every` steps and after the last one."""
-        context, progress = self._context, values["progress"]
-        self.speed.add(values["tokens"], flops)
-        if self.writers and (step % context.config.train.log_every == 0 or is_over(context.phases, step, progress)):
-            line = {name: value for name, value in values.items() if name != "stop"} | {"rows": cursor.row}
-            line |= self.speed.report(progress) | _epochs(cursor, context.mixtures[phase])
+    def train(self, step: Step, flops: float) -> dict[str, float]:
+        """Waits for a step, counts it, and writes metrics every `train.log_every` steps and after the last one: means
+        over the steps since the last line, or else those of the last step (see `Means`).
+
+        Returns:
+          Metrics of the step.
+        """
+        values = {name: float(value) for name, value in jax.device_get(step.metrics).items()}
+        context, progress, logged = self._context, values["progress"], {**values}
+        del logged["stop"]
+        self._means.add(logged)
+        ended = self.speed.now() if step.ended is None else step.ended
+        self.speed.add(progress, values["tokens"], flops, step.waited, ended)
+        if step.number % context.config.train.log_every == 0 or is_over(context.phases, step.number, progress):
+            line = self._means.report(logged) | {"rows": step.cursor.row} | self.speed.report(progress)
+            line |= _epochs(step.cursor, context.mixtures[step.phase])
             self.last = line
-            self._write(step, "train", progress, train_columns(line), line)
+            self._write(step.number, "train", progress, train_columns(line), line)
+        return values
 
     def validation(self, step: int, progress: float, result: dict[str, float]) -> None:
         """Writes the held-out metrics, and the time used of a budget."""

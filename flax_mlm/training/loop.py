@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Generator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -23,7 +23,7 @@ from flax_mlm.hf.folder import open_folder
 from flax_mlm.inference.forward import NotFinite
 from flax_mlm.inference.load import LoadedModel, start_params
 from flax_mlm.objectives.rows import Vocabulary
-from flax_mlm.training.logging import Logger, RunContext
+from flax_mlm.training.logging import Logger, RunContext, Step
 from flax_mlm.training.metrics import Writers
 from flax_mlm.training.run_config import FREE, MOVABLE, refuse_other
 from flax_mlm.training.state import TrainState, start_phase
@@ -34,15 +34,6 @@ class Diverged(Failure):
     """More updates in a row were skipped than `optimizer.max_skipped_steps` allows, or all updates of a run."""
 
     code = 2  # launchers do not start again what would diverge again
-
-
-class _Pending(NamedTuple):
-    """A step that was dispatched, and whose metrics are not read yet."""
-
-    step: int
-    phase: int
-    cursor: mixture.DataCursor
-    metrics: dict[str, jax.Array]
 
 
 class Run:
@@ -63,7 +54,7 @@ class Run:
     def __init__(self, context: RunContext):
         """Restores the newest sound checkpoint, else takes the weights of `init_from`, else initialises new ones."""
         self._context, self._programs = context, dict[int, jax.stages.Compiled]()
-        self._pending: _Pending | None = None
+        self._pending: Step | None = None  # its metrics are not read yet
         self._skipped_in_a_row = 0.0
         self._evaluated, self._calibrated = set[int](), set[int]()  # phases
         mixtures = context.mixtures
@@ -135,8 +126,8 @@ class Run:
         return [memory for program in self._programs.values() if (memory := program.memory_analysis())]
 
     def begin(self, writers: Writers | None) -> None:
-        """Starts the clock and the data pipeline. `writers` are those of process 0."""
-        self.logger = Logger(self._context, writers, self.progress, self._checkpoints.restored_meta.get("totals", {}))
+        """Starts the budget's clock and the data pipeline. `writers` are those of process 0."""
+        self.logger = Logger(self._context, writers, self._checkpoints.restored_meta)
         if self._context.budget:
             self._context.budget.progress = self.progress
         self._times_next_save = self._context.config.train.budget_minutes > 0
@@ -188,12 +179,13 @@ class Run:
             if end := self._end(values):
                 raise end
 
-    def _dispatch(self) -> _Pending:
+    def _dispatch(self) -> Step:
         """Starts the next update on the devices."""
-        context, progress = self._context, None
+        context, clock, progress, ended = self._context, self.logger.speed.now, None, None
         context.group.progress("waiting for a batch", self.step)
-        with self.logger.speed.waiting():
-            rows = next(self._batches)
+        began = clock()
+        rows = next(self._batches)
+        waited = clock() - began
         if context.config.train.budget_minutes:
             progress = context.budget.next_progress() if context.budget else 0.0
         batch = shard_batch(rows, context.mesh, context.stop.requested, progress)
@@ -201,16 +193,15 @@ class Run:
         self.state, metrics = self._programs[self.phase](self.state, batch, self._vocab)
         if jax.default_backend() == "cpu":
             jax.block_until_ready(metrics)  # simulated devices deadlock when steps queue up
+            ended = clock()
         self.step += 1
         self.cursor = dataclasses.replace(self.cursor, row=self.cursor.row + len(batch["tokens"]))
-        return _Pending(self.step, self.phase, self.cursor, metrics)
+        return Step(self.step, self.phase, self.cursor, metrics, waited, ended)
 
-    def _read(self, pending: _Pending) -> dict[str, float]:
+    def _read(self, step: Step) -> dict[str, float]:
         """Waits for a step, and logs its metrics."""
-        step, phase, cursor, metrics = pending
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = self.logger.train(step, self.training_of[step.phase].flops)
         self.progress, self._skipped_in_a_row = values["progress"], values["skipped_in_a_row"]
-        self.logger.train(step, phase, cursor, values, self.training_of[phase].flops)
         return values
 
     def _end(self, values: dict[str, float]) -> Diverged | Stopped | None:
@@ -258,7 +249,7 @@ class Run:
         train = dataclasses.replace(config.train, phases=context.config.train.phases)
         run_meta = {
             "config": dataclasses.replace(config, train=train).to_dict(),
-            "totals": self.logger.speed.totals(),
+            **self.logger.saved(),
             "phase": self.phase,
             "cursor": dataclasses.asdict(self.cursor),
             **({"gave_up": gave_up} if gave_up else {}),

@@ -17,38 +17,55 @@ from flax_mlm.errors import as_failure
 from flax_mlm.storage import files, gcs, mirror
 
 _METRICS = "metrics.jsonl"
+# Metrics that a line takes from its step alone; the others are means over the steps since the last line.
+_OF_THE_LAST_STEP = {
+    *("batch_fingerprint", "learning_rate", "mask_rate", "predicted_tokens", "progress", "skipped"),
+    *("skipped_in_a_row", "tokens"),
+}
 
 
 class Throughput:
-    """Rates since the last report, and totals over the whole run."""
+    """Rates since the last report, and totals over the whole run.
 
-    def __init__(self, progress: float, peak: float | None, before: Mapping[str, float]):
-        """Starts the clock.
+    The clock starts at the end of the first step: what a start takes until then is no training. It stands still in
+    pauses, and is read at the end of each step.
+    """
+
+    def __init__(self, peak: float | None, before: Mapping[str, float]):
+        """Counts from where a run goes on.
 
         Args:
-          progress: fraction of the run that is done.
           peak: peak FLOP/s of all devices; None where unknown.
-          before: `totals()` of that fraction; empty for a new run.
+          before: `totals()` so far; empty for a new run.
         """
         self._peak, self._before = peak, {"tokens_seen": 0, "train_seconds": 0.0, **before}
-        self._start(progress)
-
-    def _start(self, progress: float) -> None:
-        self._progress, self._since = progress, time.perf_counter()
-        self._tokens, self._flops, self._waited = 0.0, 0.0, 0.0
+        self._pauses = 0.0
         self._paused_at: float | None = None
+        self._since: float | None = None  # when the rates began
+        self._untimed = 0.0  # tokens of the first step
+        self._tokens, self._flops, self._waited = 0.0, 0.0, 0.0
 
-    def add(self, tokens: float, flops: float) -> None:
-        """Counts a step of so many tokens (padding excluded) and model FLOPs."""
+    def now(self) -> float:
+        """Returns the seconds on a clock that stands still in pauses."""
+        return (self._paused_at or time.perf_counter()) - self._pauses
+
+    def add(self, progress: float, tokens: float, flops: float, waited: float, ended: float) -> None:
+        """Counts a step.
+
+        Args:
+          progress: fraction of the run that is done after it.
+          tokens: without padding.
+          flops: model FLOPs.
+          waited: seconds that it waited for data.
+          ended: `now()` at its end.
+        """
+        self._end = ended
+        if self._since is None:
+            self._since, self._progress, self._untimed = ended, progress, tokens
+            return
         self._tokens += tokens
         self._flops += flops
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the block as time spent waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
+        self._waited += waited
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -57,29 +74,59 @@ class Throughput:
         try:
             yield
         finally:
-            self._since += time.perf_counter() - self._paused_at
+            self._pauses += time.perf_counter() - self._paused_at
             self._paused_at = None
-
-    def _elapsed(self) -> float:
-        return max((self._paused_at or time.perf_counter()) - self._since, 1e-9)
 
     def totals(self) -> dict[str, float]:
         """Returns tokens_seen (padding excluded) and train_seconds of the run over all its restarts, without pauses,
-        compilation, and steps that a kill has lost."""
-        since = {"tokens_seen": int(self._tokens), "train_seconds": self._elapsed()}
+        compilation, and steps that a kill has lost. The first step of a start counts as long as the mean of others."""
+        tokens, seconds = self._tokens + self._untimed, 0.0
+        if self._since is not None and self._tokens:
+            seconds = (self._end - self._since) * tokens / self._tokens
+        since = {"tokens_seen": int(tokens), "train_seconds": seconds}
         return {name: self._before[name] + value for name, value in since.items()}
 
     def report(self, progress: float) -> dict[str, float]:
         """Returns tokens_per_second, data_wait (fraction of the time), eta_seconds, mfu (where the peak is known) and
-        the totals. The rates of the next report start here."""
-        elapsed, self._before = self._elapsed(), self.totals()
+        the totals. The rates of the next report start here. A first step alone has no rates."""
+        if self._since is None or not self._tokens:
+            return self.totals()
+        elapsed, totals = max(self._end - self._since, 1e-9), self.totals()
         remaining = (1.0 - progress) / max(progress - self._progress, 1e-9)
         rates = {"tokens_per_second": self._tokens / elapsed, "data_wait": self._waited / elapsed}
         rates["eta_seconds"] = min(remaining * elapsed, 1e9)
         if self._peak:
             rates["mfu"] = self._flops / elapsed / self._peak
-        self._start(progress)
-        return rates | self._before
+        self._before, self._since, self._progress = totals, self._end, progress
+        self._untimed, self._tokens, self._flops, self._waited = 0.0, 0.0, 0.0, 0.0
+        return rates | totals
+
+
+class Means:
+    """Means of metrics over the steps since the last report. NaN and infinity, of steps that were skipped, are left
+    out.
+
+    Attributes:
+      sums: name -> sum and number of the finite values so far.
+    """
+
+    def __init__(self, sums: Mapping[str, Sequence[float]]):
+        """Goes on from the `sums` of a checkpoint; they are empty for a new run."""
+        self.sums = {name: list(pair) for name, pair in sums.items()}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Counts a step."""
+        for name, value in values.items():
+            if name not in _OF_THE_LAST_STEP:
+                pair = self.sums.setdefault(name, [0.0, 0])
+                if math.isfinite(value):
+                    pair[:] = pair[0] + value, pair[1] + 1
+
+    def report(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Returns the metrics of the last step, with means where they are meant. The next means start here."""
+        means = {name: total / count if count else math.nan for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        return {**values, **means}
 
 
 Column = tuple[int, str]  # its rank, 0 for what is never left out, and its text
@@ -92,12 +139,13 @@ def train_columns(m: dict[str, float]) -> list[Column]:
         (4, f"accuracy {m['accuracy']:.4f}"),
         (3, f"lr {m['learning_rate']:.2e}"),
         (6, f"grad_norm {m['grad_norm']:.3f}"),
-        (1, f"tokens/s {m['tokens_per_second']:,.0f}"),
-        *((5, f"mfu {m['mfu']:.1%}") for _ in range("mfu" in m)),
-        (7, f"data_wait {m['data_wait']:.1%}"),
         *((8, f"{name} {value:.2f}") for name, value in m.items() if name.startswith("epochs/")),
-        (2, f"eta {datetime.timedelta(seconds=round(m['eta_seconds']))}"),
     ]
+    if "tokens_per_second" in m:  # the first step of a start has no rates
+        mfu = [(5, f"mfu {m['mfu']:.1%}")] if "mfu" in m else []
+        speed, waited = (1, f"tokens/s {m['tokens_per_second']:,.0f}"), (7, f"data_wait {m['data_wait']:.1%}")
+        columns[4:4] = [speed, *mfu, waited]
+        columns.append((2, f"eta {datetime.timedelta(seconds=round(m['eta_seconds']))}"))
     if "generator_loss" in m:
         parts = f"generator {m['generator_loss']:.4f}", f"discriminator {m['discriminator_loss']:.4f}"
         columns[1:1] = [(5, part) for part in parts]

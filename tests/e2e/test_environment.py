@@ -12,6 +12,7 @@ import pytest
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed import compilation_cache
 from flax_mlm.distributed.mesh import make_mesh
+from flax_mlm.training import metrics
 from tests.helpers.runs import assert_same_run, finish
 
 STEPS = 12
@@ -75,6 +76,13 @@ def test_a_run_that_goes_on_in_another_environment_says_so(toy, flags, first, tm
     monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     said = finish(toy, again, *flags)
     assert "note: jax_default_matmul_precision was None, and is highest: from step 8 on, numbers may differ" in said
+
+
+def test_the_first_step_of_a_start_has_no_speed(first):
+    """It waits for compilations, imports and the first read."""
+    lines = metrics.lines(first.workdir, "train")
+    assert [line["tokens_per_second"] > 0 for line in lines] == [True] * 4
+    assert lines[0]["train_seconds"] == pytest.approx(lines[0]["tokens_seen"] / lines[0]["tokens_per_second"])
 
 
 # Compiled programs

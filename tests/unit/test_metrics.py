@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import re
 import resource
 import threading
@@ -207,38 +208,102 @@ def test_flops_of_bert_base_are_six_per_parameter_and_token_plus_attention_and_h
     assert flops.per_row(shape, length, slots, vocab) == pytest.approx(expected)
 
 
-def test_throughput_leaves_out_pauses():
-    speed = metrics.Throughput(0.0, 1e12, {})
-    for _ in range(10):
-        speed.add(1000, 1e9)
+class Clock:
+    """Stands in for `time.perf_counter`."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def step(self, speed: metrics.Throughput, seconds: float, progress: float, tokens: float = 100.0) -> None:
+        """A step that takes as long, a tenth of it waiting for data."""
+        self.now += seconds
+        speed.add(progress, tokens, 1e9, seconds / 10, speed.now())
+
+
+def test_throughput_leaves_out_the_start_and_pauses(monkeypatch):
+    clock, speed = Clock(monkeypatch), metrics.Throughput(1e10, {})
+    clock.step(speed, 30.0, 0.1)  # compilation, and the first read
+    clock.step(speed, 2.0, 0.2)
     with speed.paused():
-        time.sleep(0.2)
-    with speed.waiting():
-        time.sleep(0.02)
-    rates = speed.report(0.1)
-    assert rates["tokens_per_second"] > 10_000 / 0.2
-    assert 0 < rates["data_wait"] <= 1
-    assert rates["mfu"] == pytest.approx(1e9 * rates["tokens_per_second"] / 1000 / 1e12)
-    assert rates["eta_seconds"] == pytest.approx(90 * 1000 / rates["tokens_per_second"])
+        clock.now += 1000
+    clock.step(speed, 2.0, 0.3)
+    rates = speed.report(0.3)
+    assert rates["tokens_per_second"] == pytest.approx(50)
+    assert rates["data_wait"] == pytest.approx(0.1)
+    assert rates["mfu"] == pytest.approx(0.05)
+    assert rates["eta_seconds"] == pytest.approx(14)
+    assert rates["tokens_seen"] == 300
+    assert rates["train_seconds"] == pytest.approx(6), "the first step counts as long as the others"
+
+
+def test_a_first_step_alone_has_no_rates(monkeypatch):
+    clock, speed = Clock(monkeypatch), metrics.Throughput(None, {})
+    clock.step(speed, 30.0, 0.1)
+    assert speed.report(0.1) == {"tokens_seen": 100, "train_seconds": 0.0}
+    clock.step(speed, 2.0, 0.2)
+    assert speed.report(0.2)["tokens_per_second"] == pytest.approx(50)
+    assert speed.totals() == {"tokens_seen": 200, "train_seconds": pytest.approx(4)}
+
+
+def test_a_window_of_one_step_ends_with_the_step_though_it_is_read_later(monkeypatch):
+    clock, speed = Clock(monkeypatch), metrics.Throughput(None, {})
+    clock.step(speed, 30.0, 0.1)
+    ends = []
+    for _ in range(3):
+        clock.now += 2.0
+        ends.append(speed.now())
+    for number, end in enumerate(ends, 2):  # before a checkpoint, the last two steps are read at once
+        speed.add(number / 10, 100.0, 1e9, 0.0, end)
+        assert speed.report(number / 10)["tokens_per_second"] == pytest.approx(50)
 
 
 def test_totals_go_on_where_they_were_saved_without_the_pauses(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    speed = metrics.Throughput(0.1, None, {"tokens_seen": 5000, "train_seconds": 60.0})
-    now += 3
-    speed.add(100.0, 1e9)
-    reported = speed.report(0.11)
-    assert (reported["tokens_seen"], reported["train_seconds"]) == (5100, 63.0)
-    now += 4
-    speed.add(100.0, 1e9)
+    clock, speed = Clock(monkeypatch), metrics.Throughput(None, {"tokens_seen": 5000, "train_seconds": 60.0})
+    clock.step(speed, 30.0, 0.1)
+    clock.step(speed, 3.0, 0.2)
+    reported = speed.report(0.2)
+    assert reported["tokens_seen"] == 5200
+    assert reported["train_seconds"] == pytest.approx(66)
+    clock.step(speed, 4.0, 0.3)
     with pytest.raises(KeyError), speed.paused():
-        now += 1000
-        assert speed.totals() == {"tokens_seen": 5200, "train_seconds": 67.0}
+        clock.now += 1000
+        assert speed.totals() == {"tokens_seen": 5300, "train_seconds": pytest.approx(70)}
         raise KeyError
-    now += 5
-    assert speed.totals() == {"tokens_seen": 5200, "train_seconds": 72.0}
-    assert speed.report(0.12)["tokens_per_second"] == pytest.approx(100 / 9)
+    clock.step(speed, 5.0, 0.4)
+    assert speed.totals() == {"tokens_seen": 5400, "train_seconds": pytest.approx(75)}
+    assert speed.report(0.4)["tokens_per_second"] == pytest.approx(200 / 9)
+
+
+def test_a_line_has_means_since_the_last_line_and_the_state_of_its_step():
+    means = metrics.Means({})
+    for loss, rate in ((4.0, 0.1), (2.0, 0.2), (3.0, 0.3)):
+        means.add({"loss": loss, "learning_rate": rate})
+    assert means.report({"loss": 3.0, "learning_rate": 0.3}) == {"loss": 3.0, "learning_rate": 0.3}
+    means.add({"loss": 7.0})
+    assert means.report({"loss": 7.0}) == {"loss": 7.0}
+
+
+def test_a_run_that_goes_on_inside_a_window_has_the_same_means():
+    whole, values = metrics.Means({}), [0.1 + 1 / n for n in range(1, 8)]
+    for x in values:
+        whole.add({"loss": x})
+    first = metrics.Means({})
+    for x in values[:3]:
+        first.add({"loss": x})
+    second = metrics.Means(json.loads(json.dumps(first.sums)))
+    for x in values[3:]:
+        second.add({"loss": x})
+    assert second.report({"loss": values[-1]}) == whole.report({"loss": values[-1]})
+
+
+def test_means_leave_out_what_is_not_finite_unless_nothing_is():
+    means = metrics.Means({})
+    for loss in (1.0, math.nan, math.inf, 2.0):
+        means.add({"loss": loss, "grad_norm": math.nan})
+    line = means.report({"loss": 2.0, "grad_norm": math.nan})
+    assert line["loss"] == 1.5
+    assert math.isnan(line["grad_norm"])
 
 
 VALUES = dict(loss=1.5, accuracy=0.25, learning_rate=1e-3, grad_norm=0.5, skipped=0.0, data_wait=0.01)
