@@ -16,6 +16,7 @@ import re
 import runpy
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
         passes = retry.is_transient(e)  # the error of a file server, and no mistake
         print(f"stopped: {retry.describe(e)}" if passes else f"error: {e}", file=sys.stderr)
         return 1 if passes else 2
+    except ValueError as e:
+        if not traceback.extract_tb(e.__traceback__)[-1].filename.endswith("jax/_src/config.py"):
+            raise
+        print(f"error: JAX cannot be imported: {e}; correct or unset its variable, JAX_...", file=sys.stderr)
+        return 2
     except Failure as e:
         print(f"stopped: {e}", file=sys.stderr, flush=True)
         sys.stdout.flush()

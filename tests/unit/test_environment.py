@@ -80,6 +80,25 @@ def test_64_bit_numbers_are_refused():
     assert run("e.prepare()", JAX_ENABLE_X64="0").returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("JAX_DEFAULT_PRNG_IMPL", "foo", 'Invalid value "foo" for JAX flag jax_default_prng_impl'),
+        ("JAX_ENABLE_X64", "maybe", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+        (
+            "JAX_TRACEBACK_IN_LOCATIONS_LIMIT",
+            "many",
+            'Invalid value "many" for JAX flag jax_traceback_in_locations_limit',
+        ),
+    ],
+)
+def test_a_variable_that_jax_cannot_read_is_one_line(name, value, said):
+    code = "import sys; from flax_mlm.cli import app; sys.argv[1:] = ['--config=base']; "
+    done = run(f"{code} app.run(lambda config: __import__('jax'))", **{name: value})
+    assert done.stderr == f"error: JAX cannot be imported: {said}; correct or unset its variable, JAX_...\n"
+    assert done.returncode == 2
+
+
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
     """Runs code after `from flax_mlm.distributed import environment as e`, in a process without XLA_FLAGS."""
     code = "from flax_mlm.distributed import environment as e; " + code
