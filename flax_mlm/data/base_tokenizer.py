@@ -2,6 +2,7 @@
 
 import abc
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -111,9 +112,27 @@ class Tokenizer(abc.ABC):
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encodes each text as int32 ids, without adding special tokens; text that spells one stays text."""
 
-    @abc.abstractmethod
+    def split_masks(self, text: str) -> list[str]:
+        """Splits a text at its masks, `[MASK]` or the vocabulary's own, which are the odd ones of the parts."""
+        return re.split(f"({re.escape(MASK_TEXT)}|{re.escape(self.tokens[self.mask_id])})", text)
+
     def encode_with_mask(self, text: str) -> list[int]:
-        """Encodes a text in which `[MASK]` stands for one token; a space before it belongs to that token."""
+        """Encodes a text in which `[MASK]`, or the vocabulary's own mask, stands for one token.
+
+        As in transformers, a space before it belongs to that token where the tokenizer says so, and stays else.
+        """
+        parts = self.split_masks(text)
+        parts[1::2] = [MASK_TEXT] * (len(parts) // 2)
+        return self._encode_with_mask("".join(parts))
+
+    @abc.abstractmethod
+    def _encode_with_mask(self, text: str) -> list[int]:
+        """Encodes a text in which `[MASK]` stands for one token."""
+
+    @property
+    def mask_takes_space(self) -> bool:
+        """True where the space before a mask belongs to the masked token."""
+        return True
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -145,7 +164,8 @@ class Tokenizer(abc.ABC):
         return self._encode_after(words, spaced=True)
 
     def encode_answer(self, word: str, text: str) -> list[int]:
-        """Encodes a word as it would stand in place of the `[MASK]` of a text, with the space before it, if any."""
-        before = text.partition(MASK_TEXT)[0]
-        ids = self._encode_after([word], before[-1].isspace()) if before else self.encode([word])
+        """Encodes a word as it would stand in place of the mask of a text, with the space that belongs to the mask."""
+        before = self.split_masks(text)[0]
+        spaced = self.mask_takes_space and before[-1:].isspace()
+        ids = self._encode_after([word], spaced) if before else self.encode([word])
         return ids[0].tolist()

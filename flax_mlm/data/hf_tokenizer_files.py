@@ -95,8 +95,9 @@ def read_settings(folder: epath.Path) -> Settings:
     stated = [*_stated_tokens(folder, config, names)]
     special = [names[key] for key in _ORDER if key in names] + [*_extra_special_tokens(folder, config)]
     missing = (token for token in special if token not in {t["content"] for t in stated})
-    flags = dict.fromkeys(_FLAGS, False) | {"special": True}
-    added = [*stated, *({"content": token, **flags} for token in dict.fromkeys(missing))]
+    flags = {names[key]: {f: bool(config[key].get(f)) for f in _FLAGS} for key in names if type(config[key]) is dict}
+    plain = dict.fromkeys(_FLAGS, False)
+    added = [*stated, *({"content": t, **flags.get(t, plain), "special": True} for t in dict.fromkeys(missing))]
     return Settings(folder, config, model_type, roles, added)
 
 
@@ -147,7 +148,7 @@ def with_settings(content: bytes, file: epath.Path, settings: Settings) -> bytes
     with as_user_error(f"{file} is not a Hugging Face tokenizer.json: ", Exception):
         tokenizer, before = read_json(content)
         spec = json.loads(tokenizer.to_str())
-    changes = _settings_changes(spec, settings)
+    changes = _settings_changes(spec, settings) | _flag_changes(spec, settings)
     if changes:
         tokenizer, _ = read_json(json.dumps(spec).encode())
     changes |= _add_tokens(tokenizer, spec, file, settings)
@@ -189,13 +190,22 @@ def _settings_changes(spec: Spec, settings: Settings) -> bool:
     return json.dumps(spec) != before
 
 
+def _flag_changes(spec: Spec, settings: Settings) -> bool:
+    """Sets the flags of added tokens to those of `added_tokens_decoder`, which go first in transformers."""
+    stated = {t["content"]: t for t in settings.added if "added_tokens_decoder" in settings.config and "id" in t}
+    before = json.dumps(spec)
+    for token in spec["added_tokens"]:
+        token |= {flag: stated.get(token["content"], token)[flag] for flag in _FLAGS}
+    return json.dumps(spec) != before
+
+
 def _add_tokens(tokenizer: Any, spec: Spec, file: epath.Path, settings: Settings) -> bool:
     """Adds the tokens of the settings that the tokenizer lacks; returns whether there are any."""
     from tokenizers import AddedToken
 
     known = {token["content"] for token in spec["added_tokens"]}
     new = [token for token in settings.added if token["content"] not in known]
-    new = [t for t in new if "id" in t or tokenizer.token_to_id(t["content"]) is None]
+    new = [t for t in new if "id" in t or t["lstrip"] or tokenizer.token_to_id(t["content"]) is None]
     for token in new:
         content = token["content"]
         tokenizer.add_tokens([AddedToken(content, **{flag: token[flag] for flag in _FLAGS})])

@@ -49,17 +49,25 @@ class HuggingFaceTokenizer(Tokenizer):
     @functools.cached_property
     def _mask_encoder(self) -> Any:
         """An encoder that finds `[MASK]` as `transformers` finds the mask token."""
-        mask, ids = self.tokens[self.mask_id], {t["id"] for t in self._spec["added_tokens"]}
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        new = [] if self.mask_id in ids else [{"id": self.mask_id, "content": mask, **flags}]
-        spec = {**self._spec, "added_tokens": [*self._spec["added_tokens"], *new]}
+        mask = self.tokens[self.mask_id]
+        others = [t for t in self._spec["added_tokens"] if t["id"] != self.mask_id]
+        spec = {**self._spec, "added_tokens": [*others, self._mask]}
         # An ordinary token that is spelled [MASK] would be found as well.
         names = {MASK_TEXT: f"\U0010ffff {MASK_TEXT}", **self._hidden, mask: MASK_TEXT}
         spec = _renamed(spec, names)
-        for token in spec["added_tokens"]:
-            if token["id"] == self.mask_id:  # the space before it belongs to the masked word
-                token |= {"special": False, "lstrip": True, "normalized": False}
+        spec["added_tokens"][-1] |= {"special": False, "normalized": False}
         return _open(spec)
+
+    @functools.cached_property
+    def _mask(self) -> Spec:
+        """The mask as an added token."""
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        new = {"id": self.mask_id, "content": self.tokens[self.mask_id], **flags}
+        return next((t for t in self._spec["added_tokens"] if t["id"] == self.mask_id), new)
+
+    @property
+    def mask_takes_space(self) -> bool:
+        return self._mask["lstrip"]
 
     @functools.cached_property
     def _continued(self) -> Any:
@@ -85,7 +93,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return _encode(self._encoder, texts)
 
-    def encode_with_mask(self, text: str) -> list[int]:
+    def _encode_with_mask(self, text: str) -> list[int]:
         return _encode(self._mask_encoder, [text])[0].tolist()
 
     def _encode_after(self, texts: Sequence[str], spaced: bool) -> list[np.ndarray]:

@@ -70,7 +70,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode_around(self._found, t) for t in texts] if self._found else self._encode_plain(texts)
 
-    def encode_with_mask(self, text: str) -> list[int]:
+    def _encode_with_mask(self, text: str) -> list[int]:
         return self._encode_around(self._found_with_mask, text).tolist()
 
     def _encode_after(self, texts: Sequence[str], spaced: bool) -> list[np.ndarray]:

@@ -51,7 +51,8 @@ class Model:
         The result is that of transformers' fill-mask pipeline, but special tokens are never predicted.
 
         Args:
-          texts: a text with one or more `[MASK]`, or a list of such texts.
+          texts: a text with one or more masks, `[MASK]` or the tokenizer's own, or a list of such texts. The space
+            before a mask belongs to it where transformers takes it so.
           top_k: number of predictions for each mask.
 
         Returns:
@@ -60,7 +61,7 @@ class Model:
           such lists, in whose sequences the other masks are kept. For a list of texts, a list of these.
 
         Raises:
-          UserError: a text has no `[MASK]`, or more tokens than the model was trained on; the list is empty; or the
+          UserError: a text has no mask, or more tokens than the model was trained on; the list is empty; or the
             model was not trained with objective mlm.
         """
         if (objective := self.config.objective.name) != "mlm":

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from flax_mlm.data.base_tokenizer import MASK_TEXT
 from flax_mlm.errors import UserError
 from flax_mlm.inference.load import LoadedModel
 
@@ -22,7 +21,9 @@ class MaskFiller:
         t = self._model.tokenizer
         ids = [t.cls_id, *t.encode_with_mask(text), t.sep_id]
         if t.mask_id not in ids:
-            raise UserError(f"the text '{text}' has no [MASK]; put one where a word is wanted")
+            own = t.tokens[t.mask_id]
+            names = "[MASK]" if own == "[MASK]" else f"[MASK] or {own}"
+            raise UserError(f"the text '{text}' has no {names}; put one where a word is wanted")
         self._check_length(ids, "the text")
         return ids
 
@@ -73,14 +74,14 @@ class MaskFiller:
         """
         t = self._model.tokenizer
         ids, top = self._top(text, k)
-        between = text.split(MASK_TEXT)
+        parts = t.split_masks(text)
 
         def entry(index: int, position: int, token: int, probability: float) -> dict[str, Any]:
             word = t.decode([token])
             if len(top) == 1:
                 sequence = t.decode([*ids[1:position], token, *ids[position + 1 : -1]])
             else:
-                sequence = word.join(MASK_TEXT.join(p) for p in (between[: index + 1], between[index + 1 :]))
+                sequence = "".join([*parts[: 2 * index + 1], word, *parts[2 * index + 2 :]])
             return {"score": probability, "token": token, "token_str": word, "sequence": sequence}
 
         results = [[entry(n, i, *candidate) for candidate in tokens] for n, (i, tokens) in enumerate(top.items())]

@@ -259,6 +259,23 @@ def test_pipelines_and_other_formats(kind, vocabulary, tmp_path):
         np.testing.assert_allclose(np.asarray(onnx.logits), net(**inputs).logits.numpy(), atol=LIMIT)
 
 
+@pytest.mark.parametrize(
+    "kind, lstrip", [("byte_level", False), ("byte_level", True), ("metaspace", False), ("wordpiece", False)]
+)
+def test_masks_are_filled_as_by_the_pipeline(kind, lstrip, tmp_path):
+    spec = json.loads(tokenizer_files.vocabulary(kind, tokenizer_files.ROBERTA).to_str())
+    next(token for token in spec["added_tokens"] if token["content"] == "<mask>")["lstrip"] = lstrip
+    tok = load_tokenizer(tokenizer_files.folder(tmp_path / "tokenizer", spec))
+    path = written(tmp_path / "first", "bert", tok)
+    model, pipeline = Model(model_of(path)), transformers.pipeline("fill-mask", model=str(path), tokenizer=str(path))
+    for text in ("the <mask> sold keys", "<mask> sold keys", "the baker sold <mask>", "a<mask> keys"):
+        theirs = [a for a in pipeline(text, top_k=20) if not tok.is_special[a["token"]]][:3]
+        ours = model.fill_mask(text, top_k=3)
+        for key in ("token", "token_str", "sequence"):
+            assert [a[key] for a in ours] == [a[key] for a in theirs], (text, key)
+    assert parity.compare_folder(path, model._model).is_within(LIMIT)
+
+
 @pytest.mark.parametrize("kind", ["bert", "albert", "electra", "roberta", "distilbert"])
 def test_pairs_of_texts_have_the_token_types_of_fine_tuning(kind, vocabulary, tmp_path):
     path = written(tmp_path / "first", kind, vocabulary)

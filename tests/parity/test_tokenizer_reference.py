@@ -165,6 +165,32 @@ def test_masks(text, scheme, tmp_path):
     assert ours == theirs(text, add_special_tokens=False)["input_ids"]
 
 
+FLAGS = {"rstrip": False, "normalized": False, "single_word": False, "special": True, "content": "<mask>"}
+ADDED = {"__type": "AddedToken", **FLAGS}
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace", "unigram", "wordpiece", "bpe", "wordlevel"])
+@pytest.mark.parametrize("strips", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("settings", [
+    {},
+    {"mask_token": {**ADDED, "lstrip": True}},
+    {"mask_token": {**ADDED, "lstrip": False}},
+    {"mask_token": "<mask>", "added_tokens_decoder": {**FLAGS, "lstrip": True}},
+    {"mask_token": "<mask>", "added_tokens_decoder": {**FLAGS, "lstrip": False}},
+])  # fmt: skip
+def test_space_around_masks(kind, strips, settings, tmp_path):
+    spec = json.loads(vocabulary(kind, ROBERTA).to_str())
+    mask = next(token for token in spec["added_tokens"] if token["content"] == "<mask>")
+    mask["lstrip"], mask["rstrip"] = strips
+    if "added_tokens_decoder" in settings:
+        settings = {**settings, "added_tokens_decoder": {str(mask["id"]): settings["added_tokens_decoder"]}}
+    path = folder(tmp_path, spec, tokenizer_config={"mask_token": "<mask>"} | settings)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    tok = load_tokenizer(path)
+    for text in [*MARKED, "a  <mask>", "a<mask> b", "<mask>", "a <mask><mask>"]:
+        assert tok.encode_with_mask(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
 def test_every_part_of_a_tokenizer_json(tmp_path):
     library = vocabulary("metaspace", ROBERTA)
     library.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])

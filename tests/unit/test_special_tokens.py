@@ -37,9 +37,11 @@ def test_words_that_spell_a_special_token_are_text(tok):
     assert not tok.is_special[ids[ids != tok.unk_id]].any()
 
 
-def test_only_the_users_spelling_is_a_mask(tok):
+def test_a_mask_may_be_spelled_as_the_vocabulary_spells_it(tok):
     ids = tok.encode_with_mask("the [MASK] <mask> </s> keys")
-    assert [i for i in ids if tok.is_special[i] and i != tok.unk_id] == [tok.mask_id]
+    assert [i for i in ids if tok.is_special[i] and i != tok.unk_id] == [tok.mask_id] * 2
+    assert tok.encode_with_mask("the <mask> keys") == tok.encode_with_mask("the [MASK] keys")
+    assert tok.encode_answer("baker", "the <mask> keys") == tok.encode_answer("baker", "the [MASK] keys")
 
 
 def test_other_text_has_the_ids_of_the_library(library, tok):
@@ -185,13 +187,37 @@ def test_a_template_without_ends_is_known(template, puts):
 
 @pytest.mark.parametrize("text", ["un[MASK]able", "the [MASK] keys", "[MASK] sold", "sold [MASK].", "[MASK] [MASK]"])
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
-def test_masks_are_found_as_by_the_library(text, scheme, tmp_path):
+@pytest.mark.parametrize("lstrip", [False, True])
+def test_masks_are_found_as_by_the_library(text, scheme, lstrip, tmp_path):
     library = vocabulary("metaspace", ROBERTA)
     library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    tok = load_tokenizer(folder(tmp_path, library))
-    library.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    tok = load_tokenizer(folder(tmp_path, with_mask(library, lstrip=lstrip)))
+    theirs = Tokenizer.from_str(json.dumps(with_mask(library, lstrip=lstrip)))
+    assert tok.encode_with_mask(text) == theirs.encode(text.replace("[MASK]", "<mask>"), add_special_tokens=False).ids
+
+
+def with_mask(library: Tokenizer, **flags: bool) -> dict:
+    """The content of a tokenizer.json, with other flags of its mask."""
     spec = json.loads(library.to_str())
     for token in spec["added_tokens"]:
-        token["lstrip"] = token["content"] == "<mask>"
-    theirs = Tokenizer.from_str(json.dumps(spec)).encode(text.replace("[MASK]", "<mask>"), add_special_tokens=False)
-    assert tok.encode_with_mask(text) == theirs.ids
+        token |= flags if token["content"] == "<mask>" else {}
+    return spec
+
+
+@pytest.mark.parametrize(
+    "lstrip, expected", [(True, ["The", "<mask>", "Ġsold"]), (False, ["The", "Ġ", "<mask>", "Ġsold"])]
+)
+@pytest.mark.parametrize("where", ["tokenizer_json", "added_tokens_decoder", "mask_token"])
+def test_the_space_before_a_mask_is_kept_unless_the_mask_strips_it(where, lstrip, expected, tmp_path):
+    spec, settings = with_mask(vocabulary("byte_level", ROBERTA), lstrip=lstrip), {}
+    flags = {"lstrip": lstrip, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    if where == "added_tokens_decoder":  # goes before tokenizer.json
+        spec = with_mask(vocabulary("byte_level", ROBERTA), lstrip=not lstrip)
+        settings = {"added_tokens_decoder": {"4": {"content": "<mask>", **flags}}}
+    elif where == "mask_token":  # counts where tokenizer.json has no flags
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<mask>"]
+        settings = {"mask_token": {"content": "<mask>", **flags}}
+    tok = load_tokenizer(folder(tmp_path, spec, tokenizer_config=settings))
+    tokens = [tok.tokens[i] for i in tok.encode_with_mask("The <mask> sold")]
+    assert [t for t in tokens if t not in ("T", "h", "e", "The")] == [t for t in expected if t != "The"]
+    assert tok.tokens[tok.encode_answer("keys", "The <mask> sold")[0]].startswith("Ġ") == lstrip

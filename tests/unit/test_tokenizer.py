@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from flax_mlm.config.schema import TokenizerConfig
 from flax_mlm.data import sentencepiece_tokenizer
@@ -53,7 +53,7 @@ def hugging_face(kind: str) -> tokenizers.Tokenizer:
     elif kind == "byte_level":
         t = tokenizers.Tokenizer(models.BPE())
         t.pre_tokenizer, t.decoder = (pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel())
-        names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        names = ["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True)]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=400, special_tokens=names, initial_alphabet=alphabet, show_progress=False
@@ -61,7 +61,8 @@ def hugging_face(kind: str) -> tokenizers.Tokenizer:
     else:
         t = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
         t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=list(SPECIAL), show_progress=False)
+        names = [*SPECIAL[:-1], AddedToken("[MASK]", lstrip=True)]
+        trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=names, show_progress=False)
     t.train_from_iterator(TEXT, trainer)
     t.enable_truncation(4)  # a file may ask for both; documents must not be touched
     t.enable_padding()
@@ -287,7 +288,7 @@ def test_gpt2_vocabulary(tmp_path):
     encoder, merges = shared("gpt2_bpe_encoder.json"), shared("gpt2_bpe_vocab.bpe")
     t = tokenizers.Tokenizer(models.BPE.from_file(str(encoder), str(merges)))
     t.pre_tokenizer, t.decoder = (pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel())
-    t.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    t.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True)])
     t.save(str(tmp_path / "tokenizer.json"))
     tok = load_tokenizer(tmp_path)
     assert tok.vocab_size == 50262
