@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from flax_mlm.data.base_tokenizer import MASK_TEXT, Tokenizer, is_special_spelling
-from flax_mlm.data.words import WordMarks
+from flax_mlm.data.words import WordMarks, stands_alone
 from flax_mlm.errors import as_user_error
 
 Spec = dict[str, Any]  # the content of a tokenizer.json, as the library writes it
+_UNNORMALIZED = ("A", "é", "e\u0301", "ﬁ", "\u00a0", "人")  # each is changed by some normalizer
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -38,7 +39,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.added_words = {t["id"]: t["content"] for t in added if not t["special"]}
         special_ids = {t["id"] for t in added if t["special"] or is_special_spelling(t["content"])}
         special_ids |= {i for i, token in enumerate(tokens) if not token}
-        marks = _word_marks(self._spec)
+        self._marks = marks = _word_marks(self._spec)
         super().__init__(content, tokens, special_ids, marks, path, roles)
         added_ids = [t["id"] for t in added]  # they carry no mark
         self.starts_word[added_ids], self.ends_word[added_ids] = True, bool(marks.ends)
@@ -101,20 +102,36 @@ class HuggingFaceTokenizer(Tokenizer):
             return _encode(self._continued, texts)
         return self.encode([f" {text}" for text in texts] if self._space_counts else texts)
 
+    @functools.cached_property
+    def _added_text(self) -> dict[int, Spec]:
+        return {t["id"]: t for t in self._spec["added_tokens"] if not self.is_special[t["id"]]}
+
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids if not self.is_special[i]])
+        kept = [int(i) for i in ids if not self.is_special[i]]
+        if self._added_text.keys().isdisjoint(kept):
+            return self._tokenizer.decode(kept)
+        # The library joins added words to the text before them, and takes their letters for those of byte-level BPE.
+        spelled = [self.tokens[i] for i in kept]
+        for n, i in enumerate(kept):
+            if token := self._added_text.get(i):
+                spelled[n] = self._marks.spell(token["content"], n > 0 and token["lstrip"])
+        return self._tokenizer.decoder.decode(spelled) if self._tokenizer.decoder else " ".join(spelled)
 
     def extended(self, words: Iterable[str]) -> bytes:
         from tokenizers import AddedToken
 
         tokenizer, roles = read_json(self.content)
-        normalizer = tokenizer.normalizer
-        folds_case = bool(normalizer) and "a" in normalizer.normalize_str("A")
+        normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+        # Where the normalizer changes text, but does not mark its words, words are found in normalized text.
+        normalized = normalize("a") == "a" and any(normalize(text) != text for text in _UNNORMALIZED)
         for word in words:
             (ids,) = self.encode_words([word])
             if len(ids) != 1 or ids[0] == self.unk_id:  # the space in front is part of a word
-                word = word.lower() if folds_case else word
-                tokenizer.add_tokens([AddedToken(word, single_word=True, lstrip=True, normalized=folds_case)])
+                spelled = " ".join(normalize(word).split())
+                if not normalized or normalize(spelled) != normalize(word):  # as with spaces around ideographs
+                    spelled = word
+                flags = {"single_word": stands_alone(word), "lstrip": True, "normalized": normalized}
+                tokenizer.add_tokens([AddedToken(spelled, **flags)])
         return to_json(tokenizer, roles)
 
 

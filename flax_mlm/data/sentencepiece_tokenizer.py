@@ -2,7 +2,7 @@
 
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_mlm.data.base_tokenizer import MASK_TEXT, Tokenizer, is_special_spelling
 from flax_mlm.data.text import cut
-from flax_mlm.data.words import WordMarks
+from flax_mlm.data.words import WordMarks, stands_alone
 from flax_mlm.errors import as_user_error
 
 MAX_CHARS = 4096  # of a text encoded at once; SentencePiece's time per character grows with the length of the text
@@ -56,10 +56,9 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(content, [p.piece for p in proto.pieces], special_ids, marks, path)
         self.added_words = {i: word.replace("▁", " ") for word, i in added.items()}
         self.ends_word[list(added.values())] = bool(marks.ends)
-        self._folds_case = proto.normalizer_spec.name.endswith("_cf")
+        self._normalizes = bool(proto.normalizer_spec.precompiled_charsmap)
         self._added = {self._key(word): i for word, i in added.items()}
-        self._found = self._pattern(self._added) if added else None
-        self._found_with_mask = self._pattern({**self._added, MASK_TEXT: self.mask_id})
+        self._found = self._pattern() if added else None
         # In nearly every model the tokens of a word depend on nothing else, and can be cached.
         self._words_are_independent = not any("▁" in token.lstrip("▁") for token in self.tokens) and all(
             self._sp.encode(f" a b{space}c ") == self._sp.encode("a") + self._sp.encode("b") + self._sp.encode("c")
@@ -68,40 +67,54 @@ class SentencePieceTokenizer(Tokenizer):
         self._cache: dict[str, bytes] = {}  # word -> ids, int32
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self._encode_around(self._found, t) for t in texts] if self._found else self._encode_plain(texts)
+        return [self._encode_around(text) for text in texts] if self._found else self._encode_plain(texts)
 
     def _encode_with_mask(self, text: str) -> list[int]:
-        return self._encode_around(self._found_with_mask, text).tolist()
+        first, *others = re.split(rf"\s*{re.escape(MASK_TEXT)}", text)
+        ids = self._encode_around(first).tolist()
+        for part in others:
+            ids += [self.mask_id, *self._encode_around(part, follows=True).tolist()]
+        return ids
 
     def _encode_after(self, texts: Sequence[str], spaced: bool) -> list[np.ndarray]:
         if spaced and self._puts_space:
             return self.encode(texts)
-        return [self._encode_around(self._found, f" {text}" if spaced else text, follows=True) for text in texts]
+        return [self._encode_around(f" {text}" if spaced else text, follows=True) for text in texts]
+
+    def _normalized(self, text: str) -> str:
+        """Normalizes a text; a space at its beginning stays."""
+        if not self._normalizes:
+            return text
+        normalized = self._sp.normalize(text).replace("▁", " ")
+        return " " * text[:1].isspace() + (normalized.removeprefix(" ") if self._puts_space else normalized)
 
     def _key(self, word: str) -> str:
-        word = " ".join(word.split())
-        return word.lower() if self._folds_case else word
+        return " ".join(self._normalized(word).split())
 
-    def _pattern(self, words: Mapping[str, int]) -> re.Pattern[str]:
-        """Matches each of the words that stands by itself, and the mask anywhere, with the space in front."""
-        longest_first = sorted((word for word in words if word != MASK_TEXT), key=len, reverse=True)
-        each = (r"\s+".join(map(re.escape, word.split())) for word in longest_first)
-        mask = re.escape(MASK_TEXT) if MASK_TEXT in words else "(?!)"
-        alone = rf"(?{'i' * self._folds_case}:(?<!\w)(?:{'|'.join(each)})(?!\w))" if longest_first else "(?!)"
-        return re.compile(rf"\s*({mask}|{alone})")
+    def _pattern(self) -> re.Pattern[str]:
+        """Matches each added word, by itself where texts have spaces, with the space in front."""
+        longest_first = sorted(self._added, key=len, reverse=True)
+        each = (
+            rf"(?<!\w){spelled}(?!\w)" if stands_alone(word) else spelled
+            for word in longest_first
+            for spelled in [r"\s+".join(map(re.escape, word.split()))]
+        )
+        return re.compile(rf"\s*({'|'.join(each)})")
 
-    def _encode_around(self, pattern: re.Pattern[str] | None, text: str, follows: bool = False) -> np.ndarray:
-        """Encodes a text with one token for each match.
+    def _encode_around(self, text: str, follows: bool = False) -> np.ndarray:
+        """Encodes a text with one token for each added word.
 
         Args:
           follows: another token comes before the text.
         """
         ids: list[int] = []
         end = 0
-        for match in pattern.finditer(text) if pattern else ():
-            ids += self._encode_part(text[end : match.start()], follows or end > 0)
-            ids.append(self._added.get(self._key(match[1]), self.mask_id))
-            end = match.end()
+        if self._found:
+            text = self._normalized(text)
+            for match in self._found.finditer(text):
+                ids += self._encode_part(text[end : match.start()], follows or end > 0)
+                ids.append(self._added[self._key(match[1])])
+                end = match.end()
         return np.array(ids + self._encode_part(text[end:], follows or end > 0), np.int32)
 
     def _encode_part(self, text: str, follows: bool) -> list[int]:

@@ -63,8 +63,10 @@ def _extended(tokenizer: Tokenizer, extra_tokens_file: str | Path) -> Tokenizer:
     if special := [word for word in words if is_special_spelling(word)]:
         raise UserError(f"{what} has '{special[0]}', which spells a special token; delete it")
     extended = TOKENIZERS[tokenizer.filename](tokenizer.extended(words), what)
-    for word, ids in zip(words, extended.encode_words(words), strict=True):
-        if len(ids) != 1 or extended.is_special[ids[0]]:
-            found = " ".join(extended.tokens[i] for i in ids) or "no token"
+    sentences = extended.encode([f"a {word}, {word}." for word in words])
+    for word, ids, sentence in zip(words, extended.encode_words(words), sentences, strict=True):
+        is_one = len(ids) == 1 and not extended.is_special[ids[0]]
+        if not is_one or (ids[0] >= tokenizer.vocab_size and sum(sentence == ids[0]) != 2):
+            found = " ".join(extended.tokens[i] for i in (sentence if is_one else ids)) or "no token"
             raise UserError(f"{what} has '{word}', which is not found as one token in text, but as {found}; delete it")
     return extended

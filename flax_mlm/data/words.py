@@ -56,6 +56,12 @@ class WordMarks(NamedTuple):
             ends.append(is_end)
         return np.array(starts, bool), np.array(ends, bool)
 
+    def spell(self, word: str, spaced: bool) -> str:
+        """Spells a whole word as a token of the vocabulary, after a space or without one."""
+        if self.is_byte_level:
+            word = "".join(_CHAR_OF[byte] for byte in word.encode())
+        return self.begins[:1] * spaced + word + self.ends
+
     def _bytes(self, token: str) -> bytes:
         """Returns the bytes of a token without marks; a token may end inside a character."""
         if match := re.fullmatch("<0x([0-9A-F]{2})>", token):
@@ -73,9 +79,15 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+_CHAR_OF = {byte: char for char, byte in _BYTE_OF.items()}
 
 
 def unspaced(texts: Iterable[str]) -> float:
     """Returns the fraction of the characters that belong to scripts without spaces between words."""
     characters = "".join("".join(texts).split())
     return len(_UNSPACED.findall(characters)) / max(len(characters), 1)
+
+
+def stands_alone(word: str) -> bool:
+    """Returns whether a text separates a word from others, unlike words of ideographs, kana, Thai and the like."""
+    return not all(_UNSPACED.match(char) or _IDEOGRAPH.match(char) for char in word)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flax_mlm.data.tokenizer import Tokenizer
+from flax_mlm.data.words import stands_alone
 from flax_mlm.errors import UserError
 
 TIE = "two segmentations have the same score"
@@ -62,7 +63,7 @@ def _converted(tokenizer: Tokenizer) -> Any:
     for i, p in enumerate(proto.pieces):
         is_own = p.type == p.USER_DEFINED
         if i in words:
-            added.append(AddedToken(words[i], single_word=True, lstrip=True, special=False))
+            added.append(AddedToken(words[i], single_word=stands_alone(words[i]), lstrip=True, special=False))
         elif p.type in (p.CONTROL, p.UNKNOWN) or (is_own and not p.piece.startswith("▁")):
             # The space before a mask is part of the masked word.
             added.append(AddedToken(p.piece, lstrip=i == tokenizer.mask_id, normalized=is_own, special=not is_own))

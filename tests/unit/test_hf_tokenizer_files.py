@@ -2,11 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 
+from flax_mlm.config.load import build
+from flax_mlm.configs import base
+from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import load_tokenizer
 from flax_mlm.errors import UserError
 from tests.helpers import tokenizer_files
@@ -194,6 +198,55 @@ def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
     path = folder(tmp_path / "folder", vocabulary("wordpiece"))
     (tmp_path / "words").write_text("covid\r\nzyxogene\r\n", encoding="utf-8-sig")
     assert load_tokenizer(path, tmp_path / "words").tokens[-2:] == ["covid", "zyxogene"]
+
+
+NORMALIZED = [("cafe\u0301s", "cafés"), ("cafés", "cafe\u0301s"), ("ﬁshy", "fishy"), ("new york", "new\u00a0york")]
+
+
+@pytest.mark.parametrize("word, text", NORMALIZED)
+@pytest.mark.parametrize("kind", ["unigram", "byte_level", "sentencepiece"])
+def test_added_words_are_normalized_as_the_text(kind, word, text, tmp_path):
+    if kind == "sentencepiece":
+        path = train_tokenizer(TEXT, replace(build(base.get_config()).tokenizer, vocab_size=300))
+        path.save(tmp_path)
+        path = tmp_path / path.filename
+    else:
+        library = vocabulary(kind)
+        library.normalizer = normalizers.NFKC()
+        path = folder(tmp_path / "folder", library)
+    (tmp_path / "words").write_text(word)
+    tok = load_tokenizer(path, tmp_path / "words")
+    for spelled in (word, text):
+        assert tok.encode([f"the {spelled} sold ({spelled})."])[0].tolist().count(tok.vocab_size - 1) == 2
+
+
+@pytest.mark.parametrize("word", ["ΣΊΣΥΦΟΣ", "İstanbul", "Covid", "É\u200bclair"])
+def test_added_words_are_lower_cased_as_the_text(word, tmp_path):
+    path = folder(tmp_path / "folder", tokenizer_files.bert())
+    (tmp_path / "words").write_text(word)
+    tok = load_tokenizer(path, tmp_path / "words")
+    assert tok.vocab_size - 1 in tok.encode([f"the {word} sold"])[0]
+
+
+@pytest.mark.parametrize("kind", ["bert", "bert_cased", "wordpiece", "byte_level", "metaspace", "unigram"])
+@pytest.mark.parametrize("word, text", [("東京", "私は東京に"), ("ไทย", "ภาษาไทยและ")])
+def test_added_words_of_scripts_without_spaces_are_found_inside_text(kind, word, text, tmp_path):
+    kinds = {"bert": tokenizer_files.bert, "bert_cased": lambda: tokenizer_files.bert(lowercase=False)}
+    path = folder(tmp_path / "folder", kinds[kind]() if kind in kinds else vocabulary(kind))
+    (tmp_path / "words").write_text(word)
+    tok = load_tokenizer(path, tmp_path / "words")
+    for sentence in (text, f"the {word} sold"):
+        assert tok.vocab_size - 1 in tok.encode([sentence])[0]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_level", "metaspace", "unigram", "bpe"])
+@pytest.mark.parametrize("word", ["covid", "Ünïcode", "東京", "½cup"])
+def test_added_words_are_decoded_with_their_space_and_letters(kind, word, tmp_path):
+    path = folder(tmp_path / "folder", vocabulary(kind))
+    (tmp_path / "words").write_text(word)
+    tok = load_tokenizer(path, tmp_path / "words")
+    assert tok.decode(tok.encode([f"the {word} sold"])[0]) == f"the {word} sold"
+    assert tok.decode([tok.vocab_size - 1]) == word
 
 
 def test_an_added_word_does_not_cut_longer_words(tmp_path):
