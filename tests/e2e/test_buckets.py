@@ -14,13 +14,14 @@ import pytest
 from etils import epath
 
 from flax_mlm.checkpoint import store
+from flax_mlm.checkpoint.format import find_checkpoints
 from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build
 from flax_mlm.configs import base
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import gcs as gcs_lib
 from flax_mlm.storage import lease
-from flax_mlm.training import metrics
+from flax_mlm.training import metrics, run_config
 from tests.helpers.checkpoints import opened, restored, save_three, state_at
 from tests.helpers.fake_gcs import FakeGcs
 from tests.helpers.paths import ROOT
@@ -286,6 +287,34 @@ def test_a_step_is_never_half_there(gcs, saved, damaged):
         assert len(gcs.names("bucket", f"{prefix}30/")) in (0, whole)
         gcs.remove("bucket", prefix + ".quarantine/")
     assert not gcs.names("bucket", f"{prefix}30/"), "with no faults left it was carried out"
+
+
+def test_a_sound_step_is_taken_back_from_quarantine(gcs, saved):
+    prefix = f"{str(saved).removeprefix('gs://bucket/')}/checkpoints/"
+    before = gcs.names("bucket", prefix)
+    store.Store(saved / "checkpoints").quarantine("30")
+    assert saved_steps(saved) == [10, 20]
+    step, log = restored(saved)
+    assert step == 30
+    assert "checkpoint 30 is sound after all, and taken back from gs://bucket/" in log[0]
+    assert gcs.names("bucket", prefix) == before
+
+
+def test_what_another_program_wrote_is_not_touched(gcs, saved):
+    prefix = str(saved).removeprefix("gs://bucket/")
+    gcs.put("bucket", f"{prefix}/checkpoints/40/model.pt", b"x")
+    before = gcs.names("bucket", f"{prefix}/")
+    with pytest.raises(UserError, match="holds 'checkpoints/40', which no run of flax_mlm has written"):
+        run_config.refuse_foreign(saved)
+    opened(saved).close()
+    assert gcs.names("bucket", f"{prefix}/") == before
+
+
+def test_a_folder_of_the_name_goes_before_a_step(gcs, saved):
+    assert [path.name for path in find_checkpoints(f"{saved}@20")] == ["20"]
+    save_three(epath.Path(f"{saved}@20"))
+    assert [path.name for path in find_checkpoints(f"{saved}@20")] == ["30", "20", "10"]
+    assert [path.name for path in find_checkpoints(f"{saved}@20@10")] == ["10"]
 
 
 MARKED = re.compile(r"/30/commit_success[.]txt$")

@@ -10,6 +10,7 @@ import pytest
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
+from flax_mlm.hf.folder import ARCHITECTURES, Folder
 from flax_mlm.training import run_config
 
 _FOREIGN = {
@@ -116,6 +117,15 @@ def test_a_config_of_another_program_beside_our_checkpoints_is_refused(tmp_path,
     (run / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match=r"holds 'config.json', which no run of flax_mlm has written"):
         run_config.refuse_foreign(run)
+
+
+def test_weights_are_known_under_another_path(tmp_path):
+    for name, content in (("a", b"x"), ("b", b"x"), ("c", b"y")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    a, b, c = (Folder(tmp_path / name, ARCHITECTURES[0], {}, {}).fingerprint() for name in "abc")
+    assert a == b
+    assert a != c
 
 
 def test_paths_may_change_also_in_phases(tmp_path, trained_run):
