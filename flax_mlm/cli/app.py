@@ -8,7 +8,6 @@ the same command again).
 
 import contextlib
 import datetime
-import errno
 import functools
 import json
 import os
@@ -37,6 +36,7 @@ from flax_mlm.storage import gcs, retry
 _CONFIGS = {file.stem: file for file in sorted(Path(base.__file__).parent.glob("*.py"))}
 _KEPT = f"keep compiled programs for later starts, in {compilation_cache.FOLDER} or JAX_COMPILATION_CACHE_DIR"
 _KEEPS_COMPILED = flags.DEFINE_bool("compilation_cache", True, _KEPT)
+_HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 _OVERRIDE = re.compile(r"--?(no)?config\.([\w.]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -56,12 +56,10 @@ def run(
       prints_log: what the command makes is in files, and it succeeds although stdout cannot be written; otherwise it
         exits with 1 then.
     """
+    prints_log = prints_log and not {*_HELP, "--print_config"} & set(sys.argv)
     with output.guarded(prints_log):
         code = _run(main, from_checkpoint, positional)
-        if (error := output.loss()) and not prints_log:
-            if error.errno != errno.EPIPE:  # else the reader (head, grep -q) has exited
-                print(f"stopped: stdout cannot be written: {error.strerror}", file=sys.stderr)
-            code = code or 1
+        code = code if prints_log else output.exit_code(code)
     sys.exit(code)
 
 
@@ -73,7 +71,7 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
         source = "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder"
         flags.DEFINE_string("checkpoint", "", source, module_name=sys.argv[0])
     try:
-        if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(sys.argv):
+        if _HELP & set(sys.argv):
             return _help(from_checkpoint)
         config = _parse(sys.argv, from_checkpoint, positional)
         if flags.FLAGS.print_config:

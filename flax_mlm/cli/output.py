@@ -1,6 +1,7 @@
 """stdout and stderr whose failures never end a run, and a status line at the bottom of a terminal."""
 
 import contextlib
+import errno
 import io
 import os
 import select
@@ -177,6 +178,14 @@ def loss() -> OSError | None:
     sys.stdout.flush()
     descriptor = _descriptor(sys.stdout)
     return descriptor.try_again() if descriptor else None
+
+
+def exit_code(code: int) -> int:
+    """Returns the exit code of a command that prints its result: 1 instead of 0 where stdout does not take it. A line
+    on stderr says why, unless the reader (head, grep -q) has exited."""
+    if (error := loss()) and error.errno != errno.EPIPE:
+        print(f"stopped: stdout cannot be written: {error.strerror}", file=sys.stderr)
+    return code or int(error is not None)
 
 
 class Status:

@@ -55,6 +55,14 @@ def test_a_full_disk_is_the_error_of_a_command_that_prints_its_result(stdout):
         assert output.loss().errno == errno.ENOSPC
 
 
+@pytest.mark.parametrize("arguments", [["", "--help"], [".train", "--print_config"], [".train", "--help"]])
+def test_help_and_configs_are_results(arguments):
+    line = [sys.executable, "-m", f"flax_mlm{arguments[0]}", arguments[1]]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "stopped: stdout cannot be written: No space left on device\n")
+
+
 def test_a_closed_pipe_is_no_error_of_a_run(stdout):
     read, write = os.pipe()
     os.close(read)
