@@ -100,7 +100,8 @@ def get_config() -> ConfigDict:
     # peak learning rate; muon is stable at several times AdamW's: configs/small.py uses 6e-3
     c.optimizer.learning_rate = 5e-4
     c.optimizer.schedule = "linear"  # linear | cosine | wsd (warm-up, stable, decay) | constant
-    c.optimizer.warmup_fraction = 0.05  # fraction of the run
+    c.optimizer.warmup_fraction = 0.05  # fraction of the run; a phase that sets it, or warmup_steps, warms up again
+    c.optimizer.warmup_steps = 0  # instead of warmup_fraction, so that a longer run warms up alike; 0: unused
     c.optimizer.decay_fraction = 0.2  # fraction of the run, at its end; wsd only
     c.optimizer.final_lr_fraction = 0.0  # of the peak, at the last step; unused with constant
     c.optimizer.beta1 = 0.9  # of Adam, and schedule-free's interpolation; Muon's momentum is 0.95

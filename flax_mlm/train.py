@@ -95,11 +95,16 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
             mixtures = mixture.open_corpora([phase.config for phase in run_phases], log)
         group.check_same("corpus", mixture.fingerprint_of(mixtures))
         group.check_same("--workdir", holder(workdir))
-        tokens_per_row = [m.tokens_per_row for m in mixtures]
-        run_phases = phases.with_corpora(run_phases, [m.seq_len for m in mixtures], tokens_per_row)
+
+        def layout(config: Config) -> list[phases.Phase]:  # also of this run as it was before it was made longer
+            parts = phases.parse_phases(config)
+            known = [mixtures[min(i, len(mixtures) - 1)] for i in range(len(parts))]
+            return phases.with_corpora(parts, [m.seq_len for m in known], [m.tokens_per_row for m in known])
+
+        run_phases = layout(config)
         log(console.data(run_phases, mixtures))
         if is_main:
-            run_config.take(workdir, config, log)
+            run_config.take(workdir, config, log, layout)
             if config.train.budget_minutes:
                 begins = [phase.begin for phase in run_phases]
                 budget = Budget(workdir, 60 * config.train.budget_minutes, started, begins)

@@ -4,6 +4,9 @@
 where each phase begins, and which fields change there. `a->b` interpolates a number linearly from a to b over the
 phase, and `->b` starts at the value before. Unmentioned fields keep their value, interpolated ones their last value. A
 phase begins at a fraction of the run, so that the length of the run may be given in steps, tokens or time.
+
+The learning rate warms up and follows its schedule over a cycle of phases: the whole run, unless a phase sets
+`optimizer.warmup_steps` or `optimizer.warmup_fraction`, with which another cycle begins.
 """
 
 import dataclasses
@@ -22,6 +25,15 @@ _FIXED_WITH_RTD = ("name", "generator_size", "generator_depth", "embedding_shari
 _NUMBER = r"\d+(?:_?\d)*(?:\.\d+)?(?:e[+-]?\d+)?"
 
 
+class Cycle(NamedTuple):
+    """Phases over which the learning rate follows its schedule."""
+
+    begin: float = 0.0  # as a fraction of the run
+    end: float = 1.0
+    first_step: int = 0
+    num_steps: int | None = None  # None: the run ends by time
+
+
 class Phase(NamedTuple):
     """One phase of a run."""
 
@@ -32,6 +44,7 @@ class Phase(NamedTuple):
     changes: str = ""  # as the user wrote them
     first_step: int = 0
     num_steps: int | None = None  # None: the run ends by time
+    cycle: Cycle = Cycle()
 
     def value(self, path: str, progress: Any) -> Any:
         """The value of a field after this fraction of the phase, a float or an array."""
@@ -59,7 +72,8 @@ class Phase(NamedTuple):
 
 def single_phase(config: Config) -> Phase:
     """The only phase of a run whose config does not change."""
-    return Phase(config, num_steps=config.train.steps if config.train.unit == "steps" else None)
+    num_steps = config.train.steps if config.train.unit == "steps" else None
+    return Phase(config, num_steps=num_steps, cycle=Cycle(num_steps=num_steps))
 
 
 def parse_phases(config: Config) -> list[Phase]:
@@ -84,9 +98,13 @@ def parse_phases(config: Config) -> list[Phase]:
             phases.append(before._replace(end=begin))
         phases.append(_next_phase(before, begin, changes))
     _check_schedule_free(config, phases)
-    if unit != "steps":
-        return phases
-    return [p._replace(first_step=round(p.begin * length), num_steps=round((p.end - p.begin) * length)) for p in phases]
+    if unit == "steps":
+        steps = [round(p.begin * length) for p in phases] + [int(length)]
+        phases = [
+            p._replace(first_step=a, num_steps=b - a)
+            for p, (a, b) in zip(phases, itertools.pairwise(steps), strict=True)
+        ]
+    return _with_cycles(phases)
 
 
 def _parse_statement(text: str, length: float, unit: str) -> tuple[float, str]:
@@ -160,7 +178,7 @@ def _check_schedule_free(config: Config, phases: Sequence[Phase]) -> None:
     the number of steps."""
     if config.optimizer.name != "schedule_free":
         return
-    fixed = ["optimizer.learning_rate"]
+    fixed = ["optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.warmup_fraction"]
     if config.train.unit == "tokens":
         fixed += ["train.global_batch_size", "data.seq_len", "data.corpus"]
     for path, p in itertools.product(fixed, phases):
@@ -188,7 +206,41 @@ def with_corpora(phases: Sequence[Phase], seq_len: Sequence[int], tokens_per_row
         raise UserError(f"{what}; expected less than 2**31 steps; lower train.tokens")
     validate.check_snapshots(phases[0].config.optimizer, sum(counts))
     steps = {"train.steps": sum(counts)}
-    return [p._replace(config=_with_values(p.config, steps), first_step=sum(counts[:i])) for i, p in enumerate(phases)]
+    configs = [_with_values(p.config, steps) for p in phases]
+    firsts = itertools.accumulate(counts[:-1], initial=0)
+    return _with_cycles(
+        [p._replace(config=c, first_step=first) for p, c, first in zip(phases, configs, firsts, strict=True)]
+    )
+
+
+def _with_cycles(phases: Sequence[Phase]) -> list[Phase]:
+    """The phases with their cycles. Raises UserError where the warm-up of one does not fit into it."""
+    fields = {"optimizer.warmup_steps", "optimizer.warmup_fraction"}
+    starts = [i for i, p in enumerate(phases) if i == 0 or fields & _parse_changes(p.changes).keys()]
+    result: list[Phase] = []
+    for start, end in itertools.pairwise([*starts, len(phases)]):
+        members = phases[start:end]
+        steps = None if members[0].num_steps is None else sum(p.num_steps or 0 for p in members)
+        cycle = Cycle(members[0].begin, members[-1].end, members[0].first_step, steps)
+        _check_warmup(members[0].config, cycle)
+        result += [p._replace(cycle=cycle) for p in members]
+    return result
+
+
+def _check_warmup(config: Config, cycle: Cycle) -> None:
+    """Raises UserError if the steps of a warm-up are too many, or not known."""
+    o = config.optimizer
+    if o.warmup_steps and config.train.unit == "budget_minutes" and cycle.begin > 0:
+        raise _error("a phase of a run in minutes warms up by optimizer.warmup_fraction; set optimizer.warmup_steps=0")
+    decay = o.decay_fraction if o.schedule == "wsd" else 0.0
+    if cycle.num_steps is not None and o.warmup_steps > (most := round((1.0 - decay) * cycle.num_steps)):
+        before = "the steps before the decay" if decay else "the steps of its schedule"
+        raise UserError(f"optimizer.warmup_steps is {o.warmup_steps}; expected at most {most}, {before}")
+
+
+def begins_as_written(config: Config) -> list[str]:
+    """Where the phases of a config begin, as the user wrote it, such as `50%` or `300`."""
+    return [text.partition(":")[0].strip() for text in filter(None, split(config.train.phases, ";"))]
 
 
 def in_fractions(phases: Sequence[Phase]) -> str:

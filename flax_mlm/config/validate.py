@@ -164,5 +164,5 @@ def _check_training(c: Config) -> None:
         _need_equal(c, why, optimizer__schedule="constant")
         _need_equal(c, f"{why}, which averages the weights itself", optimizer__averaging="none")
         _need_value(c, "optimizer.beta1", o.beta1 > 0.0, f"above 0 {why}")
-    if o.schedule == "wsd":
+    if o.schedule == "wsd" and not o.warmup_steps:
         _need_at_most_1(c, "optimizer.warmup_fraction", "optimizer.decay_fraction")

@@ -65,7 +65,7 @@ def _schedule_free(config: OptimizerConfig, total_steps: int, done: jax.Array) -
 
     The learning rate rises linearly during the warm-up and is constant afterwards.
     """
-    warmup, done = max(1.0, config.warmup_fraction * total_steps), done.astype(jnp.float32)
+    warmup, done = max(1.0, config.warmup_steps or config.warmup_fraction * total_steps), done.astype(jnp.float32)
     n = jnp.minimum(done, math.floor(warmup))
     sum_of_squares = (n / warmup) * ((n + 1.0) / warmup) * (2.0 * n + 1.0) / 6.0 + (done - n)
     return jnp.square(jnp.minimum(done / warmup, 1.0)) / sum_of_squares

@@ -141,12 +141,24 @@ def _sum(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x.sum(0)).sum()
 
 
-def learning_rate(config: OptimizerConfig, begin: Any, end: Any) -> jax.Array:
+def learning_rate(
+    config: OptimizerConfig, begin: Any, end: Any, step: Any = 0, num_steps: int | None = None
+) -> jax.Array:
     """Learning rate, for a peak of 1, of a step that advances the progress from `begin` to `end`.
 
     It rises linearly from 0 during the warm-up, and then follows the schedule to `final_lr_fraction` at the end.
+
+    Args:
+      begin: fraction of the schedule done before the step.
+      end: fraction done after it.
+      step: number of the step in the schedule, from 0.
+      num_steps: steps of the schedule; None where time ends the run: then it decays during a warm-up in steps, too.
     """
     warmup, final = config.warmup_fraction, config.final_lr_fraction
+    ramp = jnp.minimum(1.0, end / warmup) if warmup else 1.0  # by `end`, so that the first step's rate is not 0
+    if config.warmup_steps:
+        warmup = config.warmup_steps / num_steps if num_steps else 0.0
+        ramp = jnp.minimum(1.0, jnp.float32(step + 1) / config.warmup_steps)
     decayed = jnp.clip((begin - warmup) / max(1.0 - warmup, 1e-6), 0.0, 1.0)  # fraction of the time after the warm-up
     left = {
         "constant": lambda: jnp.ones_like(decayed),
@@ -154,5 +166,4 @@ def learning_rate(config: OptimizerConfig, begin: Any, end: Any) -> jax.Array:
         "cosine": lambda: 0.5 * (1.0 + jnp.cos(jnp.pi * decayed)),
         "wsd": lambda: jnp.minimum(1.0, (1.0 - jnp.minimum(begin, 1.0)) / max(config.decay_fraction, 1e-6)),
     }[config.schedule]()
-    ramp = jnp.minimum(1.0, end / warmup) if warmup else 1.0  # by `end`, so that the first step's rate is not 0
     return ramp * (left if config.schedule == "constant" else final + (1.0 - final) * left)

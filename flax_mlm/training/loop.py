@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
+import numpy as np
 
 from flax_mlm.checkpoint.format import make_meta, stored_run
 from flax_mlm.checkpoint.manager import Checkpoints
@@ -23,6 +24,7 @@ from flax_mlm.hf.folder import open_folder
 from flax_mlm.inference.forward import NotFinite
 from flax_mlm.inference.load import LoadedModel, start_params
 from flax_mlm.objectives.rows import Vocabulary
+from flax_mlm.training import extension
 from flax_mlm.training.logging import Logger, RunContext, Step
 from flax_mlm.training.metrics import Writers
 from flax_mlm.training.run_config import FREE, MOVABLE, refuse_other
@@ -75,13 +77,17 @@ class Run:
         self.step, self.progress = int(self.state.step), float(self.state.progress)
         if meta := self._checkpoints.restored_meta:
             self._check_restored(meta)
+            self.progress = extension.progress_now(meta, self.progress, context.config, context.phases)
+            sharding = self.state.progress.sharding
+            now = jax.make_array_from_callback((), sharding, lambda _: np.float32(self.progress))
+            self.state = self.state._replace(progress=now)
         self.phase, self.cursor = meta.get("phase", 0), mixture.DataCursor(**meta.get("cursor", {}))
 
     def _check_restored(self, meta: dict[str, Any]) -> None:
         """Raises UserError where a checkpoint is of another run, and Diverged where its run gave up."""
         config, workdir = self._context.config, self._context.workdir
         held = f"--workdir: checkpoint {self.step} in '{workdir}' is of"
-        refuse_other(held, stored_run(meta), config, (*FREE, *MOVABLE))
+        refuse_other(held, stored_run(meta), config, (*FREE, *MOVABLE, *extension.FIELDS))
         if why := meta.get("gave_up"):
             remedy = f"use another --workdir; delete checkpoints/{self.step} to go on from the step before it"
             raise Diverged(f"'{workdir}' holds a run that gave up at step {self.step}: {why}; {remedy}")
@@ -251,6 +257,7 @@ class Run:
             "config": dataclasses.replace(config, train=train).to_dict(),
             **self.logger.saved(),
             "phase": self.phase,
+            "progress": self.progress,
             "cursor": dataclasses.asdict(self.cursor),
             **({"gave_up": gave_up} if gave_up else {}),
             **(context.budget.cut() if context.budget else {}),

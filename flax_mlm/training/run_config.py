@@ -14,6 +14,8 @@ from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError, as_user_error
 from flax_mlm.storage import files, gcs
 from flax_mlm.storage.retry import retrying
+from flax_mlm.training import extension
+from flax_mlm.training.extension import Layout
 
 _FILE = "config.json"
 _SECTIONS = ("data", "model", "objective", "optimizer", "train", "mesh")
@@ -70,9 +72,14 @@ def _read(workdir: gcs.AnyPath) -> dict[str, Any]:
 
 
 @retrying
-def take(workdir: gcs.AnyPath, config: Config, log: Callable[[str], None] = print) -> None:
-    """Writes config.json into a new workdir, or checks that the run in it has the same config, but for paths; a lost or
-    damaged config.json is restored.
+def take(
+    workdir: gcs.AnyPath, config: Config, log: Callable[[str], None] = print, layout: Layout = parse_phases
+) -> None:
+    """Writes config.json into a new workdir, or checks that the run in it has the same config, but for paths and a
+    length that may be raised (see `extension`); a lost or damaged config.json is restored.
+
+    Args:
+      layout: the phases of a config, with the steps that its corpora give.
 
     Raises:
       UserError: the workdir holds a run with another config, or cannot be written.
@@ -82,7 +89,10 @@ def take(workdir: gcs.AnyPath, config: Config, log: Callable[[str], None] = prin
         if not stored and store.saved_steps(workdir):
             stored = stored_run(newest_meta(os.fspath(workdir))[1])
         if stored:
-            refuse_other(f"--workdir: '{workdir}' holds", stored, config, (*FREE, *MOVABLE))
+            refuse_other(
+                f"--workdir: '{workdir}' holds", stored, config, (*FREE, *MOVABLE),
+                lambda old: extension.why_not(old, config, _done(workdir, old.train), layout),
+            )  # fmt: skip
     if not is_there:
         record(workdir, config)
     if stored and not is_there:
@@ -90,17 +100,20 @@ def take(workdir: gcs.AnyPath, config: Config, log: Callable[[str], None] = prin
 
 
 def record(workdir: gcs.AnyPath, config: Config) -> None:
-    """Writes config.json, where it is not there or has other paths. Raises UserError where it cannot be written."""
+    """Writes config.json, where it is not there or has other paths or another length. Raises UserError where it cannot
+    be written.
+    """
     with _usable(workdir):
         stored, now = flatten(_read(workdir)), flatten(config.to_dict())
-        if any(stored.get(name) != now[name] for name in MOVABLE):
+        if any(stored.get(name) != now[name] for name in (*MOVABLE, *extension.FIELDS)):
             files.write_json(workdir / _FILE, config.to_dict())
 
 
 @retrying
 def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) -> None:
     """Checks that the run in a workdir, if there is one, has this config, except for the fields and sections in
-    `free`. A field that did not exist when the run started counts with its default.
+    `free`. A field that did not exist when the run started counts with its default. With `layout` it may have been
+    shorter; then config.json becomes this config.
 
     Raises:
       UserError: a field differs, or config.json cannot be read.
@@ -111,23 +124,37 @@ def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) ->
             refuse_other(f"--workdir: '{workdir}' holds", stored, config, free)
 
 
-def refuse_other(holder: str, stored: dict[str, Any], config: Config, free: tuple[str, ...]) -> None:
+def refuse_other(
+    holder: str,
+    stored: dict[str, Any],
+    config: Config,
+    free: tuple[str, ...],
+    why_not_longer: Callable[[Config], str] | None = None,
+) -> None:
     """Compares the config of a run with that of its continuation; see `check`.
 
     Args:
       holder: the beginning of the message, such as `'runs/a' holds`.
       stored: as it was saved.
+      why_not_longer: says why a run with that config cannot go on with this one's length, see `extension.why_not`;
+        None: it may not be longer.
 
     Raises:
       UserError: a field differs.
     """
     before = from_dict(stored)
     theirs, ours = _kept(before.to_dict(), free), _kept(config.to_dict(), free)
-    for name in (name for name in ours if theirs.get(name) != ours[name]):
-        if name == "train.phases" and _phases(build(before), free) == _phases(config, free):
-            continue  # they differ in what is free
+    differ = [name for name in ours if theirs.get(name) != ours[name]]
+    if "train.phases" in differ and _phases(build(before), free) == _phases(config, free):
+        differ.remove("train.phases")  # they differ in what is free
+    reason = ""
+    if differ and why_not_longer and {*differ} <= {*extension.FIELDS}:
+        if not (reason := why_not_longer(build(before))):
+            return
+        differ.sort(key=extension.FIELDS.index)
+    for name in differ[:1]:
         what = f"{holder} a run with {name} = {theirs.get(name)}, and this one has {ours[name]}"
-        raise UserError(f"{what}; use another --workdir")
+        raise UserError(f"{what}{reason and f': {reason}'}; {'or ' * bool(reason)}use another --workdir")
 
 
 def _kept(values: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
@@ -137,6 +164,17 @@ def _kept(values: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
 def _phases(config: Config, free: tuple[str, ...]) -> list[Any]:
     kept = (*free, "train.phases")
     return [(p.begin, dict(p.final_values), _kept(p.config.to_dict(), kept)) for p in parse_phases(config)]
+
+
+def _done(workdir: gcs.AnyPath, train: Any) -> extension.Done:
+    """Position of the run in a workdir at its newest checkpoint, with its progress in the length that `train` has."""
+    try:
+        meta = newest_meta(os.fspath(workdir))[1]
+    except UserError:  # there is none yet
+        return extension.Done()
+    stored = meta["config"]["train"]
+    share = stored["budget_minutes"] / train.budget_minutes if train.budget_minutes else 1.0
+    return extension.Done(meta["step"], meta.get("progress", 1.0) * share)
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def build_training(config: Config, vocab_size: int, mesh: Mesh, phase: Phase | N
 def _train_step(context: StepContext, state: TrainState, batch: Batch, vocab: Vocabulary) -> tuple[TrainState, Metrics]:
     phase, loss = context.phase, context.loss
     end = progress_after(phase, state, batch)
-    fraction = jnp.clip((state.progress - phase.begin) / (phase.end - phase.begin), 0.0, 1.0)
+    fraction = fraction_done(phase, state)
     rates = rates_at(phase, fraction)
     targets, dropout_keys_B = model_inputs(phase, batch, vocab, rates)
     counts = loss.counts(targets)  # over the global batch, also where the gradient is computed in parts
@@ -81,6 +81,13 @@ def _train_step(context: StepContext, state: TrainState, batch: Batch, vocab: Vo
         "batch_fingerprint": fingerprint_scalar((targets.inputs_BL, targets.predict_BK, targets.labels_BK)),
         "stop": batch["stop"].any(),
     }
+
+
+def fraction_done(phase: Phase, state: TrainState) -> jax.Array:
+    """Fraction of the phase done before the next step, float32 (); by steps it does not depend on the run's length."""
+    if phase.num_steps is None:
+        return jnp.clip((state.progress - phase.begin) / (phase.end - phase.begin), 0.0, 1.0)
+    return jnp.float32(state.step - phase.first_step) / phase.num_steps
 
 
 def progress_after(phase: Phase, state: TrainState, batch: Batch) -> jax.Array:

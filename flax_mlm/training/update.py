@@ -63,7 +63,7 @@ def update(
     largest_norm, counted_2 = clip_norm(config, state.running, values_2)
     scale = jnp.where(grad_norm > largest_norm, largest_norm / grad_norm, 1.0)
     peak = phase.value("optimizer.learning_rate", fraction)
-    learning_rate = peak * optimizer.learning_rate(config, state.progress, end)
+    learning_rate = peak * schedule(phase, state.step, state.progress, end)
     weight_decay = phase.value("optimizer.weight_decay", fraction)
     is_good = jnp.isfinite(values_2).all()
     if config.spike_action == "skip":
@@ -92,6 +92,25 @@ def update(
         average=average,
     )
     return state, {"learning_rate": learning_rate, "grad_norm": grad_norm, "spike": is_spike}
+
+
+def schedule(phase: Phase, step: Any, progress: Any, end: Any) -> jax.Array:
+    """Learning rate of a step of a phase, for a peak of 1.
+
+    Args:
+      step: int32, its number, from 0.
+      progress: float32, fraction of the run done before it.
+      end: float32, fraction done after it. Both count only where time ends the run. Elsewhere the number of the step
+        decides, so that a run that was made longer has the rates of one that was as long from the start.
+    """
+    first, last, first_step, num_steps = phase.cycle
+    if phase.num_steps is None:
+        begin, end = ((x - first) / (last - first) for x in (progress, end))
+    else:
+        a, b = ((x - first) / (last - first) for x in (phase.begin, phase.end))
+        done = jnp.float32(step - phase.first_step)
+        begin, end = (a + (b - a) * (x / phase.num_steps) for x in (done, done + 1.0))
+    return optimizer.learning_rate(phase.config.optimizer, begin, end, step - first_step, num_steps)
 
 
 def clip_norm(config: OptimizerConfig, running: spikes.Running, values_2: jax.Array) -> tuple[jax.Array, jax.Array]:
