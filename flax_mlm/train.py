@@ -14,7 +14,7 @@ from absl import flags
 
 from flax_mlm.checkpoint import store
 from flax_mlm.cli import app, console, output
-from flax_mlm.config import phases
+from flax_mlm.config import phases, validate
 from flax_mlm.config.load import flatten
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed import environment, preemption, processes
@@ -40,6 +40,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
       Preempted: SIGTERM or SIGINT came; the last step is saved, and the same call continues.
     """
     started = time.monotonic()
+    validate.check_complete(config)
     workdir = gcs.parse("--workdir", str(workdir)) or Path(workdir).expanduser().absolute()
     store.check_name("--workdir", workdir)
     with contextlib.ExitStack() as stack:
@@ -59,7 +60,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         if is_main:
             stack.enter_context(screen)
         run_phases = phases.parse_phases(config)
-        log(console.recipe(run_phases[0].config, workdir))
+        log(console.recipe(run_phases, workdir))
 
         from flax_mlm.data import mixture
         from flax_mlm.distributed.mesh import check_batch, make_mesh, use_mesh
@@ -136,6 +137,8 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
         # Training.
         stop.hold()
         try:
+            if config.init_from and run.step == 0 and not config.train.budget_minutes:  # a budget evaluates anyway
+                run.attempt(run.evaluate)
             while not run.is_over:
                 if loop.is_multiple(run.step, config.train.eval_every):
                     run.attempt(run.evaluate)

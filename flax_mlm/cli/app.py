@@ -27,6 +27,7 @@ from flax_mlm.cli import output
 from flax_mlm.config.knobs import knob, parse, spell
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
+from flax_mlm.config.validate import check_complete
 from flax_mlm.configs import base
 from flax_mlm.distributed import compilation_cache, environment
 from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError, did_you_mean
@@ -51,7 +52,7 @@ def run(
     Args:
       main: the command; its result is the exit code, None for 0.
       from_checkpoint: the config comes from the checkpoint or Hugging Face folder of `--checkpoint`, otherwise from
-        `--config` (default: quickstart). `--config.section.field=value` overrides either.
+        `--config` (see `config_of`). `--config.section.field=value` overrides either.
       positional: the flag that a bare argument is the value of.
       prints_log: what the command makes is in files, and it succeeds although stdout cannot be written; otherwise it
         exits with 1 then.
@@ -77,6 +78,7 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
         if flags.FLAGS.print_config:
             print(json.dumps(config.to_dict(), indent=2))
             return 0
+        check_complete(config)
         environment.prepare(config.train.batch_groups if config.train.reproducible else 0)
         compilation_cache.keep(_KEEPS_COMPILED.value)
         with output.Status(functools.partial(_elapsed, time.monotonic())):
@@ -143,7 +145,8 @@ def _parse(argv: list[str], from_checkpoint: bool, positional: str) -> Config:
 
 def _help(from_checkpoint: bool) -> int:
     """Prints the command's flags. Returns the exit code."""
-    source = "" if from_checkpoint else f"{', '.join(_CONFIGS)}, or a file; default: quickstart; "
+    default = "quickstart, or continue_pretraining with init_from"
+    source = "" if from_checkpoint else f"{', '.join(_CONFIGS)}, or a file; default: {default}; "
     meaning = f"{source}--config.section.field=value sets a field; --print_config lists them"
     flags.DEFINE_string("config", "", meaning, module_name=sys.argv[0])
     with contextlib.suppress(SystemExit):  # absl exits with 1
@@ -185,13 +188,15 @@ def config_arguments(argv: list[str]) -> list[str]:
 
 
 def config_of(arguments: list[str]) -> Config:
-    """Builds the config of `--config`, quickstart by default, and `--config.section.field=value`.
+    """Builds the config of `--config`, by default quickstart (with `init_from` continue_pretraining), and of
+    `--config.section.field=value`.
 
     Raises:
       UserError: there is no such config or field, or the config is not valid.
     """
     source, overrides, _ = _split(arguments)
-    config = _load("quickstart" if source is None else source)
+    default = "continue_pretraining" if overrides.get("init_from") else "quickstart"
+    config = _load(default if source is None else source)
     try:
         config.update_from_flattened_dict(overrides)
     except KeyError as e:  # the file has deleted the section

@@ -15,6 +15,7 @@ from flax_mlm.config.phases import Phase
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed.processes import ProcessGroup
 from flax_mlm.errors import UserError
+from flax_mlm.inference.config import usual_learning_rate
 from flax_mlm.storage import gcs
 from flax_mlm.training.metrics import fit
 
@@ -30,22 +31,47 @@ def log(line: str) -> None:
     print(line, flush=True)
 
 
-def recipe(config: Config, workdir: gcs.AnyPath) -> str:
+def recipe(run_phases: list[Phase], workdir: gcs.AnyPath) -> str:
     """Formats the versions and what the config of the first phase says: known before anything is opened or compiled."""
+    first = run_phases[0]
     versions = "  ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint"))
-    o, m, t, objective = config.optimizer, config.model, config.train, config.objective
-    masks = f", mask rate {objective.mask_rate:g}" * (objective.name != "clm")
-    average = f", evaluates the {o.averages} average of the weights" * (o.averages != "none")
-    start = config.init_from or "new weights"
-    return "\n".join(
-        [
-            f"python {sys.version.split()[0]}  {versions}",
-            f"workdir     {_relative(workdir)}",
-            f"recipe      {objective.name}{masks}, {t.length:g} {t.unit} of {t.global_batch_size} rows",
-            f"            {o.name}, peak learning rate {o.learning_rate:g}, schedule {o.schedule}{average}",
-            f"            {m.num_layers} layers of {m.hidden_size}, {m.num_heads} heads, {start}",
-        ]
-    )
+    m, t, objective = first.config.model, first.config.train, first.config.objective
+    seq_len, start = first.config.data.seq_len, first.config.init_from or "new weights"
+    lines = [
+        f"python {sys.version.split()[0]}  {versions}",
+        f"workdir     {_relative(workdir)}",
+        f"recipe      {objective.name}, {t.length:,.10g} {t.unit} of {t.global_batch_size} rows of {seq_len}",
+        f"            {m.num_layers} layers of {m.hidden_size}, {m.num_heads} heads, {start}",
+    ]
+    if objective.name != "clm":
+        lines.append(f"masking     {objective.masking}, mask rate {_spelt(first, 'objective.mask_rate')}")
+    return "\n".join([*lines, f"optimizer   {_optimizer(first)}", *_warning_of_rate(run_phases)])
+
+
+def _optimizer(phase: Phase) -> str:
+    """Describes the optimizer, its peak learning rate and schedule, and the average of the weights."""
+    o = phase.config.optimizer
+    rate = f"{o.name}, peak learning rate {_spelt(phase, 'optimizer.learning_rate')}"
+    warmup = f"{o.warmup_steps:,} steps" if o.warmup_steps else f"{o.warmup_fraction:.1%} of the run"
+    schedule = f"{o.schedule} after a warm-up of {warmup}"
+    return f"{rate}, {schedule}" + f"; evaluates the {o.averages} average of the weights" * (o.averages != "none")
+
+
+def _spelt(phase: Phase, path: str) -> str:
+    """A value of a phase, `a->b` where it changes."""
+    first, last = phase.value(path, 0.0), phase.value(path, 1.0)
+    return f"{first:g}" if first == last else f"{first:g}->{last:g}"
+
+
+def _warning_of_rate(run_phases: list[Phase]) -> Iterator[str]:
+    """Warns of a learning rate with which a run that starts from a Hugging Face folder would erase what that knows."""
+    config = run_phases[0].config
+    usual = usual_learning_rate(config.model.hidden_size)
+    peak = max(p.value("optimizer.learning_rate", x) for p in run_phases for x in (0.0, 1.0))
+    if config.init_from and peak > 9.99 * usual:
+        what = f"optimizer.learning_rate is {peak:g}; usual for a pretrained encoder of this width is {usual:g}"
+        remedy = "a rate that is ten times higher erases what it knows; --config=continue_pretraining has a recipe"
+        yield f"WARNING: {what}; {remedy}"
 
 
 def devices(mesh: Any) -> str:

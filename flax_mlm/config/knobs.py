@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
-from flax_mlm.config.schema import CHANGEABLE, INTERPOLATED, Config
+from flax_mlm.config.schema import CHANGEABLE, FROM_FOLDER, INTERPOLATED, Config
 from flax_mlm.errors import UserError, did_you_mean
 
 
@@ -59,6 +59,8 @@ def _knob(annotation: Any) -> Knob:
     for note in notes:
         if note in (CHANGEABLE, INTERPOLATED):
             in_phases = note
+        elif note == FROM_FOLDER:
+            options = (*options, types.NoneType)
         elif note[0] in "[(":
             allowed = Interval(note, *map(float, note[1:-1].split(",")))
         else:

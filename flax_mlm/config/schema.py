@@ -16,6 +16,7 @@ from flax_mlm.errors import UserError
 
 CHANGEABLE = "phases of a run may change it"
 INTERPOLATED = "phases may change it, also by `a->b`"
+FROM_FOLDER = "may be None until `inference.config.apply_folder` fills it"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class DataConfig:
     source: str
     corpus: Annotated[str, CHANGEABLE]
     cache_dir: str
-    seq_len: Annotated[int, "[4, inf)", CHANGEABLE]
+    seq_len: Annotated[int, "[4, inf)", CHANGEABLE, FROM_FOLDER]
     validation_fraction: Annotated[float, "(0, 1)"]
     packing: Annotated[str, "best_fit | sequential"]
     num_workers: Annotated[int, "[0, inf)"]
@@ -136,7 +137,7 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     name: Annotated[str, "adamw | stable_adamw | schedule_free | lamb | muon"]
-    learning_rate: Annotated[float, "(0, inf)", INTERPOLATED]
+    learning_rate: Annotated[float, "(0, inf)", INTERPOLATED, FROM_FOLDER]
     schedule: Annotated[str, "linear | cosine | wsd | constant"]
     warmup_fraction: Annotated[float, "[0, 1]", CHANGEABLE]
     warmup_steps: Annotated[int, "[0, inf)", CHANGEABLE]

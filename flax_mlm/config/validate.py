@@ -28,6 +28,9 @@ def check(c: Config) -> None:
 def _check_values(c: Config) -> None:
     for path, knob in knobs().items():
         value = value_of(c, path)
+        if value is None:
+            _need(knob.optional, f"{path} is none; expected a value")
+            continue
         if knob.type is float and not math.isfinite(value):
             raise UserError(f"{path} is {value}; expected a finite number")
         if knob.type is int and abs(value) >= 2**31:
@@ -36,6 +39,13 @@ def _check_values(c: Config) -> None:
             raise UserError(f"{path} is {value}; expected a number {knob.allowed}")
         if isinstance(knob.allowed, tuple) and value not in knob.allowed:
             raise UserError(f"{path} is '{value}'; expected one of {', '.join(knob.allowed)}")
+
+
+def check_complete(c: Config) -> None:
+    """Raises UserError if a field is still none that a Hugging Face folder would give."""
+    for path in ("optimizer.learning_rate", "data.seq_len"):
+        from_folder = "a number, or init_from=DIR, a Hugging Face folder that determines it"
+        _need(value_of(c, path) is not None, f"{path} is none; expected {from_folder}")
 
 
 def _need(ok: bool, message: str) -> None:
@@ -81,7 +91,7 @@ def _check_model(c: Config) -> None:
     _need_value(c, "model.share_layers", not (m.share_layers and m.norm_position == "pre"), expected)
     _need_value(c, "model.activation", m.activation == "gelu" or not m.glu, "gelu with model.glu")
     longer = f"longer than model.max_positions, {m.max_positions}; raise model.max_positions"
-    _need(c.data.seq_len <= m.max_positions, f"data.seq_len is {c.data.seq_len}, {longer}")
+    _need((c.data.seq_len or 0) <= m.max_positions, f"data.seq_len is {c.data.seq_len}, {longer}")
     _need_at_most_1(c, "objective.mask_replace_prob", "objective.random_replace_prob")
 
 
@@ -90,7 +100,7 @@ def _check_attention(c: Config) -> None:
     if kernel not in ("splash", "cudnn"):
         return
     tile, why = (2 if kernel == "cudnn" else 128), f"with model.attention={kernel}"
-    _need_value(c, "data.seq_len", c.data.seq_len % tile == 0, f"a multiple of {tile} {why}")
+    _need_value(c, "data.seq_len", (c.data.seq_len or 0) % tile == 0, f"a multiple of {tile} {why}")
     _need_equal(c, why, model__attention_dropout_rate=0, train__reproducible=False)
     if kernel == "cudnn":
         _need_equal(c, why, model__dtype="bfloat16")

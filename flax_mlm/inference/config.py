@@ -35,11 +35,17 @@ def read_config(path: str, overrides: Mapping[str, Any] = {}) -> ConfigDict:
     return config
 
 
+def usual_learning_rate(hidden_size: int) -> float:
+    """The peak learning rate at which a pretrained encoder of this width is trained further."""
+    return 5e-5 if hidden_size >= 384 else 1e-4
+
+
 def apply_folder(config: ConfigDict, given: Set[str] = frozenset(), as_is: bool = False) -> None:
     """Sets the fields that the Hugging Face folder `config.init_from` determines.
 
     These are the shape of the model, and unless the user has set them the tokenizer, the length of rows where it is
-    longer than the model can read, and how vectors are made.
+    longer than the model can read, and how vectors are made. A length of rows and a learning rate that are None become
+    what is usual for the model.
 
     Args:
       given: names of the fields that the user has set.
@@ -60,8 +66,10 @@ def apply_folder(config: ConfigDict, given: Set[str] = frozenset(), as_is: bool 
     tokenizer = load_tokenizer(config.tokenizer.path)
     folder.check_tokenizer(tokenizer)
     limit = config.model.max_positions
-    if "data.seq_len" not in given:
-        config.data.seq_len = min(config.data.seq_len, limit)
+    if "data.seq_len" not in given or config.data.seq_len is None:
+        config.data.seq_len = min(config.data.seq_len or 512, limit)
+    if config.optimizer.learning_rate is None:
+        config.optimizer.learning_rate = usual_learning_rate(config.model.hidden_size)
     fields, unsupported = sentence_transformers.read(folder.path, tokenizer, limit, config.finetune.max_length)
     if as_is and unsupported and "finetune.pooling" not in given:
         problem = f"'{folder.path}' makes vectors with {', '.join(unsupported)}, which our encoder does not compute"

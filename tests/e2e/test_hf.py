@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from flax_mlm.cli.app import config_of
 from flax_mlm.config.load import build
 from flax_mlm.configs import base
 from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
@@ -21,7 +22,7 @@ from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
 from flax_mlm.hf.folder import ARCHITECTURES, matching_architecture
 from flax_mlm.hf.weights import ParamMapping, param_mappings, params_to_tensors
 from flax_mlm.inference import embeddings
-from flax_mlm.inference.config import read_config
+from flax_mlm.inference.config import read_config, usual_learning_rate
 from flax_mlm.model import heads
 from flax_mlm.training import metrics
 from tests.helpers import tokenizer_files
@@ -527,7 +528,9 @@ def test_export_and_continue(toy, bert_run, tmp_path):
     done = toy.run("train", f"--workdir={tmp_path / 'run'}", *flags)
     assert done.returncode == 0, done.stderr
     assert f"started from '{exported}', 42 weights of BertForMaskedLM" in done.stdout
-    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    before, first = metrics.lines(tmp_path / "run")[:2]
+    assert (before["step"], before["kind"]) == (0, "validation")
+    assert abs(before["loss"] - result["loss"]) < 0.5
     assert first["step"] == 1
     assert abs(first["loss"] - result["loss"]) < 0.5
     done = toy.run("evaluate", f"--checkpoint={tmp_path / 'run'}")
@@ -540,6 +543,53 @@ def test_export_and_continue(toy, bert_run, tmp_path):
     done = toy.run("fill_mask", f"--checkpoint={exported}", long * 9)
     assert done.returncode == 2
     assert "at most 512" in done.stderr
+
+
+@pytest.mark.parametrize("given", [[], ["--config.data.seq_len=16", "--config.optimizer.learning_rate=2e-5"]])
+def test_a_folder_is_trained_further_with_a_recipe_of_its_size(given, vocabulary, tmp_path):
+    path = written(tmp_path / "bert", "bert", vocabulary)
+    for source in ([], ["--config=continue_pretraining"]):
+        config = config_of([*source, f"--config.init_from={path}", *given])
+        assert config.optimizer.name == "adamw"
+        assert config.optimizer.learning_rate == (2e-5 if given else 1e-4)
+        assert config.data.seq_len == (16 if given else 64), "as many as it has positions"
+
+
+def test_the_usual_rate_falls_with_the_width():
+    assert [usual_learning_rate(width) for width in (128, 256, 384, 768)] == [1e-4, 1e-4, 5e-5, 5e-5]
+
+
+@pytest.mark.parametrize(("command", "flag"), [("train", "workdir"), ("prepare", "output")])
+def test_a_recipe_for_a_folder_needs_one(toy, tmp_path, command, flag):
+    done = toy.run(command, "--config=continue_pretraining", f"--{flag}={tmp_path / 'new'}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: optimizer.learning_rate is none; expected a number, or init_from=DIR, a")
+
+
+def test_training_further_lowers_the_loss_and_a_recipe_for_new_weights_is_warned_of(toy, bert_run, tmp_path):
+    exported, result = tmp_path / "exported", json.loads((bert_run / "result.json").read_text())
+    done = toy.run("export", f"--checkpoint={bert_run}", f"--output={exported}")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "new.txt").write_text(toy.text.read_text().replace("barks in", "sleeps near"))
+    flags = [f"--config.init_from={exported}", "--config.data.num_workers=1", "--config.data.seq_len=32"]
+    flags += [f"--config.data.cache_dir={tmp_path}", f"--config.data.source=text:{tmp_path / 'new.txt'}"]
+    flags += ["--config.train.steps=40", "--config.eval.max_rows=64", "--config.log.tensorboard=False"]
+    done = toy.run("train", f"--workdir={tmp_path / 'run'}", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "40 steps of 32 rows of 32 = " in done.stdout
+    assert "masking     token, mask rate 0.15" in done.stdout
+    assert "optimizer   adamw, peak learning rate 0.0001, linear after a warm-up of 10.0% of the run" in done.stdout
+    assert "WARNING" not in done.stdout
+    losses = [line["loss"] for line in metrics.lines(tmp_path / "run", "validation")]
+    assert losses[0] > losses[-1]
+    line = f"--checkpoint={tmp_path / 'run'}", "--task=mlm", f"--json={tmp_path / 'o.json'}"
+    old = toy.run("evaluate", *line, f"--config.data.source=text:{toy.text}")
+    assert old.returncode == 0, old.stderr
+    assert json.loads((tmp_path / "o.json").read_text())["loss"] < result["loss"] + 0.2
+    done = toy.run("train", "--config=small", f"--workdir={tmp_path / 'wrong'}", *flags, "--config.train.steps=1")
+    assert "WARNING: optimizer.learning_rate is 0.006; usual for a pretrained encoder of this width is 0.0001" in (
+        done.stdout
+    )
 
 
 def test_a_causal_folder_is_a_causal_model(toy, tmp_path):

@@ -16,6 +16,7 @@ from flax_mlm.configs import (
     base,
     bert_base,
     bert_large,
+    continue_pretraining,
     electra_small,
     modernbert_base,
     modernbert_large,
@@ -29,6 +30,7 @@ from tests.helpers.golden import compare_golden
 from tests.helpers.steps import train
 
 CONFIGS = [base, quickstart, small, objectives, bert_base, bert_large, electra_small, modernbert_base, modernbert_large]
+CONFIGS += [continue_pretraining]
 BY_NAME = pytest.mark.parametrize("module", CONFIGS, ids=lambda m: m.__name__.split(".")[-1])
 
 
