@@ -114,7 +114,12 @@ def evaluate(task: str, model: Any, on_batch: Callable[[], Any], **flags: Any) -
       model: a `LoadedModel`.
       on_batch: called before every batch.
       flags: values of the task's flags.
+
+    Raises:
+      UserError: the task cannot be run with this model or these flags.
     """
+    if "train" not in TASKS[task].flags:  # what is not fine-tuned uses the model's own head
+        model.require_head()
     module = importlib.import_module(f"flax_mlm.evaluation.{task}")
     result = {"task": task, "objective": model.config.objective.name, **module.evaluate(model, on_batch, **flags)}
     return result, module.table(result)

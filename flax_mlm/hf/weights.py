@@ -19,6 +19,10 @@ _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SUFFIXES = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 
 
+class MissingHead(UserError):
+    """A folder has no vocabulary head, which vectors and fine-tuning do not need."""
+
+
 class ParamMapping(NamedTuple):
     """Location of one of our parameters in a file of weights."""
 
@@ -123,7 +127,7 @@ def load_params(
       float32 arrays by path, without those of a head that is left out.
 
     Raises:
-      UserError: weights are missing, are not used by our model, or have another shape.
+      UserError: weights are missing, are not used by our model, or have another shape. MissingHead: those of the head.
     """
     tensors = _select(folder, mappings, reinit_head, log)
     for mapping in mappings:
@@ -163,7 +167,7 @@ def _select(folder: Folder, mappings: Sequence[ParamMapping], reinit_head: bool,
     extra = [name for name in extra if name not in left_out]
     if missing and all(used[name][0] == "head" for name in missing):
         problem = f"has no vocabulary head (it lacks {_abridge(missing)})"
-        raise UserError(f"init_from: '{folder.path}' {problem}; set reinit_head=True to train a new one")
+        raise MissingHead(f"init_from: '{folder.path}' {problem}; set reinit_head=True to train a new one")
     quantized = [
         f"{name} of {x.dtype}" for name in used if (x := tensors.get(name)) is not None and x.dtype.name not in _DTYPES
     ]

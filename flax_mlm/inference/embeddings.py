@@ -148,6 +148,7 @@ def row_outputs(model: LoadedModel, rows: Sequence[list[int]]) -> Iterator[tuple
     Raises:
       NotFinite: the model computes NaN or infinity.
     """
+    model.require_head()
     size = -(-_BATCH // mesh.num_batch_shards(model.mesh)) * mesh.num_batch_shards(model.mesh)
     for indices in _batches_by_length(rows, size):
         shape = size, model.padded_length(len(rows[indices[-1]]))

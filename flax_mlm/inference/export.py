@@ -48,6 +48,7 @@ def export(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output: '{output}' exists; name another folder, or delete that one")
     model = load_model(path, dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32")))
+    model.require_head()
     if dtype == "bfloat16":
         model = model._replace(params=jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), model.params))
 

@@ -19,7 +19,7 @@ from flax_mlm.distributed.batches import shard_replicated_rows
 from flax_mlm.distributed.mesh import make_mesh, num_batch_shards, use_mesh
 from flax_mlm.errors import UserError
 from flax_mlm.hf.folder import is_hf_folder, open_folder
-from flax_mlm.hf.weights import load_params, param_mappings, subtokens
+from flax_mlm.hf.weights import MissingHead, load_params, param_mappings, subtokens
 from flax_mlm.inference.forward import Forward, build_forward, check_finite
 from flax_mlm.model import electra
 from flax_mlm.objectives.rows import Vocabulary
@@ -41,6 +41,12 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
     vocab: Vocabulary
     meta: Mapping[str, Any] = {}  # of the checkpoint; empty for a Hugging Face folder
+    missing_head: MissingHead | None = None  # raised where the vocabulary head is used
+
+    def require_head(self) -> None:
+        """Raises MissingHead where the model has no vocabulary head."""
+        if self.missing_head:
+            raise self.missing_head
 
     @property
     def row_length(self) -> int:
@@ -73,6 +79,7 @@ class LoadedModel(NamedTuple):
         Raises:
           NotFinite: the model computes NaN or infinity.
         """
+        self.require_head()
         size = -(-shape[0] // num_batch_shards(self.mesh)) * num_batch_shards(self.mesh)
         tokens_BL = pad_rows(rows, (size, shape[1]), self.tokenizer.pad_id)
         predict_BK = pad_rows(positions, (size, shape[2]))
@@ -135,9 +142,22 @@ def _load_folder(config: Config, mesh: Mesh) -> LoadedModel:
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
     with use_mesh(mesh):
         forward = build_forward(config, tokenizer.vocab_size, mesh)
-        log = functools.partial(print, file=sys.stderr)
-        params = start_params(config, forward.init(), forward.model.dims, tokenizer, log)
-        return LoadedModel(config, mesh, forward, params, tokenizer, Vocabulary.from_tokenizer(tokenizer))
+        log: Log = functools.partial(print, file=sys.stderr)
+        missing = None
+        try:
+            params = start_params(config, forward.init(), forward.model.dims, tokenizer, log)
+        except MissingHead as e:  # as sentence encoders are saved
+            missing, headless = e, dataclasses.replace(config, reinit_head=True)
+            params = start_params(
+                headless,
+                forward.init(),
+                forward.model.dims,
+                tokenizer,
+                lambda line: None if "head is new" in line else log(line),
+            )
+            log("    it has no vocabulary head; vectors and fine-tuning need none")
+        vocab = Vocabulary.from_tokenizer(tokenizer)
+        return LoadedModel(config, mesh, forward, params, tokenizer, vocab, missing_head=missing)
 
 
 def start_params(config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, log: Log) -> Any:

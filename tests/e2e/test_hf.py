@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import flax_mlm
 from flax_mlm.cli.app import config_of
 from flax_mlm.config.load import build
 from flax_mlm.configs import base
@@ -18,6 +19,7 @@ from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
 from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
+from flax_mlm.evaluation import registry
 from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
 from flax_mlm.hf.folder import ARCHITECTURES, matching_architecture
 from flax_mlm.hf.weights import ParamMapping, param_mappings, params_to_tensors
@@ -142,6 +144,23 @@ def test_an_encoder_without_head_needs_a_new_one(vocabulary, tmp_path):
     save_file({**encoder, "classifier.weight": np.zeros((2, 32), np.float32)}, first / "model.safetensors")
     _, _, state, log = started(first, reinit_head=True)
     assert "    left out: classifier.weight" in log
+
+
+def test_an_encoder_without_head_makes_vectors_and_fills_no_masks(vocabulary, tmp_path, capsys):
+    path = written(tmp_path / "first", "bert", vocabulary)
+    expected = flax_mlm.load(path).embed(["the dog"])
+    tensors = load_file(path / "model.safetensors")
+    encoder = {name.removeprefix("bert."): x for name, x in tensors.items() if name.startswith("bert.")}
+    save_file(encoder, path / "model.safetensors")
+    capsys.readouterr()
+    model = flax_mlm.load(path)
+    np.testing.assert_array_equal(model.embed(["the dog"]), expected)
+    assert "head is new" not in capsys.readouterr().err
+    for use in (model.fill_mask, lambda text: model.logits([text]), lambda text: model.log_likelihood([text])):
+        with pytest.raises(UserError, match="has no vocabulary head"):
+            use("the [MASK]")
+    with pytest.raises(UserError, match="has no vocabulary head"):
+        registry.evaluate("mlm", model._model, print, mask_rates="")
 
 
 def test_a_tokenizer_without_a_template_is_said(vocabulary, tmp_path):
