@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -56,6 +57,15 @@ def refuse_lfs_pointer(file: Any) -> None:
     with file.open("rb") as f:
         if f.read(40).startswith(b"version https://git-lfs.github.com"):
             raise UserError(f"{file} is a Git LFS pointer, not the file itself; run: git lfs pull")
+
+
+def hub_remedy(path: str) -> str:
+    """Returns how to download what a path names where it looks like a model of the Hugging Face Hub; else nothing."""
+    if not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", path) or re.search(r"\.(json|model|txt)$", path):
+        return ""
+    return (
+        f"nothing is downloaded here; if it names a model of the Hub: hf download {path} --local-dir DIR, and give DIR"
+    )
 
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from flax_mlm.checkpoint.store import MARKER, bound_retries, check_name, is_own, saved_steps
 from flax_mlm.config import load, schema
 from flax_mlm.data.tokenizer import TOKENIZERS, Tokenizer
-from flax_mlm.errors import Failure, UserError
+from flax_mlm.errors import Failure, UserError, hub_remedy
 from flax_mlm.storage import files, gcs
 from flax_mlm.storage.retry import retrying
 
@@ -61,7 +61,8 @@ def find_checkpoints(path: str) -> list[epath.Path]:
         own = gcs.together(is_own, found, folder)
     if not any(own):
         what = "a checkpoint of another program, and none of flax_mlm," if found else "no checkpoint"
-        raise UserError(f"--checkpoint: {what} in '{folder}'; {_EXPECTED}")
+        hub = f"; {hub_remedy(path)}" if hub_remedy(path) else ""
+        raise UserError(f"--checkpoint: {what} in '{folder}'; {_EXPECTED}{hub}")
     found = [checkpoint for checkpoint, is_ours in zip(found, own, strict=True) if is_ours]
     if step and not (asked := [checkpoint for checkpoint in found if checkpoint.name == str(int(step))]):
         steps = ", ".join(checkpoint.name for checkpoint in reversed(found))

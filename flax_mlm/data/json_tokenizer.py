@@ -140,6 +140,8 @@ def read_json(content: bytes) -> tuple[Any, dict[str, str]]:
     spec = json.loads(content)
     if not isinstance(spec, dict):
         raise ValueError("it holds no JSON object")
+    if spec and all(type(i) is int for i in spec.values()):
+        raise ValueError("it is a vocabulary alone; name it vocab.json, with merges.txt (GPT-2's vocab.bpe) beside it")
     roles = {role: t["content"] for t in spec.get("added_tokens", []) for role in t.get("roles", [])}
     return _open(spec), roles
 

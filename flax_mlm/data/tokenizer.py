@@ -10,7 +10,7 @@ from flax_mlm.data import hf_tokenizer_files
 from flax_mlm.data.base_tokenizer import Tokenizer, is_special_spelling
 from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
 from flax_mlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from flax_mlm.errors import UserError, as_user_error, refuse_lfs_pointer
+from flax_mlm.errors import UserError, as_user_error, hub_remedy, refuse_lfs_pointer
 from flax_mlm.storage import gcs
 from flax_mlm.storage.retry import retrying
 
@@ -43,7 +43,8 @@ def load_tokenizer(path: str | Path, extra_tokens_file: str | Path = "") -> Toke
                 what += f", and for a folder of transformers {hf_tokenizer_files.SAVE_JSON}"
             raise UserError(what)
     if not file.exists():
-        raise UserError(f"tokenizer file {file} does not exist; give a SentencePiece .model or a tokenizer.json")
+        remedy = hub_remedy(os.fspath(path)) or "give a SentencePiece .model or a tokenizer.json"
+        raise UserError(f"tokenizer file {file} does not exist; {remedy}")
     refuse_lfs_pointer(file)
     tokenizer: Tokenizer
     if file.suffix == ".model":

@@ -71,6 +71,9 @@ def evaluate(model: LoadedModel, on_batch: OnBatch, mask_rates: str) -> dict[str
         raise UserError(f"data.corpus is {corpus}, which was made with another tokenizer than the checkpoint")
     if model.meta and model.meta["corpus"] != corpus.fingerprint and not config.train.phases:
         print("note: not the corpus this model was validated on; its rows may have been trained on", file=sys.stderr)
+    if not model.meta:  # a folder says nothing of its text
+        what = f"the held-out text is of {corpus.about['name']}, not of the model's own training text"
+        print(f"note: {what}; name another with --config.data.source or --config.data.corpus", file=sys.stderr)
     model = with_eval(model, corpus.seq_len, config.eval.mask_rate)
     common = {"corpus": corpus.fingerprint, "hidden": [*config.objective.masking_signature, config.eval.mask_rate]}
     if config.objective.name == "rtd":

@@ -13,7 +13,7 @@ import numpy as np
 
 from flax_mlm.config.schema import ModelConfig
 from flax_mlm.data.tokenizer import Tokenizer
-from flax_mlm.errors import UserError, as_user_error, refuse_lfs_pointer
+from flax_mlm.errors import UserError, as_user_error, hub_remedy, refuse_lfs_pointer
 from flax_mlm.hf import architecture as arch
 from flax_mlm.hf import bert, modernbert
 from flax_mlm.hf.architecture import Architecture, SpecialIds
@@ -132,7 +132,8 @@ def open_folder(path: str) -> Folder:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"init_from: '{path}' is not a folder; give a Hugging Face folder with config.json in it")
+        remedy = hub_remedy(path) or "give a Hugging Face folder with config.json in it"
+        raise UserError(f"init_from: '{path}' is not a folder; {remedy}")
     config = read_json(folder / "config.json")
     architecture = _architecture(folder, config)
     with as_user_error(f"init_from: {folder / 'config.json'} has ", ValueError):

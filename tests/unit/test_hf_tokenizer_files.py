@@ -13,6 +13,7 @@ from flax_mlm.configs import base
 from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import load_tokenizer
 from flax_mlm.errors import UserError
+from flax_mlm.hf.folder import open_folder
 from tests.helpers import tokenizer_files
 from tests.helpers.tokenizer_files import BERT, ROBERTA, TEXT, bert_vocab, folder, vocabulary
 
@@ -271,3 +272,24 @@ def test_roles_outlive_added_words(tmp_path):
     (tmp_path / "words").write_text("covid")
     tok = load_tokenizer(path, tmp_path / "words")
     assert tok.tokens[tok.cls_id] == "<s>"
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"])
+@pytest.mark.parametrize("opens", [load_tokenizer, open_folder])
+def test_a_name_of_the_hub_is_answered_with_how_to_download_it(name, opens, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"nothing is downloaded here; .* hf download {name} --local-dir DIR"):
+        opens(name)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/tokenizer.json", "tokenizer.json", "runs/a b"])
+def test_a_path_is_no_name_of_the_hub(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"give a SentencePiece \.model or a tokenizer\.json"):
+        load_tokenizer(path)
+
+
+def test_a_vocabulary_alone_is_answered_with_the_names_of_its_files(tmp_path):
+    (tmp_path / "encoder.json").write_text(json.dumps({"the": 0, "added_tokens": 1, "model": 2}))
+    with pytest.raises(UserError, match=r"encoder.json .* is a vocabulary alone; name it vocab.json, with merges.txt"):
+        load_tokenizer(tmp_path / "encoder.json")
