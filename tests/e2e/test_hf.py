@@ -25,6 +25,7 @@ from flax_mlm.hf.folder import ARCHITECTURES, matching_architecture
 from flax_mlm.hf.weights import ParamMapping, param_mappings, params_to_tensors
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.config import read_config, usual_learning_rate
+from flax_mlm.inference.load import load_model
 from flax_mlm.model import heads
 from flax_mlm.training import metrics
 from tests.helpers import tokenizer_files
@@ -161,6 +162,15 @@ def test_an_encoder_without_head_makes_vectors_and_fills_no_masks(vocabulary, tm
             use("the [MASK]")
     with pytest.raises(UserError, match="has no vocabulary head"):
         registry.evaluate("mlm", model._model, print, mask_rates="")
+
+
+def test_an_evaluated_folder_is_told_whose_text_is_held_out(vocabulary, tmp_path, capsys):
+    path = written(tmp_path / "first", "bert", vocabulary)
+    (tmp_path / "a").write_text("\n\n".join(f"the dog barks {'and barks ' * i}" for i in range(60)))
+    overrides = {"data.source": f"text:{tmp_path}/a", "data.cache_dir": str(tmp_path / "cache"), "eval.batch_size": 8}
+    model = load_model(str(path), build(read_config(str(path), overrides)))
+    registry.evaluate("mlm", model, lambda: None, mask_rates="")
+    assert f"the held-out text is of text:{tmp_path}/a, not of the model's own" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_a_template_is_said(vocabulary, tmp_path):
