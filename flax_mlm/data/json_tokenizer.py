@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_mlm.data.base_tokenizer import MASK_TEXT, Tokenizer, is_special_spelling
 from flax_mlm.data.words import WordMarks, stands_alone
-from flax_mlm.errors import as_user_error
+from flax_mlm.errors import UserError, as_user_error
 
 Spec = dict[str, Any]  # the content of a tokenizer.json, as the library writes it
 _UNNORMALIZED = ("A", "é", "e\u0301", "ﬁ", "\u00a0", "人")  # each is changed by some normalizer
@@ -43,9 +43,23 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(content, tokens, special_ids, marks, path, roles)
         added_ids = [t["id"] for t in added]  # they carry no mark
         self.starts_word[added_ids], self.ends_word[added_ids] = True, bool(marks.ends)
+        self._name_unknown(path)
         # The model itself would find special tokens in text. No text holds these names: U+10FFFF is no character.
         self._hidden = {tokens[i]: f"\U0010ffff {tokens[i]}" for i in np.flatnonzero(self.is_special) if tokens[i]}
         self._encoder = _open(_renamed(self._spec, self._hidden))
+
+    def _name_unknown(self, path: str) -> None:
+        """Gives the model the token for what has none; BPE, unlike the others, can do without."""
+        model, unknown = self._spec["model"], self.tokens[self.unk_id]
+        if model["type"] == "Unigram" and model["unk_id"] is None:
+            model["unk_id"] = next((i for i, (token, _) in enumerate(model["vocab"]) if token == unknown), None)
+            is_there = model["unk_id"] is not None
+        elif model["type"] in ("WordPiece", "WordLevel") and model["unk_token"] not in model["vocab"]:
+            model["unk_token"], is_there = unknown, unknown in model["vocab"]
+        else:
+            return
+        if not is_there:
+            raise UserError(f"{path} has no unknown token, and {unknown} is none of its model's tokens; add one")
 
     @functools.cached_property
     def _mask_encoder(self) -> Any:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
 from flax_mlm.data.tokenizer import load_tokenizer
@@ -12,6 +12,7 @@ from flax_mlm.errors import UserError
 from tests.helpers import tokenizer_files
 from tests.helpers.tokenizer_files import BERT, ROBERTA, TEXT, folder, vocabulary
 
+TOKENS = ("<pad>", "<s>", "</s>", "<mask>", "keys")
 KINDS = ["unigram", "wordlevel", "wordpiece", "bpe", "metaspace", "byte_level"]
 
 
@@ -175,6 +176,26 @@ def test_one_token_for_two_roles_is_refused(tmp_path):
 def test_without_an_unknown_token_the_mask_stands_for_what_has_no_token(tmp_path):
     tok = load_tokenizer(folder(tmp_path, vocabulary("byte_level", ("<pad>", "<s>", "</s>", "<mask>"))))
     assert tok.unk_id == tok.mask_id
+
+
+@pytest.mark.parametrize("model", [
+    models.WordPiece({token: i for i, token in enumerate(TOKENS)}, unk_token="[UNK]"),
+    models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="[UNK]"),
+    models.Unigram([(token, -1.0) for token in TOKENS]),
+])  # fmt: skip
+def test_models_that_need_an_unknown_token_get_the_mask(model):
+    library = Tokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = HuggingFaceTokenizer(library.to_str().encode(), "a tokenizer")
+    assert tok.encode(["keys é keys"])[0].tolist() == [4, tok.mask_id, 4]
+    assert tok.encode_with_mask("é [MASK]") == [tok.mask_id] * 2
+
+
+def test_an_unknown_token_that_the_model_cannot_make_is_asked_for():
+    library = Tokenizer(models.WordPiece({"keys": 0}, unk_token="[UNK]"))
+    library.add_special_tokens(["<pad>", "<s>", "</s>", "<mask>"])
+    with pytest.raises(UserError, match="has no unknown token, and <mask> is none of its model's tokens; add one"):
+        HuggingFaceTokenizer(library.to_str().encode(), "a tokenizer")
 
 
 @pytest.mark.parametrize("template, puts", [(None, False), ("$A </s>", False), ("<s> $A </s>", True)])
