@@ -6,6 +6,7 @@ The same line starts a run, continues one that was interrupted, and reports a fi
 """
 
 import contextlib
+import functools
 import os
 import time
 from pathlib import Path
@@ -96,12 +97,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
             mixtures = mixture.open_corpora([phase.config for phase in run_phases], log)
         group.check_same("corpus", mixture.fingerprint_of(mixtures))
         group.check_same("--workdir", holder(workdir))
-
-        def layout(config: Config) -> list[phases.Phase]:  # also of this run as it was before it was made longer
-            parts = phases.parse_phases(config)
-            known = [mixtures[min(i, len(mixtures) - 1)] for i in range(len(parts))]
-            return phases.with_corpora(parts, [m.seq_len for m in known], [m.tokens_per_row for m in known])
-
+        layout = functools.partial(mixture.phases_of, mixtures=mixtures)
         run_phases = layout(config)
         log(console.data(run_phases, mixtures))
         if is_main:

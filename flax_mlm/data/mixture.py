@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_mlm.config import phases
 from flax_mlm.config.schema import Config, DataConfig
 from flax_mlm.data import words
 from flax_mlm.data.corpus import MANIFEST, Corpus, Rows
@@ -240,6 +241,15 @@ def about_of(mixtures: Sequence[Mixture]) -> dict[str, Any]:
     """Joins `Mixture.about` over the phases of a run: the numbers of the first, the text of all."""
     each = [mixture.about for mixture in mixtures]
     return each[0] | _texts(each)
+
+
+def phases_of(config: Config, mixtures: Sequence[Mixture]) -> list[phases.Phase]:
+    """The phases of a config, with the steps that the corpora of each give; the last mixture is that of all further
+    phases. Raises UserError.
+    """
+    found = phases.parse_phases(config)
+    known = [mixtures[min(i, len(mixtures) - 1)] for i in range(len(found))]
+    return phases.with_corpora(found, [m.seq_len for m in known], [m.tokens_per_row for m in known])
 
 
 def fingerprint_of(mixtures: Sequence[Mixture]) -> str:
