@@ -112,8 +112,7 @@ def record(workdir: gcs.AnyPath, config: Config) -> None:
 @retrying
 def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) -> None:
     """Checks that the run in a workdir, if there is one, has this config, except for the fields and sections in
-    `free`. A field that did not exist when the run started counts with its default. With `layout` it may have been
-    shorter; then config.json becomes this config.
+    `free`. A field that did not exist when the run started counts with its default.
 
     Raises:
       UserError: a field differs, or config.json cannot be read.

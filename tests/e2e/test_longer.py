@@ -14,7 +14,7 @@ from flax_mlm.config.phases import parse_phases
 from flax_mlm.errors import UserError
 from flax_mlm.training import extension
 from flax_mlm.training.extension import Done
-from flax_mlm.training.run_config import take
+from flax_mlm.training.run_config import record, take
 from tests.helpers.runs import arrays, finish, metrics_of
 
 WARM = {"optimizer__warmup_steps": 7}
@@ -154,6 +154,7 @@ def test_what_a_refusal_proposes_is_accepted(trained_run, tmp_path):
     proposed = str(e.value).partition("--config.train.phases='")[2].partition("'")[0]
     longer = config_of([*line, "--config.train.steps=600", f"--config.train.phases={proposed}"])
     take(workdir, longer)
+    record(workdir, longer)
     assert json.loads((workdir / "config.json").read_text()) == longer.to_dict()
     with pytest.raises(UserError, match=r"holds a run with train\.steps = 600, and this one has 300"):
         take(workdir, config_of(line))

@@ -196,7 +196,7 @@ def test_the_average_of_the_weights_is_what_a_run_is_judged_by(toy, straight, tm
     workdir = tmp_path / "run"
     changes = {"optimizer__averaging": "lawa", "optimizer__lawa_every": 10, "optimizer__lawa_count": 3}
     flags = toy.flags(**SHORT, **changes, train__keep_period=10)
-    assert "muon (evaluates the lawa average of the weights)" in finish(toy, workdir, *flags)
+    assert "; evaluates the lawa average of the weights" in finish(toy, workdir, *flags)
     final, latest = arrays(workdir, STEPS), [arrays(workdir, step) for step in (40, 50, 60)]
     names = [name for name in final if name.startswith("params")]
     for name in names:
