@@ -102,6 +102,10 @@ def get_config() -> ConfigDict:
     c.optimizer.schedule = "linear"  # linear | cosine | wsd (warm-up, stable, decay) | constant
     c.optimizer.warmup_fraction = 0.05  # fraction of the run; a phase that sets it, or warmup_steps, warms up again
     c.optimizer.warmup_steps = 0  # instead of warmup_fraction, so that a longer run warms up alike; 0: unused
+    # steps at the beginning in which the vocabulary head alone is trained, so that a new one (reinit_head) does not
+    # disturb an encoder that knows something; 0: none
+    c.optimizer.head_first_steps = 0
+    c.optimizer.head_rate_factor = 1.0  # learning rate of the vocabulary head, relative to that of the encoder
     c.optimizer.decay_fraction = 0.2  # fraction of the run, at its end; wsd only
     c.optimizer.final_lr_fraction = 0.0  # of the peak, at the last step; unused with constant
     c.optimizer.beta1 = 0.9  # of Adam, and schedule-free's interpolation; Muon's momentum is 0.95

@@ -4,7 +4,8 @@
         --config.data.source='text:my/*.txt'
 
 The folder gives the shape of the model, the tokenizer, and what is `none` here: the peak learning rate, 5e-5 or, of
-encoders narrower than 384, 1e-4; and the length of rows, up to 512 tokens. `--print_config` shows them.
+encoders narrower than 384, 1e-4; the length of rows, up to 512 tokens; and where the vocabulary head is new
+(`reinit_head`), that it is trained alone at first, and faster. `--print_config` shows them.
 docs/how-to/huggingface.md has what to expect.
 """
 
@@ -21,6 +22,8 @@ def get_config() -> ConfigDict:
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = placeholder(float)
     c.optimizer.schedule = "linear"
+    c.optimizer.head_first_steps = placeholder(int)
+    c.optimizer.head_rate_factor = placeholder(float)
     c.optimizer.warmup_fraction = 0.1  # Adam's second moments are not known yet
 
     c.train.steps = 2000

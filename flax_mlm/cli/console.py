@@ -54,6 +54,8 @@ def _optimizer(phase: Phase) -> str:
     rate = f"{o.name}, peak learning rate {_spelt(phase, 'optimizer.learning_rate')}"
     warmup = f"{o.warmup_steps:,} steps" if o.warmup_steps else f"{o.warmup_fraction:.1%} of the run"
     schedule = f"{o.schedule} after a warm-up of {warmup}"
+    if o.head_first_steps:
+        schedule += f"; at first the vocabulary head alone, for {o.head_first_steps:,} steps"
     return f"{rate}, {schedule}" + f"; evaluates the {o.averages} average of the weights" * (o.averages != "none")
 
 

@@ -141,6 +141,8 @@ class OptimizerConfig:
     schedule: Annotated[str, "linear | cosine | wsd | constant"]
     warmup_fraction: Annotated[float, "[0, 1]", CHANGEABLE]
     warmup_steps: Annotated[int, "[0, inf)", CHANGEABLE]
+    head_first_steps: Annotated[int, "[0, inf)", FROM_FOLDER]
+    head_rate_factor: Annotated[float, "(0, inf)", FROM_FOLDER]
     decay_fraction: Annotated[float, "[0, 1]"]
     final_lr_fraction: Annotated[float, "[0, 1]"]
     beta1: Annotated[float, "[0, 1)"]

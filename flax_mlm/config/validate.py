@@ -120,6 +120,7 @@ def _check_generator(c: Config) -> None:
     problem = "objective.name=rtd cannot start from init_from: a folder holds only one of its two models"
     _need(not c.init_from, f"{problem}; leave init_from empty")
     _need(c.train.cloze_every == 0, "rtd encoders cannot fill masks; set train.cloze_every=0")
+    _need_equal(c, "with rtd, whose models are new", optimizer__head_first_steps=0, optimizer__head_rate_factor=1.0)
     _need_equal(c, "with rtd, which samples from the generator's logits", train__logits_chunks=1)
     expected = "0 with rtd for embeddings of model.hidden_size"
     _need_value(c, "model.embedding_size", m.embedding_size != m.hidden_size, expected)

@@ -74,7 +74,16 @@ def update(
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
             at = averaging.gradient_params(config, params, average)
             updates, opt_state = context.tx.update(clipped, opt_state, at, weight_decay=weight_decay)
-        return jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state
+        return jax.tree_util.tree_map_with_path(apply, params, updates), opt_state
+
+    def apply(path: Any, p: jax.Array, update: jax.Array) -> jax.Array:
+        """Takes a step along an update, with the learning rate of the encoder or of the vocabulary head."""
+        rate = learning_rate
+        if path[0].key == "head":
+            rate = rate * config.head_rate_factor
+        elif config.head_first_steps:
+            rate = jnp.where(state.step >= config.head_first_steps, rate, 0.0)
+        return p - rate * update
 
     new = context.barrier(apply_if(is_good, optimize, old, context.platform))
     average = averaging.update_average(config, phase.config.train.steps, state.step, average, new[0])

@@ -66,7 +66,7 @@ def test_on_80_columns(toy, tmp_path):
     steps = [line for line in lines if line.startswith("step ") and "validation" not in line]
     assert len(steps) == 40
     assert max(map(len, steps)) <= 80
-    assert re.search(r"loss \d", steps[0]) and "tokens/s" not in steps[0]  # it compiles
+    assert "tokens/s" not in steps[0], "it compiles"
     assert all(re.search(r"loss \d.*tokens/s .*eta ", line) for line in steps[1:])
     assert f"    python -m flax_mlm.evaluate '--checkpoint={workdir}' --task=mlm" in lines
     drawn = re.findall(r"\r\x1b\[2K([^\r]+)(?=\r\x1b)", text)

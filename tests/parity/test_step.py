@@ -231,6 +231,21 @@ def specs(tree) -> dict[str, P]:
     return {jax.tree_util.keystr(path): x.sharding.spec for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def test_the_head_is_trained_alone_at_first_and_faster():
+    both = (("optimizer.head_first_steps", 2), ("optimizer.head_rate_factor", 3.0), *STILL)
+    _, mesh, training = built((1, 1, 1), both)
+    with jax.set_mesh(mesh):
+        start = training.init().params
+    first, second, third = (train((1, 1, 1), both, n)[1].params for n in (1, 2, 3))
+    usual = train((1, 1, 1), STILL, 1)[1].params
+    for name in ("decoder_bias", "dense"):
+        a, b, c = (jax.tree.leaves(params["head"][name])[0] for params in (start, usual, first))
+        np.testing.assert_allclose(c - a, 3.0 * (b - a), rtol=1e-4, atol=1e-7)
+    jax.tree.map(np.testing.assert_array_equal, start["encoder"], second["encoder"])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), second["encoder"], third["encoder"])
+    assert all(jax.tree.leaves(moved))
+
+
 def test_every_leaf_is_split_as_its_dimensions_say():
     _, state = train((2, 2, 2))
     params = specs(state.params)
