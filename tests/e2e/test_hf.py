@@ -584,7 +584,7 @@ def test_a_folder_is_trained_further_with_a_recipe_of_its_size(given, vocabulary
         assert config.data.seq_len == (16 if given else 64), "as many as it has positions"
         assert (config.optimizer.head_first_steps, config.optimizer.head_rate_factor) == (0, 1.0)
         new_head = config_of([*source, f"--config.init_from={path}", "--config.reinit_head", *given]).optimizer
-        assert (new_head.head_first_steps, new_head.head_rate_factor) == (100, 20.0)
+        assert (new_head.head_first_steps, new_head.head_rate_factor) == (50, 20.0)
 
 
 def test_the_usual_rate_falls_with_the_width():
