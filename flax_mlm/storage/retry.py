@@ -1,22 +1,19 @@
 """Errors of a file server that pass: what they stop is tried again, and they are never taken for damage."""
 
 import errno
-import functools
 import os
 import re
-import time
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, NoReturn, TypeVar
+
+import tenacity
 
 from flax_mlm.errors import Failure
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
+_F = TypeVar("_F", bound=Callable[..., Any])
 _NAMES = ("ESTALE", "EIO", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EREMOTEIO")
 _CODES = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}
 _STATED = re.compile(r"\bos(?:_error_code='| error )(\d+)")  # by tensorstore, and by libraries in Rust
-_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # seconds, half a minute in all
 
 
 def is_transient(error: BaseException | None) -> bool:
@@ -29,25 +26,22 @@ def is_transient(error: BaseException | None) -> bool:
     return False
 
 
-def retrying(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def retrying(function: _F) -> _F:
     """Makes a function that reads try again for half a minute while a file server fails, and then raise Failure."""
+    decorated: Any = tenacity.retry(
+        retry=tenacity.retry_if_exception(lambda e: not isinstance(e, Failure) and is_transient(e)),
+        wait=tenacity.wait_exponential(multiplier=0.5, max=15),
+        stop=tenacity.stop_after_attempt(7),
+        retry_error_callback=_give_up,
+    )(function)
+    return decorated
 
-    @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        for pause in (*_PAUSES, None):
-            try:
-                return function(*args, **kwargs)
-            except Failure:
-                raise
-            except Exception as e:
-                if not is_transient(e):
-                    raise
-                if pause is None:
-                    raise Failure(describe(e)) from e
-            time.sleep(pause)
-        raise AssertionError
 
-    return call
+def _give_up(state: tenacity.RetryCallState) -> NoReturn:
+    assert state.outcome
+    error = state.outcome.exception()
+    assert error
+    raise Failure(describe(error)) from error
 
 
 def reason(error: BaseException) -> str:

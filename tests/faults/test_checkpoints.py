@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tenacity
 from etils.epath import gpath
 
 from flax_mlm.checkpoint import manager, store
@@ -280,7 +281,7 @@ class FileServer:
     """A file server that fails a number of times in what `at` names, a method of a class."""
 
     def __init__(self, monkeypatch, at: tuple[type, str], error: Exception, times: float):
-        monkeypatch.setattr(retry, "_PAUSES", (0.0,) * 5)
+        monkeypatch.setattr(tenacity.wait_exponential, "__call__", lambda *_: 0.0)
         works = getattr(*at)
         self.left = times
 
