@@ -115,6 +115,7 @@ def read_json(file: Path) -> Any:
         return json.loads(read_text(file), parse_constant=finite, parse_float=finite)
 
 
+@retrying
 def read_result(file: gcs.AnyPath) -> dict[str, Any] | None:
     """Reads the JSON object of a result that can be made again; None: there is none, or what is there is damaged."""
 
@@ -122,7 +123,7 @@ def read_result(file: gcs.AnyPath) -> dict[str, Any] | None:
         raise ValueError(text)
 
     try:
-        value = json.loads(file.read_bytes(), parse_constant=refuse) if file.exists() else None
+        value = json.loads(file.read_bytes(), parse_constant=refuse) if exists(file) else None
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and value else None

@@ -19,6 +19,7 @@ import numpy as np
 
 from flax_mlm.errors import UserError
 from flax_mlm.storage import files, gcs
+from flax_mlm.storage.retry import retrying
 
 _FILE = "clock.json"
 _TARGET = 0.99  # of the budget: leaving after the last evaluation takes time, too
@@ -48,14 +49,8 @@ class Budget:
         """
         self._workdir, self._file, self._seconds, self.progress = workdir, workdir / _FILE, seconds, 0.0
         self._stops = [float(np.nextafter(np.float32(x), np.float32(2))) for x in begins if x > 0]  # on the devices too
-        try:
-            with gcs.errors(workdir):
-                recorded = json.loads(self._file.read_text()) if self._file.exists() else {"seconds": 0.0}
-                self._began = started - float(recorded["seconds"])
-                self._cut_at = float(recorded.get("cut_at", 1.0))  # progress at which the time was used up
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            what = f"'{self._file}', the time used, cannot be read ({type(e).__name__}: {e})"
-            raise UserError(f"--workdir: {what}; delete the file to restart the budget") from e
+        used, self._cut_at = read_used(workdir, self._file)
+        self._began = started - used
         self.interval = max(1.0, min(30.0, 0.002 * seconds))
         self._last_step: float | None = None
         self._step_seconds: float | None = None  # running mean, without pauses
@@ -138,3 +133,15 @@ class Budget:
     def _keep_noting(self) -> None:
         while not self._ended.wait(self.interval):
             self.note()
+
+
+@retrying
+def read_used(workdir: gcs.AnyPath, file: gcs.AnyPath) -> tuple[float, float]:
+    """Reads the seconds used, and the progress at which they were used up, else 1.0. Raises UserError."""
+    try:
+        with gcs.errors(workdir):
+            recorded = json.loads(file.read_text()) if files.exists(file) else {"seconds": 0.0}
+            return float(recorded["seconds"]), float(recorded.get("cut_at", 1.0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        what = f"'{file}', the time used, cannot be read ({type(e).__name__}: {e})"
+        raise UserError(f"--workdir: {what}; delete the file to restart the budget") from e

@@ -15,6 +15,7 @@ from typing import Any
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import as_failure
 from flax_mlm.storage import files, gcs, mirror
+from flax_mlm.storage.retry import retrying
 
 _METRICS = "metrics.jsonl"
 # Metrics that a line takes from its step alone; the others are means over the steps since the last line.
@@ -160,11 +161,12 @@ def fit(columns: Sequence[Column], width: int | None = None) -> str:
     return "  ".join(text for _, text in kept)
 
 
+@retrying
 def lines(workdir: Path, kind: str = "") -> list[dict[str, Any]]:
     """Reads the lines of metrics.jsonl in a local workdir: those of one kind (train, validation, cloze), or all. A
     damaged line, or an incomplete one that a kill has left, is skipped."""
     file, entries = workdir / _METRICS, []
-    for line in file.read_bytes().split(b"\n") if file.exists() else []:
+    for line in file.read_bytes().split(b"\n") if files.exists(file) else []:
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             entry = json.loads(line)
             if entry["step"] >= 0 and kind in ("", entry["kind"]):

@@ -37,6 +37,7 @@ from flax_mlm.config.schema import MeshConfig
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import files, retry
+from flax_mlm.training import budget, metrics
 from tests.helpers.checkpoints import META, abstract, opened, restored, same_bits, save_three, state_at
 from tests.helpers.paths import ROOT
 from tests.helpers.saver import State
@@ -308,6 +309,28 @@ def test_a_file_server_that_fails_for_a_while_damages_nothing(workdir, outcome, 
             restored(workdir)
     assert saved_steps(workdir) == [10, 20, 30]
     assert not (workdir / "checkpoints" / ".quarantine").exists()
+    outcome("recovered")
+
+
+@pytest.mark.fault(21)
+@pytest.mark.parametrize(
+    ("name", "method", "read"),
+    [
+        ("result.json", "read_bytes", lambda file: files.read_result(file)),
+        ("metrics.jsonl", "read_bytes", lambda file: metrics.lines(file.parent)[0]),
+        ("clock.json", "read_text", lambda file: {"seconds": budget.read_used(file.parent, file)[0]}),
+    ],
+)
+def test_what_a_run_has_written_is_read_from_a_file_server_that_fails_for_a_while(
+    tmp_path, outcome, monkeypatch, name, method, read
+):
+    content = {"seconds": 3.0, "step": 1, "kind": "train"} if name == "metrics.jsonl" else {"seconds": 3.0}
+    (tmp_path / name).write_text(json.dumps(content))
+    server = FileServer(monkeypatch, (Path, method), HICCUPS[0], 4)
+    assert read(tmp_path / name) == content
+    server.left = np.inf
+    with pytest.raises(Failure, match=r"a file server does not answer: .*Stale file handle.*; nothing is changed"):
+        read(tmp_path / name)
     outcome("recovered")
 
 
