@@ -21,7 +21,7 @@ from flax_mlm.checkpoint.fingerprint import fingerprints, table
 from flax_mlm.checkpoint.format import Damaged, read_back, read_meta, refuse_other_start, restore, split_state
 from flax_mlm.checkpoint.store import LiteralPath, Store, bound_retries, saved_steps
 from flax_mlm.config.schema import Config
-from flax_mlm.errors import Failure, UserError
+from flax_mlm.errors import Failure, UserError, as_user_error
 from flax_mlm.storage import files, gcs, retry
 
 
@@ -56,15 +56,17 @@ class Checkpoints:
         self._has_read_back, self._unread = False, dict[str, Any]()  # abstract items of a save that is to be read back
         self.failed_in_a_row, self.restored_meta = 0, dict[str, Any]()
         self._retention = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
-        # Orbax logs what it also raises, and this class reports that.
+        # Orbax logs what it also raises, and this class reports that. So does asyncio of orbax's unfinished writes.
         logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+        logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
         self._unraisable_hook = sys.unraisablehook
         sys.unraisablehook = self._report_unraisable
         self._store = Store(self._folder)
         if self._is_main:
-            self._store.create()
-            self._store.sweep(saved_steps(workdir))
-            self._store.empty_trash()
+            with as_user_error(f"--workdir: '{workdir}' cannot be used: ", OSError):
+                self._store.create()
+                self._store.sweep(saved_steps(workdir))
+                self._store.empty_trash()
 
     def _report_unraisable(self, report: Any) -> None:
         """Leaves out what tensorstore says, after a save has failed, to event loops that orbax has closed by then."""

@@ -7,13 +7,14 @@ import io
 import json
 import math
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flax_mlm.config.schema import Config
-from flax_mlm.errors import as_failure
+from flax_mlm.errors import as_user_error
 from flax_mlm.storage import files, gcs, mirror
 from flax_mlm.storage.retry import retrying
 
@@ -193,9 +194,11 @@ class Writers:
             self._mirror.fetch(_METRICS)
         self._folder = self._mirror.folder if self._mirror else Path(workdir)
         self._unwritten = b""
-        with as_failure(f"{workdir / _METRICS} cannot be rewritten"):
+        with as_user_error(f"--workdir: {workdir / _METRICS} cannot be written: ", OSError):
             self._file = self._trimmed(start_step)
         self._tensorboard = self._wandb = None
+        self._thread_hook = threading.excepthook
+        threading.excepthook = self._report_thread
         if config.log.tensorboard:
             try:
                 self._tensorboard = self._open_tensorboard(workdir / "tensorboard", start_step)
@@ -210,6 +213,11 @@ class Writers:
                 self._wandb = wandb.init(project=config.log.wandb_project, **settings)
             except Exception as e:  # a missing package, account or network never stops a run
                 print(f"Weights & Biases is off: {type(e).__name__}: {e}")
+
+    def _report_thread(self, report: threading.ExceptHookArgs) -> None:
+        """Leaves out the thread of tensorboardX, which `_check_tensorboard` reports."""
+        if not type(report.thread).__module__.startswith("tensorboardX"):
+            self._thread_hook(report)
 
     def _trimmed(self, start_step: int) -> io.FileIO:
         """Drops the lines of steps after `start_step`, and those that are damaged; opens the file to append to it."""
@@ -288,3 +296,4 @@ class Writers:
             self._mirror.close()
         if self._wandb:
             self._wandb.finish()
+        threading.excepthook = self._thread_hook

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import queue
 import random
@@ -482,7 +483,7 @@ def test_a_disk_that_is_full_once(workdir, outcome, capsys):
     outcome("recovered")
 
 
-def test_a_full_disk_is_one_line_that_says_so(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_that_says_so(tmp_path, monkeypatch, capsys, caplog):
     reports: list[str] = []
     hook = lambda report: reports.append(str(report.exc_value))  # noqa: E731
     monkeypatch.setattr(sys, "unraisablehook", hook)
@@ -494,10 +495,22 @@ def test_a_full_disk_is_one_line_that_says_so(tmp_path, monkeypatch, capsys):
         full_disk(False)
     for said in ("Event loop is closed", "something else"):  # the first, from tensorstore, on some full disks
         sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(said)))
+    logging.getLogger("asyncio").error("Task exception was never retrieved\nfuture: <... defined at .../orbax/...>")
     checkpoints.close()
+    assert caplog.text == ""
     assert re.fullmatch(r"WARNING: step 40 could not be saved \(File too large: .*\n", capsys.readouterr().out)
     assert reports == ["something else"]
     assert sys.unraisablehook == hook
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_at_the_start_is_one_line(tmp_path, monkeypatch, code):
+    def full(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(UserError, match=rf"--workdir: '.*' cannot be used: .*{os.strerror(code)}"):
+        opened(tmp_path)
 
 
 def test_a_library_that_cites_the_system_is_cut_short():

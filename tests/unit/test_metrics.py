@@ -14,7 +14,7 @@ import pytest
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import Config
 from flax_mlm.configs import base, bert_base
-from flax_mlm.errors import Failure
+from flax_mlm.errors import UserError
 from flax_mlm.model import flops
 from flax_mlm.training import metrics
 
@@ -81,7 +81,7 @@ def test_a_last_line_without_its_end_is_kept(tmp_path):
 def test_a_file_that_cannot_be_trimmed_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 9, "kind": "train", "loss": 1.0}')
     (tmp_path / "metrics.jsonl.tmp").mkdir()
-    with pytest.raises(Failure, match=r"metrics\.jsonl cannot be rewritten: Is a directory"):
+    with pytest.raises(UserError, match=r"--workdir: .*metrics\.jsonl cannot be written: .*Is a directory"):
         metrics.Writers(tmp_path, with_log(tensorboard=False), 5)
 
 
@@ -162,6 +162,8 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 
 def test_a_disk_that_is_full_for_tensorboard_stops_nothing(tmp_path, monkeypatch, capsys):
+    reports = []
+    monkeypatch.setattr(threading, "excepthook", hook := reports.append)
     writers = metrics.Writers(tmp_path, with_log(tensorboard=True), 0)
     events = writers._tensorboard.file_writer.event_writer
 
@@ -169,11 +171,12 @@ def test_a_disk_that_is_full_for_tensorboard_stops_nothing(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(events._ev_writer, "write_event", full)
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
     writers.write(1, "train", {f"{i}": 1.0 for i in range(50)})  # more than a queue of tensorboardX holds
     events._worker.join(60)
     writers.write(2, "train", {"loss": 1.0})
     writers.close()
+    assert reports == []  # one line says it
+    assert threading.excepthook == hook
     assert "WARNING: TensorBoard is off" in capsys.readouterr().out
     assert steps_in(tmp_path) == [(1, "train"), (2, "train")]
 
