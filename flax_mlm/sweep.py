@@ -44,7 +44,7 @@ def main(config: Config) -> int:
     seeds = range(config.seed, config.seed + _SEEDS.value)
     base = app.config_arguments(sys.argv)
     runs = [sweep.make_run(base, setting, seed, workdir) for setting in settings for seed in seeds]
-    missing = [run for run in runs if not run.result()]
+    missing = [run for run in runs if not run.is_finished]
     count = f"{len(settings)} settings × {len(seeds)} seeds = {len(runs)} runs, {len(runs) - len(missing)} finished"
     if _DRY_RUN.value:
         for run in missing:
@@ -128,12 +128,12 @@ def run_all(runs: list[sweep.Run], trainer: Trainer, workdir: Path) -> int:
     with as_failure(unwritable):
         sweep.write(workdir, runs, errors)
     for number, run in enumerate(runs, 1):
-        is_new = not run.result()
+        is_new = not run.is_finished
         code = trainer.train(run.workdir, run.arguments) if is_new else 0
         if code == PREEMPTED or (code and trainer.stopped):
             print("stopped by a signal; run the same command again to continue", flush=True)
             return PREEMPTED
-        if result := run.result():
+        if not code and (result := run.result()):
             outcome = f"loss {result['loss']:.4f}  accuracy {result['accuracy']:.4f}"
             outcome += f"  {result['tokens_seen']:,} tokens  {result['train_seconds']:,.1f} s"
         else:

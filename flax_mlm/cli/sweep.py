@@ -102,10 +102,15 @@ class Run(NamedTuple):
     workdir: Path
     arguments: list[str]  # of train
     config: Config
+    is_moved: bool = False  # its folder has other paths, of which `train` tells whether the content is the same
 
     @property
     def name(self) -> str:
         return f"{describe(self.setting)}, seed={self.seed}"
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.is_moved and self.result() is not None
 
     def curve(self) -> list[dict[str, Any]]:
         """Reads the evaluations so far from metrics.jsonl."""
@@ -133,8 +138,13 @@ def make_run(base: list[str], setting: Setting, seed: int, workdir: Path) -> Run
     folder = workdir / folder_name(setting, seed)
     with as_user_error(f"--grid: {describe(setting)}: ", UserError):
         config = app.config_of(arguments)
-    run_config.check(folder, config, _FREE)
-    return Run(setting, seed, folder, [*arguments, f"--workdir={folder}"], config)
+    run_config.check(folder, config, (*_FREE, *run_config.MOVABLE))
+    try:
+        run_config.check(folder, config, _FREE)
+        is_moved = False
+    except UserError:
+        is_moved = True
+    return Run(setting, seed, folder, [*arguments, f"--workdir={folder}"], config, is_moved)
 
 
 class Row(NamedTuple):
@@ -151,7 +161,7 @@ class Row(NamedTuple):
 
 def summarise(runs: list[Run], errors: dict[str, str]) -> list[Row]:
     """The rows of the table, one per setting. `errors`: name of a failed run -> reason."""
-    results = {run.name: run.result() for run in runs}
+    results = {run.name: None if run.name in errors else run.result() for run in runs}
     rows: list[Row] = []
     reference, first_losses = None, dict[int, float]()
     for setting, some in itertools.groupby(runs, lambda run: run.setting):

@@ -71,6 +71,14 @@ def _read(workdir: gcs.AnyPath) -> dict[str, Any]:
     return config
 
 
+def _stored(workdir: gcs.AnyPath) -> dict[str, Any]:
+    """Returns the config of the run in a workdir, of its newest checkpoint where config.json is lost or damaged; empty
+    where there is no run."""
+    if not (stored := _read(workdir)) and store.saved_steps(workdir):
+        return stored_run(newest_meta(os.fspath(workdir))[1])
+    return stored
+
+
 @retrying
 def take(
     workdir: gcs.AnyPath, config: Config, log: Callable[[str], None] = print, layout: Layout = parse_phases
@@ -85,9 +93,7 @@ def take(
       UserError: the workdir holds a run with another config, or cannot be written.
     """
     with _usable(workdir):
-        is_there = stored = _read(workdir)
-        if not stored and store.saved_steps(workdir):
-            stored = stored_run(newest_meta(os.fspath(workdir))[1])
+        is_there, stored = bool(_read(workdir)), _stored(workdir)
         if stored:
             refuse_other(
                 f"--workdir: '{workdir}' holds", stored, config, (*FREE, *MOVABLE),
@@ -115,11 +121,10 @@ def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) ->
     `free`. A field that did not exist when the run started counts with its default.
 
     Raises:
-      UserError: a field differs, or config.json cannot be read.
+      UserError: a field differs, or the workdir cannot be read.
     """
     with _usable(workdir):
-        if files.exists(workdir / _FILE):
-            stored = json.loads((workdir / _FILE).read_text())
+        if stored := _stored(workdir):
             refuse_other(f"--workdir: '{workdir}' holds", stored, config, free)
 
 

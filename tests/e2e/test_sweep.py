@@ -6,9 +6,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -16,8 +18,11 @@ from hypothesis import strategies as st
 
 from flax_mlm.cli import sweep
 from flax_mlm.cli.app import config_of
+from flax_mlm.config.load import build, from_dict
 from flax_mlm.configs import base
-from flax_mlm.sweep import failure_reason
+from flax_mlm.errors import UserError
+from flax_mlm.sweep import failure_reason, run_all
+from flax_mlm.training import run_config
 from tests.helpers.runs import PATIENCE, Watched
 
 BASE = [f"--config={base.__file__}"]
@@ -353,6 +358,33 @@ def test_a_damaged_result_counts_as_missing(tmp_path, content):
     run = pretend(tmp_path, {"optimizer.beta1": 0.9}, 0, {20: 3.0})
     (run.workdir / "result.json").write_text(content)
     assert run.result() is None
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "loss 3.0000"), (2, "FAILED: was trained on corpus aaa")])
+def test_train_tells_whether_a_finished_run_under_other_paths_is_the_same(tmp_path, capsys, code, said):
+    setting = {"optimizer.beta1": 0.9}
+    run = pretend(tmp_path, setting, 0, {20: 3.0})
+    (run.workdir / "config.json").write_text(json.dumps(run.config.to_dict()))
+    (run.workdir / "train.log").write_text("$ line\nerror: was trained on corpus aaa\n")
+    base = [*BASE, "--config.train.steps=20"]
+    assert sweep.make_run(base, setting, 0, tmp_path).is_finished
+    moved = sweep.make_run([*base, "--config.data.corpus=elsewhere"], setting, 0, tmp_path)
+    assert not moved.is_finished
+    trainer = SimpleNamespace(train=lambda *_: code, stopped=False)
+    assert run_all([moved], trainer, tmp_path) == bool(code)
+    assert f"optimizer.beta1=0.9, seed=0  {said}" in capsys.readouterr().out
+    assert ("aaa" in (tmp_path / "sweep.md").read_text()) == bool(code)
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_the_config_of_a_run_that_lost_it_comes_from_its_checkpoint(trained_run, tmp_path, content):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    values = from_dict(json.loads((run / "config.json").read_text()))
+    (run / "config.json").unlink() if content is None else (run / "config.json").write_text(content)
+    run_config.check(run, build(values))
+    values.seed = 1
+    with pytest.raises(UserError, match="holds a run with seed = 0, and this one has 1"):
+        run_config.check(run, build(values))
 
 
 def test_a_line_without_a_loss_is_no_result(tmp_path):
