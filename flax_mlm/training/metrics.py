@@ -188,7 +188,11 @@ class Writers:
     """
 
     def __init__(self, workdir: gcs.AnyPath, config: Config, start_step: int):
-        """Opens the files, and drops the lines of steps after `start_step`: an interrupted run repeats those."""
+        """Opens the files, and drops the lines of steps after `start_step`: an interrupted run repeats those.
+
+        Raises:
+          UserError: metrics.jsonl cannot be written.
+        """
         self._mirror = None if isinstance(workdir, Path) else mirror.Mirror(workdir)
         if self._mirror:
             self._mirror.fetch(_METRICS)
