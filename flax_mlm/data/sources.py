@@ -36,6 +36,7 @@ from flax_mlm.errors import UserError, json_kind
 UNIT_BYTES = 1 << 26
 _HASHED_BYTES = 1 << 20  # of a document; what follows does not count, so that it can be read in bounded memory
 _WHITESPACE = b" \t\n\r\v\f"
+_JSON_LINES = "a JSON object a line; `jq -c '.[]'` makes lines of a list, and `jq -c .` of objects"
 
 
 class TextChunk(NamedTuple):
@@ -125,7 +126,8 @@ def _find(spec: str, pattern: str) -> list[Path]:
         names = (spec.partition(":")[0] + ":" + os.path.join(pattern, end) for end in ("*", "**"))
         raise UserError(f"data.source is '{spec}'; '{pattern}' is a folder; expected files: {' or '.join(names)}")
     if not paths:
-        raise UserError(f"data.source is '{spec}'; no file matches '{pattern}' (from {os.getcwd()})")
+        where = "; text is read from local files: copy it" if "://" in pattern else f" (from {os.getcwd()})"
+        raise UserError(f"data.source is '{spec}'; no file matches '{pattern}'{where}")
     return paths
 
 
@@ -246,9 +248,9 @@ def _json_documents(path: Path, file: BinaryIO, counts: Counter[str], field: str
         try:
             record = json.loads(decode(line, counts).removeprefix("\ufeff"))
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{path}:{number} is not JSON: {e}") from e
+            raise UserError(f"{path}:{number} is not JSON: {e}; expected {_JSON_LINES}") from e
         if not isinstance(record, dict):
-            raise UserError(f"{path}:{number} is {json_kind(record)}; expected a JSON object a line")
+            raise UserError(f"{path}:{number} is {json_kind(record)}; expected {_JSON_LINES}")
         text = record.get(field)
         if not isinstance(text, str):
             has = f"'{field}' is {json_kind(text)}" if field in record else f"it has {', '.join(map(repr, record))}"

@@ -148,10 +148,9 @@ def _file(file: Path, numbered: bool, blank_lines: bool) -> list[tuple[str, dict
         for where, row in rows:
             if len(row) > len(header):
                 what = f"{where} has {len(row)} columns, and the first line {len(header)}"
-                repair = (
-                    "replace tabs inside texts" if has_tabs else f"put text with a '{delimiter}' into double quotes"
-                )
-                raise UserError(f"{what}; {repair}, or number the columns where the first line is no header")
+                inside = "a tab, replace it" if has_tabs else f"'{delimiter}', put it into double quotes"
+                others = "name all columns in the first line, or number them if that is no header"
+                raise UserError(f"{what}; where a text holds {inside}; else {others}")
     return [(where, dict(zip(header, row, strict=False))) for where, row in rows]
 
 

@@ -36,10 +36,12 @@ _SIGNATURES = (
     (rb"\x80[\x02-\x05][\x95\]}(cX\x8a\x8c]", "a pickle", _CONVERT),
     (rb"%PDF-", "a PDF", _GET_TEXT),
     (rb"\{\\rtf", "an RTF document", _GET_TEXT),
-    (rb"<mediawiki\s", "a dump of MediaWiki", _EXTRACT),
+    (rb"(<\?xml[^>]*>\s*)?<mediawiki\s", "a dump of MediaWiki", _EXTRACT),
     (rb"\s*<doc id=[^>]*\surl=[^>]*>", "WikiExtractor's output with its tags <doc ...>", _EXTRACT),
     (rb"version https://git-lfs\.github\.com", "a Git LFS pointer, not the file itself", "run: git lfs pull"),
 )
+# Ending of a name -> the program that compresses such files, and what they begin with.
+_COMPRESSED = {".gz": ("gzip", rb"\x1f\x8b"), ".zst": ("zstd", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")}
 _CONTROL = bytes({*range(32)} - {*b"\t\n\v\f\r\x1b"})
 _MAX_FOREIGN = 0.1  # fraction of a file's beginning that is no UTF-8 text: Latin-1 in German has 0.02, noise 0.5
 _MIN_HEAD = 64  # bytes to judge from
@@ -110,7 +112,8 @@ def opened(path: Path, raw: Any) -> BinaryIO:
       UserError: by its beginning, it is no text, or text with markup or in another encoding.
     """
     file = raw
-    if path.suffix in (".gz", ".zst"):
+    if path.suffix in _COMPRESSED:
+        _check_compressed(path, raw.peek(4))
         file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else _reader(_zstd_blocks(raw))
     head = file.peek(4)
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
@@ -122,6 +125,14 @@ def opened(path: Path, raw: Any) -> BinaryIO:
         return file
     text = codecs.iterdecode(iter(lambda: file.read(CHUNK_CHARS), b""), encoding)
     return _reader(part.encode() for part in text)  # type: ignore[return-value]
+
+
+def _check_compressed(path: Path, head: bytes) -> None:
+    program, begins = _COMPRESSED[path.suffix]
+    if head and not re.match(begins, head):
+        _refuse_foreign(path, head)
+        what = f"{path} is not compressed by {program}, as its first bytes show"
+        raise UserError(f"{what}; if it is plain text, take {path.suffix} from its name")
 
 
 def _refuse_foreign(path: Path, head: bytes) -> None:

@@ -72,7 +72,16 @@ def test_lines_end_at_newlines_alone(tmp_path, space):
         ("a.csv", b'text,label\n"two\nlines",1\nb,\n', "a.csv:4: label is empty; expected one label"),
         ("a.csv", b"sentence1,sentence_2,label\na,b,1\n", "has a column sentence1, and no usual name of a second text"),
         ("a.jsonl", b'{"text": "a"}', "has columns text; name the column of the label"),
-        ("a.csv", b"text,label\nHello, world,1\n", "a.csv:2 has 3 columns, and the first line 2"),
+        (
+            "a.csv",
+            b"text,label\nHello, world,1\n",
+            "a.csv:2 has 3 columns, and the first line 2; where a text holds ',', put it into double quotes; else name",
+        ),
+        (
+            "sts.tsv",  # rows of STS-B with a licence
+            b"score\tsentence1\tsentence2\n5\ta b\tc d\n4\ta b\tc d\tCC-BY\n",
+            "sts.tsv:3 has 4 columns, and the first line 3; where a text holds a tab, replace it; else name all",
+        ),
         (
             "a.tsv",
             b"question\tsentence\tlabel\na\tb\t1\n",
