@@ -15,6 +15,8 @@ import jaxlib
 _FIXED = """
     jax_default_prng_impl jax_disable_jit jax_enable_custom_prng jax_enable_x64 jax_explicit_x64_dtypes
     jax_high_dynamic_range_gumbel jax_legacy_prng_key jax_random_seed_offset jax_threefry_partitionable
+    jax_transfer_guard jax_transfer_guard_device_to_device jax_transfer_guard_device_to_host
+    jax_transfer_guard_host_to_device
 """
 
 # They decide what is compiled, and in which order it adds.
@@ -48,8 +50,6 @@ _IRRELEVANT = {
         jax_disable_vmap_shmap_error jax_disallow_mesh_context_manager jax_mosaic_allow_hlo
         jax_mutable_array_checks jax_no_tracing jax_numpy_dtype_promotion jax_numpy_rank_promotion
         jax_pallas_enable_debug_checks jax_raise_on_ppermute_sort_diff jax_refs_to_pins jax_thread_guard
-        jax_transfer_guard jax_transfer_guard_device_to_device jax_transfer_guard_device_to_host
-        jax_transfer_guard_host_to_device
     """,
     "compiled programs that are kept": """
         jax_compilation_cache_check_contents jax_compilation_cache_dir jax_compilation_cache_expect_pgle

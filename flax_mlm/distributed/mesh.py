@@ -70,8 +70,14 @@ def _all_devices() -> Sequence[jax.Device]:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Sets the mesh of this thread, that functions are compiled, and by which rule keys become random bits."""
-    with jax.set_mesh(mesh), jax.disable_jit(False), jax.threefry_partitionable(True):
+    """Sets the mesh of this thread, that functions are compiled, by which rule keys become random bits, and that arrays
+    of the host may be passed to functions: JAX_TRANSFER_GUARD is for finding copies in a program of one's own."""
+    with (
+        jax.set_mesh(mesh),
+        jax.disable_jit(False),
+        jax.threefry_partitionable(True),
+        jax.transfer_guard("allow"),
+    ):
         yield
 
 

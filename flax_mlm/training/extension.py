@@ -10,6 +10,7 @@ import numpy as np
 from flax_mlm.config import phases
 from flax_mlm.config.phases import Phase
 from flax_mlm.config.schema import LENGTHS, Config
+from flax_mlm.distributed.mesh import use_mesh
 from flax_mlm.training.update import schedule
 
 # Fields that may change together with the length, where the past stays the same.
@@ -101,7 +102,7 @@ def _last_other_rate(p: Phase, q: Phase, done: Done) -> float | None:
 def _rates(phase: Phase, at: np.ndarray) -> np.ndarray:
     """Learning rates at steps or minutes of a phase, for a peak of 1."""
     mesh = jax.make_mesh((1,), ("data",), devices=jax.local_devices()[:1])  # the other processes take no part
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh):
         if phase.num_steps:
             return np.asarray(schedule(phase, at.astype(np.int32), None, None))
         progress = (at / phase.config.train.length).astype(np.float32)

@@ -48,6 +48,7 @@ def test_settings_of_jax_change_no_number(toy, flags, first, tmp_path, monkeypat
     settings = {
         "default_prng_impl": "rbg", "threefry_partitionable": "0", "random_seed_offset": "7",
         "high_dynamic_range_gumbel": "1", "disable_jit": "1", "numpy_dtype_promotion": "strict",
+        "transfer_guard": "disallow_explicit",
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setenv(f"JAX_{name.upper()}", value)

@@ -71,6 +71,13 @@ def test_random_bits_follow_from_the_key_alone_on_a_mesh(is_partitionable):
         assert (bits == jax.random.bits(jax.random.key(0), (4,), jnp.uint32)).all()
 
 
+@pytest.mark.parametrize("guard", ["disallow", "disallow_explicit"])
+def test_arrays_of_the_host_may_be_used_on_a_mesh(guard):
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    with jax.transfer_guard(guard), use_mesh(mesh):
+        assert jnp.asarray(np.arange(3)).sum() == 3
+
+
 def test_64_bit_numbers_are_refused():
     expected = "UserError: jax_enable_x64 is on (JAX_ENABLE_X64); expected off"
     assert expected in run("e.prepare()", JAX_ENABLE_X64="1").stderr
