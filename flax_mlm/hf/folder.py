@@ -5,6 +5,7 @@ Only config.json and safetensors files are read. Nothing in a folder can run cod
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,6 +132,11 @@ def open_folder(path: str) -> Folder:
       UserError: it is no Hugging Face folder, its weights cannot be read, or our encoder cannot compute its model.
     """
     folder = Path(path).expanduser()
+    run = Path(re.sub(r"(@\d+|/checkpoints(/\d+)?)/*$", "", path)).expanduser()
+    if not is_hf_folder(path) and (run / "checkpoints").is_dir():
+        checkpoint = re.sub("/checkpoints/*$", "", path)
+        remedy = f"export it: python -m flax_mlm.export --checkpoint={checkpoint} --output=DIR, and give DIR"
+        raise UserError(f"init_from: '{path}' is of a run; expected a Hugging Face folder; {remedy}")
     if not folder.is_dir():
         remedy = hub_remedy(path) or "give a Hugging Face folder with config.json in it"
         raise UserError(f"init_from: '{path}' is not a folder; {remedy}")

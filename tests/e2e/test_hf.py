@@ -710,7 +710,13 @@ def test_mistakes_about_the_folder_to_start_from(toy, vocabulary, tmp_path):
     (tmp_path / "pickle" / "model.safetensors").rename(tmp_path / "pickle" / "pytorch_model.bin")
     plain = [f for f in toy.flags() if ".model." not in f and "tokenizer" not in f]
     run = f"--workdir={tmp_path / 'run'}"
+    (tmp_path / "finished" / "checkpoints" / "20").mkdir(parents=True)
+    (tmp_path / "finished" / "config.json").write_text('{"objective": {"name": "mlm"}}')
     for flags, message in (
+        *(
+            ([f"--config.init_from={tmp_path}/finished{end}"], f"--checkpoint={tmp_path}/finished{own} --output=DIR")
+            for end, own in (("", ""), ("@20", "@20"), ("/checkpoints/", ""), ("/checkpoints/20", "/checkpoints/20"))
+        ),
         (["--config.init_from=/nowhere"], "init_from: '/nowhere' is not a folder"),
         ([f"--config.init_from={path}", "--config.model.num_layers=7"], "model.num_layers is 7, but 3 in"),
         ([f"--config.init_from={path}"], "was made with another tokenizer than"),
