@@ -281,7 +281,7 @@ class Run:
             return self._context.stop.requested
 
         if self.phase not in self._evaluated:  # one batch compiles, which may take any time
-            self._context.log("compiling the evaluation")
+            self._context.log("compiling   the evaluation")
             with group.untimed("compiling"), self.logger.pause("compiling"), contextlib.suppress(Stopped):
                 mlm.run(model, data, lambda: True)
             self._evaluated.add(self.phase)
