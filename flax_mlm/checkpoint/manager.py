@@ -63,7 +63,7 @@ class Checkpoints:
         sys.unraisablehook = self._report_unraisable
         self._store = Store(self._folder)
         if self._is_main:
-            with as_user_error(f"--workdir: '{workdir}' cannot be used: ", OSError):
+            with as_user_error(f"--workdir: '{workdir}' cannot be used: ", OSError), gcs.errors(workdir):
                 self._store.create()
                 self._store.sweep(saved_steps(workdir))
                 self._store.empty_trash()
