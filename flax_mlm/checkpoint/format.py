@@ -191,12 +191,19 @@ def refuse_other_start(what: str, theirs: dict[str, Any], ours: dict[str, Any]) 
         differences = [f"{key} {old!r}, not {new!r}" for key, old, new in counts if old != new and key != "corpora"]
         if theirs["tokenizer"] != ours["tokenizer"]:
             differences.insert(0, "another tokenizer")
+        if (old := _proportions(theirs)) != (new := _proportions(ours)):
+            differences.append(f"corpora in the proportions {old or 1}, not {new or 1}")
         how = ", ".join(differences) or "the same number of rows with another content"
         message = f"{what} was trained on corpus {a[:12]}, and this is {b[:12]}: it had {how}"
         raise UserError(f"{message}; give the same text and tokenizer, under any path, or use another --workdir")
     if (a := theirs.get("start", "")) != (b := ours.get("start", "")):
         message = f"{what} began with the weights {a[:12] or 'of no folder'}, and init_from has {b[:12] or 'none'}"
         raise UserError(f"{message}; give the same weights, under any path, or use another --workdir")
+
+
+def _proportions(meta: dict[str, Any]) -> str:
+    """Formats the fractions of the rows that the corpora of a mixture give; empty for one corpus."""
+    return ":".join(f"{corpus['fraction']:.3g}" for corpus in meta["text"].get("corpora", {}).values())
 
 
 def split_state(state: Any) -> dict[str, Any]:

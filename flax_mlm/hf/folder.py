@@ -5,6 +5,7 @@ Only config.json and safetensors files are read. Nothing in a folder can run cod
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,12 +126,13 @@ def is_hf_folder(path: str) -> bool:
     return (folder / "config.json").is_file() and bool((folder / _INDEX).exists() or _other_weights(folder))
 
 
-def open_folder(path: str) -> Folder:
+def open_folder(path: str | os.PathLike[str]) -> Folder:
     """Reads the config.json of a folder.
 
     Raises:
       UserError: it is no Hugging Face folder, its weights cannot be read, or our encoder cannot compute its model.
     """
+    path = os.fspath(path)
     folder = Path(path).expanduser()
     run = Path(re.sub(r"(@\d+|/checkpoints(/\d+)?)/*$", "", path)).expanduser()
     if not is_hf_folder(path) and (run / "checkpoints").is_dir():

@@ -105,25 +105,22 @@ def write_json(file: gcs.AnyPath, value: Any) -> None:
 
 def read_json(file: Path) -> Any:
     """Reads JSON. Raises UserError: it cannot be read, is no JSON, or a number in it is NaN or infinite."""
-
-    def finite(text: str) -> float:
-        if math.isfinite(number := float(text)):
-            return number
-        raise ValueError(f"it has the number {text}")
-
     with as_user_error(f"{file} is not JSON of finite numbers: ", ValueError):
-        return json.loads(read_text(file), parse_constant=finite, parse_float=finite)
+        return json.loads(read_text(file), parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    if math.isfinite(number := float(text)):
+        return number
+    raise ValueError(f"it has the number {text}")
 
 
 @retrying
 def read_result(file: gcs.AnyPath) -> dict[str, Any] | None:
-    """Reads the JSON object of a result that can be made again; None: there is none, or what is there is damaged."""
-
-    def refuse(text: str) -> None:
-        raise ValueError(text)
-
+    """Reads the JSON object of a result that can be made again; None: there is none, or what is there is damaged, such
+    as by a number that is NaN or infinite."""
     try:
-        value = json.loads(file.read_bytes(), parse_constant=refuse) if exists(file) else None
+        value = json.loads(file.read_bytes(), parse_constant=_finite, parse_float=_finite) if exists(file) else None
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and value else None

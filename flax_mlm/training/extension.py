@@ -4,14 +4,11 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from flax_mlm.config import phases
 from flax_mlm.config.phases import Phase
 from flax_mlm.config.schema import LENGTHS, Config
-from flax_mlm.distributed.mesh import use_mesh
-from flax_mlm.training.update import schedule
 
 # Fields that may change together with the length, where the past stays the same.
 FIELDS = (
@@ -101,6 +98,12 @@ def _last_other_rate(p: Phase, q: Phase, done: Done) -> float | None:
 
 def _rates(phase: Phase, at: np.ndarray) -> np.ndarray:
     """Learning rates at steps or minutes of a phase, for a peak of 1."""
+    # Heavy, and not needed by all who import this.
+    import jax
+
+    from flax_mlm.distributed.mesh import use_mesh
+    from flax_mlm.training.update import schedule
+
     mesh = jax.make_mesh((1,), ("data",), devices=jax.local_devices()[:1])  # the other processes take no part
     with use_mesh(mesh):
         if phase.num_steps:

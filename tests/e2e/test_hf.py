@@ -608,7 +608,7 @@ def test_training_further_lowers_the_loss_and_a_recipe_for_new_weights_is_warned
     flags += ["--config.train.steps=40", "--config.eval.max_rows=64", "--config.log.tensorboard=False"]
     done = toy.run("train", f"--workdir={tmp_path / 'run'}", *flags)
     assert done.returncode == 0, done.stderr
-    assert "40 steps of 32 rows of 32 = " in done.stdout
+    assert "recipe      mlm, 40 steps of 32 rows of 32\n" in done.stdout
     assert "masking     token, mask rate 0.15" in done.stdout
     assert "optimizer   adamw, peak learning rate 0.0001, linear after a warm-up of 10.0% of the run" in done.stdout
     assert "WARNING" not in done.stdout

@@ -250,7 +250,7 @@ def test_it_goes_on_as_if_it_had_not_been_stopped(toy, both, straight, tmp_path,
 def test_other_weights_are_another_run(toy, both, straight):
     done = toy.run("train", f"--workdir={straight}", *toy.flags(**SHORT, data__corpus=both.replace(":3", ":2")))
     assert done.returncode == 2
-    assert "holds a run with data.corpus = " in done.stderr
+    assert "it had corpora in the proportions 0.75:0.25, not 0.667:0.333; give the same" in done.stderr
 
 
 def test_the_other_commands_take_it_too(toy, both, straight, tmp_path):
