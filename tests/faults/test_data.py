@@ -221,14 +221,14 @@ def test_ids_outside_of_the_vocabulary(copy, outcome):
 
 @pytest.mark.fault(45)
 def test_text_that_is_hardly_text(toy, tmp_path, outcome):
-    """Bytes that are no UTF-8, nothing at all, one line without end, control characters: prepared and counted."""
+    """Bytes that are no UTF-8, and zeros, after a good beginning, nothing at all, one line without end, control characters: prepared and counted."""
     texts = tmp_path / "texts"
     texts.mkdir()
     shutil.copy(toy.text, texts / "good.txt")
-    (texts / "bytes.txt").write_bytes(random.Random(0).randbytes(20_000))
+    (texts / "bytes.txt").write_bytes(b"The dog barks.\n" * 5_000 + random.Random(0).randbytes(20_000))
     (texts / "empty.txt").write_bytes(b"")
     (texts / "blank.txt").write_bytes(b" \n\t\n\n")
-    (texts / "zeros.txt").write_bytes(b"\0" * 10_000)
+    (texts / "zeros.txt").write_bytes(b"The dog barks.\n" * 5_000 + b"\0" * 10_000)
     (texts / "line.txt").write_text("the dog barks " * 20_000)
     (texts / "word.txt").write_text("x" * 300_000)
     (texts / "marks.txt").write_text("[MASK] [PAD] <0x00> \u202e \ufeff a\u0301 " * 100)

@@ -127,7 +127,7 @@ def test_processes_get_their_places(tmp_path):
 def test_wrong_options_of_the_script(tmp_path, option):
     done = Python(tmp_path / "venv").run("local.sh", option)
     assert done.returncode == 2
-    assert done.stderr == f"error: {option}; it takes a whole number\n"
+    assert done.stderr == f"error: {option}; it takes a whole number, without zeros before it\n"
 
 
 @pytest.mark.parametrize("values", [[], ["--config.train.steps=5", "--config.data.source=text:$(touch canary) x/*"]])
