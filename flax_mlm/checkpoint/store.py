@@ -114,7 +114,8 @@ class Store:
         shutil.rmtree(target, ignore_errors=True)
 
     def _delete_in_bucket(self, path: epath.Path) -> None:
-        for part in (MARKER, *ITEMS[:-1], ""):  # `meta` goes last: it says whose the others are
+        # `meta` goes last: it says whose the others are. With its own marker, what is left of it would be a stranger's.
+        for part in (MARKER, *ITEMS[:-1], f"meta/{MARKER}", ""):
             with contextlib.suppress(FileNotFoundError):
                 self._client.rm(os.fspath(path / part), recursive=True)
 
