@@ -221,7 +221,8 @@ def test_ids_outside_of_the_vocabulary(copy, outcome):
 
 @pytest.mark.fault(45)
 def test_text_that_is_hardly_text(toy, tmp_path, outcome):
-    """Bytes that are no UTF-8, and zeros, after a good beginning, nothing at all, one line without end, control characters: prepared and counted."""
+    """Bytes that are no UTF-8 and zeros after a good beginning, nothing at all, one line without end, control
+    characters: prepared and counted."""
     texts = tmp_path / "texts"
     texts.mkdir()
     shutil.copy(toy.text, texts / "good.txt")
