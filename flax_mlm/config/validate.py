@@ -43,7 +43,8 @@ def _check_values(c: Config) -> None:
 
 def check_complete(c: Config) -> None:
     """Raises UserError if a field is still none that a Hugging Face folder would give."""
-    for path in ("optimizer.learning_rate", "data.seq_len"):
+    head = "optimizer.head_first_steps", "optimizer.head_rate_factor"
+    for path in ("optimizer.learning_rate", "data.seq_len", *head):
         from_folder = "a number, or init_from=DIR, a Hugging Face folder that determines it"
         _need(value_of(c, path) is not None, f"{path} is none; expected {from_folder}")
 

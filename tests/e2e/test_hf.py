@@ -598,6 +598,13 @@ def test_a_recipe_for_a_folder_needs_one(toy, tmp_path, command, flag):
     assert done.stderr.startswith("error: optimizer.learning_rate is none; expected a number, or init_from=DIR, a")
 
 
+def test_the_settings_of_a_new_head_need_a_folder_too(toy, tmp_path):
+    given = "--config.optimizer.learning_rate=1e-4", "--config.data.seq_len=32"
+    done = toy.run("train", "--config=continue_pretraining", f"--workdir={tmp_path / 'new'}", *given)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: optimizer.head_first_steps is none; expected a number, or init_from=DIR, a")
+
+
 def test_training_further_lowers_the_loss_and_a_recipe_for_new_weights_is_warned_of(toy, bert_run, tmp_path):
     exported, result = tmp_path / "exported", json.loads((bert_run / "result.json").read_text())
     done = toy.run("export", f"--checkpoint={bert_run}", f"--output={exported}")
