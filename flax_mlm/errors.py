@@ -13,9 +13,11 @@ PREEMPTED = 75  # EX_TEMPFAIL in sysexits.h
 class UserError(Exception):
     """A mistake in a flag, a config, a file or a folder.
 
-    Commands print the message as one line and exit with code 2, without a traceback. The message names
-    the field or file, the value seen, and what would be right.
+    Commands print the message as one line and exit with `code`, without a traceback. The message names the field or
+    file, the value seen, and what would be right.
     """
+
+    code = 2
 
 
 class Failure(Exception):

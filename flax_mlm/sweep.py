@@ -24,6 +24,7 @@ from absl import flags
 
 from flax_mlm.cli import app, sweep
 from flax_mlm.config.schema import Config
+from flax_mlm.distributed import preemption
 from flax_mlm.errors import PREEMPTED, UserError, as_failure
 
 _GRID_HELP = "all combinations of field=value,value; field=value,...; a&b=1&2,3&4 changes two fields together"
@@ -86,9 +87,8 @@ class Trainer:
         """Handles the signals; runs inherit the descriptor `lock`."""
         self.stopped, self._lock = False, lock
         self._process: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self._stop)
+        for number in preemption.stop_signals():
+            signal.signal(number, self._stop)
 
     def _stop(self, number: int, _: Any) -> None:
         self.stopped = True

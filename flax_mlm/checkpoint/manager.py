@@ -65,7 +65,7 @@ class Checkpoints:
         if self._is_main:
             with as_user_error(f"--workdir: '{workdir}' cannot be used: ", OSError), gcs.errors(workdir):
                 self._store.create()
-                self._store.sweep(saved_steps(workdir))
+                self._store.sweep()
                 self._store.empty_trash()
 
     def _report_unraisable(self, report: Any) -> None:
@@ -121,7 +121,7 @@ class Checkpoints:
         args = {item: ocp.args.StandardSave(tree) for item, tree in items.items()} | {"meta": ocp.args.JsonSave(meta)}
         with self._counting_failures(step, Exception):
             if self._is_main:
-                self._store.sweep(saved_steps(self._workdir))  # a failed save may have continued in the background
+                self._store.sweep()  # a failed save may have continued in the background
                 if str(step) in self._store.names():
                     raise FileExistsError(f"{self._folder / str(step)} exists, and no run of flax_mlm has written it")
             self._checkpointer.save(self._folder / str(step), args=ocp.args.Composite(**args), force=True)
@@ -174,7 +174,7 @@ class Checkpoints:
                 with gcs.errors(self._workdir):
                     if self._is_main:
                         with contextlib.suppress(OSError):  # as on a full disk; the next save sweeps again
-                            self._store.sweep(saved_steps(self._workdir))
+                            self._store.sweep()
                     steps = saved_steps(self._workdir)
                 last = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved yet"
             except gcs.Unreachable:

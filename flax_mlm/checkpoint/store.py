@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,9 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 self._client.rm(os.fspath(path / part), recursive=True)
 
-    def sweep(self, committed: Collection[int]) -> None:
+    def sweep(self) -> None:
         """Clears away what killed and failed saves of ours have left, which would block saving those steps."""
+        committed = saved_steps(self._path.parent)
         for name in self.names():
             path = self._path / name
             if is_step(path) and int(name) not in committed and (is_own(path) or is_remains(path)):
@@ -193,9 +194,11 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
 def is_own(path: gcs.AnyPath) -> bool:
     """Returns whether a folder is a checkpoint that flax_mlm has saved, be it damaged or not complete: its item `rest`
     or its `meta` tells. What is not known to be ours is never moved, deleted or called damaged."""
-    if any(name.startswith("rest") for name in _entries(path) or () if name in _ENTRIES):
+    if (names := _entries(path)) is None:
+        return False
+    if any(name.startswith("rest") for name in names & _ENTRIES):
         return True
-    return _entries(path) is not None and files.is_json_with(path / "meta" / "metadata", *_META)
+    return files.read_object(path / "meta" / "metadata", *_META) is not None
 
 
 @retrying

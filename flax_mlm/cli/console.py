@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flax_mlm.cli import tables
 from flax_mlm.config.phases import Phase
 from flax_mlm.config.schema import Config
 from flax_mlm.distributed.processes import ProcessGroup
@@ -179,8 +180,8 @@ def summary(workdir: gcs.AnyPath, trained: Any, result: dict[str, float]) -> Non
             with contextlib.suppress(UserError):  # longer than a row
                 words = ", ".join(f"{word} {probability:.2f}" for word, probability in filler.top_words(sentence, 5)[0])
                 print(f"{sentence}\n    {words}")
-    if cut := result.get("schedule_cut"):
-        print(f"\nNOTE: for the last {cut:.0%} of the schedule no time was left; it does not compare with whole runs")
+    if note := tables.cut_note(result):
+        print(f"\nNOTE: {note}")
     workdir = _relative(workdir)
     print(f"\nwritten to {workdir}: checkpoints/  metrics.jsonl  config.json  result.json", end="")
     print("  tensorboard/" if trained.config.log.tensorboard else "")

@@ -17,9 +17,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns:
 
 def cut_note(about: Mapping[str, Any]) -> str:
     """A note on a run whose time budget has cut its schedule, by its result or checkpoint; empty for a whole one."""
-    if not (share := about.get("schedule_cut")):
+    if not (cut := about.get("schedule_cut")):
         return ""
-    return f"for the last {share:.0%} of the schedule no time was left; it does not compare with whole runs"
+    return f"for the last {cut:.0%} of the schedule no time was left; it does not compare with whole runs"
 
 
 @contextlib.contextmanager

@@ -23,6 +23,12 @@ def leave(reason: str) -> NoReturn:
     os._exit(PREEMPTED)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Lists the signals that stop a run: SIGHUP not where it is ignored, as under nohup."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in _SIGNALS if not (number == signal.SIGHUP and is_ignored)]
+
+
 class Stop:
     """Handles SIGTERM, SIGINT and SIGHUP inside a `with` block, and restores the previous handlers after it.
 
@@ -49,9 +55,7 @@ class Stop:
             # writes the signal's number to this socket at once, and a thread reads it.
             read, self._write = socket.socketpair()
             self._write.setblocking(False)
-            ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-            handled = [number for number in _SIGNALS if number not in ignored]
-            self._previous = {number: signal.signal(number, lambda *_: None) for number in handled}
+            self._previous = {number: signal.signal(number, lambda *_: None) for number in stop_signals()}
             self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True)
             self._thread.start()

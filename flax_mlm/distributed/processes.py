@@ -163,10 +163,7 @@ class ProcessGroup:
 
     def abandon(self, error: BaseException) -> None:
         """Tells the others of an exception that ends this process, and sees to it that the process ends."""
-        code, reason = (
-            error.code if isinstance(error, Failure) else 2 if isinstance(error, UserError) else 1,
-            str(error),
-        )
+        code, reason = error.code if isinstance(error, UserError | Failure) else 1, str(error)
         is_planned = isinstance(error, UserError | Failure | SystemExit)
         if isinstance(error, SystemExit) and isinstance(error.code, int):
             code, reason = error.code, ""

@@ -143,14 +143,14 @@ def _load_folder(config: Config, mesh: Mesh) -> LoadedModel:
     with use_mesh(mesh):
         forward = build_forward(config, tokenizer.vocab_size, mesh)
         log: Log = functools.partial(print, file=sys.stderr)
-        missing = None
+        fresh, missing = forward.init(), None
         try:
-            params = start_params(config, forward.init(), forward.model.dims, tokenizer, log)
+            params = start_params(config, fresh, forward.model.dims, tokenizer, log)
         except MissingHead as e:  # as sentence encoders are saved
             missing, headless = e, dataclasses.replace(config, reinit_head=True)
             params = start_params(
                 headless,
-                forward.init(),
+                fresh,
                 forward.model.dims,
                 tokenizer,
                 lambda line: None if "head is new" in line else log(line),

@@ -72,13 +72,13 @@ def write_bytes(file: Path, content: bytes | memoryview) -> None:
         os.fsync(opened.fileno())
 
 
-def is_json_with(file: gcs.AnyPath, *keys: str) -> bool:
-    """Returns whether a file, also one in a bucket, is a JSON object that has these keys."""
+def read_object(file: gcs.AnyPath, *keys: str) -> dict[str, Any] | None:
+    """Reads a JSON object that has these keys, also from a bucket; None where the file is no such thing."""
     try:
         content: Any = json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and all(key in content for key in keys)
+        return None
+    return content if isinstance(content, dict) and all(key in content for key in keys) else None
 
 
 def write_text(file: gcs.AnyPath, text: str) -> None:

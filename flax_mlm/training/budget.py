@@ -85,16 +85,16 @@ class Budget:
             self._pace += (move - self._pace) * (0.1 if self._pace else 1.0)
         elif fraction > _FALL and self._cut_at == 1.0:
             self._cut_at = self.progress
-            if share := self.cut():
-                left_over = f"the last {share['schedule_cut']:.0%} of the schedule, which a few steps complete"
+            for cut in self.cut().values():
+                left_over = f"the last {cut:.0%} of the schedule, which a few steps complete"
                 print(f"WARNING: train.budget_minutes is used up before {left_over}", flush=True)
         to_stops = [stop - self.progress for stop in self._stops if stop > self.progress]
         self.progress += min([move, *to_stops])
 
     def cut(self) -> dict[str, float]:
         """Returns `schedule_cut`, the fraction of the schedule for which no time was left; nothing below 5%."""
-        share = 1.0 - self._cut_at
-        return {"schedule_cut": share} if share >= 0.05 else {}
+        cut = 1.0 - self._cut_at
+        return {"schedule_cut": cut} if cut >= 0.05 else {}
 
     def forget(self, activity: str) -> None:
         """Reserves no time for an activity until it is timed again."""

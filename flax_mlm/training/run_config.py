@@ -1,7 +1,6 @@
 """One workdir, one run: config.json identifies it, and FREE names the fields that may change when it continues."""
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,11 +52,13 @@ def _foreign(workdir: gcs.AnyPath) -> Iterator[str]:
     """Files that a run would change, and that are not known to be one's."""
     folder, config = workdir / "checkpoints", _read(workdir)
     entries = [path for path in (folder.iterdir() if files.exists(folder) else []) if path.name[0] != "."]
-    is_known = bool(config) or any(map(store.is_own, entries))
-    if not config and files.exists(workdir / _FILE) and (not is_known or files.is_json_with(workdir / _FILE)):
+    foreign = [path for path in entries if not store.is_own(path)]
+    is_known = bool(config) or len(foreign) < len(entries)
+    is_other = not config and files.exists(workdir / _FILE)
+    if is_other and (not is_known or files.read_object(workdir / _FILE) is not None):
         yield _FILE  # of a run it is damaged, and no JSON any more
-    for path in entries:
-        if not store.is_own(path) and not (is_known and (not store.is_step(path) or store.is_remains(path))):
+    for path in foreign:
+        if not (is_known and (not store.is_step(path) or store.is_remains(path))):
             yield f"checkpoints/{path.name}"
     if not entries and not is_known:
         yield from (name for name in ("metrics.jsonl", "result.json", "clock.json") if files.exists(workdir / name))
@@ -65,18 +66,12 @@ def _foreign(workdir: gcs.AnyPath) -> Iterator[str]:
 
 def _read(workdir: gcs.AnyPath) -> dict[str, Any]:
     """Reads config.json; empty where there is none, or it is damaged or another program's."""
-    if not files.is_json_with(workdir / _FILE, *_SECTIONS):
-        return {}
-    config: dict[str, Any] = json.loads((workdir / _FILE).read_text())
-    return config
+    return files.read_object(workdir / _FILE, *_SECTIONS) or {}
 
 
-def _stored(workdir: gcs.AnyPath) -> dict[str, Any]:
-    """Returns the config of the run in a workdir, of its newest checkpoint where config.json is lost or damaged; empty
-    where there is no run."""
-    if not (stored := _read(workdir)) and store.saved_steps(workdir):
-        return stored_run(newest_meta(os.fspath(workdir))[1])
-    return stored
+def _of_newest_checkpoint(workdir: gcs.AnyPath) -> dict[str, Any]:
+    """Returns the config that the newest checkpoint of a workdir has; empty where there is none."""
+    return stored_run(newest_meta(os.fspath(workdir))[1]) if store.saved_steps(workdir) else {}
 
 
 @retrying
@@ -93,15 +88,15 @@ def take(
       UserError: the workdir holds a run with another config, or cannot be written.
     """
     with _usable(workdir):
-        is_there, stored = bool(_read(workdir)), _stored(workdir)
-        if stored:
+        written = _read(workdir)
+        if stored := written or _of_newest_checkpoint(workdir):
             refuse_other(
                 f"--workdir: '{workdir}' holds", stored, config, (*FREE, *MOVABLE),
                 lambda old: extension.why_not(old, config, _done(workdir, old.train), layout),
             )  # fmt: skip
-    if not is_there:
+    if not written:
         record(workdir, config)
-    if stored and not is_there:
+    if stored and not written:
         log(f"{workdir / _FILE} was lost or damaged, and is restored as the newest checkpoint has it")
 
 
@@ -124,7 +119,7 @@ def check(workdir: gcs.AnyPath, config: Config, free: tuple[str, ...] = FREE) ->
       UserError: a field differs, or the workdir cannot be read.
     """
     with _usable(workdir):
-        if stored := _stored(workdir):
+        if stored := _read(workdir) or _of_newest_checkpoint(workdir):
             refuse_other(f"--workdir: '{workdir}' holds", stored, config, free)
 
 
@@ -177,8 +172,8 @@ def _done(workdir: gcs.AnyPath, train: Any) -> extension.Done:
     except UserError:  # there is none yet
         return extension.Done()
     stored = meta["config"]["train"]
-    share = stored["budget_minutes"] / train.budget_minutes if train.budget_minutes else 1.0
-    return extension.Done(meta["step"], meta.get("progress", 1.0) * share)
+    ratio = stored["budget_minutes"] / train.budget_minutes if train.budget_minutes else 1.0
+    return extension.Done(meta["step"], meta.get("progress", 1.0) * ratio)
 
 
 @contextlib.contextmanager
