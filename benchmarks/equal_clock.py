@@ -114,7 +114,7 @@ def write_case(config: Config, folder: Path) -> None:
 
 def documents(config: Config) -> Iterator[tuple[bool, str]]:
     """Every document, and whether it is held out."""
-    from flax_mlm.data.sources import open_source
+    from flax_mlm.data.sources.open import open_source
 
     chunks = open_source(config.data.source).chunks()
     for (_, value), document in itertools.groupby(chunks, lambda chunk: (chunk.document, chunk.hash)):

@@ -46,11 +46,12 @@ def whole_command(config: Config, output: Path) -> float:
 
 def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
     """Seconds of what `prepare` does, one after another, by the same functions; and the bytes of text."""
-    from flax_mlm.data import prepare, sources
     from flax_mlm.data.corpus import row_dtype
-    from flax_mlm.data.prepare import train_tokenizer
+    from flax_mlm.data.sources.open import open_source
+    from flax_mlm.data.tokenising import make_jobs
     from flax_mlm.data.tokenizer import load_tokenizer
-    from flax_mlm.data.units import make_jobs, write_shard
+    from flax_mlm.data.tokenizer_training import thinned, train_tokenizer
+    from flax_mlm.data.units import write_shard
 
     times, seconds = [time.perf_counter()], {}
 
@@ -58,9 +59,9 @@ def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
         times.append(time.perf_counter())
         seconds[what] = times[-1] - times[-2]
 
-    chunks = list(sources.open_source(config.data.source).chunks(collections.Counter()))
+    chunks = list(open_source(config.data.source).chunks(collections.Counter()))
     done("reading text")
-    sample = prepare._sample((chunk.text for chunk in chunks), config.tokenizer.sample_bytes)
+    sample = thinned((chunk.text for chunk in chunks), config.tokenizer.sample_bytes)
     train_tokenizer(sample, config.tokenizer).save(folder)
     done("training the tokenizer")
     tokenizer = load_tokenizer(folder)
@@ -69,7 +70,8 @@ def phases(config: Config, folder: Path) -> tuple[dict[str, float], int]:
     done("tokenising")
     texts = [chunk.text for chunk in chunks]
     sizes = [[len(ids), len(t.split()), len(t.encode())] for t, ids in zip(texts, encoded, strict=True)]
-    table = np.column_stack([[chunk.document for chunk in chunks], sizes])
+    documents = np.unique([chunk[:2] for chunk in chunks], axis=0, return_inverse=True)[1]
+    table = np.column_stack([documents, sizes])
     ids = np.concatenate(encoded).astype(row_dtype(tokenizer.vocab_size))
     write_shard(folder / "train-00000.npy", ids, table, config.data.seq_len, tokenizer, config.data.packing)
     done("packing and writing")

@@ -17,8 +17,10 @@ def get_config() -> ConfigDict:
     c.reinit_head = False  # with init_from: initialise a new vocabulary head, for folders without one
 
     c.data = ConfigDict()
-    # builtin | text:GLOB | lines:GLOB | jsonl:GLOB#field | tfds:NAME[/config][:version][:split]
+    # builtin | text:GLOB | text:GLOB#file (a file is a document) | lines:GLOB | jsonl:GLOB#field |
+    # tfds:NAME[/config][:version][:split]
     c.data.source = "builtin"
+    c.data.encoding = "utf-8"  # of text without a byte-order mark: a name that Python knows, such as latin1 or gb18030
     # A folder made by `prepare`, or several with weights ("wiki:0.7,books:0.3"; without weights: in proportion to their
     # rows). It determines seq_len; source, packing and validation_fraction are unused then; tokenizer.path is optional.
     c.data.corpus = ""

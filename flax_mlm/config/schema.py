@@ -22,6 +22,7 @@ FROM_FOLDER = "may be None until `inference.config.apply_folder` fills it"
 @dataclass(frozen=True)
 class DataConfig:
     source: str
+    encoding: str
     corpus: Annotated[str, CHANGEABLE]
     cache_dir: str
     seq_len: Annotated[int, "[4, inf)", CHANGEABLE, FROM_FOLDER]

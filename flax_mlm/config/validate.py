@@ -1,5 +1,6 @@
 """Checks a config: each value against what its field allows, and the rules across fields."""
 
+import codecs
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ def check(c: Config) -> None:
     """Raises UserError if a value is not allowed, or not together with another."""
     _check_values(c)
     c.data.folders()
+    _check_encoding(c.data.encoding)
     c.finetune.rates(c.model.hidden_size)
     c.finetune.sizes(c.model.hidden_size)
     _check_start(c)
@@ -39,6 +41,15 @@ def _check_values(c: Config) -> None:
             raise UserError(f"{path} is {value}; expected a number {knob.allowed}")
         if isinstance(knob.allowed, tuple) and value not in knob.allowed:
             raise UserError(f"{path} is '{value}'; expected one of {', '.join(knob.allowed)}")
+
+
+def _check_encoding(name: str) -> None:
+    try:
+        is_text = codecs.getincrementaldecoder(name)().decode(b"") == ""
+    except (LookupError, TypeError, ValueError):
+        is_text = False
+    if not is_text:
+        raise UserError(f"data.encoding is '{name}'; expected an encoding of Python, such as latin1 or gb18030")
 
 
 def check_complete(c: Config) -> None:

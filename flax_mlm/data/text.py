@@ -1,22 +1,25 @@
 """Text from files, decompressed, decoded and cut into chunks of bounded size."""
 
+import bz2
 import codecs
 import gzip
 import io
+import lzma
 import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, BinaryIO
 
 from flax_mlm.errors import UserError
 
 CHUNK_CHARS = 1 << 16
+UTF_8 = "utf-8"
 
-_DECOMPRESS = "decompress it, or compress it with gzip or zstd and end its name in .gz or .zst"
+_DECOMPRESS = "decompress it, or compress it with gzip, zstd, bzip2 or xz and end its name in .gz, .zst, .bz2 or .xz"
 _UNPACK = "unpack it, and give the files in it"
 _CONVERT = "write its text as JSON lines, and use jsonl:GLOB#field"
-_EXTRACT = "use `wikiextractor --json` and jsonl:GLOB"
+_EXTRACT = "use `wikiextractor` and wikiextractor:GLOB"
 _GET_TEXT = "give files of plain text"
 # What a file that is no plain text begins with -> its name, and what to do.
 _SIGNATURES = (
@@ -30,18 +33,23 @@ _SIGNATURES = (
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (rb"Rar!\x1a\x07", "a rar archive", _UNPACK),
     (rb"[\0-\xff]{257}ustar", "a tar archive", _UNPACK),
-    (rb"PAR1", "a Parquet file", _CONVERT),
-    (rb"ARROW1\0|\xff\xff\xff\xff", "an Arrow file", _CONVERT),
+    (rb"PAR1", "a Parquet file", "use parquet:GLOB#column"),
+    (rb"ARROW1\0|\xff\xff\xff\xff", "an Arrow file", "use arrow:GLOB#column"),
     (rb"ORC[\x01-\x1f]|Obj\x01|SQLite format 3\0|\x89HDF|\x93NUMPY", "a table or database", _CONVERT),
     (rb"\x80[\x02-\x05][\x95\]}(cX\x8a\x8c]", "a pickle", _CONVERT),
     (rb"%PDF-", "a PDF", _GET_TEXT),
     (rb"\{\\rtf", "an RTF document", _GET_TEXT),
     (rb"(<\?xml[^>]*>\s*)?<mediawiki\s", "a dump of MediaWiki", _EXTRACT),
-    (rb"\s*<doc id=[^>]*\surl=[^>]*>", "WikiExtractor's output with its tags <doc ...>", _EXTRACT),
+    (rb"\s*<doc id=[^>]*\surl=[^>]*>", "WikiExtractor's output with its tags <doc ...>", "use wikiextractor:GLOB"),
     (rb"version https://git-lfs\.github\.com", "a Git LFS pointer, not the file itself", "run: git lfs pull"),
 )
 # Ending of a name -> the program that compresses such files, and what they begin with.
-_COMPRESSED = {".gz": ("gzip", rb"\x1f\x8b"), ".zst": ("zstd", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")}
+_COMPRESSED = {
+    ".gz": ("gzip", rb"\x1f\x8b"),
+    ".zst": ("zstd", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    ".bz2": ("bzip2", rb"BZh"),
+    ".xz": ("xz", rb"\xfd7zXZ\0"),
+}
 _CONTROL = bytes({*range(32)} - {*b"\t\n\v\f\r\x1b"})
 _MAX_FOREIGN = 0.1  # fraction of a file's beginning that is no UTF-8 text: Latin-1 in German has 0.02, noise 0.5
 _MIN_HEAD = 64  # bytes to judge from
@@ -73,20 +81,23 @@ def decode(data: bytes, counts: Counter[str]) -> str:
         return data.decode(errors="replace")
 
 
-def line_chunks(file: BinaryIO, counts: Counter[str]) -> Iterator[tuple[int, str, bool]]:
+def line_chunks(file: BinaryIO, counts: Counter[str], start: int = 0) -> Iterator[tuple[int, str, bool]]:
     r"""Reads lines in chunks of at most about `CHUNK_CHARS`.
+
+    Args:
+      start: offset at which the file is, the beginning of a line.
 
     Yields:
       (offset of the chunk's first byte, text, whether the line ends here). Newlines become \n.
     """
-    rest, offset = b"", 0  # bytes that belong to the next chunk; bytes read
+    rest, offset = b"", start  # bytes that belong to the next chunk; bytes read
     while data := file.readline(CHUNK_CHARS - len(rest)):
         offset += len(data)
         data = rest + data
         rest = b""
-        start = offset - len(data)
-        if not start:
-            data = data.removeprefix(b"\xef\xbb\xbf")
+        begin = offset - len(data)
+        if not begin:
+            data = data.removeprefix(codecs.BOM_UTF8)
         ends = data.endswith(b"\n") or len(data) < CHUNK_CHARS // 2
         if not ends:  # keep what follows the last space, or else the last whole character, for the next chunk
             end = data.rfind(b" ", 1)
@@ -97,54 +108,99 @@ def line_chunks(file: BinaryIO, counts: Counter[str]) -> Iterator[tuple[int, str
                 end -= data[end - 1] >= 0xC0
             data, rest = data[:end], data[end:]
         text = decode(data, counts)
-        yield start, (text[:-2] + "\n" if text.endswith("\r\n") else text), ends
+        yield begin, (text[:-2] + "\n" if text.endswith("\r\n") else text), ends
     if rest:
         yield offset - len(rest), decode(rest, counts), True
 
 
-def opened(path: Path, raw: Any) -> BinaryIO:
-    """Opens the text of a file, which is compressed if its name ends in .gz or .zst.
+def to_next_line(file: BinaryIO, offset: int) -> int:
+    """Moves to the first line that begins at this offset or later. Returns where it begins."""
+    if offset:
+        file.seek(offset - 1)
+        while (data := file.readline(CHUNK_CHARS)) and not data.endswith(b"\n"):
+            pass
+    return file.tell() if offset else 0
 
-    Text in UTF-16 or UTF-32, by its byte-order mark, is read as UTF-8. Where it is damaged, reading raises
-    UnicodeError.
+
+def opened(name: str, raw: Any, encoding: str = UTF_8, counts: Counter[str] | None = None) -> BinaryIO:
+    """Opens the text of a file as UTF-8. The file is compressed if its name ends in .gz, .zst, .bz2 or .xz.
+
+    Args:
+      name: path of the file.
+      encoding: of the file, unless it has a byte-order mark of UTF-16 or UTF-32. Where text with such a mark is
+        damaged, reading raises UnicodeError; what another encoding lacks is added to counts["undecodable_bytes"].
 
     Raises:
       UserError: by its beginning, it is no text, or text with markup or in another encoding.
     """
-    file = raw
-    if path.suffix in _COMPRESSED:
-        _check_compressed(path, raw.peek(4))
-        file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else _reader(_zstd_blocks(raw))
+    file: Any = raw
+    suffix = PurePath(name).suffix
+    if suffix in _COMPRESSED:
+        _check_compressed(name, raw.peek(6))
+        file = _decompressed(suffix, raw)
     head = file.peek(4)
-    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        encoding = "utf-32"
-    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
+    if marked := _marked_encoding(head):
+        text: Any = codecs.iterdecode(iter(lambda: file.read(CHUNK_CHARS), b""), marked)
+    elif encoding != UTF_8:
+        _refuse_foreign(name, head, is_utf_8=False)
+        text = _decoded(file, encoding, Counter() if counts is None else counts)
     else:
-        _refuse_foreign(path, head)
+        _refuse_foreign(name, head)
         return file
-    text = codecs.iterdecode(iter(lambda: file.read(CHUNK_CHARS), b""), encoding)
     return _reader(part.encode() for part in text)  # type: ignore[return-value]
 
 
-def _check_compressed(path: Path, head: bytes) -> None:
-    program, begins = _COMPRESSED[path.suffix]
+def divisible(name: str, raw: Any, encoding: str) -> bool:
+    """Returns whether reading may begin at any line of a file: it is neither compressed nor decoded."""
+    return PurePath(name).suffix not in _COMPRESSED and encoding == UTF_8 and not _marked_encoding(raw.peek(4))
+
+
+def _marked_encoding(head: bytes) -> str:
+    """The encoding that a byte-order mark says; empty for UTF-8 and where there is none."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
+
+
+def _decoded(file: BinaryIO, encoding: str, counts: Counter[str]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
+    while data := file.read(CHUNK_CHARS):
+        text = decoder.decode(data)
+        counts["undecodable_bytes"] += text.count("\ufffd")
+        yield text
+    yield decoder.decode(b"", final=True)
+
+
+def _decompressed(suffix: str, raw: Any) -> Any:
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if suffix == ".zst":
+        return _reader(_zstd_blocks(raw))
+    return bz2.BZ2File(raw) if suffix == ".bz2" else lzma.LZMAFile(raw)
+
+
+def _check_compressed(name: str, head: bytes) -> None:
+    suffix = PurePath(name).suffix
+    program, begins = _COMPRESSED[suffix]
     if head and not re.match(begins, head):
-        _refuse_foreign(path, head)
-        what = f"{path} is not compressed by {program}, as its first bytes show"
-        raise UserError(f"{what}; if it is plain text, take {path.suffix} from its name")
+        _refuse_foreign(name, head)
+        what = f"{name} is not compressed by {program}, as its first bytes show"
+        raise UserError(f"{what}; if it is plain text, take {suffix} from its name")
 
 
-def _refuse_foreign(path: Path, head: bytes) -> None:
+def _refuse_foreign(name: str, head: bytes, is_utf_8: bool = True) -> None:
     head = head.removeprefix(codecs.BOM_UTF8)
     for pattern, what, remedy in _SIGNATURES:
         if re.match(pattern, head):
-            raise UserError(f"{path} is {what}; expected plain text; {remedy}")
+            raise UserError(f"{name} is {what}; expected plain text; {remedy}")
+    if not is_utf_8:
+        return
     text = head.decode(errors="ignore").encode().translate(None, _CONTROL)
     foreign = 1 - len(text) / max(len(head), 1)
     if len(head) >= _MIN_HEAD and foreign > _MAX_FOREIGN:
-        what = f"{path} is no text in UTF-8, as {foreign:.0%} of its first bytes show; expected UTF-8"
-        raise UserError(f"{what}; convert it with iconv -f ENCODING -t UTF-8, or leave it out if it is no text")
+        what = f"{name} is no text in UTF-8, as {foreign:.0%} of its first bytes show; expected UTF-8"
+        remedy = "name its encoding (data.encoding=gb18030), or leave it out if it is no text"
+        raise UserError(f"{what}; {remedy}")
 
 
 def _reader(blocks: Iterator[bytes]) -> io.BufferedReader:

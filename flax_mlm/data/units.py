@@ -1,18 +1,13 @@
 """Tokenising, packing and writing a source unit by unit.
 
-Each finished unit leaves its shards in the corpus folder and a file UNIT.json with their entries for corpus.json, so
-that a killed `prepare` continues with the next unit. Other processes tokenise.
+Each finished part of a unit leaves its shards and a record with their entries for corpus.json, so that a killed
+`prepare` continues with the next one.
 """
 
-import concurrent.futures
+import dataclasses
 import hashlib
 import io
 import itertools
-import json
-import multiprocessing
-import os
-import signal
-import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,51 +17,155 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from flax_mlm.config.schema import DataConfig
-from flax_mlm.data.corpus import COUNTS, SPLITS, row_dtype
+from flax_mlm.data.corpus import COUNTS, SPLITS
 from flax_mlm.data.packing import pack
-from flax_mlm.data.sources import TextChunk
-from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
-from flax_mlm.errors import UserError
+from flax_mlm.data.sources.base import TextChunk, Unit
+from flax_mlm.data.tokenising import Tokenised, make_jobs
+from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.storage import files
 
-JOB_CHARS = 1 << 20  # that a worker tokenises at a time
 
-# The C chunks of a job; ids (T,) of `row_dtype`; int64 (C, 3) number of tokens, words and bytes in each chunk.
-Tokenised: TypeAlias = tuple[list[TextChunk], np.ndarray, np.ndarray]
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A folder of unfinished work, which several machines may share.
+
+    Attributes:
+      folder: has the tokenizer in `tokenizer`; each finished unit leaves `units/UNIT.json`, and each finished part
+        `units/UNIT-PART.json`.
+      corpus: folder for the shards.
+    """
+
+    folder: Path
+    corpus: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder with the file of the tokenizer."""
+        return self.folder / "tokenizer"
+
+    def finished(self, unit: int) -> dict[str, Any] | None:
+        """Reads the record of a unit, see `make_units`; None: it is not finished."""
+        return files.read_object(self.folder / "units" / f"{unit:05d}.json", "parts")
+
+    def part(self, unit: int, part: int) -> dict[str, Any] | None:
+        """Reads the record of a part, see `_make_part`; None: it is not finished."""
+        return files.read_object(self._part(unit, part), *SPLITS)
+
+    def finish_part(self, unit: int, part: int, record: dict[str, Any]) -> None:
+        """Writes the record of a part."""
+        files.write_json(self._part(unit, part), record)
+
+    def finish(self, unit: int, record: dict[str, Any]) -> None:
+        """Writes the record of a unit."""
+        files.write_json(self.folder / "units" / f"{unit:05d}.json", record)
+
+    def _part(self, unit: int, part: int) -> Path:
+        return self.folder / "units" / f"{unit:05d}-{part:05d}.json"
+
+
+Tokenise: TypeAlias = Callable[[Iterable[list[TextChunk]]], Iterator[Tokenised]]
 
 
 def make_units(
-    chunks: Iterable[TextChunk], work: Path, tokenizer: Tokenizer, data: DataConfig, log: Callable[[str], None]
-) -> tuple[dict[str, Any], Counter[str]]:
-    """Tokenises, packs and writes the units that are not finished yet.
+    units: Iterable[Unit],
+    work: Work,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    tokenise: Tokenise,
+    progress: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Tokenises, packs and writes units, except for what is finished already.
+
+    The record of a unit has `parts`, how many there are, and `counts` and `undecodable`, see `Unit.chunks`.
 
     Args:
-      chunks: all chunks of the source.
-      work: folder with `tokenizer`, which holds the file of this one; the shards are written to `corpus` in it, and
-        the files UNIT.json to `units`.
-
-    Returns:
-      The `splits` of corpus.json, and the number of unknown tokens in each file of text.
+      tokenise: maps jobs to their tokens, in order.
+      progress: called with the number of bytes that have been read.
     """
-    folder, finished = work / "corpus", work / "units"
-    folder.mkdir(exist_ok=True)
-    finished.mkdir(exist_ok=True)
-    units = {int(file.stem): json.loads(file.read_text()) for file in finished.glob("*.json")}
-    if units:
-        log(f"tokenising: {len(units)} units were finished before and are reused")
-    jobs = (job for job in make_jobs(chunks) if job[0].unit not in units)
-    results = _tokenise(jobs, work / "tokenizer", data.num_workers or os.cpu_count() or 1)
-    for unit, group in itertools.groupby(results, lambda result: result[0][0].unit):
-        unit_chunks, ids, table = _joined(group)
-        is_held_out = np.array([chunk.hash for chunk in unit_chunks]) < data.validation_fraction
-        units[unit] = {"unknown": _unknown_tokens(unit_chunks, ids, table[:, 1], tokenizer.unk_id)}
-        for split, chosen in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
-            tokens = ids[np.repeat(chosen, table[:, 1])]
-            file = folder / f"{split}-{unit:05d}.npy"
-            units[unit][split] = write_shard(file, tokens, table[chosen], data.seq_len, tokenizer, data.packing)
-        files.write_json(finished / f"{unit:05d}.json", units[unit])
-    splits = {split: join_entries([units[unit][split] for unit in sorted(units)]) for split in SPLITS}
-    return splits, sum((Counter(unit["unknown"]) for unit in units.values()), Counter())
+    work.corpus.mkdir(parents=True, exist_ok=True)
+    (work.folder / "units").mkdir(parents=True, exist_ok=True)
+    reading = deque(_Reading(unit) for unit in units)
+    jobs = (job for job in make_jobs(_chunks(tuple(reading), progress)) if not work.part(job[0].unit, job[0].part))
+    for (unit, part), group in itertools.groupby(tokenise(jobs), lambda result: result[0][0].part_key):
+        while reading[0].unit.number != unit:  # all of it has been read, and all its parts are finished
+            work.finish(reading[0].unit.number, reading.popleft().record())
+        work.finish_part(unit, part, _make_part(unit, part, group, work, tokenizer, data))
+    for each in reading:
+        work.finish(each.unit.number, each.record())
+
+
+def _chunks(units: Iterable["_Reading"], progress: Callable[[int], None]) -> Iterator[TextChunk]:
+    finished = 0
+    for each in units:
+        for chunk in each.chunks():
+            progress(finished + each.counts["read"])
+            yield chunk
+        finished += each.unit.size
+
+
+@dataclasses.dataclass
+class _Reading:
+    """A unit that is read."""
+
+    unit: Unit
+    parts: int = 0
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    undecodable: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def chunks(self) -> Iterator[TextChunk]:
+        for chunk in self.unit.chunks(self.counts, self.undecodable):
+            self.parts = chunk.part + 1
+            yield chunk
+
+    def record(self) -> dict[str, Any]:
+        return {"parts": self.parts, "counts": self.counts, "undecodable": self.undecodable}
+
+
+def _make_part(
+    unit: int, part: int, results: Iterable[Tokenised], work: Work, tokenizer: Tokenizer, data: DataConfig
+) -> dict[str, Any]:
+    """Packs and writes a part. Returns its record: for each split what `write_shard` returns, and `unknown`, the number
+    of unknown tokens in each file of text."""
+    chunks, ids, table = _joined(results)
+    is_held_out = np.array([chunk.hash for chunk in chunks]) < data.validation_fraction
+    record: dict[str, Any] = {"unknown": _unknown_tokens(chunks, ids, table[:, 1], tokenizer.unk_id)}
+    for split, chosen in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
+        tokens = ids[np.repeat(chosen, table[:, 1])]
+        file = work.corpus / (f"{split}-{unit:05d}" + f"-{part:05d}" * bool(part) + ".npy")
+        record[split] = write_shard(file, tokens, table[chosen], data.seq_len, tokenizer, data.packing)
+    return record
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Sums over all units.
+
+    Attributes:
+      splits: as in corpus.json.
+      counts, undecodable: see `Unit.chunks`.
+      unknown: file -> number of its unknown tokens.
+    """
+
+    splits: dict[str, Any]
+    counts: Counter[str]
+    undecodable: Counter[str]
+    unknown: Counter[str]
+
+
+def join(work: Work, num_units: int) -> Totals:
+    """Sums the records of all units, which are finished."""
+    records = [work.finished(unit) or {} for unit in range(num_units)]
+    parts = [work.part(unit, part) or {} for unit, record in enumerate(records) for part in range(record["parts"])]
+    splits = {split: join_entries([part[split] for part in parts]) for split in SPLITS}
+    counts, undecodable = (_sum(record[key] for record in records) for key in ("counts", "undecodable"))
+    return Totals(splits, counts, undecodable, _sum(part["unknown"] for part in parts))
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> Counter[str]:
+    total = Counter[str]()
+    for each in counts:
+        total.update(each)
+    return total
 
 
 def _joined(results: Iterable[Tokenised]) -> tuple[list[TextChunk], np.ndarray, np.ndarray]:
@@ -85,20 +184,6 @@ def _unknown_tokens(chunks: list[TextChunk], ids: np.ndarray, num_tokens_C: np.n
     for chunk, number in zip(chunks, (totals[ends_C] - totals[ends_C - num_tokens_C]).tolist(), strict=True):
         by_file[chunk.file] += number
     return dict(+by_file)
-
-
-def make_jobs(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
-    """Groups chunks into jobs of about `JOB_CHARS`, none of which crosses the end of a unit."""
-    job: list[TextChunk] = []
-    size = 0
-    for chunk in chunks:
-        if job and (size >= JOB_CHARS or chunk.unit != job[0].unit):
-            yield job
-            job, size = [], 0
-        job.append(chunk)
-        size += len(chunk.text)
-    if job:
-        yield job
 
 
 def write_shard(
@@ -138,49 +223,3 @@ def join_entries(units: list[dict[str, Any]]) -> dict[str, Any]:
     """Joins the entries of a split's units in corpus.json."""
     shards = [shard for unit in units for shard in unit["shards"]]
     return {**{key: sum(unit[key] for unit in units) for key in COUNTS}, "shards": shards}
-
-
-def _tokenise(jobs: Iterable[list[TextChunk]], tokenizer_path: Path, num_workers: int) -> Iterator[Tokenised]:
-    """Tokenises jobs in other processes, in order. Raises UserError if one of them was killed."""
-    # Spawned, not forked: this process may run threads of JAX or TensorFlow.
-    spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(num_workers, spawn, _start_worker, (tokenizer_path,))
-    pending: deque[tuple[list[TextChunk], concurrent.futures.Future[tuple[np.ndarray, np.ndarray]]]] = deque()
-    try:
-        for job in jobs:
-            pending.append((job, pool.submit(_tokenise_texts, [chunk.text for chunk in job])))
-            if len(pending) > 2 * num_workers:
-                first, future = pending.popleft()
-                yield first, *future.result()
-        for last, future in pending:
-            yield last, *future.result()
-    except concurrent.futures.BrokenExecutor as e:
-        raise UserError("a worker was killed, perhaps for lack of memory; lower data.num_workers and run again") from e
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_tokenizer: Tokenizer
-
-
-def _start_worker(tokenizer_path: Path) -> None:
-    global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
-    _worker_tokenizer = load_tokenizer(tokenizer_path)
-    _worker_tokenizer.num_threads = 1
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """Ends this process when its parent is killed, which workers of a pool outlive otherwise."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os._exit(1)
-
-
-def _tokenise_texts(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    ids = _worker_tokenizer.encode(texts)
-    sizes = [[len(i), len(text.split()), len(text.encode())] for text, i in zip(texts, ids, strict=True)]
-    return np.concatenate(ids).astype(row_dtype(_worker_tokenizer.vocab_size)), np.array(sizes, np.int64)

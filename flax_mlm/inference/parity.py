@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_mlm.data import sources
+from flax_mlm.data.sources.open import open_source
 from flax_mlm.errors import UserError
 from flax_mlm.hf import tokenizer_json
 from flax_mlm.inference import embeddings
@@ -112,6 +112,6 @@ def compare_outputs(net: Any, model: LoadedModel, rows: list[list[int]]) -> tupl
 
 def _sample_texts() -> list[str]:
     """Returns lines of the built-in corpus, from a word to a page long."""
-    chunks = sources.open_source("builtin").chunks()
+    chunks = open_source("builtin").chunks()
     lines = [line for chunk in chunks for line in chunk.text.split("\n") if line.strip()]
     return lines[:: len(lines) // _TEXTS][:_TEXTS]

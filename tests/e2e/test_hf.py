@@ -16,8 +16,8 @@ from flax_mlm.cli.app import config_of
 from flax_mlm.config.load import build
 from flax_mlm.configs import base
 from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
-from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
+from flax_mlm.data.tokenizer_training import train_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import registry
 from flax_mlm.hf import bert, folder, modernbert, tokenizer_json
@@ -421,9 +421,9 @@ def test_tokenizer_json_cuts_the_built_in_corpus_alike(model_type, normalization
 
     import tokenizers
 
-    from flax_mlm.data import sources
+    from flax_mlm.data.sources.open import open_source
 
-    parts = sources.open_source("builtin").chunks(Counter())
+    parts = open_source("builtin").chunks(Counter())
     lines = [line for part in parts for line in part.text.split("\n") if line.strip()]
     config = build(base.get_config()).tokenizer
     config = dataclasses.replace(config, model_type=model_type, normalization=normalization, vocab_size=4000)

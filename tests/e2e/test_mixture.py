@@ -15,7 +15,7 @@ from flax_mlm.config.schema import DataConfig
 from flax_mlm.configs import base
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
-from flax_mlm.data.prepare import train_tokenizer
+from flax_mlm.data.tokenizer_training import train_tokenizer
 from flax_mlm.errors import UserError
 from tests.helpers.corpora import write_corpus
 from tests.helpers.runs import assert_same_run, finish, metrics_of

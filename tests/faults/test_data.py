@@ -241,7 +241,7 @@ def test_text_that_is_hardly_text(toy, tmp_path, outcome):
     assert len(rows) + len(validation) > 2_000
     assert rows.max() < 800
     assert "warning: 2 empty files" in done.stdout
-    assert re.search(r"warning: [\d,]+ bytes in 1 files were not UTF-8 and became U\+FFFD", done.stdout)
+    assert re.search(r"warning: [\d,]+ bytes in 1 files could not be decoded and became U\+FFFD", done.stdout)
     outcome("recovered", 7)
 
 

@@ -16,11 +16,11 @@ import pytest
 
 from flax_mlm.config.load import build
 from flax_mlm.configs import base, bert_base, modernbert_base
-from flax_mlm.data import sources
 from flax_mlm.data import tables as labelled
 from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
-from flax_mlm.data.prepare import train_tokenizer
+from flax_mlm.data.sources.open import open_source
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
+from flax_mlm.data.tokenizer_training import train_tokenizer
 from flax_mlm.distributed.batches import shard_batch, shard_rows
 from flax_mlm.distributed.mesh import make_mesh
 from flax_mlm.evaluation import retrieval
@@ -91,7 +91,7 @@ def real_path(name: str) -> Path:
 
 def sentences(count: int) -> list[str]:
     """Real ones, from one word to some hundred."""
-    parts = sources.open_source("builtin").chunks(Counter())
+    parts = open_source("builtin").chunks(Counter())
     found = [s for part in parts for line in part.text.split("\n") for s in line.split(". ") if s.strip()]
     return found[:: len(found) // count][:count]
 

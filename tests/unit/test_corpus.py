@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flax_mlm.config.schema import TokenizerConfig
 from flax_mlm.data.corpus import Corpus, row_dtype
-from flax_mlm.data.prepare import train_tokenizer
+from flax_mlm.data.tokenizer_training import train_tokenizer
 from flax_mlm.errors import UserError
 from tests.helpers.corpora import L, write_corpus
 

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_mlm.data import sources
-from flax_mlm.data.sources import TextChunk, check_fraction, hashed, open_source
+from flax_mlm.data.held_out import check_fraction
+from flax_mlm.data.sources import base
+from flax_mlm.data.sources.base import TextChunk, hashed
+from flax_mlm.data.sources.open import open_source
 from flax_mlm.errors import UserError
 
 
@@ -30,7 +32,7 @@ def test_neither_chunks_nor_whitespace_count(texts):
 
 
 def test_only_the_beginning_of_a_long_document_counts(monkeypatch):
-    monkeypatch.setattr(sources, "_HASHED_BYTES", 10)
+    monkeypatch.setattr(base, "_HASHED_BYTES", 10)
     assert value("0123456789") == value("01 234", "56789ab", "c") == value("0123456789", "other")
     assert value("0123456789") != value("012345678")
 

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, normalizers
 
 from flax_mlm.config.load import build
 from flax_mlm.configs import base
-from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import load_tokenizer
+from flax_mlm.data.tokenizer_training import train_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.hf.folder import open_folder
 from tests.helpers import tokenizer_files

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_mlm.data import packing, sources
+from flax_mlm.data import packing
+from flax_mlm.data.sources.open import open_source
 
 PAD, CLS, SEP, FIRST = 0, 1, 2, 3
 MARKS = SimpleNamespace(cls_id=CLS, sep_id=SEP, pad_id=PAD)
@@ -75,7 +76,7 @@ def test_best_fit_takes_the_tightest_row():
 @pytest.mark.parametrize("seq_len", [128, 512])
 def test_little_padding_on_prose(mode, seq_len):
     documents: Counter[int] = Counter()
-    for chunk in sources.open_source("builtin").chunks(Counter()):
+    for chunk in open_source("builtin").chunks(Counter()):
         documents[chunk.document] += len(chunk.text.split())
     lengths = np.array(list(documents.values()))
     rows = packing.pack(np.full(lengths.sum(), FIRST, np.uint16), lengths, seq_len, MARKS, mode)

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from flax_mlm.config.load import build
 from flax_mlm.configs import base
 from flax_mlm.data import prepare as prepare_lib
-from flax_mlm.data import sources, units
+from flax_mlm.data import tokenising, tokenizer_training
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.prepare import prepare
-from flax_mlm.data.sources import TextChunk, hashed
+from flax_mlm.data.sources import base as sources
+from flax_mlm.data.sources.base import TextChunk, hashed
 from flax_mlm.errors import UserError
 from tests.helpers import tokenizer_files
 from tests.helpers.paths import ROOT
@@ -54,7 +55,7 @@ UNIT_BYTES, JOB_CHARS = 300_000, 50_000
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
     monkeypatch.setattr(sources, "UNIT_BYTES", UNIT_BYTES)
-    monkeypatch.setattr(units, "JOB_CHARS", JOB_CHARS)
+    monkeypatch.setattr(tokenising, "JOB_CHARS", JOB_CHARS)
 
 
 def silent(line: str) -> None:
@@ -65,7 +66,7 @@ def silent(line: str) -> None:
 def undisturbed(text, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sources, "UNIT_BYTES", UNIT_BYTES)
-        m.setattr(units, "JOB_CHARS", JOB_CHARS)
+        m.setattr(tokenising, "JOB_CHARS", JOB_CHARS)
         output = tmp_path_factory.mktemp("undisturbed") / "corpus"
         prepare(make_config(data_source=f"text:{text}"), output, silent)
         return output
@@ -136,10 +137,11 @@ sys.modules |= dict.fromkeys(["jax", "jaxlib", "flax", "optax", "orbax", "tensor
 sys.path.insert(0, {root!r})
 from flax_mlm.configs import base
 from flax_mlm.config.load import build
-from flax_mlm.data import sources, units
+from flax_mlm.data import tokenising
 from flax_mlm.data.prepare import prepare
+from flax_mlm.data.sources import base as sources
 if __name__ == "__main__":
-    sources.UNIT_BYTES, units.JOB_CHARS = {unit_bytes}, {job_chars}
+    sources.UNIT_BYTES, tokenising.JOB_CHARS = {unit_bytes}, {job_chars}
     c = base.get_config()
     c.data.update(seq_len=32, num_workers=2, source={source!r})
     c.tokenizer.vocab_size = 500
@@ -287,7 +289,7 @@ def test_odd_text_is_reported(tmp_path):
     log: list[str] = []
     config = make_config(data_source=f"text:{tmp_path}/?", tokenizer_vocab_size=270)
     prepare(config, tmp_path / "out", log.append)
-    damaged = f"warning: 1 bytes in 1 files were not UTF-8 and became U+FFFD, most in {tmp_path}/a; "
+    damaged = f"warning: 1 bytes in 1 files could not be decoded and became U+FFFD, most in {tmp_path}/a; "
     assert any(line.startswith(damaged) for line in log)
     assert "warning: 1 empty files" in log
     assert any("licence" in line for line in log)
@@ -305,7 +307,7 @@ def test_text_without_tokens_is_reported_with_its_file(documents, warned, tmp_pa
     config = make_config(data_source=f"text:{tmp_path}/?", tokenizer_path=str(path))
     prepare(config, tmp_path / "out", log.append)
     (line,) = [line for line in log if line.startswith("text: ")]
-    assert re.fullmatch(r"text: \d+\.\d\d% of the tokens are unknown, 0\.00% of the bytes were no UTF-8", line)
+    assert re.fullmatch(r"text: \d+\.\d\d% of the tokens are unknown, 0\.00% of the bytes could not be decoded", line)
     assert any(line.startswith("warning") for line in log) == warned
     where = f"of the text, which becomes [UNK], most in {tmp_path}/b; use a tokenizer"
     assert any(where in line for line in log) == warned
@@ -322,7 +324,7 @@ def test_unknown_tokens_of_units_that_were_finished_before_count(tmp_path, monke
         prepare(config, tmp_path / "out", silent)
     prepare(config, tmp_path / "out", log.append)
     assert any("units were finished before" in line for line in log)
-    assert "text: 100.00% of the tokens are unknown, 0.00% of the bytes were no UTF-8" in log
+    assert "text: 100.00% of the tokens are unknown, 0.00% of the bytes could not be decoded" in log
 
 
 def interrupt(*_):
@@ -332,7 +334,7 @@ def interrupt(*_):
 @given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 200))
 def test_sample_is_bounded_and_spread(sizes, limit):
     texts = [f"{i:02d}" + "x" * n for i, n in enumerate(sizes)]
-    kept = prepare_lib._sample(iter(texts), limit)
+    kept = tokenizer_training.thinned(iter(texts), limit)
     assert len(kept) == 1 or sum(map(len, kept)) <= limit or not texts
     places = [texts.index(t) for t in kept]
     assert set(np.diff(places)) <= {places[1]} if len(places) > 1 else places in ([], [0])
@@ -345,7 +347,7 @@ def test_output_must_be_local():
 
 def test_jobs_keep_every_chunk_in_order_and_end_with_their_unit():
     chunks = [TextChunk(i // 20, i // 3, "x" * (i * 7919 % 40_000)) for i in range(50)]
-    jobs = list(units.make_jobs(iter(chunks)))
+    jobs = list(tokenising.make_jobs(iter(chunks)))
     assert [chunk[:3] for job in jobs for chunk in job] == [chunk[:3] for chunk in chunks]
     assert len(jobs) > 3
     for job in jobs:

@@ -14,8 +14,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from flax_mlm.config.schema import TokenizerConfig
 from flax_mlm.data import sentencepiece_tokenizer
-from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
+from flax_mlm.data.tokenizer_training import train_tokenizer
 from flax_mlm.errors import UserError
 from tests.helpers.paths import SHARED
 from tests.helpers.tokenizer_files import folder

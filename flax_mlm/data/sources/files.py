@@ -1,0 +1,92 @@
+"""Files of a source: what a glob matches, on this machine."""
+
+import contextlib
+import dataclasses
+import glob
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from flax_mlm.data.sources.base import Range, Source, grouped
+from flax_mlm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file to read documents from.
+
+    Attributes:
+      path: as it is shown to people.
+      size: bytes.
+      version: JSON-able; changes when the file does.
+    """
+
+    path: str
+    size: int
+    version: Any
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[BinaryIO]:
+        """Opens the file, buffered and with `peek`, and names it where it cannot be read. Raises UserError."""
+        with naming(self.path), open(self.path, "rb") as file:
+            yield file
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Turns errors of reading a file into a UserError that names it."""
+    try:
+        yield
+    except (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError) as e:
+        raise UserError(f"{path} cannot be read to its end: {e}; check that the file is complete") from e
+
+
+def find(spec: str, pattern: str) -> list[File]:
+    """Finds the files that match a glob, sorted. What exists as it is written stands for itself, such as a folder
+    `text[1]`.
+
+    Args:
+      spec: value of `data.source`, for errors.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(os.path.expanduser(pattern))
+    literal = next((p for p in (path, *path.parents) if os.path.exists(p)), Path())
+    matches = glob.glob(str(Path(glob.escape(str(literal)), path.relative_to(literal))), recursive=True)
+    paths = sorted(Path(p) for p in matches if os.path.isfile(p))
+    if not paths and path.is_dir():
+        names = (spec.partition(":")[0] + ":" + os.path.join(pattern, end) for end in ("*", "**"))
+        raise UserError(f"data.source is '{spec}'; '{pattern}' is a folder; expected files: {' or '.join(names)}")
+    if not paths:
+        where = "; text is read from local files: copy it" if "://" in pattern else f" (from {os.getcwd()})"
+        raise UserError(f"data.source is '{spec}'; no file matches '{pattern}'{where}")
+    stats = ((path, path.stat()) for path in paths)
+    return [File(str(path), s.st_size, [str(path.resolve()), s.st_size, s.st_mtime_ns]) for path, s in stats]
+
+
+def from_files(
+    name: str,
+    files: list[File],
+    ranges: Callable[[File], Iterable[Range]],
+    check: Callable[[File], None] | None = None,
+    settings: Any = None,
+    licence: str = "not stated; that of the files",
+) -> Source:
+    """Makes a source of files.
+
+    Args:
+      ranges: divides a file.
+      check: raises UserError where the beginning of a file shows that it is not of this format.
+      settings: JSON-able; what else decides the documents.
+    """
+
+    def check_all() -> None:
+        for file in files if check else ():
+            check(file)  # type: ignore[misc]
+
+    version = [[file.version for file in files], settings]
+    return Source(name, licence, version, grouped(each for file in files for each in ranges(file)), check_all)
