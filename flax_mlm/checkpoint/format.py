@@ -21,7 +21,7 @@ from flax_mlm.checkpoint.store import MARKER, bound_retries, check_name, is_own,
 from flax_mlm.config import load, schema
 from flax_mlm.data.tokenizer import TOKENIZERS, Tokenizer
 from flax_mlm.errors import Failure, UserError, hub_remedy
-from flax_mlm.storage import files, gcs
+from flax_mlm.storage import buckets, files, gcs
 from flax_mlm.storage.retry import retrying
 
 FORMAT = 4
@@ -58,7 +58,7 @@ def find_checkpoints(path: str) -> list[epath.Path]:
         else:
             folder = folder.parent if folder.name == "checkpoints" else folder
             found = [folder / "checkpoints" / str(step) for step in reversed(saved_steps(folder))]
-        own = gcs.together(is_own, found, folder)
+        own = buckets.together(is_own, found, folder)
     if not any(own):
         what = "a checkpoint of another program, and none of flax_mlm," if found else "no checkpoint"
         hub = f"; {hub_remedy(path)}" if hub_remedy(path) else ""

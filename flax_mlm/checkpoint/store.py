@@ -19,7 +19,7 @@ from etils import epath
 from etils.epath import gpath
 
 from flax_mlm.errors import UserError, as_user_error
-from flax_mlm.storage import files, gcs
+from flax_mlm.storage import buckets, files, gcs
 from flax_mlm.storage.retry import retrying
 
 MARKER = "commit_success.txt"  # orbax's AtomicityMode.COMMIT_FILE; written last
@@ -186,7 +186,7 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
     if not (gcs.is_one(folder) or files.exists(folder)):
         return []
     steps = [path for name in Store(folder).names() if is_step(path := folder / name)]
-    committed = gcs.together(lambda path: files.exists(path / MARKER), steps, folder)
+    committed = buckets.together(lambda path: files.exists(path / MARKER), steps, folder)
     return sorted(int(path.name) for path, is_committed in zip(steps, committed, strict=True) if is_committed)
 
 

@@ -7,7 +7,7 @@ and uint32 otherwise; beside it lie the CRC-32 of its rows, uint32 (rows,). corp
 every file, and its own SHA-256. Every row is compared with its checksum whenever it is read, so a damaged row is an
 error that names it, never a batch.
 
-Rows are read by their offset in the file, on disk and on object stores (gs://) alike. Files are not memory-mapped: a
+Rows are read by their offset in the file, on disk and in buckets alike. Files are not memory-mapped: a
 mapped file that shrinks, or whose disk fails, ends the process with SIGBUS. Nothing is ever unpickled.
 """
 
@@ -28,7 +28,8 @@ from etils import epath
 
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import Failure, UserError
-from flax_mlm.storage import files, gcs
+from flax_mlm.storage import buckets, files
+from flax_mlm.storage.gcs import AnyPath
 from flax_mlm.storage.retry import retrying
 
 FORMAT = 3  # raised whenever older readers would misread
@@ -51,7 +52,7 @@ class CheckedFile:
     def check_size(self) -> None:
         """Compares the size. Raises UserError."""
         with _reading(self.path):
-            size = self.path.stat().length if self.path.exists() else None
+            size = files.size(self.path)
         if size is None:
             raise UserError(f"{self.path} is missing; {_REMEDY}")
         if size != self.size:
@@ -61,7 +62,7 @@ class CheckedFile:
     def content(self) -> bytes:
         """Reads the file and compares its checksum. Raises UserError."""
         with _reading(self.path):
-            data = self.path.read_bytes()
+            data = files.read_bytes(self.path)
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise UserError(f"{self.path} is damaged: its checksum differs from that in corpus.json; {_REMEDY}")
         return data
@@ -96,7 +97,7 @@ class Shard:
         lengths = np.diff(ends, prepend=0)
         offsets = header + wanted[ends - lengths] * width
         with _reading(self.file.path):
-            ranges = _read_ranges(self.file.path, offsets.tolist(), (lengths * width).tolist())
+            ranges = files.read_ranges(self.file.path, offsets.tolist(), (lengths * width).tolist())
         data = memoryview(b"".join(ranges))
         for i, (row, crc32) in enumerate(zip(wanted.tolist(), self._crc32[wanted].tolist(), strict=True)):
             if zlib.crc32(data[i * width : (i + 1) * width]) != crc32:  # also where the file ends early
@@ -149,7 +150,7 @@ class Rows:
             out[here] = self._shards[s].read(indices[here] - starts[s])
 
         if indices.size:
-            gcs.together(fill, np.unique(shard).tolist(), self._shards[0].file.path)
+            buckets.together(fill, np.unique(shard).tolist(), self._shards[0].file.path)
         return out
 
 
@@ -186,16 +187,17 @@ class Corpus:
           UserError: the folder is not a corpus, has another format, is damaged or incomplete, names files outside of
             itself, or holds another tokenizer than the one it was made with.
         """
-        folder = gcs.parse("data.corpus", os.fspath(path)) or epath.Path(path).expanduser()
-        gcs.check("data.corpus", folder)
+        folder = buckets.parse("data.corpus", os.fspath(path)) or epath.Path(path).expanduser()
+        buckets.check("data.corpus", folder)
         file = folder / MANIFEST
         with _reading(file):
-            if not file.exists():
+            size = files.size(file)
+            if size is None:
                 remedy = "make one with `python -m flax_mlm.prepare`"
                 raise UserError(f"{folder} is not a corpus: it has no {MANIFEST}; {remedy}")
-            if not 0 < (size := file.stat().length) <= _MAX_MANIFEST_BYTES:  # also a pipe or a device, which has 0
+            if not 0 < size <= _MAX_MANIFEST_BYTES:  # also a pipe or a device, which has 0
                 raise UserError(f"{file} has {size} bytes; expected 1 to {_MAX_MANIFEST_BYTES}; {_REMEDY}")
-            data = file.read_bytes()
+            data = files.read_bytes(file)
         try:
             manifest = json.loads(data)
             if manifest["format"] != FORMAT:
@@ -208,7 +210,7 @@ class Corpus:
             raise UserError(f"{file} is damaged ({type(e).__name__}: {e}); {_REMEDY}") from e
         shards = [shard for rows in corpus._splits.values() for shard in rows._shards]
         parts = [corpus._tokenizer, *(file for shard in shards for file in (shard.file, shard.checksums))]
-        gcs.together(CheckedFile.check_size, parts, folder)
+        buckets.together(CheckedFile.check_size, parts, folder)
         corpus._tokenizer.content()
         return corpus
 
@@ -255,7 +257,7 @@ class Corpus:
         return self._splits[name]
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: AnyPath, manifest: dict[str, Any]) -> None:
     """Writes corpus.json, with its own checksum in it."""
     files.write_text(folder / MANIFEST, json.dumps({**manifest, "sha256": files.digest(manifest)}, indent=1))
 
@@ -290,23 +292,11 @@ def _file(folder: epath.Path, entry: dict[str, Any], least: int) -> CheckedFile:
     return CheckedFile(path, _whole(entry, "size", least), str(entry["sha256"]))
 
 
-def _read_ranges(path: epath.Path, starts: list[int], lengths: list[int]) -> list[bytes]:
-    """Reads ranges of a file. In a bucket each is a request: an open file would read megabytes ahead of each."""
-    if gcs.is_one(path):
-        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-        return gcs.client().cat_ranges([os.fspath(path)] * len(starts), starts, ends, on_error="raise")
-    file = os.open(path, os.O_RDONLY)  # a buffered file would read 8 KiB for each row
-    try:
-        return [os.pread(file, length, start) for start, length in zip(starts, lengths, strict=True)]
-    finally:
-        os.close(file)
-
-
 @contextlib.contextmanager
 def _reading(path: epath.Path) -> Iterator[None]:
     """Turns every exception about a file into a UserError that names it."""
     try:
-        with gcs.errors(path):
+        with buckets.errors(path):
             yield
     except (UserError, Failure):
         raise

@@ -17,7 +17,7 @@ from flax_mlm.data.prepare import prepare
 from flax_mlm.data.stream import Stream, counts, whole_numbers
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
-from flax_mlm.storage import files, gcs
+from flax_mlm.storage import buckets, files
 
 _SAMPLE_ROWS = 64  # to guess the scripts of a text from
 
@@ -43,7 +43,7 @@ class Mixture:
         """
         folders = data.folders(_is_folder)
         corpora = [Corpus.open(folder) for folder in folders]
-        paths = [os.fspath(c.path).rstrip("/") if gcs.is_one(c.path) else os.path.realpath(c.path) for c in corpora]
+        paths = [os.fspath(c.path).rstrip("/") if buckets.is_one(c.path) else os.path.realpath(c.path) for c in corpora]
         first = corpora[0]
         for i, corpus in enumerate(corpora):
             if paths[i] in paths[:i]:
@@ -142,12 +142,11 @@ class Mixture:
 
 def _is_folder(path: str) -> bool:
     """Returns whether there is a folder, or in a bucket a corpus, of exactly this name."""
-    if not path.startswith("gs://") or path.count("://") > 1:
+    if not buckets.is_one(path) or path.count("://") > 1:
         return os.path.isdir(os.path.expanduser(path))
-    folder = gcs.parse("data.corpus", path)
+    folder = buckets.parse("data.corpus", path)
     assert folder
-    with gcs.errors(folder):
-        return (folder / MANIFEST).exists()
+    return files.exists(folder / MANIFEST)
 
 
 @dataclasses.dataclass(frozen=True)

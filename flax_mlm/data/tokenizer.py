@@ -11,7 +11,7 @@ from flax_mlm.data.base_tokenizer import Tokenizer, is_special_spelling
 from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
 from flax_mlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from flax_mlm.errors import UserError, as_user_error, hub_remedy, refuse_lfs_pointer
-from flax_mlm.storage import gcs
+from flax_mlm.storage import buckets
 from flax_mlm.storage.retry import retrying
 
 # By the name of the file that `save` writes.
@@ -32,7 +32,12 @@ def load_tokenizer(path: str | Path, extra_tokens_file: str | Path = "") -> Toke
     Raises:
       UserError: the file does not exist, cannot be read, or lacks a special token; or a word is not found as one token.
     """
-    file = gcs.parse("tokenizer.path", os.fspath(path)) or epath.Path(path).expanduser()
+    file = buckets.parse("tokenizer.path", os.fspath(path)) or epath.Path(path).expanduser()
+    with buckets.errors(file):
+        return _load(file, path, extra_tokens_file)
+
+
+def _load(file: epath.Path, path: str | Path, extra_tokens_file: str | Path) -> Tokenizer:
     if file.is_dir():
         folder = file
         file = next((folder / name for name in _NAMES if (folder / name).exists()), folder)

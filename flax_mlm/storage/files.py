@@ -1,29 +1,83 @@
-"""Whole files: text is read with clear errors, and written atomically by renaming; objects in buckets always are."""
+"""Files on disks and in buckets: text is read with clear errors, and files are written atomically, by renaming."""
 
 import contextlib
 import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flax_mlm.errors import UserError, as_user_error
-from flax_mlm.storage import gcs
+from flax_mlm.storage import buckets, gcs
 from flax_mlm.storage.retry import retrying
 
 
 def exists(path: gcs.AnyPath) -> bool:
     """Returns whether a path exists. Where a file server fails, the answer is an OSError, and not no."""
-    if gcs.is_one(path):
-        return path.exists()
+    if buckets.is_one(path):
+        return buckets.stat(path) is not None or buckets.is_folder(path)
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def size(file: gcs.AnyPath) -> int | None:
+    """Returns the bytes of a file; None if there is none."""
+    if buckets.is_one(file):
+        found = buckets.stat(file)
+        return found.size if found else None
+    try:
+        return os.stat(file).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def read_bytes(file: gcs.AnyPath) -> bytes:
+    """Reads a whole file. Raises OSError, and for buckets UserError and Unreachable."""
+    return buckets.read(file) if buckets.is_one(file) else Path(file).read_bytes()
+
+
+def read_ranges(file: gcs.AnyPath, starts: list[int], lengths: list[int]) -> list[bytes]:
+    """Reads ranges of a file. In a bucket each is a request: an open file would read megabytes ahead of each."""
+    if buckets.is_one(file):
+        return buckets.read_ranges(file, starts, lengths)
+    opened = os.open(file, os.O_RDONLY)  # a buffered file would read 8 KiB for each range
+    try:
+        return [os.pread(opened, length, start) for start, length in zip(starts, lengths, strict=True)]
+    finally:
+        os.close(opened)
+
+
+def names(folder: gcs.AnyPath) -> list[str]:
+    """Lists the names of the files in a folder, sorted; none where there is no folder."""
+    if buckets.is_one(folder):
+        return buckets.names(folder)
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    except FileNotFoundError:
+        return []
+
+
+def delete(file: gcs.AnyPath) -> None:
+    """Deletes a file, if it is there."""
+    if buckets.is_one(file):
+        buckets.delete(file)
+    else:
+        Path(file).unlink(missing_ok=True)
+
+
+def delete_folder(folder: gcs.AnyPath) -> None:
+    """Deletes a folder with all that is in it, if it is there."""
+    if buckets.is_one(folder):
+        buckets.delete_folder(folder)
+    elif exists(folder):
+        shutil.rmtree(folder)
 
 
 @retrying
@@ -64,9 +118,12 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(file: Path, content: bytes | memoryview) -> None:
-    """Writes a file atomically and waits until it is on the disk."""
-    with replacing(file) as temporary, temporary.open("wb") as opened:
+def write_bytes(file: gcs.AnyPath, content: bytes | memoryview) -> None:
+    """Writes a file atomically and waits until it is on the disk, or in the bucket."""
+    if buckets.is_one(file):
+        buckets.put(file, content)
+        return
+    with replacing(Path(file)) as temporary, temporary.open("wb") as opened:
         opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
@@ -83,10 +140,7 @@ def read_object(file: gcs.AnyPath, *keys: str) -> dict[str, Any] | None:
 
 def write_text(file: gcs.AnyPath, text: str) -> None:
     """Writes UTF-8 text atomically, also into a bucket."""
-    if isinstance(file, Path):
-        write_bytes(file, text.encode())
-    else:
-        file.write_text(text, encoding="utf-8")
+    write_bytes(file, text.encode())
 
 
 def digest(value: Any) -> str:

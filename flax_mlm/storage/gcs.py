@@ -5,16 +5,15 @@ checkpoints. A bucket has no folders, renaming or appending. In return, a writte
 once and whole, and a write can depend on the generation of the object that it replaces.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 from etils import epath
@@ -23,11 +22,9 @@ from flax_mlm.errors import Failure, UserError
 
 AnyPath: TypeAlias = Path | epath.Path  # local, or in a bucket
 
-_T = TypeVar("_T")
-_R = TypeVar("_R")
+BUCKET = r"[a-z0-9][a-z0-9._-]+"  # a name of one
 
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 5, 60  # seconds; gcsfs tries six times
-_MAX_REQUESTS = 32  # at the same time
 # In the clients' messages: temporary errors, and errors of credentials.
 _TEMPORARY = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b")
 _FORBIDDEN = re.compile(r"^Forbidden|\bPERMISSION_DENIED\b")
@@ -53,15 +50,21 @@ def parse(what: str, text: str) -> epath.Path | None:
         return None
     if not text.startswith("gs://"):
         raise UserError(f"{what}: '{text}' has another scheme; expected a folder or gs://BUCKET/FOLDER")
-    names = text.removeprefix("gs://").rstrip("/").split("/")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+", names[0]) or {"", ".", ".."} & {*names}:
-        raise UserError(f"{what}: '{text}' is not a path in a bucket; expected gs://BUCKET/FOLDER")
-    if special := re.search(r"[*?\[\]#\x00-\x1f]", text):
-        raise UserError(f"{what}: '{text}' contains {special[0]!r}, which Cloud Storage clients interpret; rename it")
+    check_name(what, text)
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{what}: '{text}' needs gcsfs; pip install -r launch/gcs-requirements.txt")
     client()
     return epath.Path(text)
+
+
+def check_name(what: str, text: str, scheme: str = "gs") -> None:
+    """Raises UserError unless the URL of a file or folder has a name that all clients take as it is."""
+    expected = f"expected {scheme}://BUCKET/FOLDER"
+    names = text.removeprefix(f"{scheme}://").rstrip("/").split("/")
+    if not re.fullmatch(BUCKET, names[0]) or {"", ".", ".."} & {*names}:
+        raise UserError(f"{what}: '{text}' is not a path in a bucket; {expected}")
+    if special := re.search(r"[*?\[\]#\x00-\x1f]", text):
+        raise UserError(f"{what}: '{text}' contains {special[0]!r}, which clients of buckets interpret; rename it")
 
 
 def local(what: str, text: str) -> Path:
@@ -76,9 +79,13 @@ def is_one(path: AnyPath) -> bool:
     return os.fspath(path).startswith("gs://")
 
 
-@functools.cache
 def client() -> Any:
     """The gcsfs client, without a cache of listings and with timeouts; epath uses the same settings."""
+    return _client(os.getpid())
+
+
+@functools.cache
+def _client(process: int) -> Any:  # the event loop of a client does not survive a fork
     import aiohttp
     import fsspec
 
@@ -107,7 +114,7 @@ def errors(path: AnyPath) -> Iterator[None]:
         raise
 
 
-def explain(path: AnyPath, e: Exception) -> UserError | Unreachable | None:
+def explain(path: AnyPath | str, e: Exception) -> UserError | Unreachable | None:
     """The one-line error for an exception of the clients; None if the exception is not about the bucket."""
     import aiohttp
     import fsspec
@@ -144,14 +151,6 @@ def check(what: str, path: AnyPath) -> None:
             client().call("GET", "b/{}/o", bucket, prefix=f"{name}/", maxResults=1)
     except FileNotFoundError:
         raise UserError(f"{what}: there is no bucket '{bucket}'; create it, or correct the name") from None
-
-
-def together(function: Callable[[_T], _R], items: Sequence[_T], where: AnyPath) -> list[_R]:
-    """Maps a function over items: in parallel if `where`, the path they are in, is in a bucket."""
-    if len(items) < 2 or not is_one(where):
-        return [function(item) for item in items]
-    with concurrent.futures.ThreadPoolExecutor(_MAX_REQUESTS) as pool:
-        return list(pool.map(function, items))
 
 
 def read(path: AnyPath) -> tuple[bytes | None, int]:
