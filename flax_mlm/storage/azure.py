@@ -73,6 +73,8 @@ class AzureStore:
             or status in (408, 429)
         ):
             return Unreachable(f"'{path}' cannot be reached ({type(error).__name__}: {message})")
+        if isinstance(error, azure.AzureError):
+            return UserError(f"'{path}' cannot be used ({type(error).__name__}: {message})")
         return None
 
     def stat(self, bucket: str, name: str) -> Object:

@@ -98,7 +98,12 @@ def require_package(what: str, text: str) -> None:
 
 @contextlib.contextmanager
 def errors(path: AnyPath | str) -> Iterator[None]:
-    """Turns the clients' exceptions about a bucket into errors of one line, as `gcs.errors` does for all buckets."""
+    """Turns the clients' exceptions about a bucket into errors of one line; FileNotFoundError passes.
+
+    Raises:
+      UserError: the credentials are missing or insufficient, or the server refuses a request.
+      Unreachable: the bucket does not answer.
+    """
     try:
         yield
     except (UserError, Unreachable):
@@ -106,6 +111,9 @@ def errors(path: AnyPath | str) -> Iterator[None]:
     except Exception as e:
         if is_one(path) and (explained := _store(path).explain(path, e)):
             raise explained from e
+        if is_one(path) and isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
+            message = " ".join(str(e).split())[:300]
+            raise UserError(f"'{path}' cannot be used ({type(e).__name__}: {message})") from e
         raise
 
 

@@ -68,6 +68,8 @@ class S3Store:
             return UserError(f"'{path}' cannot be used: it is in another region ({message}); {_REGION}")
         if isinstance(error, PermissionError):
             return UserError(f"'{path}' cannot be used: these credentials do not allow it ({message})")
+        if isinstance(error, boto.ParamValidationError):
+            return UserError(f"'{path}' cannot be used ({message})")
         if isinstance(error, (ValueError, boto.InvalidRegionError)) and not isinstance(error, UnicodeError):
             return UserError(f"'{path}' cannot be used ({message}); check AWS_ENDPOINT_URL and AWS_REGION")
         temporary = (boto.BotoCoreError, aiohttp.ClientError, fsspec.FSTimeoutError, TimeoutError, ConnectionError)

@@ -11,8 +11,8 @@ from flax_mlm.config.schema import DataConfig
 from flax_mlm.configs import base
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.mixture import Mixture
-from flax_mlm.data.prepare import train_tokenizer
 from flax_mlm.data.tokenizer import load_tokenizer
+from flax_mlm.data.tokenizer_training import train_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.storage import buckets
 from tests.helpers.bucket_servers import SCHEMES, serving
@@ -124,6 +124,17 @@ def test_a_run_on_it_is_that_on_the_folder(toy, bucket, tmp_path):
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == STEPS
+
+
+def test_mistakes_are_one_line(toy, bucket, tmp_path):
+    url = f"{bucket.scheme}://nosuchbucket/x"
+    said = {url: "data.corpus: there is no bucket 'nosuchbucket'; create it, or correct the name"}
+    said[f"{bucket.url}/x"] = f"{bucket.url}/x is not a corpus: it has no corpus.json"
+    for corpus, line in said.items():
+        done = toy.run("train", f"--workdir={tmp_path}/run", *toy.flags(data__corpus=corpus))
+        assert done.returncode == 2, done.stderr
+        assert line in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_workdir_there_is_refused(toy, bucket):

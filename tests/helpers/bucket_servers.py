@@ -17,7 +17,7 @@ from tests.helpers.fake_gcs import FakeGcs
 from tests.helpers.fake_s3 import FakeS3
 
 SCHEMES = ("gs", "s3", "az")
-_CODES = {401: "InvalidAccessKeyId", 403: "AccessDenied", 503: "SlowDown"}
+_CODES = {400: "InvalidBucketName", 401: "InvalidAccessKeyId", 403: "AccessDenied", 503: "SlowDown"}
 # That of Azurite and of every other emulator of Azure, published with them.
 _KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 

@@ -124,6 +124,18 @@ def test_an_object_is_read_as_a_file(bucket, monkeypatch):
     assert open_object(bucket.put("empty", b"")).read() == b""
 
 
+def test_columns_of_parquet_are_read(bucket):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    table = pyarrow.table({"text": [f"text {i}" * 20 for i in range(20_000)], "other": [os.urandom(500)] * 20_000})
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(table, sink, row_group_size=1000, compression="none", use_dictionary=False)
+    with open_object(bucket.put("t.parquet", sink.getvalue().to_pybytes())) as file:
+        read = parquet.ParquetFile(file).read_row_group(11, columns=["text"])
+    assert read.column("text").to_pylist() == [f"text {i}" * 20 for i in range(11_000, 12_000)]
+
+
 def test_few_requests_read_a_large_object_in_order(monkeypatch):
     asked = []
 
@@ -227,6 +239,42 @@ def test_credentials_that_do_not_suffice(bucket, status, said):
             action()
         assert f"'{bucket.url}" in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_what_a_server_refuses_for_another_reason(bucket):
+    url = f"{bucket.url}/x"
+    if bucket.scheme == "az":
+        url = "az://a--b/x"
+    elif bucket.scheme == "gs":
+        pytest.skip("gcsfs tells such answers not apart from temporary ones")
+    else:
+        bucket.fail(400)
+    for action in (lambda: buckets.check("test", url), lambda: buckets.put(url, b""), lambda: buckets.stat(url)):
+        with pytest.raises(UserError, match=f"'{url}' cannot be used ") as error:
+            action()
+        assert "\n" not in str(error.value)
+
+
+def test_an_endpoint_that_is_none(monkeypatch):
+    pytest.importorskip("s3fs")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "not a url")
+    forget_clients()
+    with pytest.raises(UserError, match=r"'s3://bucket/x' cannot be used .*not a url.*; check AWS_ENDPOINT_URL"):
+        buckets.check("test", "s3://bucket/x")
+    forget_clients()
+
+
+def test_a_wrong_key_of_an_account(bucket, monkeypatch):
+    if bucket.scheme != "az":
+        pytest.skip("the others check no keys")
+    right = os.environ["AZURE_STORAGE_CONNECTION_STRING"]
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", re.sub("AccountKey=..", "AccountKey=xx", right))
+    forget_clients()
+    for action in (lambda: find("test", f"{bucket.url}/*"), lambda: buckets.put(f"{bucket.url}/x", b"")):
+        with pytest.raises(UserError, match=f"'{bucket.url}.*' cannot be used: .* credentials"):
+            action()
+    monkeypatch.undo()
+    forget_clients()
 
 
 def test_a_folder_that_cannot_be_written(bucket):
