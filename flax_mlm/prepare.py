@@ -4,21 +4,64 @@
 
 Killed at any moment and started again, it continues, and ends with the same bytes, which do not depend on the number of
 workers either. Unfinished work is kept in OUTPUT.tmp, which is removed at the end.
+
+Several machines that share a folder or a bucket may make a corpus together: each makes a shard (--shard=K/N), and
+--merge joins them; or an engine (--engine=beam, --engine=ray) does both. Arguments after -- go to the engine.
 """
+
+import importlib
+import importlib.util
+import re
 
 from absl import flags
 
 from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
 from flax_mlm.data.mixture import check_words
-from flax_mlm.data.prepare import prepare
+from flax_mlm.data.prepare import Make, make_here, merge, prepare, prepare_shard
+from flax_mlm.errors import UserError
 
-flags.DEFINE_string("output", "", "folder to make; unfinished work is kept in OUTPUT.tmp")
+flags.DEFINE_string("output", "", "folder to make, also gs:// or s3://; unfinished work is kept in OUTPUT.tmp")
+_SHARD = flags.DEFINE_string("shard", "", "K/N: make the units of the K-th of N workers, which may run at any time")
+_MERGE = flags.DEFINE_bool("merge", False, "join the shards, after all of them")
+_PACKAGES = {"beam": "apache_beam", "ray": "ray"}
+_ENGINE = flags.DEFINE_enum("engine", "local", ["local", *_PACKAGES], "makes the units; arguments after -- go to it")
 
 
 def main(config: Config) -> None:
-    check_words(config, prepare(config, app.required("output", "name the folder to make")), print)
+    output = app.required("output", "name the folder to make")
+    engine = _engine(app.arguments_after_dashes())
+    if sum([bool(_SHARD.value), _MERGE.value, _ENGINE.value != "local"]) > 1:
+        raise UserError(
+            "--shard, --merge and --engine exclude each other; give one of them (an engine merges by itself)"
+        )
+    if _SHARD.value:
+        prepare_shard(config, output, *_parse_shard(_SHARD.value))
+    else:
+        check_words(config, merge(config, output) if _MERGE.value else prepare(config, output, make=engine), print)
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    shard, num_shards = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= shard <= num_shards:
+        raise UserError(f"--shard is '{text}'; expected K/N with 1 <= K <= N, such as 3/16")
+    return shard, num_shards
+
+
+def _engine(arguments: list[str]) -> Make:
+    """Returns what makes the units. Raises UserError: the engine is not installed, or does not take the arguments."""
+    name = _ENGINE.value
+    if name == "local":
+        if arguments:
+            raise UserError(f"unexpected argument '{arguments[0]}' after --; those go to --engine=beam or --engine=ray")
+        return make_here
+    if importlib.util.find_spec(_PACKAGES[name]) is None:
+        remedy = f"in an environment of its own: pip install -r launch/{name}-requirements.txt"
+        raise UserError(f"--engine={name} needs the package {_PACKAGES[name]}, {remedy}")
+    make: Make = importlib.import_module(f"flax_mlm.data.engines.{name}").engine(arguments)
+    return make
 
 
 if __name__ == "__main__":
-    app.run(main, prints_log=True)
+    app.run(main, prints_log=True, passes_arguments=True)

@@ -46,6 +46,7 @@ def run(
     from_checkpoint: bool = False,
     positional: str = "",
     prints_log: bool = False,
+    passes_arguments: bool = False,
 ) -> None:
     """Parses the command line, builds the config, calls `main` and exits with its code.
 
@@ -54,17 +55,18 @@ def run(
       from_checkpoint: the config comes from the checkpoint or Hugging Face folder of `--checkpoint`, otherwise from
         `--config` (see `config_of`). `--config.section.field=value` overrides either.
       positional: the flag that a bare argument is the value of.
+      passes_arguments: the command takes what follows `--`, see `arguments_after_dashes`.
       prints_log: what the command makes is in files, and it succeeds although stdout cannot be written; otherwise it
         exits with 1 then.
     """
     prints_log = prints_log and not {*_HELP, "--print_config"} & set(sys.argv)
     with output.guarded(prints_log):
-        code = _run(main, from_checkpoint, positional)
+        code = _run(main, from_checkpoint, positional, passes_arguments)
         code = code if prints_log else output.exit_code(code)
     sys.exit(code)
 
 
-def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional: str) -> int:
+def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional: str, passes_arguments: bool) -> int:
     environment.prepare_paths()
     flags.DEFINE_bool("print_config", False, "print the resolved config as JSON and exit", module_name=sys.argv[0])
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["compilation_cache"])
@@ -72,9 +74,10 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
         source = "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder"
         flags.DEFINE_string("checkpoint", "", source, module_name=sys.argv[0])
     try:
-        if _HELP & set(sys.argv):
+        argv = sys.argv[: len(sys.argv) - len(arguments_after_dashes())] if passes_arguments else sys.argv
+        if _HELP & set(argv):
             return _help(from_checkpoint)
-        config = _parse(sys.argv, from_checkpoint, positional)
+        config = _parse(argv, from_checkpoint, positional)
         if flags.FLAGS.print_config:
             print(json.dumps(config.to_dict(), indent=2))
             return 0
@@ -108,6 +111,11 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
 def _elapsed(start: float, columns: int) -> str:
     """The status line of a command that has none of its own."""
     return f"{Path(sys.argv[0]).stem} {datetime.timedelta(seconds=int(time.monotonic() - start))}"
+
+
+def arguments_after_dashes() -> list[str]:
+    """Returns what follows `--` on the command line, which is for another program."""
+    return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
 
 
 def required(flag: str, hint: str) -> str:

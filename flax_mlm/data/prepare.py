@@ -1,35 +1,37 @@
-"""Making a corpus: documents -> tokenizer -> packed rows on disk.
+"""Making a corpus: documents -> tokenizer -> packed rows on disk or in a bucket.
 
-Killed at any moment and started again, `prepare` continues, and ends with the same bytes, which do not depend on the
-number of workers either. Unfinished work is kept in OUTPUT.tmp, which is removed at the end. Several machines that
-share a file system may each make the units of one shard (`prepare_shard`), which `merge` joins.
+Killed at any moment and started again, `prepare` continues, and ends with the same bytes, which do not depend on what
+makes the units either: the processes of this machine, an engine (see `engines`), or machines that each make one shard
+of them (`prepare_shard`, `merge`). Unfinished work is kept in OUTPUT.tmp, which is removed at the end.
 """
 
-import contextlib
-import fcntl
 import functools
 import os
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from flax_mlm.config.schema import Config
+from etils import epath
+
+from flax_mlm.config.schema import Config, DataConfig
 from flax_mlm.data import tokenizer_training
-from flax_mlm.data.corpus import FORMAT, MANIFEST, Corpus, row_dtype, write_manifest
+from flax_mlm.data.corpus import FORMAT, Corpus, row_dtype
 from flax_mlm.data.held_out import check_fraction
 from flax_mlm.data.preparation_log import log_lost_text, log_summary, progress
 from flax_mlm.data.sources.base import Source, Unit
 from flax_mlm.data.sources.open import Options, open_source
 from flax_mlm.data.tokenising import tokenise_in_processes
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
-from flax_mlm.data.units import Work, join, make_units
+from flax_mlm.data.units import join, make_units
+from flax_mlm.data.work import Log, Work, is_done, locked, working
 from flax_mlm.errors import UserError
-from flax_mlm.storage import files
+from flax_mlm.storage import buckets, files
+from flax_mlm.storage.gcs import AnyPath
 
-Log = Callable[[str], None]
+# Makes units, and adds to the log.
+Make: TypeAlias = Callable[[list[Unit], Work, DataConfig, Log], None]
 
 
 def source_of(config: Config) -> Source:
@@ -37,14 +39,24 @@ def source_of(config: Config) -> Source:
     return open_source(config.data.source, Options(config.data.encoding))
 
 
-def prepare(config: Config, output: str | Path | None = None, log: Log = print) -> Corpus:
+def make_here(units: list[Unit], work: Work, data: DataConfig, log: Log) -> None:
+    """Makes units in `data.num_workers` processes of this machine."""
+    num_workers = data.num_workers or os.cpu_count() or 1
+    tokenise = functools.partial(tokenise_in_processes, tokenizer_path=work.tokenizer, num_workers=num_workers)
+    with progress("tokenising", sum(unit.size for unit in units), log) as show:
+        make_units(units, work, load_tokenizer(work.tokenizer), data, tokenise, show)
+
+
+def prepare(config: Config, output: str | Path | None = None, log: Log = print, make: Make = make_here) -> Corpus:
     """Makes the corpus that a config describes, or opens it where it is made already.
 
     It starts processes that import the main module, so a script that calls it needs `if __name__ == "__main__":`.
 
     Args:
-      output: folder of the corpus; None: one in `data.cache_dir`, named after the source and a hash of the settings.
+      output: folder of the corpus, also in a bucket; None: one in `data.cache_dir`, named after the source and a hash
+        of the settings.
       log: called with each line about the progress.
+      make: makes the units, here or elsewhere.
 
     Raises:
       UserError: the source cannot be read, or `output` holds something else or cannot be written.
@@ -54,13 +66,13 @@ def prepare(config: Config, output: str | Path | None = None, log: Log = print) 
     if output is None:
         name = re.sub(r"[^A-Za-z0-9]+", "-", config.data.source).strip("-")[:40]
         output = Path(config.data.cache_dir) / f"{name}-{request[:16]}"
-    output = _local(output)
-    with _working(output, request, log, is_alone=True) as work:
+    output = _parse(output)
+    with working(output, request, log, is_alone=True) as work:
         if work:
             _begin(config, source, work, log)
-            _make(config, source.units, work, log)
+            _make(config, source.units, work, log, make)
             _finish(config, source, request, output, work, log)
-    return Corpus.open(output)
+    return Corpus.open(os.fspath(output))
 
 
 def prepare_shard(config: Config, output: str | Path, shard: int, num_shards: int, log: Log = print) -> None:
@@ -73,12 +85,12 @@ def prepare_shard(config: Config, output: str | Path, shard: int, num_shards: in
       UserError: as `prepare`.
     """
     source = source_of(config)
-    request = _request(config, source)
-    with _working(_local(output), request, log, is_alone=False) as work:
+    with working(_parse(output), _request(config, source), log, is_alone=False) as work:
         if work:
-            with _lock(work.folder / "tokenizer.lock", log):
+            work.begin_shard(shard, num_shards)
+            with locked(work.folder / "tokenizer.lock", log):
                 _begin(config, source, work, log)
-            _make(config, source.units[shard - 1 :: num_shards], work, log)
+            _make(config, source.units[shard - 1 :: num_shards], work, log, make_here)
             log(f"shard {shard} of {num_shards} is done; after all of them, run it with --merge in place of --shard")
 
 
@@ -90,56 +102,19 @@ def merge(config: Config, output: str | Path, log: Log = print) -> Corpus:
     """
     source = source_of(config)
     request = _request(config, source)
-    output = _local(output)
-    with _working(output, request, log, is_alone=True) as work:
+    output = _parse(output)
+    with working(output, request, log, is_alone=True) as work:
         if work:
-            missing = [unit.number for unit in source.units if not work.finished(unit.number)]
-            if missing:
-                few = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
-                what = f"{len(missing):,} of {len(source.units):,} units are not made ({few})"
-                raise UserError(f"{output}: {what}; run all shards (--shard=K/N) with the same settings first")
             _finish(config, source, request, output, work, log)
-    return Corpus.open(output)
+    return Corpus.open(os.fspath(output))
 
 
-def _local(output: str | Path) -> Path:
-    if "://" in str(output):
-        raise UserError(f"the output is {output}; expected a local folder, which you can copy there")
-    return Path(output).expanduser().absolute()
-
-
-@contextlib.contextmanager
-def _working(output: Path, request: str, log: Log, is_alone: bool) -> Iterator[Work | None]:
-    """Makes the folder of unfinished work, and removes it where nothing in it is worth keeping.
-
-    Args:
-      is_alone: others must not work there; otherwise they may, if they are not alone either.
-
-    Yields:
-      None where the corpus is there already.
-    """
-    folder = output.with_name(output.name + ".tmp")
-    try:
-        if _is_done(output, request) and not folder.exists():
-            log(f"corpus: {output}, already prepared")
-            yield None
-            return
-        with _claimed(folder, log, is_alone):
-            try:
-                # another process may have made it during the wait for the lock
-                work = folder / request[:16]
-                is_done = _is_done(output, request)
-                if not is_done:
-                    work.mkdir(exist_ok=True)
-                yield None if is_done else Work(work, work / "corpus")
-            except UserError:
-                if is_alone and not any(folder.glob("*/units/*.json")):  # only finished units are worth keeping
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
-            if is_alone:
-                shutil.rmtree(folder, ignore_errors=True)
-    except OSError as e:
-        raise UserError(f"cannot write {output}: {e.strerror or e}; fix this and rerun; finished work is reused") from e
+def _parse(output: str | Path) -> AnyPath:
+    """Parses the folder of the corpus. Raises UserError."""
+    url = buckets.parse("--output", os.fspath(output))
+    if url and not os.fspath(url).partition("://")[2].partition("/")[2]:
+        raise UserError(f"--output: '{output}' is a whole bucket; name a folder in it")
+    return epath.Path(os.fspath(url).rstrip("/")) if url else Path(output).expanduser().absolute()
 
 
 def _request(config: Config, source: Source) -> str:
@@ -151,74 +126,35 @@ def _request(config: Config, source: Source) -> str:
     return files.digest([FORMAT, source.version, tokenizer, d.seq_len, d.packing, d.validation_fraction])
 
 
-def _is_done(output: Path, request: str) -> bool:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    if not (output / MANIFEST).exists():
-        raise UserError(f"the output, {output}, exists and is not a corpus; name another folder")
-    if Corpus.open(output).manifest["request"] != request:
-        raise UserError(f"{output} holds a corpus of other text or settings; name another folder, or delete that one")
-    return True
-
-
-@contextlib.contextmanager
-def _claimed(folder: Path, log: Log, is_alone: bool) -> Iterator[None]:
-    """Makes the folder of unfinished work, and locks out other processes until the block ends."""
-    with contextlib.suppress(FileNotFoundError):
-        for path in folder.iterdir():
-            if not re.fullmatch("lock|[0-9a-f]{16}", path.name):
-                raise UserError(f"{path} is not ours, and its folder is for unfinished work; move it away")
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The last owner of the lock may have finished, and be removing the folder.
-        with contextlib.suppress(FileNotFoundError), _lock(folder / "lock", log, is_alone) as file:
-            if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
-                yield
-                return
-
-
-@contextlib.contextmanager
-def _lock(path: Path, log: Log, is_alone: bool = True) -> Iterator[Any]:
-    """Locks a file, alone or with others that are not alone either."""
-    with path.open("w") as file:
-        kind = fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"another process is at work in {path.parent}; waiting for it")
-            fcntl.flock(file, kind)
-        yield file
-
-
 def _begin(config: Config, source: Source, work: Work, log: Log) -> None:
     """Checks a source, and makes the tokenizer."""
     log(f"source: {source.name}; licence: {source.licence}")
     source.check()
     check_fraction(source, config.data.validation_fraction)
-    tokenizer = _tokenizer(config, source, work.tokenizer, log)
+    tokenizer = _tokenizer(config, source, work, log)
     if config.objective.name != "clm":
         tokenizer.require_words(config.objective.masking)
 
 
-def _make(config: Config, units: Iterable[Unit], work: Work, log: Log) -> None:
+def _make(config: Config, units: tuple[Unit, ...], work: Work, log: Log, make: Make) -> None:
     """Makes the units that are not finished yet."""
-    units = list(units)
-    todo = [unit for unit in units if not work.finished(unit.number)]
+    todo = work.unfinished(units)
     if finished := len(units) - len(todo):
         log(f"tokenising: {finished} units were finished before and are reused")
-    num_workers = config.data.num_workers or os.cpu_count() or 1
-    tokenise = functools.partial(tokenise_in_processes, tokenizer_path=work.tokenizer, num_workers=num_workers)
-    with progress("tokenising", sum(unit.size for unit in todo), log) as show:
-        make_units(todo, work, load_tokenizer(work.tokenizer), config.data, tokenise, show)
+    if todo:
+        make(todo, work, config.data, log)
 
 
-def _finish(config: Config, source: Source, request: str, output: Path, work: Work, log: Log) -> None:
-    """Joins the units, writes corpus.json, and renames the folder to `output`."""
+def _finish(config: Config, source: Source, request: str, output: AnyPath, work: Work, log: Log) -> None:
+    """Joins the units, and writes the corpus, corpus.json last. Raises UserError: units are missing."""
+    if buckets.is_one(output) and is_done(output, request, has_work=True):
+        return  # another process has finished it, and perhaps deleted the records
+    if missing := work.unfinished(source.units):
+        raise UserError(_missing([unit.number for unit in missing], len(source.units), output, work))
     tokenizer, totals, data = load_tokenizer(work.tokenizer), join(work, len(source.units)), config.data
     for name, split in totals.splits.items():
         if not split["rows"]:
             raise UserError(f"data.source is '{data.source}'; its {name} documents hold no text")
-    tokenizer.save(work.corpus)
     about = {"file": tokenizer.filename, "size": len(tokenizer.content), "sha256": tokenizer.fingerprint}
     manifest = {
         "format": FORMAT,
@@ -231,19 +167,33 @@ def _finish(config: Config, source: Source, request: str, output: Path, work: Wo
         "dtype": row_dtype(tokenizer.vocab_size).name,
         "splits": totals.splits,
     }
-    write_manifest(work.corpus, manifest)
-    work.corpus.rename(output)
+    work.publish(output, tokenizer, manifest)
     log_summary(manifest, log)
     log_lost_text(totals, tokenizer.tokens[tokenizer.unk_id], log)
     log(f"corpus: {output}")
 
 
-def _tokenizer(config: Config, source: Source, folder: Path, log: Log) -> Tokenizer:
-    """Returns the given tokenizer, or trains one, and keeps it in a folder: a kill does not cost the work."""
+def _missing(missing: list[int], num_units: int, output: AnyPath, work: Work) -> str:
+    """Says which units are not made, and which shards have them."""
+    few = _few(missing)
+    what = f"{output}: {len(missing):,} of {num_units:,} units are not made ({few})"
+    if not (num_shards := work.num_shards()):
+        return f"{what}; run all shards (--shard=K/N), or the engine again, with the same settings first"
+    shards = sorted({unit % num_shards for unit in missing})
+    names = _few([f"--shard={shard + 1}/{num_shards}" for shard in shards])
+    return f"{what}; run {names} with the same settings first"
+
+
+def _few(items: list[Any]) -> str:
+    return ", ".join(map(str, items[:5])) + ", ..." * (len(items) > 5)
+
+
+def _tokenizer(config: Config, source: Source, work: Work, log: Log) -> Tokenizer:
+    """Returns the given tokenizer, or trains one, and keeps it."""
     t = config.tokenizer
-    if folder.exists():
+    if files.exists(work.tokenizer):
         log("tokenizer: made before, used again")
-        return load_tokenizer(folder)
+        return load_tokenizer(work.tokenizer)
     if t.path:
         log(f"tokenizer: {t.path}{f' with the words of {t.extra_tokens_file}' * bool(t.extra_tokens_file)}")
         tokenizer = load_tokenizer(t.path, t.extra_tokens_file)
@@ -255,8 +205,5 @@ def _tokenizer(config: Config, source: Source, folder: Path, log: Log) -> Tokeni
         start = time.monotonic()
         tokenizer = tokenizer_training.train_tokenizer(sample, t)
         log(f"tokenizer: trained in {time.monotonic() - start:.1f} s")
-    new = folder.with_suffix(".new")
-    new.mkdir(exist_ok=True)
-    tokenizer.save(new)
-    new.rename(folder)
+    work.keep_tokenizer(tokenizer)
     return tokenizer

@@ -1,5 +1,6 @@
 """SentencePiece models as a `Tokenizer`."""
 
+import os
 import re
 from array import array
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,20 @@ _CACHE_WORD_CHARS = 64  # longer words, such as a line of Chinese, hardly ever c
 _NEVER = -1e9  # score of a token that no merge of BPE should prefer
 
 
+def model_proto() -> Any:
+    """Returns the class of SentencePiece's message for a model."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as messages
+    except Exception as e:
+        # Apache Beam asks for an older protobuf than the messages were generated with. It reads them all the same, and
+        # refuses them by its version alone.
+        if type(e).__name__ != "VersionError":
+            raise
+        os.environ["TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK"] = "true"
+        from sentencepiece import sentencepiece_model_pb2 as messages
+    return messages.ModelProto  # type: ignore[attr-defined]
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, BPE or Unigram.
 
@@ -30,9 +45,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, path: str):
         """Opens the content of a `.model` file; `path` names it in errors."""
-        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+        from sentencepiece import SentencePieceProcessor
 
-        proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+        proto = model_proto()()
         added: dict[str, int] = {}
         # protobuf's DecodeError and SentencePiece's RuntimeError have no useful base.
         with as_user_error(f"{path} is not a SentencePiece model: ", Exception):
@@ -150,9 +165,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._sp.decode([int(i) for i in ids])
 
     def extended(self, words: Iterable[str]) -> bytes:
-        from sentencepiece import sentencepiece_model_pb2
-
-        proto: Any = sentencepiece_model_pb2.ModelProto.FromString(self.content)  # type: ignore[attr-defined]
+        proto = model_proto().FromString(self.content)
         for word in map(self._key, words):
             if f"▁{word}" not in self.tokens:
                 proto.pieces.add(piece=f"▁{word}", score=0.0, type=proto.SentencePiece.USER_DEFINED)

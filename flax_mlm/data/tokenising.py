@@ -7,7 +7,6 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +15,7 @@ from flax_mlm.data.corpus import row_dtype
 from flax_mlm.data.sources.base import TextChunk
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
+from flax_mlm.storage.gcs import AnyPath
 
 JOB_CHARS = 1 << 20  # that a worker tokenises at a time
 
@@ -40,7 +40,7 @@ def make_jobs(chunks: Iterable[TextChunk]) -> Iterator[list[TextChunk]]:
 
 
 def tokenise_in_processes(
-    jobs: Iterable[list[TextChunk]], tokenizer_path: Path, num_workers: int
+    jobs: Iterable[list[TextChunk]], tokenizer_path: AnyPath, num_workers: int
 ) -> Iterator[Tokenised]:
     """Tokenises jobs in other processes, in order. Raises UserError if one of them was killed."""
     # Spawned, not forked: this process may run threads of JAX or TensorFlow.
@@ -64,7 +64,7 @@ def tokenise_in_processes(
 _worker_tokenizer: Tokenizer
 
 
-def _start_worker(tokenizer_path: Path) -> None:
+def _start_worker(tokenizer_path: AnyPath) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
     _worker_tokenizer = load_tokenizer(tokenizer_path)

@@ -5,13 +5,13 @@ Each finished part of a unit leaves its shards and a record with their entries f
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,48 +22,12 @@ from flax_mlm.data.packing import pack
 from flax_mlm.data.sources.base import TextChunk, Unit
 from flax_mlm.data.tokenising import Tokenised, make_jobs
 from flax_mlm.data.tokenizer import Tokenizer
-from flax_mlm.storage import files
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """A folder of unfinished work, which several machines may share.
-
-    Attributes:
-      folder: has the tokenizer in `tokenizer`; each finished unit leaves `units/UNIT.json`, and each finished part
-        `units/UNIT-PART.json`.
-      corpus: folder for the shards.
-    """
-
-    folder: Path
-    corpus: Path
-
-    @property
-    def tokenizer(self) -> Path:
-        """Folder with the file of the tokenizer."""
-        return self.folder / "tokenizer"
-
-    def finished(self, unit: int) -> dict[str, Any] | None:
-        """Reads the record of a unit, see `make_units`; None: it is not finished."""
-        return files.read_object(self.folder / "units" / f"{unit:05d}.json", "parts")
-
-    def part(self, unit: int, part: int) -> dict[str, Any] | None:
-        """Reads the record of a part, see `_make_part`; None: it is not finished."""
-        return files.read_object(self._part(unit, part), *SPLITS)
-
-    def finish_part(self, unit: int, part: int, record: dict[str, Any]) -> None:
-        """Writes the record of a part."""
-        files.write_json(self._part(unit, part), record)
-
-    def finish(self, unit: int, record: dict[str, Any]) -> None:
-        """Writes the record of a unit."""
-        files.write_json(self.folder / "units" / f"{unit:05d}.json", record)
-
-    def _part(self, unit: int, part: int) -> Path:
-        return self.folder / "units" / f"{unit:05d}-{part:05d}.json"
-
+from flax_mlm.data.work import Work
+from flax_mlm.storage import buckets, files
+from flax_mlm.storage.gcs import AnyPath
 
 Tokenise: TypeAlias = Callable[[Iterable[list[TextChunk]]], Iterator[Tokenised]]
+Write: TypeAlias = Callable[[AnyPath, bytes | memoryview], None]
 
 
 def make_units(
@@ -82,10 +46,9 @@ def make_units(
       tokenise: maps jobs to their tokens, in order.
       progress: called with the number of bytes that have been read.
     """
-    work.corpus.mkdir(parents=True, exist_ok=True)
-    (work.folder / "units").mkdir(parents=True, exist_ok=True)
+    is_finished = functools.lru_cache(1)(lambda part_key: bool(work.part(*part_key)))  # one answer for a whole part
     reading = deque(_Reading(unit) for unit in units)
-    jobs = (job for job in make_jobs(_chunks(tuple(reading), progress)) if not work.part(job[0].unit, job[0].part))
+    jobs = (job for job in make_jobs(_chunks(tuple(reading), progress)) if not is_finished(job[0].part_key))
     for (unit, part), group in itertools.groupby(tokenise(jobs), lambda result: result[0][0].part_key):
         while reading[0].unit.number != unit:  # all of it has been read, and all its parts are finished
             work.finish(reading[0].unit.number, reading.popleft().record())
@@ -132,7 +95,7 @@ def _make_part(
     for split, chosen in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
         tokens = ids[np.repeat(chosen, table[:, 1])]
         file = work.corpus / (f"{split}-{unit:05d}" + f"-{part:05d}" * bool(part) + ".npy")
-        record[split] = write_shard(file, tokens, table[chosen], data.seq_len, tokenizer, data.packing)
+        record[split] = write_shard(file, tokens, table[chosen], data.seq_len, tokenizer, data.packing, work.write)
     return record
 
 
@@ -154,8 +117,9 @@ class Totals:
 
 def join(work: Work, num_units: int) -> Totals:
     """Sums the records of all units, which are finished."""
-    records = [work.finished(unit) or {} for unit in range(num_units)]
-    parts = [work.part(unit, part) or {} for unit, record in enumerate(records) for part in range(record["parts"])]
+    records = [record or {} for record in buckets.together(work.finished, range(num_units), work.folder)]
+    keys = [(unit, part) for unit, record in enumerate(records) for part in range(record["parts"])]
+    parts = [part or {} for part in buckets.together(lambda key: work.part(*key), keys, work.folder)]
     splits = {split: join_entries([part[split] for part in parts]) for split in SPLITS}
     counts, undecodable = (_sum(record[key] for record in records) for key in ("counts", "undecodable"))
     return Totals(splits, counts, undecodable, _sum(part["unknown"] for part in parts))
@@ -187,7 +151,13 @@ def _unknown_tokens(chunks: list[TextChunk], ids: np.ndarray, num_tokens_C: np.n
 
 
 def write_shard(
-    file: Path, ids: np.ndarray, table: np.ndarray, seq_len: int, tokenizer: Tokenizer, packing: str
+    file: AnyPath,
+    ids: np.ndarray,
+    table: np.ndarray,
+    seq_len: int,
+    tokenizer: Tokenizer,
+    packing: str,
+    write: Write = files.write_bytes,
 ) -> dict[str, Any]:
     """Packs documents into a shard.
 
@@ -197,6 +167,7 @@ def write_shard(
       table: int64 (C, 4), a row per chunk: number of its document, tokens, words, bytes of text. The chunks of a
         document follow one another.
       tokenizer: has the ids of special tokens.
+      write: writes a file.
 
     Returns:
       The counts and the shard, as a split has them in corpus.json; no shard of no chunks.
@@ -206,16 +177,17 @@ def write_shard(
     documents, first = np.unique(table[:, 0], return_index=True)
     rows = pack(ids, np.add.reduceat(table[:, 1], first), seq_len, tokenizer, packing)
     crc32 = np.array([zlib.crc32(row) for row in rows], np.uint32)
-    shard = {"rows": len(rows), **_save(file, rows), "crc32": _save(file.with_suffix(".crc32.npy"), crc32)}
+    shard = {"rows": len(rows), **_save(file, rows, write)}
+    shard["crc32"] = _save(file.with_suffix(".crc32.npy"), crc32, write)
     counts = [len(rows), len(documents), *table[:, 1:].sum(axis=0).tolist(), int((rows == tokenizer.pad_id).sum())]
     return {**dict(zip(COUNTS, counts, strict=True)), "shards": [shard]}
 
 
-def _save(file: Path, array: np.ndarray) -> dict[str, Any]:
+def _save(file: AnyPath, array: np.ndarray, write: Write) -> dict[str, Any]:
     buffer = io.BytesIO()
     np.save(buffer, array)
     data = buffer.getbuffer()
-    files.write_bytes(file, data)
+    write(file, data)
     return {"file": file.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from flax_mlm.data.sentencepiece_tokenizer import model_proto
 from flax_mlm.data.tokenizer import Tokenizer
 from flax_mlm.data.words import stands_alone
 from flax_mlm.errors import UserError
@@ -87,9 +88,7 @@ def _converted(tokenizer: Tokenizer) -> Any:
 
 
 def _proto(tokenizer: Tokenizer) -> Any:
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)  # type: ignore[attr-defined]
+    return model_proto().FromString(tokenizer.content)
 
 
 def _normalizers(spec: Any) -> Iterable[Any]:

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from flax_mlm.config.load import build
 from flax_mlm.configs import base
-from flax_mlm.data import prepare as prepare_lib
-from flax_mlm.data import tokenising, tokenizer_training
+from flax_mlm.data import tokenising, tokenizer_training, work
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.prepare import prepare
 from flax_mlm.data.sources import base as sources
@@ -320,7 +319,7 @@ def test_unknown_tokens_of_units_that_were_finished_before_count(tmp_path, monke
     config = make_config(data_source=f"text:{tmp_path}/a", tokenizer_path=str(path))
     log: list[str] = []
     with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(prepare_lib, "write_manifest", interrupt)
+        m.setattr(work, "write_manifest", interrupt)
         prepare(config, tmp_path / "out", silent)
     prepare(config, tmp_path / "out", log.append)
     assert any("units were finished before" in line for line in log)
