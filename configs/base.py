@@ -21,9 +21,13 @@ def get_config() -> ConfigDict:
     # tfds:NAME[/config][:version][:split]
     c.data.source = "builtin"
     c.data.encoding = "utf-8"  # of text without a byte-order mark: a name that Python knows, such as latin1 or gb18030
-    # A folder made by `prepare`, or several with weights ("wiki:0.7,books:0.3"; without weights: in proportion to their
-    # rows). It determines seq_len; source, packing and validation_fraction are unused then; tokenizer.path is optional.
+    # A folder made by `prepare`, or several with weights ("wiki:0.7,books:0.3"; without weights: see sampling_alpha);
+    # patterns ("corpora/*") stand for the corpora that match. It determines seq_len; source, packing and
+    # validation_fraction are unused then; tokenizer.path is optional.
     c.data.corpus = ""
+    # corpora without weights are read in proportion to rows ** alpha: at 1.0 in proportion to their rows, below more of
+    # the small ones; also the sources of `prepare --tokenizer_only`, by their bytes
+    c.data.sampling_alpha = 1.0
     c.data.cache_dir = "~/.cache/flax_mlm"  # where `train` keeps the corpora that it prepares itself
     c.data.seq_len = 128  # L, tokens per row, including [CLS] and [SEP]
     c.data.validation_fraction = 0.05  # of the documents, held out by a hash of their text

@@ -38,6 +38,8 @@ def main(config: Config) -> int:
     target = parse_target(_TOPOLOGY.value, _SLICES.value)
     if _JSON.value:
         files.check_writable("--json", Path(_JSON.value).expanduser())
+    for line in _mixture_lines(config):
+        print(line)
     config, note = heaviest_phase(config)
     if note:
         print(note)
@@ -109,6 +111,16 @@ def heaviest_phase(config: Config) -> tuple[Config, str]:
     train = dataclasses.replace(heaviest.config.train, phases=f"0%: {ramp}" if ramp else "")
     note = f"planning the heaviest of {len(all_phases)} phases, which begins at {heaviest.begin:.0%} of the run"
     return dataclasses.replace(heaviest.config, train=train), note if len(all_phases) > 1 else ""
+
+
+def _mixture_lines(config: Config) -> list[str]:
+    """Describes the corpora of each phase, where `data.corpus` names several."""
+    from flax_mlm.data import mixture
+
+    if not all(phase.config.data.corpus for phase in phases.parse_phases(config)):
+        return []
+    mixtures = [mixture.Mixture.open(phase.config.data, print) for phase in phases.parse_phases(config)]
+    return list(report.mixture_lines(mixture.phases_of(config, mixtures), mixtures))
 
 
 def adopt_corpus(config: Config) -> tuple[Config, int]:

@@ -90,8 +90,10 @@ def data(run_phases: list[Phase], mixtures: list[Any]) -> str:
     """Formats the corpora and the phases of a run."""
     rows = [(p.num_steps or 0) * p.config.train.global_batch_size for p in run_phases]
     lines: list[str] = []
-    for mixture in {id(mixture): mixture for mixture in mixtures}.values():  # phases may share one
-        lines += _corpora(mixture, sum(n for m, n in zip(mixtures, rows, strict=True) if m is mixture))
+    for i, mixture in enumerate(mixtures):
+        if not any(m is mixture for m in mixtures[:i]):  # phases may share one
+            alpha = run_phases[i].config.data.sampling_alpha
+            lines += _corpora(mixture, sum(n for m, n in zip(mixtures, rows, strict=True) if m is mixture), alpha)
     t = run_phases[0].config.train
     length = f"{t.budget_minutes:g} minutes" if t.budget_minutes else f"{t.steps:,} steps"
     tokens = sum(n * m.tokens_per_row for n, m in zip(rows, mixtures, strict=True))
@@ -102,8 +104,10 @@ def data(run_phases: list[Phase], mixtures: list[Any]) -> str:
     return "\n".join(lines)
 
 
-def _corpora(mixture: Any, rows: int) -> Iterator[str]:
+def _corpora(mixture: Any, rows: int, alpha: float) -> Iterator[str]:
     """Formats the corpora of a mixture, with the epochs in this many rows; 0: unknown."""
+    if alpha != 1.0 and len(mixture.corpora) > 1:
+        yield f"sampling    {len(mixture.corpora)} corpora in proportion to rows ** {alpha:g} (data.sampling_alpha)"
     for (name, corpus), epochs in zip(mixture.corpora.items(), mixture.stream().epochs(rows), strict=True):
         counts, fraction = corpus.counts["train"], mixture.fractions[name]
         read = f", {fraction:.1%} of the rows" * (fraction < 1) + f" ({epochs:.2f} epochs)" * bool(rows)

@@ -180,7 +180,7 @@ def _check_schedule_free(config: Config, phases: Sequence[Phase]) -> None:
         return
     fixed = ["optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.warmup_fraction"]
     if config.train.unit == "tokens":
-        fixed += ["train.global_batch_size", "data.seq_len", "data.corpus"]
+        fixed += ["train.global_batch_size", "data.seq_len", "data.corpus", "data.sampling_alpha"]
     for path, p in itertools.product(fixed, phases):
         if path in p.final_values or value_of(p.config, path) != value_of(config, path):
             raise _error(f"'{p.changes}' changes {path}, which must stay the same with optimizer.name=schedule_free")

@@ -24,6 +24,7 @@ class DataConfig:
     source: str
     encoding: str
     corpus: Annotated[str, CHANGEABLE]
+    sampling_alpha: Annotated[float, "(0, 1]", CHANGEABLE]
     cache_dir: str
     seq_len: Annotated[int, "[4, inf)", CHANGEABLE, FROM_FOLDER]
     validation_fraction: Annotated[float, "(0, 1)"]
@@ -38,7 +39,8 @@ class DataConfig:
             this machine.
 
         Raises:
-          UserError: a weight is not a positive number, only some corpora have one, or a folder is named twice.
+          UserError: a weight is not a positive number, only some corpora have one, a folder is named twice, or weights
+            stand beside a `sampling_alpha`.
         """
 
         def wrong(why: str) -> UserError:
@@ -66,6 +68,9 @@ class DataConfig:
         if "" in weights.values() and any(weights.values()):
             path = next(path for path, weight in weights.items() if not weight)
             raise wrong(f"'{path}' has no weight, but others have")
+        if self.sampling_alpha != 1.0 and any(weights.values()):
+            what = f"data.sampling_alpha is {self.sampling_alpha:g}, and data.corpus has weights ('{self.corpus}')"
+            raise UserError(f"{what}; expected one of the two; leave out the weights, or set data.sampling_alpha=1")
         return weights
 
 

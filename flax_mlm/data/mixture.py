@@ -12,9 +12,10 @@ import numpy as np
 from flax_mlm.config import phases
 from flax_mlm.config.schema import Config, DataConfig
 from flax_mlm.data import words
-from flax_mlm.data.corpus import MANIFEST, Corpus, Rows
+from flax_mlm.data.corpus import Corpus, Rows
+from flax_mlm.data.corpus_folders import corpus_folders
 from flax_mlm.data.prepare import prepare
-from flax_mlm.data.stream import Stream, counts, whole_numbers
+from flax_mlm.data.stream import Stream, counts, power_weights, whole_numbers
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.storage import buckets, files
@@ -35,13 +36,14 @@ class Mixture:
     weights: tuple[int, ...] = (1,)
 
     @classmethod
-    def open(cls, data: DataConfig) -> "Mixture":
+    def open(cls, data: DataConfig, log: Callable[[str], None] = lambda _: None) -> "Mixture":
         """Opens the folders that `data.corpus` names.
 
         Raises:
-          UserError: as `Corpus.open`; or two are the same folder, or differ in tokenizer or row length.
+          UserError: as `Corpus.open` and `corpus_folders`; or two are the same folder, or differ in tokenizer or row
+            length.
         """
-        folders = data.folders(_is_folder)
+        folders = corpus_folders(data, log)
         corpora = [Corpus.open(folder) for folder in folders]
         paths = [os.fspath(c.path).rstrip("/") if buckets.is_one(c.path) else os.path.realpath(c.path) for c in corpora]
         first = corpora[0]
@@ -56,8 +58,10 @@ class Mixture:
             if corpus.seq_len != first.seq_len:
                 what = f"{first.path} has rows of {first.seq_len} tokens, and {corpus.path} of {corpus.seq_len}"
                 raise UserError(f"data.corpus: {what}; prepare one of them again with the data.seq_len of the other")
-        rows = (corpus.counts["train"]["rows"] for corpus in corpora)
-        weights = [Fraction(weight or n) for weight, n in zip(folders.values(), rows, strict=True)]
+        if any(folders.values()):
+            weights = [Fraction(weight) for weight in folders.values()]
+        else:
+            weights = power_weights([corpus.counts["train"]["rows"] for corpus in corpora], data.sampling_alpha)
         named = dict(zip(_unique_names(paths), corpora, strict=True))
         return cls(named, whole_numbers(weights) if len(weights) > 1 else (1,))
 
@@ -129,24 +133,16 @@ class Mixture:
 
         Args:
           max_rows: 0 takes all rows; a positive number so many, in proportion to the weights and evenly spread, or all
-            rows of a corpus that has fewer.
+            rows of a corpus that has fewer. Each corpus has one row at least, at the cost of those with most, so that
+            none is missing from the result.
 
         Returns:
           int64 row numbers of each corpus.
         """
         rows = [corpus.counts["validation"]["rows"] for corpus in self.corpora.values()]
-        wanted = counts(self.weights, max_rows) if max_rows else rows
+        wanted = _at_least_one(counts(self.weights, max_rows)) if max_rows else rows
         starts, taken = itertools.accumulate(rows, initial=0), map(min, rows, wanted)
         return [start + np.arange(m) * n // max(m, 1) for start, n, m in zip(starts, rows, taken, strict=False)]
-
-
-def _is_folder(path: str) -> bool:
-    """Returns whether there is a folder, or in a bucket a corpus, of exactly this name."""
-    if not buckets.is_one(path) or path.count("://") > 1:
-        return os.path.isdir(os.path.expanduser(path))
-    folder = buckets.parse("data.corpus", path)
-    assert folder
-    return files.exists(folder / MANIFEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +188,7 @@ def open_corpus(config: Config, log: Callable[[str], None] = print) -> Mixture:
     if not config.data.corpus:
         corpus = prepare(config, log=log)
         return Mixture({corpus.path.name: corpus})
-    mixture = Mixture.open(config.data)
+    mixture = Mixture.open(config.data, log)
     t = config.tokenizer
     if t.path and load_tokenizer(t.path, t.extra_tokens_file).fingerprint != mixture.tokenizer().fingerprint:
         raise UserError(f"data.corpus: {mixture} was made with another tokenizer than {t.path}")
@@ -255,6 +251,15 @@ def fingerprint_of(mixtures: Sequence[Mixture]) -> str:
     """Joins `Mixture.fingerprint` over the phases of a run."""
     each = [mixture.fingerprint for mixture in mixtures]
     return each[0] if len(set(each)) == 1 else files.digest(each)
+
+
+def _at_least_one(numbers: Sequence[int]) -> list[int]:
+    """Raises zeros to 1, and lowers the largest numbers by as much where they stay positive."""
+    result = [max(1, n) for n in numbers]
+    for _ in range(sum(result) - sum(numbers)):
+        largest = result.index(max(result))
+        result[largest] = max(1, result[largest] - 1)
+    return result
 
 
 def _texts(about: Sequence[dict[str, Any]]) -> dict[str, str]:

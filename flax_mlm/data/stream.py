@@ -8,6 +8,7 @@ known for any n without history (Tijdeman, The chairman assignment problem, 1980
 """
 
 import dataclasses
+import decimal
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -88,5 +89,12 @@ def whole_numbers(weights: Sequence[Fraction]) -> tuple[int, ...]:
     numbers = [int(w * common) for w in weights]
     numbers = [n // math.gcd(*numbers) for n in numbers]
     if (total := sum(numbers)) > _MAX_SUM:
-        numbers = [max(1, n * _MAX_SUM // total) for n in numbers]
+        numbers = [max(min(n, 1), n * _MAX_SUM // total) for n in numbers]
     return tuple(numbers)
+
+
+def power_weights(sizes: Sequence[int], alpha: float) -> list[Fraction]:
+    """Computes sizes ** alpha to 40 digits, the same on every machine: powers of floats differ in their last bits."""
+    with decimal.localcontext(decimal.Context(prec=40)):
+        exponent = decimal.Decimal(repr(alpha))
+        return [Fraction(decimal.Decimal(size) ** exponent if size and alpha != 1.0 else size) for size in sizes]

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -71,9 +71,10 @@ def loss_and_accuracy(count_R: np.ndarray, loss_R: np.ndarray, correct_R: np.nda
 
 
 def by_corpus(sums_3R: Sequence[np.ndarray], num_rows: dict[str, int], count_key: str) -> dict[str, float]:
-    """Computes `loss/NAME`, `loss_stderr/NAME`, `accuracy/NAME` and number of predictions of each of several corpora.
+    """Computes `loss/NAME`, `loss_stderr/NAME`, `accuracy/NAME`, `rows/NAME` and number of predictions of each of
+    several corpora.
 
-    Corpora without predictions are left out; with a single corpus there are no metrics.
+    Corpora without predictions have no loss and accuracy; with a single corpus there are no metrics.
 
     Args:
       sums_3R: number of predictions, loss, and number of correct predictions of each row, corpus by corpus, then of the
@@ -84,13 +85,33 @@ def by_corpus(sums_3R: Sequence[np.ndarray], num_rows: dict[str, int], count_key
     result: dict[str, float] = {}
     parts = np.split(np.stack(sums_3R), np.cumsum(list(num_rows.values())), axis=1)[:-1]
     for name, part_3R in zip(num_rows, parts, strict=True):
-        if len(num_rows) > 1 and part_3R[0].any():
+        if len(num_rows) == 1:
+            continue
+        if part_3R[0].any():
             values = loss_and_accuracy(*part_3R)
             result |= {f"{key}/{name}": values[key] for key in ("loss", "loss_stderr", "accuracy")}
-            result[f"{count_key}/{name}"] = int(part_3R[0].sum())
+        result[f"rows/{name}"] = int((part_3R[0] > 0).sum())
+        result[f"{count_key}/{name}"] = int(part_3R[0].sum())
+    return result
+
+
+def fertility(counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """Computes `tokens_per_word` and `tokens_per_byte` of the held-out text, with several corpora also of each, as
+    `tokens_per_word/NAME`.
+
+    Args:
+      counts: name of a corpus -> tokens, words (separated by whitespace) and bytes of its held-out documents.
+    """
+    result: dict[str, float] = {}
+    for unit in ("word", "byte"):
+        pairs = {name: (c["tokens"], c[f"{unit}s"]) for name, c in counts.items()}
+        tokens, units = map(sum, zip(*pairs.values(), strict=True))
+        result[f"tokens_per_{unit}"] = tokens / max(units, 1)
+        if len(pairs) > 1:
+            result |= {f"tokens_per_{unit}/{name}": t / max(n, 1) for name, (t, n) in pairs.items()}
     return result
 
 
 def corpus_names(result: Iterable[str]) -> list[str]:
-    """Names of the corpora that a result has metrics of."""
+    """Names of the corpora that a result has losses of."""
     return [key.removeprefix("loss/") for key in result if key.startswith("loss/")]

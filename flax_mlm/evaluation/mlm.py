@@ -47,12 +47,22 @@ def run(model: LoadedModel, corpus: Mixture, on_batch: OnBatch = lambda: None) -
     Returns:
       loss (nats per predicted token) and accuracy with their standard errors over rows, perplexity, bits_per_byte
       (tokens of the held-out text × loss / its bytes), rows, predicted_tokens; and of the same rows' tokens
-      unigram_entropy (nats) and majority_accuracy (always predicting the most frequent token). With several corpora
-      also loss, loss_stderr, accuracy, bits_per_byte and predicted_tokens of each, as `loss/NAME`.
+      unigram_entropy (nats) and majority_accuracy (always predicting the most frequent token); tokens_per_word and
+      tokens_per_byte of the held-out text. With several corpora also loss, loss_stderr, accuracy, bits_per_byte, rows,
+      predicted_tokens, tokens_per_word and tokens_per_byte of each, as `loss/NAME`; of a corpus without predictions no
+      loss, accuracy and bits_per_byte.
     """
     if model.config.objective.name == "rtd":
-        return rtd.summary(rtd.measure(eval_outputs(model, corpus, on_batch)), _num_rows(model, corpus))
+        return _rtd_summary(model, corpus, rtd.measure(eval_outputs(model, corpus, on_batch)))
     return summary(measure(model, corpus, on_batch), corpus)
+
+
+def _rtd_summary(model: LoadedModel, corpus: Mixture, sums: dict[str, np.ndarray]) -> dict[str, float]:
+    return {**rtd.summary(sums, _num_rows(model, corpus)), **_fertility(corpus)}
+
+
+def _fertility(corpus: Mixture) -> dict[str, float]:
+    return metrics.fertility({name: part.counts["validation"] for name, part in corpus.corpora.items()})
 
 
 def evaluate(model: LoadedModel, on_batch: OnBatch, mask_rates: str) -> dict[str, Any]:
@@ -79,7 +89,7 @@ def evaluate(model: LoadedModel, on_batch: OnBatch, mask_rates: str) -> dict[str
     if config.objective.name == "rtd":
         sums = rtd.measure(eval_outputs(model, corpus, on_batch))
         each_row = {name: sums[name].tolist() for name in ("loss", "tokens", "replaced")}
-        return {**rtd.summary(sums, _num_rows(model, corpus)), **common, "each_row": each_row}
+        return {**_rtd_summary(model, corpus, sums), **common, "each_row": each_row}
     measured = measure(model, corpus, on_batch)
     count_R, loss_R, *_ = measured.row_R4.T
     result: dict[str, Any] = {
@@ -179,6 +189,7 @@ def summary(m: Measurement, corpus: Mixture) -> dict[str, float]:
         "majority_accuracy": float(frequency_V.max()),
         "rows": int((count_R > 0).sum()),
         "predicted_tokens": int(count_R.sum()),
+        **_fertility(corpus),
         **by_corpus,
     }
 

@@ -1,13 +1,12 @@
 """Development sets and results of fine-tuning over several seeds, and tables of results as lines of text."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from flax_mlm.errors import UserError
-from flax_mlm.evaluation import metrics
 from flax_mlm.finetuning.loop import SearchResult
 
 
@@ -89,16 +88,32 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def corpus_lines(result: dict[str, Any], count_key: str) -> list[str]:
     """Formats the metrics of each of several corpora; `count_key` names the number of predictions."""
-    keys = ("loss", "loss_stderr", "accuracy", count_key)
-    groups = {name: {key: result[f"{key}/{name}"] for key in keys} for name in metrics.corpus_names(result)}
-    return ["by corpus:", *group_lines(groups, count_key)] if groups else []
+    names = [key.partition("/")[2] for key in result if key.startswith(f"{count_key}/")]
+    width = max(map(len, names), default=0)
+    lines = [f"    {name:{width}}  {'  '.join(_columns(result, name, count_key))}" for name in names]
+    return ["by corpus:", *lines] if lines else []
 
 
-def group_lines(groups: dict[str, dict[str, float]], count_key: str = "predicted_tokens") -> list[str]:
-    """Formats name -> loss, loss_stderr, accuracy and number of predictions."""
+def _columns(result: dict[str, Any], name: str, count_key: str) -> Iterator[str]:
+    """Formats what a result has of one corpus; those of older versions have no rows and no tokens per word."""
+    count, rows = result[f"{count_key}/{name}"], result.get(f"rows/{name}")
+    if not count:
+        yield "has no held-out tokens to predict"
+        return
+    stderr = f" ± {result[f'loss_stderr/{name}']:.4f}" if rows != 1 else ""  # of one row it is unknown
+    yield f"loss {result[f'loss/{name}']:.4f}{stderr}"
+    yield f"accuracy {result[f'accuracy/{name}']:.4f}"
+    for key, title in (("bits_per_byte", "bits"), ("tokens_per_word", "tokens"), ("tokens_per_byte", "tokens")):
+        if f"{key}/{name}" in result:
+            yield f"{title}/{key.rpartition('_')[2]} {result[f'{key}/{name}']:.3f}"
+    yield f"{count:>9,} tokens" + (f" in {rows:,} row{'s' * (rows > 1)}" if rows else "")
+
+
+def group_lines(groups: dict[str, dict[str, float]]) -> list[str]:
+    """Formats name -> loss, loss_stderr, accuracy and predicted_tokens."""
     width = max(map(len, groups))
     return [
         f"    {name:{width}}  loss {r['loss']:.4f} ± {r['loss_stderr']:.4f}  accuracy {r['accuracy']:.4f}  "
-        f"{r[count_key]:>9,} tokens"
+        f"{r['predicted_tokens']:>9,} tokens"
         for name, r in groups.items()
     ]

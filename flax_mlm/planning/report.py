@@ -1,17 +1,36 @@
 """Report of a plan as lines of text: what runs, its memory, tiles and collectives, and what it costs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from flax_mlm.config.phases import Phase
 from flax_mlm.config.schema import Config
+from flax_mlm.data.mixture import Mixture
 from flax_mlm.distributed.chips import Chip
 from flax_mlm.planning import roofline
 from flax_mlm.planning.compile import CompiledStep, Target
 
 _FEW_TOKENS = 4096
 _SMALL_TRANSFER = 5e4  # bytes; smaller collectives are reported together
+
+
+def mixture_lines(run_phases: Sequence[Phase], mixtures: Sequence[Mixture]) -> Iterator[str]:
+    """Describes what each phase with several corpora reads of them, with epochs where the run's length is in steps or
+    tokens."""
+    for phase, mixture in zip(run_phases, mixtures, strict=True):
+        if len(mixture.corpora) == 1:
+            continue
+        d = phase.config.data
+        weighted = "by their weights" if any(d.folders().values()) else f"by rows ** {d.sampling_alpha:g}"
+        yield f"data        from {phase.begin:.0%} on {len(mixture.corpora)} corpora, {weighted}"
+        epochs = mixture.stream().epochs((phase.num_steps or 0) * phase.config.train.global_batch_size)
+        width = max(map(len, mixture.corpora))
+        for (name, corpus), read in zip(mixture.corpora.items(), epochs, strict=True):
+            rows = f"{corpus.counts['train']['rows']:>11,} rows of {mixture.seq_len}"
+            times = f" ({read:.2f} epochs)" if phase.num_steps else ""
+            yield f"            {name:{width}}  {rows}, {mixture.fractions[name]:6.1%} of the rows read{times}"
 
 
 def model_lines(config: Config, step: CompiledStep, target: Target) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from flax_mlm.checkpoint.format import find_checkpoints
 from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.load import build
 from flax_mlm.configs import base
+from flax_mlm.data.mixture import Mixture
 from flax_mlm.errors import Failure, UserError
 from flax_mlm.storage import gcs as gcs_lib
 from flax_mlm.storage import lease
@@ -414,3 +416,18 @@ def test_metrics_that_cannot_be_copied_are_a_warning(gcs, capsys):
     again.close()
     lines = gcs.buckets["bucket"]["metrics/metrics.jsonl"].content.decode().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [1.0, 3.0]
+
+
+def test_a_pattern_finds_the_corpora_of_a_bucket(gcs, toy):
+    for name in ("sw", "en"):
+        put(gcs, toy.corpus, f"languages/{name}")
+    gcs.put("bucket", "languages/notes/readme.txt", b"")
+    data = build(base.get_config()).data
+    opened = Mixture.open(dataclasses.replace(data, corpus="gs://bucket/languages/*", sampling_alpha=0.3))
+    assert [str(corpus.path) for corpus in opened.corpora.values()] == [
+        "gs://bucket/languages/en",
+        "gs://bucket/languages/sw",
+    ]
+    for text, said in (("gs://bucket/none/*", "matches no corpus"), ("gs://nowhere/*", "there is no bucket 'nowhere'")):
+        with pytest.raises(UserError, match=said):
+            Mixture.open(dataclasses.replace(data, corpus=text))

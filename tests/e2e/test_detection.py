@@ -383,12 +383,14 @@ def test_each_corpus_of_several_has_its_own_loss():
     assert result["rows"] == 3
     shown = {key: value for key, value in result.items() if "/" in key and "stderr" not in key}
     assert shown == {
-        "loss/a": 0.3, "accuracy/a": 0.8, "tokens/a": 10,
-        "loss/b": 0.8, "accuracy/b": 0.2, "tokens/b": 5,
+        "loss/a": 0.3, "accuracy/a": 0.8, "tokens/a": 10, "rows/a": 2,
+        "loss/b": 0.8, "accuracy/b": 0.2, "tokens/b": 5, "rows/b": 1,
+        "tokens/c": 0, "rows/c": 0,
     }  # fmt: skip
-    assert rtd.table(result)[-2:] == [
-        f"    a  loss 0.3000 ± {result['loss_stderr/a']:.4f}  accuracy 0.8000         10 tokens",
-        "    b  loss 0.8000 ± 0.0000  accuracy 0.2000          5 tokens",
+    assert rtd.table(result)[-3:] == [
+        f"    a  loss 0.3000 ± {result['loss_stderr/a']:.4f}  accuracy 0.8000         10 tokens in 2 rows",
+        "    b  loss 0.8000  accuracy 0.2000          5 tokens in 1 row",
+        "    c  has no held-out tokens to predict",
     ]
     alone = rtd.summary(sums, {"": 3})
     assert not any("/" in key for key in alone)

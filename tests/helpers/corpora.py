@@ -11,16 +11,16 @@ from flax_mlm.data.units import write_shard
 L = 8
 
 
-def write_corpus(folder: Path, tok, seed: int = 0, length: int = L) -> dict[str, list[int]]:
+def write_corpus(folder: Path, tok, seed: int = 0, length: int = L, documents: int = 9) -> dict[str, list[int]]:
     """A corpus of three training shards; returns the tokens of each split, sorted."""
     rng, tokens, splits = np.random.default_rng(seed), {}, {}
     folder.mkdir()
     for split, shards in (("train", 3), ("validation", 1)):
         entries, all_ids = [], []
         for unit in range(shards):
-            lengths = rng.integers(1, 40, 9)
+            lengths = rng.integers(1, 40, documents)
             ids = rng.integers(5, 280, lengths.sum()).astype(row_dtype(280))
-            table = np.stack([np.arange(9), lengths, lengths, lengths], axis=1)
+            table = np.stack([np.arange(documents), lengths, lengths, lengths], axis=1)
             file = folder / f"{split}-{unit:05d}.npy"
             entries.append(write_shard(file, ids, table, length, tok, "best_fit"))
             all_ids += ids.tolist()

@@ -92,3 +92,22 @@ def test_weights_as_whole_numbers(weights):
 def test_simple_weights_are_exact():
     assert stream_lib.whole_numbers([Fraction("0.7"), Fraction("0.3")]) == (7, 3)
     assert stream_lib.whole_numbers([Fraction(20), Fraction(10), Fraction("0.5")]) == (40, 20, 1)
+
+
+@given(st.lists(st.integers(1, 10**12), min_size=2, max_size=8), st.sampled_from([0.3, 0.5, 0.7, 0.99]))
+def test_powers_are_in_proportion(sizes, alpha):
+    """The ratios of whole-number weights are those of sizes ** alpha, as far as numbers below 2**31 allow."""
+    weights = stream_lib.whole_numbers(stream_lib.power_weights(sizes, alpha))
+    assert sum(weights) <= 2**31 + len(sizes)
+    total = math.fsum(size**alpha for size in sizes)
+    for size, weight in zip(sizes, weights, strict=True):
+        assert abs(weight / sum(weights) - size**alpha / total) < (len(sizes) + 1) * 2**-31
+    assert [weights[i] for i in np.argsort(sizes, kind="stable")] == sorted(weights)
+
+
+def test_weights_by_alpha_never_change():
+    """They are part of a run's fingerprint."""
+    assert stream_lib.power_weights([7, 0, 3], 1.0) == [7, 0, 3]
+    found = stream_lib.whole_numbers(stream_lib.power_weights([1_000_000, 20_000, 300], 0.3))
+    assert found == (1537236090, 475389484, 134858072)
+    assert stream_lib.whole_numbers(stream_lib.power_weights([4, 0], 0.5)) == (1, 0)
