@@ -1,6 +1,9 @@
-"""Makes a tokenizer and a packed corpus from documents.
+"""Makes a tokenizer and a packed corpus from documents, or a tokenizer alone for several corpora.
 
     python -m flax_mlm.prepare --config=base --config.data.source='text:books/*.txt.gz' --output=corpus
+
+    python -m flax_mlm.prepare --config=base --config.data.source='text:en/*.txt|text:sw/*.txt' --tokenizer_only \
+        --config.data.sampling_alpha=0.3 --output=tokenizer
 
 Killed at any moment and started again, it continues, and ends with the same bytes, which do not depend on the number of
 workers either. Unfinished work is kept in OUTPUT.tmp, which is removed at the end.
@@ -19,11 +22,14 @@ from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
 from flax_mlm.data.mixture import check_words
 from flax_mlm.data.prepare import Make, make_here, merge, prepare, prepare_shard
+from flax_mlm.data.shared_tokenizer import make_tokenizer
 from flax_mlm.errors import UserError
 
 flags.DEFINE_string("output", "", "folder to make, also gs:// or s3://; unfinished work is kept in OUTPUT.tmp")
 _SHARD = flags.DEFINE_string("shard", "", "K/N: make the units of the K-th of N workers, which may run at any time")
 _MERGE = flags.DEFINE_bool("merge", False, "join the shards, after all of them")
+_help = "make a tokenizer for all of data.source ('A|B|C'), each with bytes in proportion to its size ** sampling_alpha"
+_TOKENIZER_ONLY = flags.DEFINE_bool("tokenizer_only", False, _help)
 _PACKAGES = {"beam": "apache_beam", "ray": "ray"}
 _ENGINE = flags.DEFINE_enum("engine", "local", ["local", *_PACKAGES], "makes the units; arguments after -- go to it")
 
@@ -31,11 +37,12 @@ _ENGINE = flags.DEFINE_enum("engine", "local", ["local", *_PACKAGES], "makes the
 def main(config: Config) -> None:
     output = app.required("output", "name the folder to make")
     engine = _engine(app.arguments_after_dashes())
-    if sum([bool(_SHARD.value), _MERGE.value, _ENGINE.value != "local"]) > 1:
-        raise UserError(
-            "--shard, --merge and --engine exclude each other; give one of them (an engine merges by itself)"
-        )
-    if _SHARD.value:
+    if sum([bool(_SHARD.value), _MERGE.value, _ENGINE.value != "local", _TOKENIZER_ONLY.value]) > 1:
+        what = "--shard, --merge, --engine and --tokenizer_only exclude each other"
+        raise UserError(f"{what}; give one of them (an engine merges by itself)")
+    if _TOKENIZER_ONLY.value:
+        make_tokenizer(config, app.required_folder("output", "name the folder to make").absolute())
+    elif _SHARD.value:
         prepare_shard(config, output, *_parse_shard(_SHARD.value))
     else:
         check_words(config, merge(config, output) if _MERGE.value else prepare(config, output, make=engine), print)

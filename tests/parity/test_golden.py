@@ -18,6 +18,7 @@ from flax_mlm.configs import (
     bert_large,
     continue_pretraining,
     electra_small,
+    mmbert_base,
     modernbert_base,
     modernbert_large,
     objectives,
@@ -30,7 +31,7 @@ from tests.helpers.golden import compare_golden
 from tests.helpers.steps import train
 
 CONFIGS = [base, quickstart, small, objectives, bert_base, bert_large, electra_small, modernbert_base, modernbert_large]
-CONFIGS += [continue_pretraining]
+CONFIGS += [mmbert_base, continue_pretraining]
 BY_NAME = pytest.mark.parametrize("module", CONFIGS, ids=lambda m: m.__name__.split(".")[-1])
 
 

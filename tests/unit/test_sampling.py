@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flax_mlm.config import phases
 from flax_mlm.config.load import build
 from flax_mlm.config.schema import DataConfig
-from flax_mlm.configs import base
+from flax_mlm.configs import base, mmbert_base
 from flax_mlm.data.corpus import MANIFEST
 from flax_mlm.data.mixture import DataCursor, Mixture, _at_least_one
 from flax_mlm.data.tokenizer_training import train_tokenizer
@@ -121,6 +121,22 @@ def test_corpora_go_on_exactly_where_alpha_changes_and_others_join(folders, turn
     for name, positions in seen.items():
         assert positions == list(range(len(positions))), name
         assert len(orders[name]) == 1, name
+
+
+def test_the_recipe_of_mmbert():
+    """Three phases, in which corpora join and mask rate and alpha fall."""
+    found = phases.parse_phases(build(mmbert_base.get_config("languages")))
+    assert [list(p.config.data.folders()) for p in found] == [
+        ["languages/1024/*"],
+        ["languages/8192/*"],
+        ["languages/8192/*", "languages/8192_decay/*"],
+    ]
+    assert [p.config.data.sampling_alpha for p in found] == [0.7, 0.5, 0.3]
+    assert [p.config.objective.mask_rate for p in found] == [0.3, 0.15, 0.05]
+    assert [round(p.end - p.begin, 3) for p in found] == [0.767, 0.2, 0.033]
+    assert {p.config.model.rope_theta_local for p in found[1:]} == {160_000.0}
+    alone = phases.parse_phases(build(mmbert_base.get_config()))
+    assert [p.config.data.seq_len * p.config.train.global_batch_size for p in alone] == [4608 * 1024] * 3
 
 
 def test_the_plan_has_what_each_phase_reads(folders):
