@@ -71,6 +71,19 @@ def test_input(run):
 
 
 @pytest.mark.full
+def test_languages(run, tmp_path):
+    for name, times in (("large", 60), ("small", 12)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} text, number {i}." * 9 for i in range(times)))
+    source = f"--config.data.source=text:{tmp_path}/large.txt|text:{tmp_path}/small.txt"
+    options = [source, "--config.data.validation_fraction=0.3", "--names=large,small", f"--output={tmp_path / 'out'}"]
+    record, printed = run("languages", *options, "--config.train.steps=2", "--alphas=1,0.3")
+    assert record["rows"]["small"] < record["rows"]["large"]
+    assert record["epochs"]["0.3"]["small"] > 1.5 * record["epochs"]["1.0"]["small"]
+    assert record["results"]["0.3"][0]["bits_per_byte/small"] > 0
+    assert "| language | rows | α = 1 | α = 0.3 | epochs | tokens per word |" in printed
+
+
+@pytest.mark.full
 def test_startup(run):
     record, printed = run("startup", "--commands=train")
     assert set(record["seconds"]) == {"train --help", "a config error", "first step, cold", "first step, warm"}
