@@ -42,7 +42,11 @@ def main(config: Config) -> None:
         raise UserError(f"{what}; give one of them (an engine merges by itself)")
     if _TOKENIZER_ONLY.value:
         make_tokenizer(config, app.required_folder("output", "name the folder to make").absolute())
-    elif _SHARD.value:
+        return
+    if config.data.sampling_alpha != 1.0 and "|" in config.data.source:
+        what = "data.sampling_alpha weights corpora in training, and sources with --tokenizer_only"
+        print(f"note: {what}; this corpus holds all text of all sources, without weights")
+    if _SHARD.value:
         prepare_shard(config, output, *_parse_shard(_SHARD.value))
     else:
         check_words(config, merge(config, output) if _MERGE.value else prepare(config, output, make=engine), print)

@@ -117,9 +117,8 @@ def make_tokenizer(config: Config, output: Path, log: Callable[[str], None] = pr
     if t.path:
         raise UserError(f"tokenizer.path is '{t.path}', and --tokenizer_only trains a new tokenizer; leave it empty")
     sources = _open(config)
-    settings = [t.model_type, t.vocab_size, t.normalization, t.character_coverage, t.sample_bytes]
     versions = [source.version for source in sources.values()]
-    request = files.digest([1, versions, d.sampling_alpha, d.validation_fraction, settings])
+    request = files.digest([1, versions, d.sampling_alpha, d.validation_fraction, dataclasses.asdict(t)])
     if _is_done(output, request):
         log(f"tokenizer: {output}, already made")
         return load_tokenizer(output)
