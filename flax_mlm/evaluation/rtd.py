@@ -52,7 +52,7 @@ def summary(sums: dict[str, np.ndarray], num_rows: dict[str, int]) -> dict[str, 
       recall_replaced and recall_original (fractions of replaced and of original tokens that are classified correctly);
       replaced (fraction of tokens that are), and its baselines replaced_entropy (nats) and majority_accuracy;
       generator_loss (nats per masked token, with its standard error), generator_accuracy; rows, tokens,
-      predicted_tokens. With several corpora also loss, loss_stderr, accuracy and tokens of each, as `loss/NAME`.
+      predicted_tokens. With several corpora also loss, loss_stderr, accuracy, tokens and rows of each, as `loss/NAME`.
     """
     tokens, loss, correct = (sums[name] for name in ("tokens", "loss", "correct"))
     total, num_replaced, masked = (sums[name].sum() for name in ("tokens", "replaced", "masked"))
