@@ -5,7 +5,7 @@
 #
 # They go to .venv-bench/, or to the folder BENCH_VENVS. Run again, it does nothing.
 set -euo pipefail
-for peer in torch flax; do
+for peer in torch flax datatrove; do
   (
     export VENV=${BENCH_VENVS:-.venv-bench}/$peer
     # shellcheck source=launch/setup.sh

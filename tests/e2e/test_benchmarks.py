@@ -97,6 +97,14 @@ def test_packing(run):
     assert "| padded |" in printed
 
 
+def test_dedup(run):
+    record, printed = run("dedup", "--planted=10", "--similarities=0.95,0.5", "--seconds=0.01")
+    assert record["quality"]["0.95"]["joined"] == 1
+    assert record["quality"]["0.5"]["joined"] == 0
+    assert record["speed"]["rates"]["ours"] > 0
+    assert "Left out: datatrove" in printed
+
+
 def test_the_step_of_a_gpu_machine_needs_no_tensorflow(run):
     record, printed = run("gpu", "--smoke", "--cases=1", "--seconds=0.01", PYTHONPATH="{folder}/absent")
     assert record["cases"]["ModernBERT"]["programs"]["ours"]["step_seconds"] > 0
