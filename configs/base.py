@@ -21,6 +21,11 @@ def get_config() -> ConfigDict:
     # tfds:NAME[/config][:version][:split]
     c.data.source = "builtin"
     c.data.encoding = "utf-8"  # of text without a byte-order mark: a name that Python knows, such as latin1 or gb18030
+    # Documents that are dropped: none | exact (copies of an earlier one) | near (also those that are similar to one)
+    c.data.dedup = "none"
+    c.data.dedup_threshold = 0.8  # near: Jaccard similarity of n-grams of five words from which documents are similar
+    # Evaluation files, "data/glue/*.tsv,test.jsonl": documents that share 13 words in a row with them are dropped
+    c.data.decontaminate = ""
     # A folder made by `prepare`, or several with weights ("wiki:0.7,books:0.3"; without weights: see sampling_alpha);
     # patterns ("corpora/*") stand for the corpora that match. It determines seq_len; source, packing and
     # validation_fraction are unused then; tokenizer.path is optional.

@@ -20,8 +20,9 @@ from absl import flags
 
 from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
+from flax_mlm.data.engines.worker import Run
 from flax_mlm.data.mixture import check_words
-from flax_mlm.data.prepare import Make, make_here, merge, prepare, prepare_shard
+from flax_mlm.data.prepare import merge, prepare, prepare_shard
 from flax_mlm.data.shared_tokenizer import make_tokenizer
 from flax_mlm.errors import UserError
 
@@ -49,7 +50,7 @@ def main(config: Config) -> None:
     if _SHARD.value:
         prepare_shard(config, output, *_parse_shard(_SHARD.value))
     else:
-        check_words(config, merge(config, output) if _MERGE.value else prepare(config, output, make=engine), print)
+        check_words(config, merge(config, output) if _MERGE.value else prepare(config, output, run=engine), print)
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
@@ -60,18 +61,22 @@ def _parse_shard(text: str) -> tuple[int, int]:
     return shard, num_shards
 
 
-def _engine(arguments: list[str]) -> Make:
-    """Returns what makes the units. Raises UserError: the engine is not installed, or does not take the arguments."""
+def _engine(arguments: list[str]) -> Run | None:
+    """Returns what works on the units; None: this machine does.
+
+    Raises:
+      UserError: the engine is not installed, or does not take the arguments.
+    """
     name = _ENGINE.value
     if name == "local":
         if arguments:
             raise UserError(f"unexpected argument '{arguments[0]}' after --; those go to --engine=beam or --engine=ray")
-        return make_here
+        return None
     if importlib.util.find_spec(_PACKAGES[name]) is None:
         remedy = f"in an environment of its own: pip install -r launch/{name}-requirements.txt"
         raise UserError(f"--engine={name} needs the package {_PACKAGES[name]}, {remedy}")
-    make: Make = importlib.import_module(f"flax_mlm.data.engines.{name}").engine(arguments)
-    return make
+    run: Run = importlib.import_module(f"flax_mlm.data.engines.{name}").engine(arguments)
+    return run
 
 
 if __name__ == "__main__":

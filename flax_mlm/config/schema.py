@@ -26,6 +26,9 @@ class DataConfig:
     corpus: Annotated[str, CHANGEABLE]
     sampling_alpha: Annotated[float, "(0, 1]", CHANGEABLE]
     cache_dir: str
+    dedup: Annotated[str, "none | exact | near"]
+    dedup_threshold: Annotated[float, "(0, 1]"]
+    decontaminate: str
     seq_len: Annotated[int, "[4, inf)", CHANGEABLE, FROM_FOLDER]
     validation_fraction: Annotated[float, "(0, 1)"]
     packing: Annotated[str, "best_fit | sequential"]

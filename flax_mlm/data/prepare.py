@@ -9,29 +9,27 @@ import functools
 import os
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from etils import epath
 
-from flax_mlm.config.schema import Config, DataConfig
+from flax_mlm.config.schema import Config
 from flax_mlm.data import tokenizer_training
+from flax_mlm.data.cleaning.clean import Cleaning, log_report
 from flax_mlm.data.corpus import FORMAT, Corpus, row_dtype
+from flax_mlm.data.engines import local
+from flax_mlm.data.engines.worker import MakeUnit, RecordUnit, Run, Task
 from flax_mlm.data.held_out import check_fraction
 from flax_mlm.data.preparation_log import log_lost_text, log_summary, progress
 from flax_mlm.data.sources.base import Source, Unit
 from flax_mlm.data.sources.open import Options, open_source
-from flax_mlm.data.tokenising import tokenise_in_processes
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
-from flax_mlm.data.units import join, make_units
+from flax_mlm.data.units import join
 from flax_mlm.data.work import Log, Work, is_done, locked, working
 from flax_mlm.errors import UserError
 from flax_mlm.storage import buckets, files
 from flax_mlm.storage.gcs import AnyPath
-
-# Makes units, and adds to the log.
-Make: TypeAlias = Callable[[list[Unit], Work, DataConfig, Log], None]
 
 
 def source_of(config: Config) -> Source:
@@ -39,15 +37,7 @@ def source_of(config: Config) -> Source:
     return open_source(config.data.source, Options(config.data.encoding))
 
 
-def make_here(units: list[Unit], work: Work, data: DataConfig, log: Log) -> None:
-    """Makes units in `data.num_workers` processes of this machine."""
-    num_workers = data.num_workers or os.cpu_count() or 1
-    tokenise = functools.partial(tokenise_in_processes, tokenizer_path=work.tokenizer, num_workers=num_workers)
-    with progress("tokenising", sum(unit.size for unit in units), log) as show:
-        make_units(units, work, load_tokenizer(work.tokenizer), data, tokenise, show)
-
-
-def prepare(config: Config, output: str | Path | None = None, log: Log = print, make: Make = make_here) -> Corpus:
+def prepare(config: Config, output: str | Path | None = None, log: Log = print, run: Run | None = None) -> Corpus:
     """Makes the corpus that a config describes, or opens it where it is made already.
 
     It starts processes that import the main module, so a script that calls it needs `if __name__ == "__main__":`.
@@ -56,27 +46,35 @@ def prepare(config: Config, output: str | Path | None = None, log: Log = print, 
       output: folder of the corpus, also in a bucket; None: one in `data.cache_dir`, named after the source and a hash
         of the settings.
       log: called with each line about the progress.
-      make: makes the units, here or elsewhere.
+      run: works on the units elsewhere; None: `data.num_workers` processes of this machine do.
 
     Raises:
       UserError: the source cannot be read, or `output` holds something else or cannot be written.
     """
-    source = source_of(config)
-    request = _request(config, source)
+    source, cleaning = source_of(config), Cleaning.of(config.data)
+    request = _request(config, source, cleaning)
     if output is None:
         name = re.sub(r"[^A-Za-z0-9]+", "-", config.data.source).strip("-")[:40]
         output = Path(config.data.cache_dir) / f"{name}-{request[:16]}"
     output = _parse(output)
     with working(output, request, log, is_alone=True) as work:
         if work:
-            _begin(config, source, work, log)
-            _make(config, source.units, work, log, make)
-            _finish(config, source, request, output, work, log)
+            run = run or functools.partial(local.run, num_workers=config.data.num_workers)
+            _check(source, log)
+            if cleaning:
+                _run(RecordUnit(work, cleaning), source.units, run, log)
+            cleaned = cleaning.apply(source, work, log) if cleaning else source
+            _prepare_tokenizer(config, cleaned, work, log)
+            _run(MakeUnit(work, config.data), cleaned.units, run, log)
+            _finish(config, source, cleaning, request, output, work, log)
     return Corpus.open(os.fspath(output))
 
 
 def prepare_shard(config: Config, output: str | Path, shard: int, num_shards: int, log: Log = print) -> None:
     """Makes the units of one shard of a corpus, and leaves them in OUTPUT.tmp, which all machines share.
+
+    Where documents are compared with those of other shards, the signatures of all shards have to be there first: then
+    those that come before the last one do no more than write theirs, and have to be run again.
 
     Args:
       shard: 1 to `num_shards`.
@@ -84,14 +82,23 @@ def prepare_shard(config: Config, output: str | Path, shard: int, num_shards: in
     Raises:
       UserError: as `prepare`.
     """
-    source = source_of(config)
-    with working(_parse(output), _request(config, source), log, is_alone=False) as work:
-        if work:
-            work.begin_shard(shard, num_shards)
-            with locked(work.folder / "tokenizer.lock", log):
-                _begin(config, source, work, log)
-            _make(config, source.units[shard - 1 :: num_shards], work, log, make_here)
-            log(f"shard {shard} of {num_shards} is done; after all of them, run it with --merge in place of --shard")
+    source, cleaning = source_of(config), Cleaning.of(config.data)
+    run = functools.partial(local.run, num_workers=config.data.num_workers)
+    with working(_parse(output), _request(config, source, cleaning), log, is_alone=False) as work:
+        if not work:
+            return
+        work.begin_shard(shard, num_shards)
+        _check(source, log)
+        if cleaning:
+            _run(RecordUnit(work, cleaning), source.units[shard - 1 :: num_shards], run, log)
+            if cleaning.unrecorded(source.units, work):
+                log(f"shard {shard} of {num_shards} has written its signatures; after all of them, run each again")
+                return
+        with locked(work.folder / "tokenizer.lock", log):
+            cleaned = cleaning.apply(source, work, log) if cleaning else source
+            _prepare_tokenizer(config, cleaned, work, log)
+        _run(MakeUnit(work, config.data), cleaned.units[shard - 1 :: num_shards], run, log)
+        log(f"shard {shard} of {num_shards} is done; after all of them, run it with --merge in place of --shard")
 
 
 def merge(config: Config, output: str | Path, log: Log = print) -> Corpus:
@@ -100,12 +107,12 @@ def merge(config: Config, output: str | Path, log: Log = print) -> Corpus:
     Raises:
       UserError: also where units are missing.
     """
-    source = source_of(config)
-    request = _request(config, source)
+    source, cleaning = source_of(config), Cleaning.of(config.data)
+    request = _request(config, source, cleaning)
     output = _parse(output)
     with working(output, request, log, is_alone=True) as work:
         if work:
-            _finish(config, source, request, output, work, log)
+            _finish(config, source, cleaning, request, output, work, log)
     return Corpus.open(os.fspath(output))
 
 
@@ -117,35 +124,47 @@ def _parse(output: str | Path) -> AnyPath:
     return epath.Path(os.fspath(url).rstrip("/")) if url else Path(output).expanduser().absolute()
 
 
-def _request(config: Config, source: Source) -> str:
+def _request(config: Config, source: Source, cleaning: Cleaning | None) -> str:
     """Hashes all that decides the bytes of the corpus."""
     d, t = config.data, config.tokenizer
+    cleaned = cleaning.version if cleaning else None
     tokenizer: Any = [t.model_type, t.vocab_size, t.normalization, t.character_coverage, t.sample_bytes]
     if t.path:
         tokenizer = load_tokenizer(t.path, t.extra_tokens_file).fingerprint
-    return files.digest([FORMAT, source.version, tokenizer, d.seq_len, d.packing, d.validation_fraction])
+    return files.digest([FORMAT, source.version, cleaned, tokenizer, d.seq_len, d.packing, d.validation_fraction])
 
 
-def _begin(config: Config, source: Source, work: Work, log: Log) -> None:
-    """Checks a source, and makes the tokenizer."""
+def _check(source: Source, log: Log) -> None:
     log(f"source: {source.name}; licence: {source.licence}")
     source.check()
+
+
+def _prepare_tokenizer(config: Config, source: Source, work: Work, log: Log) -> None:
+    """Makes the tokenizer, after it has checked that there are documents to train on and to hold out."""
     check_fraction(source, config.data.validation_fraction)
     tokenizer = _tokenizer(config, source, work, log)
     if config.objective.name != "clm":
         tokenizer.require_words(config.objective.masking)
 
 
-def _make(config: Config, units: tuple[Unit, ...], work: Work, log: Log, make: Make) -> None:
-    """Makes the units that are not finished yet."""
-    todo = work.unfinished(units)
+def _run(task: Task, units: tuple[Unit, ...], run: Run, log: Log) -> None:
+    """Works on the units that are not finished yet."""
+    todo = task.undone(units)
     if finished := len(units) - len(todo):
-        log(f"tokenising: {finished} units were finished before and are reused")
+        log(f"{task.title}: {finished} units were finished before and are reused")
     if todo:
-        make(todo, work, config.data, log)
+        run(task, todo, log)
 
 
-def _finish(config: Config, source: Source, request: str, output: AnyPath, work: Work, log: Log) -> None:
+def _finish(
+    config: Config,
+    source: Source,
+    cleaning: Cleaning | None,
+    request: str,
+    output: AnyPath,
+    work: Work,
+    log: Log,
+) -> None:
     """Joins the units, and writes the corpus, corpus.json last. Raises UserError: units are missing."""
     if buckets.is_one(output) and is_done(output, request, has_work=True):
         return  # another process has finished it, and perhaps deleted the records
@@ -167,8 +186,13 @@ def _finish(config: Config, source: Source, request: str, output: AnyPath, work:
         "dtype": row_dtype(tokenizer.vocab_size).name,
         "splits": totals.splits,
     }
+    if cleaning:
+        report = cleaning.report(source, work, totals.tokens_per_byte)
+        cleaning.keep(report, work)
     work.publish(output, tokenizer, manifest)
     log_summary(manifest, log)
+    if cleaning:
+        log_report(report, log)
     log_lost_text(totals, tokenizer.tokens[tokenizer.unk_id], log)
     log(f"corpus: {output}")
 

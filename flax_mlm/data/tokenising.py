@@ -1,6 +1,7 @@
 """Tokenising chunks of text, in this process or in others."""
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -43,11 +44,8 @@ def tokenise_in_processes(
     jobs: Iterable[list[TextChunk]], tokenizer_path: AnyPath, num_workers: int
 ) -> Iterator[Tokenised]:
     """Tokenises jobs in other processes, in order. Raises UserError if one of them was killed."""
-    # Spawned, not forked: this process may run threads of JAX or TensorFlow.
-    spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(num_workers, spawn, _start_worker, (tokenizer_path,))
     pending: deque[tuple[list[TextChunk], concurrent.futures.Future[_Tokens]]] = deque()
-    try:
+    with workers(num_workers, tokenizer_path) as pool:
         for job in jobs:
             pending.append((job, pool.submit(_tokenise_in_worker, _contents(job))))
             if len(pending) > 2 * num_workers:
@@ -55,6 +53,16 @@ def tokenise_in_processes(
                 yield first, *future.result()
         for last, future in pending:
             yield last, *future.result()
+
+
+@contextlib.contextmanager
+def workers(num_workers: int, tokenizer_path: AnyPath | None = None) -> Iterator[concurrent.futures.Executor]:
+    """Starts processes that end with this one. Raises UserError if one of them was killed."""
+    # Spawned, not forked: this process may run threads of JAX or TensorFlow.
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(num_workers, spawn, _start_worker, (tokenizer_path,))
+    try:
+        yield pool
     except concurrent.futures.BrokenExecutor as e:
         raise UserError("a worker was killed, perhaps for lack of memory; lower data.num_workers and run again") from e
     finally:
@@ -64,11 +72,12 @@ def tokenise_in_processes(
 _worker_tokenizer: Tokenizer
 
 
-def _start_worker(tokenizer_path: AnyPath) -> None:
+def _start_worker(tokenizer_path: AnyPath | None) -> None:
     global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
-    _worker_tokenizer = load_tokenizer(tokenizer_path)
-    _worker_tokenizer.num_threads = 1
+    if tokenizer_path:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
+        _worker_tokenizer = load_tokenizer(tokenizer_path)
+        _worker_tokenizer.num_threads = 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

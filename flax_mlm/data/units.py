@@ -114,6 +114,12 @@ class Totals:
     undecodable: Counter[str]
     unknown: Counter[str]
 
+    @property
+    def tokens_per_byte(self) -> float:
+        """Tokens by bytes of text."""
+        tokens, size = (sum(split[key] for split in self.splits.values()) for key in ("tokens", "bytes"))
+        return tokens / max(size, 1)
+
 
 def join(work: Work, num_units: int) -> Totals:
     """Sums the records of all units, which are finished."""

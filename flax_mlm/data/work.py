@@ -28,7 +28,7 @@ from flax_mlm.storage.gcs import AnyPath
 
 Log = Callable[[str], None]
 
-_SUBFOLDERS = ("units", "shards", "errors", "writing", "corpus")
+_SUBFOLDERS = ("signatures", "units", "shards", "errors", "writing", "corpus")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,8 @@ def _removing(folder: Path, is_alone: bool) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if is_alone and not any(folder.glob("*/units/*.json")):  # only finished units are worth keeping
+        kept = ("*/units/*.json", "*/signatures/*")  # finished units are worth keeping
+        if is_alone and not any(path for pattern in kept for path in folder.glob(pattern)):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     if is_alone:
@@ -202,7 +203,7 @@ def _in_bucket(output: AnyPath, folder: AnyPath, request: str, log: Log, is_alon
         try:
             yield work
         except UserError:
-            if is_alone and not files.names(work.folder / "units"):
+            if is_alone and not files.names(work.folder / "units") and not files.names(work.folder / "signatures"):
                 files.delete_folder(folder)
             raise
     if is_alone:

@@ -11,7 +11,7 @@ from flax_mlm.data.cleaning.clusters import Collection
 from flax_mlm.data.cleaning.contamination import Evaluation
 from flax_mlm.data.cleaning.word_hashes import Documents, mixed
 from flax_mlm.errors import UserError
-from flax_mlm.storage import files, gcs
+from flax_mlm.storage import files
 from flax_mlm.storage.gcs import AnyPath
 
 # Why a document is dropped: `REASONS[reason]`.
@@ -77,15 +77,12 @@ class Dropped:
         content = io.BytesIO()
         for array in vars(self).values():
             np.lib.format.write_array(content, array, allow_pickle=False)
-        if gcs.is_one(file):
-            file.write_bytes(content.getvalue())
-        else:
-            files.write_bytes(file, content.getvalue())
+        files.write_bytes(file, content.getvalue())
 
     @classmethod
     def read(cls, file: AnyPath) -> "Dropped":
         """Reads the file. Raises UserError: it is damaged."""
-        content = io.BytesIO(file.read_bytes())
+        content = io.BytesIO(files.read_bytes(file))
         try:
             return cls(*(np.lib.format.read_array(content, allow_pickle=False) for _ in dataclasses.fields(cls)))
         except ValueError as e:

@@ -15,18 +15,16 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
 from flax_mlm.data.cleaning.contamination import SHARED_WORDS, Evaluation, Hits
 from flax_mlm.data.cleaning.word_hashes import Documents, WordBlock, mixed, word_blocks
 from flax_mlm.errors import UserError
-from flax_mlm.storage import files
+from flax_mlm.storage import bucket_sources, buckets, files
 from flax_mlm.storage.gcs import AnyPath
 
 PERMUTATIONS = 128
@@ -83,7 +81,7 @@ def save(file: AnyPath, blocks: Iterable[Signatures]) -> None:
 
 def read(file: AnyPath) -> Iterator[Signatures]:
     """Reads a signature file in blocks of a few thousand documents. Raises UserError: it is damaged."""
-    with file.open("rb") as opened:
+    with bucket_sources.open_object(file) if buckets.is_one(file) else open(file, "rb") as opened:
         while _read(file, opened).tolist() != [_FORMAT, 0]:
             yield Signatures(*(_read(file, opened) for _ in dataclasses.fields(Signatures)))
 
@@ -209,15 +207,20 @@ class _TextHash:
 
 
 @contextlib.contextmanager
-def _writing(file: AnyPath) -> Iterator[BinaryIO]:
-    if not isinstance(file, Path):  # a bucket would keep what an interrupted writer has sent
+def _writing(file: AnyPath) -> Iterator[IO[bytes]]:
+    if buckets.is_one(file):
         with tempfile.TemporaryFile() as opened:
             yield opened
             opened.seek(0)
-            with file.open("wb") as target:
-                shutil.copyfileobj(opened, target)
+            files.write_bytes(file, opened.read())
         return
-    with files.replacing(file) as temporary, temporary.open("wb") as opened:
-        yield opened
-        opened.flush()
-        os.fsync(opened.fileno())
+    folder = os.path.dirname(file)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as opened:  # several may write the file
+        try:
+            yield opened
+            opened.flush()
+            os.fsync(opened.fileno())
+            os.replace(opened.name, file)
+        except BaseException:
+            os.unlink(opened.name)
+            raise

@@ -1,4 +1,4 @@
-"""Making units as an Apache Beam pipeline: DirectRunner here, Dataflow, Flink or Spark elsewhere.
+"""Working on units as an Apache Beam pipeline: DirectRunner here, Dataflow, Flink or Spark elsewhere.
 
 It runs in an environment of its own, see launch/beam-requirements.txt.
 """
@@ -11,18 +11,16 @@ import logging
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from flax_mlm.config.schema import DataConfig
-from flax_mlm.data.engines.worker import MakeUnit, last_line
-from flax_mlm.data.prepare import Make
+from flax_mlm.data.engines.worker import Run, Task, last_line
 from flax_mlm.data.sources.base import Unit
-from flax_mlm.data.work import Log, Work
+from flax_mlm.data.work import Log
 from flax_mlm.errors import Failure, UserError, did_you_mean
 
 _LOG_LEVEL = "--default_sdk_harness_log_level"
 
 
-def engine(arguments: list[str]) -> Make:
-    """Returns what makes units with Beam, once.
+def engine(arguments: list[str]) -> Run:
+    """Returns what works on units with Beam.
 
     Args:
       arguments: pipeline options, such as --runner=DataflowRunner.
@@ -32,30 +30,30 @@ def engine(arguments: list[str]) -> Make:
     """
     options = _parse(arguments)
     try:
-        pipeline = beam.Pipeline(options=options)
+        beam.Pipeline(options=options)
     except ValueError as e:  # in several lines
         raise UserError(f"--engine=beam: {' '.join(str(e).split())}; give them after --") from e
     runner = options.get_all_options()["runner"] or "DirectRunner"
 
-    def make(units: list[Unit], work: Work, data: DataConfig, log: Log) -> None:
-        log(f"tokenising: {len(units):,} units on Beam's {runner}")
-        make_unit = MakeUnit(work, data)
-        work.forget_failures()
+    def run(task: Task, units: list[Unit], log: Log) -> None:
+        log(f"{task.title}: {len(units):,} units on Beam's {runner}")
+        task.work.forget_failures()
+        pipeline = beam.Pipeline(options=options)
         # Reshuffling divides the units among the workers; without it they are one bundle.
-        _ = pipeline | beam.Create(units) | beam.Reshuffle() | "make units" >> beam.Map(_make_unit, make_unit)
+        _ = pipeline | beam.Create(units) | beam.Reshuffle() | task.title >> beam.Map(_call, task)
         try:
             pipeline.run().wait_until_finish()
         except Exception as e:
-            make_unit.check()
+            task.check()
             remedy = "finished units are kept, run the same command again"
             raise Failure(f"Beam's {runner}: {last_line(e)}; {remedy}") from e
-        make_unit.check()
+        task.check()
 
-    return make
+    return run
 
 
-def _make_unit(unit: Unit, make_unit: MakeUnit) -> int:
-    return make_unit(unit)
+def _call(unit: Unit, task: Task) -> int:
+    return task(unit)
 
 
 def _parse(arguments: list[str]) -> PipelineOptions:

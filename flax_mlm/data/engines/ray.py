@@ -1,4 +1,4 @@
-"""Making units as tasks of Ray: on this machine, or on a cluster.
+"""Working on units as tasks of Ray: on this machine, or on a cluster.
 
 It runs in an environment of its own, see launch/ray-requirements.txt.
 """
@@ -14,12 +14,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywher
 
 import ray
 
-from flax_mlm.config.schema import DataConfig
-from flax_mlm.data.engines.worker import MakeUnit, last_line
+from flax_mlm.data.engines.worker import Run, Task, last_line
 from flax_mlm.data.preparation_log import progress
-from flax_mlm.data.prepare import Make
 from flax_mlm.data.sources.base import Unit
-from flax_mlm.data.work import Log, Work
+from flax_mlm.data.work import Log
 from flax_mlm.errors import Failure, UserError, did_you_mean
 
 _TASKS_PER_CPU = 4  # submitted at a time, so that no machine waits for the next one
@@ -27,8 +25,8 @@ _RETRIES = 3  # of a unit whose process was lost, or whose file server did not a
 _QUIET = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
 
 
-def engine(arguments: list[str]) -> Make:
-    """Returns what makes units with Ray.
+def engine(arguments: list[str]) -> Run:
+    """Returns what works on units with Ray.
 
     Args:
       arguments: of `ray.init`, such as --address=auto or --num_cpus=2; RAY_ADDRESS also names a cluster.
@@ -38,42 +36,41 @@ def engine(arguments: list[str]) -> Make:
     """
     options = _QUIET | _parse(arguments)
 
-    def make(units: list[Unit], work: Work, data: DataConfig, log: Log) -> None:
-        make_unit = MakeUnit(work, data)
-        work.forget_failures()
+    def run(task: Task, units: list[Unit], log: Log) -> None:
+        task.work.forget_failures()
         try:
             ray.init(**options)
             num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-            log(f"tokenising: {len(units):,} units on Ray, {num_cpus} CPUs")
-            _map(make_unit, units, _TASKS_PER_CPU * num_cpus, log)
+            log(f"{task.title}: {len(units):,} units on Ray, {num_cpus} CPUs")
+            _map(task, units, _TASKS_PER_CPU * num_cpus, log)
         except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as e:
-            make_unit.check()
+            task.check()
             raise Failure(f"Ray: {last_line(e)}; finished units are kept, run the same command again") from e
         finally:
             ray.shutdown()
-        make_unit.check()
+        task.check()
 
-    return make
+    return run
 
 
-def _map(make_unit: MakeUnit, units: list[Unit], limit: int, log: Log) -> None:
-    """Makes units as tasks, at most `limit` at a time. Raises RayError."""
-    task = ray.remote(max_retries=_RETRIES, retry_exceptions=True)(_make_unit)
-    shared, waiting, sizes = ray.put(make_unit), deque(units), dict[Any, int]()
+def _map(task: Task, units: list[Unit], limit: int, log: Log) -> None:
+    """Works on units as tasks of Ray, at most `limit` at a time. Raises RayError."""
+    remote = ray.remote(max_retries=_RETRIES, retry_exceptions=True)(_call)
+    shared, waiting, sizes = ray.put(task), deque(units), dict[Any, int]()
     done = 0
-    with progress("tokenising", sum(unit.size for unit in units), log) as show:
+    with progress(task.title, sum(unit.size for unit in units), log) as show:
         while waiting or sizes:
             while waiting and len(sizes) < limit:
                 unit = waiting.popleft()
-                sizes[task.remote(shared, unit)] = unit.size
+                sizes[remote.remote(shared, unit)] = unit.size
             finished, _ = ray.wait(list(sizes))
             ray.get(finished)
             done += sum(map(sizes.pop, finished))
             show(done)
 
 
-def _make_unit(make_unit: MakeUnit, unit: Unit) -> int:
-    return make_unit(unit)
+def _call(task: Task, unit: Unit) -> int:
+    return task(unit)
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:

@@ -84,10 +84,16 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Ranges that are read together; it can be pickled."""
+    """Ranges that are read together; it can be pickled.
+
+    Attributes:
+      number: in the source.
+      dropped: numbers of documents that are left out, which those of the others do not depend on.
+    """
 
     number: int
     ranges: tuple[Range, ...]
+    dropped: frozenset[int] = frozenset()
 
     @property
     def size(self) -> int:
@@ -126,6 +132,8 @@ class Unit:
         document that has as many itself."""
         part = part_size = 0
         for document, (_, group) in enumerate(itertools.groupby(texts, lambda each: each[0])):
+            if document in self.dropped:
+                continue
             document_size = 0  # in this part
             for _, content, file in group:
                 if max(document_size, 0 if document_size else part_size) >= UNIT_BYTES:
