@@ -8,6 +8,7 @@
 #   bash launch/test.sh --full       # also what is too long for every commit; units with XLA's optimisations as well
 #   bash launch/test.sh --faults     # every fault of tests/faults, under 20 minutes on two cores
 #   bash launch/test.sh --references # what needs torch, transformers or the TPU compiler, which are installed for it
+#   bash launch/test.sh --engines    # `prepare` on Beam and on Ray, each in an environment of its own
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh" requirements.txt tests/requirements.txt
@@ -20,6 +21,18 @@ case " $* " in
   . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt
   exec python -m pytest "${busy[@]}" tests/parity/test_hf_reference.py tests/parity/test_tokenizer_reference.py \
     tests/parity/test_transformers_parity.py tests/parity/test_plan_tpu.py "$@"
+  ;;
+*" --engines "*)
+  LOCAL_PYTHON=$(command -v python) # what the engines' corpora are compared with is made as by a user without them
+  export LOCAL_PYTHON
+  for engine in beam ray; do
+    (
+      VENV=${VENV:-.venv}-$engine
+      . launch/setup.sh "launch/$engine-requirements.txt" tests/engines/requirements.txt
+      # Of the other tests' settings nothing holds here: they need jax.
+      python -m pytest --confcutdir=tests/engines tests/engines -k "$engine"
+    )
+  done
   ;;
 " --full ")
   python -m pytest "${shared[@]}" "$@"

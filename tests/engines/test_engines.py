@@ -203,16 +203,20 @@ BAD_FLAGS = [
     (("--shard=1/4", "--merge"), "--shard, --merge and --engine exclude each other"),
     (("--", "--num_cpus=2"), "unexpected argument '--num_cpus=2' after --"),
     (("--output=ftp://a/b",), "--output: 'ftp://a/b' has the scheme ftp://"),
-    (("--output=s3://a",), "--output: 's3://a' is a whole bucket; name a folder in it"),
+    (("--output=s3://bucket",), "--output: 's3://bucket' is a whole bucket; name a folder in it"),
 ]
-BAD_ENGINES = [
-    pytest.param(BEAM, "--direct_num_worker=2", "Beam has no option --direct_num_worker", marks=needs("apache_beam")),
-    pytest.param(BEAM, "--direct_num_workers=two", "invalid int value: 'two'", marks=needs("apache_beam")),
-    pytest.param(BEAM, "--runner=DirectRuner", "Unexpected pipeline runner: DirectRuner", marks=needs("apache_beam")),
-    pytest.param(BEAM, "--runner=DataflowRunner", "Missing required option: region", marks=needs("apache_beam")),
-    pytest.param(RAY, "--num_cpu=2", "no argument 'num_cpu'; did you mean 'num_cpus'?", marks=needs("ray")),
-    pytest.param(RAY, "num_cpus=2", "'num_cpus=2' is no argument of ray.init", marks=needs("ray")),
-]
+BAD_ARGUMENTS = {
+    "beam": [
+        ("--direct_num_worker=2", "Beam has no option --direct_num_worker"),
+        ("--direct_num_workers=two", "invalid int value: 'two'"),
+        ("--runner=DirectRuner", "Unexpected pipeline runner: DirectRuner"),
+        ("--runner=DataflowRunner", "Missing required option: region"),
+    ],
+    "ray": [
+        ("--num_cpu=2", "no argument 'num_cpu'; did you mean 'num_cpus'?"),
+        ("num_cpus=2", "'num_cpus=2' is no argument of ray.init"),
+    ],
+}
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_FLAGS)
@@ -222,12 +226,14 @@ def test_flags_that_will_not_do(desk, arguments, message):
     assert message in errors
 
 
-@pytest.mark.parametrize(("engine", "argument", "message"), BAD_ENGINES)
-def test_arguments_that_an_engine_does_not_take(desk, engine, argument, message):
-    _, errors = desk.run(desk.folder / "corpus", *engine[:2], argument, code=2)
-    assert message in errors.splitlines()[-1]
-    assert "Traceback" not in errors
-    assert not (desk.folder / "corpus.tmp").exists()
+@pytest.mark.parametrize("engine", ENGINES)
+def test_arguments_that_an_engine_does_not_take(desk, engine):
+    name, dashes, *_ = engine
+    for argument, message in BAD_ARGUMENTS[name.removeprefix("--engine=")]:
+        _, errors = desk.run(desk.folder / "corpus", name, dashes, argument, code=2)
+        assert message in errors.splitlines()[-1]
+        assert "Traceback" not in errors
+        assert not (desk.folder / "corpus.tmp").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
@@ -243,12 +249,12 @@ class Bucket:
         self.scheme, self.server = scheme, server
 
     def names(self) -> list[str]:
-        return self.server.names("b") if self.scheme == "s3" else sorted(self.server.buckets["b"])
+        return self.server.names("bucket") if self.scheme == "s3" else sorted(self.server.buckets["bucket"])
 
     def contents(self, folder: str) -> dict[str, bytes]:
         names = [name for name in self.names() if name.startswith(f"{folder}/")]
         read = self.server.content if self.scheme == "s3" else lambda b, name: self.server.buckets[b][name].content
-        return {name.removeprefix(f"{folder}/"): read("b", name) for name in names}
+        return {name.removeprefix(f"{folder}/"): read("bucket", name) for name in names}
 
 
 @pytest.fixture(params=["s3", "gs"])
@@ -258,13 +264,13 @@ def bucket(request) -> Iterator[Bucket]:
     from tests.helpers.fake_gcs import FakeGcs
     from tests.helpers.fake_s3 import FakeS3
 
-    with (FakeS3 if request.param == "s3" else FakeGcs)("b") as server:
+    with (FakeS3 if request.param == "s3" else FakeGcs)("bucket") as server:
         yield Bucket(request.param, server)
 
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_output_in_a_bucket_after_a_kill(desk, local, bucket, maker):
-    output = f"{bucket.scheme}://b/made/corpus"
+    output = f"{bucket.scheme}://bucket/made/corpus"
     desk.env.update(bucket.server.env)
 
     def has_begun() -> bool:
@@ -282,7 +288,7 @@ def test_output_in_a_bucket_after_a_kill(desk, local, bucket, maker):
 
 
 def test_shards_in_a_bucket(desk, local, bucket):
-    output = f"{bucket.scheme}://b/corpus"
+    output = f"{bucket.scheme}://bucket/corpus"
     desk.env.update(bucket.server.env)
     running = [desk.start(output, f"--shard={shard}/2") for shard in (1, 2)]
     for process in running:

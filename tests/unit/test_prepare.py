@@ -339,11 +339,6 @@ def test_sample_is_bounded_and_spread(sizes, limit):
     assert set(np.diff(places)) <= {places[1]} if len(places) > 1 else places in ([], [0])
 
 
-def test_output_must_be_local():
-    with pytest.raises(UserError, match="expected a local folder"):
-        prepare(make_config(), "gs://bucket/corpus")
-
-
 def test_jobs_keep_every_chunk_in_order_and_end_with_their_unit():
     chunks = [TextChunk(i // 20, i // 3, "x" * (i * 7919 % 40_000)) for i in range(50)]
     jobs = list(tokenising.make_jobs(iter(chunks)))
