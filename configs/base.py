@@ -17,8 +17,9 @@ def get_config() -> ConfigDict:
     c.reinit_head = False  # with init_from: initialise a new vocabulary head, for folders without one
 
     c.data = ConfigDict()
-    # builtin | text:GLOB | text:GLOB#file (a file is a document) | lines:GLOB | jsonl:GLOB#field |
-    # tfds:NAME[/config][:version][:split]
+    # builtin | text:GLOB | text:GLOB#file (a file is a document) | lines:GLOB | jsonl:GLOB#field | csv:GLOB#column |
+    # tsv:GLOB#column | parquet:GLOB#column | arrow:GLOB#column | tfds:NAME[/config][:version][:split]
+    # A field may be nested (a.b), or a template of several: '#{title}\n{text}'.
     c.data.source = "builtin"
     c.data.encoding = "utf-8"  # of text without a byte-order mark: a name that Python knows, such as latin1 or gb18030
     # Documents that are dropped: none | exact (copies of an earlier one) | near (also those that are similar to one)

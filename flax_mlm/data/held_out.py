@@ -2,8 +2,10 @@
 
 import itertools
 import math
+from collections import Counter
 
 from flax_mlm.data.sources.base import Source
+from flax_mlm.data.sources.columns import lost
 from flax_mlm.errors import UserError
 
 
@@ -16,14 +18,15 @@ def check_fraction(source: Source, fraction: float) -> None:
     lowest: list[float] = []  # the two lowest hashes
     highest = 0.0
     documents, last = 0, None
-    for chunk in source.chunks():
+    counts: Counter[str] = Counter()
+    for chunk in source.chunks(counts):
         lowest = sorted({*lowest, chunk.hash})[:2]
         highest = max(highest, chunk.hash)
         documents += last != (last := chunk[:2])
         if lowest[0] < fraction <= highest:
             return
     if not documents:
-        raise UserError(f"the source, {source.name}, holds no text")
+        raise UserError("; ".join([f"the source, {source.name}, holds no text", *lost(counts)]))
     if len(lowest) < 2:
         what = "one document" if documents == 1 else f"{documents:,} copies of one document"
         rule = " (a blank line ends a document; lines:GLOB takes each line as one)" * source.name.startswith("text:")

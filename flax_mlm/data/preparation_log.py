@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from flax_mlm.data.sources.columns import lost
 from flax_mlm.data.units import Totals
 
 Log = Callable[[str], None]
@@ -69,6 +70,8 @@ def log_lost_text(totals: Totals, unknown_token: str, log: Log) -> None:
     if counts["wikiextractor_tags"]:
         what = f"{counts['wikiextractor_tags']:,} lines are WikiExtractor's tags <doc ...>, which are taken for text"
         log(f"warning: {what}; use wikiextractor:GLOB")
+    for line in lost(counts):
+        log(f"warning: {line}")
     for kind in ("empty_files", "empty_documents"):
         if counts[kind]:
             log(f"warning: {counts[kind]:,} {kind.replace('_', ' ')}")

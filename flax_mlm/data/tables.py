@@ -18,7 +18,8 @@ _TEXT = ("sentence", "text", "sentence1", "premise", "question", "question1")
 _FIRST = ("sentence1", "premise", "question1")  # of two
 _PAIR = ("sentence2", "hypothesis", "question2", "text2")
 _LABEL = ("label", "score", "labels")
-_HEADER = (*_TEXT, *_PAIR, *_LABEL, "category", "class", "rating", "sentiment", "stars", "target")
+FIELD_CHARS = 1 << 26  # of a cell, at most; a quote that is not closed would take all that follows
+HEADER = (*_TEXT, *_PAIR, *_LABEL, "category", "class", "rating", "sentiment", "stars", "target")
 
 
 class Labelled(NamedTuple):
@@ -97,7 +98,7 @@ def _refuse_header(first: tuple[str, dict[str, Any]], texts: list[str], labels: 
     location, record = first
     is_number = [re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", label.strip()) is not None for label in labels]
     has_words = [len(text.split()) > 1 for text in texts]
-    named = labels[0].strip().lower() in _HEADER
+    named = labels[0].strip().lower() in HEADER
     named |= not is_number[0] and all(is_number[1:])
     named |= not has_words[0] and not is_number[0] and 2 * sum(has_words) > len(texts)
     cells = list(filter(None, record.values()))
@@ -137,7 +138,9 @@ def _file(file: Path, numbered: bool, blank_lines: bool) -> list[tuple[str, dict
     first_line = content.lstrip("\n").partition("\n")[0]
     delimiter = next((c for c in "\t,;|" if c in first_line), ",")
     has_tabs = delimiter == "\t"
-    all_rows = _tab_rows(file, content) if has_tabs else _cells(file, content, delimiter=delimiter, strict=True)
+    is_quoted = not has_tabs or quotes_cells(content)
+    dialect: dict[str, Any] = {"strict": True} if is_quoted else {"quoting": csv.QUOTE_NONE}
+    all_rows = _cells(file, content, delimiter=delimiter, **dialect)
     rows = [(where, row) for where, row in all_rows if row or blank_lines]
     if numbered:
         header = [str(i) for i in range(1, max((len(row) for _, row in rows), default=0) + 1)]
@@ -154,31 +157,37 @@ def _file(file: Path, numbered: bool, blank_lines: bool) -> list[tuple[str, dict
     return [(where, dict(zip(header, row, strict=False))) for where, row in rows]
 
 
-def _tab_rows(file: Path, content: str) -> list[tuple[str, list[str]]]:
-    """Splits a table at tabs. Quotes are text, as in GLUE, unless only a writer that quotes cells can have made them.
+def quotes_cells(text: str, is_whole: bool = True) -> bool:
+    """Returns whether the quotes of a table with tabs enclose cells. They are text, as in GLUE, unless only a writer
+    that quotes cells can have made them.
 
     It can where reading quotes makes the number of columns even, or where every quote is in a quoted cell, and cells
     have doubled quotes or the whole first line is quoted.
+
+    Args:
+      is_whole: otherwise the text is the first lines of a table.
     """
-    plain = _cells(file, content, delimiter="\t", quoting=csv.QUOTE_NONE)
-    cells = [cell for _, row in plain for cell in row if '"' in cell]
-    if all(re.fullmatch(r'"([^"]|"")*"', cell) for cell in cells):
-        quoted = any('""' in cell[1:-1] for cell in cells) or (bool(plain) and all(c[:1] == '"' for c in plain[0][1]))
-    else:
-        quoted = bool(cells) and len({len(row) for _, row in plain if row}) > 1
-    if quoted:
-        try:
-            rows = _cells(file, content, delimiter="\t", strict=True)
-        except UserError:
-            return plain
-        if len({len(row) for _, row in rows if row}) == 1:
-            return rows
-    return plain
+    csv.field_size_limit(FIELD_CHARS)
+    rows: list[list[str]] = []
+    try:
+        plain = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
+        cells = [cell for row in plain for cell in row if '"' in cell]
+        if all(re.fullmatch(r'"([^"]|"")*"', cell) for cell in cells):
+            first = next(filter(None, plain), [])
+            quoted = any('""' in cell[1:-1] for cell in cells) or (bool(first) and all(c[:1] == '"' for c in first))
+        else:
+            quoted = bool(cells) and len({len(row) for row in plain if row}) > 1
+        for row in csv.reader(io.StringIO(text), delimiter="\t", strict=True) if quoted else ():
+            rows.append(row)
+    except csv.Error as e:
+        if is_whole or "unexpected end of data" not in str(e):
+            return False
+    return len({len(row) for row in rows if row}) == 1
 
 
 def _cells(file: Path, content: str, **dialect: Any) -> list[tuple[str, list[str]]]:
     """Splits a table into rows of cells, from the first row that has some, with their locations. Raises UserError."""
-    csv.field_size_limit(1 << 24)
+    csv.field_size_limit(FIELD_CHARS)
     reader, line = csv.reader(io.StringIO(content), **dialect), 1
     rows: list[tuple[str, list[str]]] = []
     try:

@@ -19,6 +19,7 @@ UTF_8 = "utf-8"
 _DECOMPRESS = "decompress it, or compress it with gzip, zstd, bzip2 or xz and end its name in .gz, .zst, .bz2 or .xz"
 _UNPACK = "unpack it, and give the files in it"
 _CONVERT = "write its text as JSON lines, and use jsonl:GLOB#field"
+_ARCHIVES = {".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".tlz"}
 _EXTRACT = "use `wikiextractor` and wikiextractor:GLOB"
 _GET_TEXT = "give files of plain text"
 # What a file that is no plain text begins with -> its name, and what to do.
@@ -39,6 +40,7 @@ _SIGNATURES = (
     (rb"\x80[\x02-\x05][\x95\]}(cX\x8a\x8c]", "a pickle", _CONVERT),
     (rb"%PDF-", "a PDF", _GET_TEXT),
     (rb"\{\\rtf", "an RTF document", _GET_TEXT),
+    (rb"(?i:\s*(<!--.{0,999}?-->\s*)*(<!doctype\s+html\b|<html[\s>]))", "a web page", "extract its text"),
     (rb"(<\?xml[^>]*>\s*)?<mediawiki\s", "a dump of MediaWiki", _EXTRACT),
     (rb"\s*<doc id=[^>]*\surl=[^>]*>", "WikiExtractor's output with its tags <doc ...>", "use wikiextractor:GLOB"),
     (rb"version https://git-lfs\.github\.com", "a Git LFS pointer, not the file itself", "run: git lfs pull"),
@@ -101,16 +103,31 @@ def line_chunks(file: BinaryIO, counts: Counter[str], start: int = 0) -> Iterato
         ends = data.endswith(b"\n") or len(data) < CHUNK_CHARS // 2
         if not ends:  # keep what follows the last space, or else the last whole character, for the next chunk
             end = data.rfind(b" ", 1)
-            if end < CHUNK_CHARS // 2:
-                end = len(data)
-                while end > len(data) - 3 and data[end - 1] & 0xC0 == 0x80:
-                    end -= 1
-                end -= data[end - 1] >= 0xC0
-            data, rest = data[:end], data[end:]
+            data, rest = _whole_characters(data) if end < CHUNK_CHARS // 2 else (data[:end], data[end:])
         text = decode(data, counts)
         yield begin, (text[:-2] + "\n" if text.endswith("\r\n") else text), ends
     if rest:
         yield offset - len(rest), decode(rest, counts), True
+
+
+def blocks(file: BinaryIO, counts: Counter[str], size: int = 1 << 20) -> Iterator[str]:
+    """Reads text in blocks of about `size` bytes, which end anywhere but inside a character."""
+    rest, is_first = b"", True
+    while data := file.read(size):
+        data, rest = _whole_characters(rest + data)
+        data, is_first = data.removeprefix(codecs.BOM_UTF8) if is_first else data, False
+        yield decode(data, counts)
+    if rest:
+        yield decode(rest, counts)
+
+
+def _whole_characters(data: bytes) -> tuple[bytes, bytes]:
+    """Cuts off the character that may be unfinished at the end."""
+    end = len(data)
+    while end > len(data) - 3 and end and data[end - 1] & 0xC0 == 0x80:
+        end -= 1
+    end -= bool(end) and data[end - 1] >= 0xC0
+    return data[:end], data[end:]
 
 
 def to_next_line(file: BinaryIO, offset: int) -> int:
@@ -125,6 +142,8 @@ def to_next_line(file: BinaryIO, offset: int) -> int:
 def opened(name: str, raw: Any, encoding: str = UTF_8, counts: Counter[str] | None = None) -> BinaryIO:
     """Opens the text of a file as UTF-8. The file is compressed if its name ends in .gz, .zst, .bz2 or .xz.
 
+    Where lines end in carriage returns alone, those become newlines.
+
     Args:
       name: path of the file.
       encoding: of the file, unless it has a byte-order mark of UTF-16 or UTF-32. Where text with such a mark is
@@ -135,6 +154,8 @@ def opened(name: str, raw: Any, encoding: str = UTF_8, counts: Counter[str] | No
     """
     file: Any = raw
     suffix = PurePath(name).suffix
+    if suffix in _ARCHIVES:
+        raise UserError(f"{name} is a tar archive by its name; expected plain text; {_UNPACK}")
     if suffix in _COMPRESSED:
         _check_compressed(name, raw.peek(6))
         file = _decompressed(suffix, raw)
@@ -146,8 +167,8 @@ def opened(name: str, raw: Any, encoding: str = UTF_8, counts: Counter[str] | No
         text = _decoded(file, encoding, Counter() if counts is None else counts)
     else:
         _refuse_foreign(name, head)
-        return file
-    return _reader(part.encode() for part in text)  # type: ignore[return-value]
+        return _with_newlines(file)
+    return _with_newlines(_reader(part.encode() for part in text))
 
 
 def divisible(name: str, raw: Any, encoding: str) -> bool:
@@ -188,11 +209,16 @@ def _check_compressed(name: str, head: bytes) -> None:
         raise UserError(f"{what}; if it is plain text, take {suffix} from its name")
 
 
+def refuse_other(name: str, head: bytes, expected: str = "plain text", unless: str = "") -> None:
+    """Raises UserError if a file begins like one of another kind, except for that with `unless` in its name."""
+    for pattern, what, remedy in _SIGNATURES:
+        if re.match(pattern, head) and not (unless and unless in what):
+            raise UserError(f"{name} is {what}; expected {expected}; {remedy}")
+
+
 def _refuse_foreign(name: str, head: bytes, is_utf_8: bool = True) -> None:
     head = head.removeprefix(codecs.BOM_UTF8)
-    for pattern, what, remedy in _SIGNATURES:
-        if re.match(pattern, head):
-            raise UserError(f"{name} is {what}; expected plain text; {remedy}")
+    refuse_other(name, head)
     if not is_utf_8:
         return
     text = head.decode(errors="ignore").encode().translate(None, _CONTROL)
@@ -201,6 +227,40 @@ def _refuse_foreign(name: str, head: bytes, is_utf_8: bool = True) -> None:
         what = f"{name} is no text in UTF-8, as {foreign:.0%} of its first bytes show; expected UTF-8"
         remedy = "name its encoding (data.encoding=gb18030), or leave it out if it is no text"
         raise UserError(f"{what}; {remedy}")
+
+
+def _with_newlines(file: Any) -> BinaryIO:
+    """Turns carriage returns into newlines if the file begins without a newline."""
+    head = file.peek(4)
+    if b"\r" not in head or b"\n" in head:
+        return file
+    return io.BufferedReader(_Newlines(file), 1 << 20)  # type: ignore[return-value]
+
+
+class _Newlines(io.RawIOBase):
+    """Reads carriage returns that no newline follows as newlines; offsets stay the same."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        if data.endswith(b"\r") and self._file.peek(1)[:1] != b"\n":
+            data = data[:-1] + b"\n"
+        buffer[: len(data)] = re.sub(rb"\r(?!\n|\Z)", b"\n", data)
+        return len(data)
 
 
 def _reader(blocks: Iterator[bytes]) -> io.BufferedReader:

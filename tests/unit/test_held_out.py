@@ -79,7 +79,7 @@ def test_reading_ends_when_both_splits_have_a_document(tmp_path: Path):
         name = source.name
 
         @staticmethod
-        def chunks():
+        def chunks(_):
             return source.chunks(counts)
 
     check_fraction(Watched, 0.5)

@@ -6,16 +6,17 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from flax_mlm.data.sources import plain
+from flax_mlm.data.sources import columnar, json_objects, plain, separated
 from flax_mlm.data.sources.base import Source
-from flax_mlm.data.sources.files import File, find, from_files
-from flax_mlm.data.sources.json_objects import json_lines
+from flax_mlm.data.sources.columns import parse
+from flax_mlm.data.sources.files import find, from_files
 from flax_mlm.data.sources.tensorflow_datasets import open_tfds
 from flax_mlm.data.text import UTF_8
-from flax_mlm.errors import UserError
+from flax_mlm.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +43,21 @@ def open_source(spec: str, options: Options = Options()) -> Source:
     if spec == "builtin":
         return _builtin()
     if kind not in _OPENERS or not rest:
-        raise UserError(f"data.source is '{spec}'; expected builtin or one of {', '.join(_EXPECTED)}")
+        expected = f"builtin or one of {', '.join(_EXPECTED)}"
+        if re.search(r"[./*]", kind):  # a path
+            name = _NAMES[_FORMATS.get(_suffix(spec), ("", "text"))[1]]
+            raise UserError(f"data.source is '{spec}'; expected {expected}; write {name.replace('GLOB', spec, 1)}")
+        near = did_you_mean(kind, _OPENERS, "") if rest else ""
+        raise UserError(f"data.source is '{spec}'; expected {expected}{'; ' * bool(near)}{near}")
     return _OPENERS[kind](spec, rest, options)
 
 
 def split_field(pattern: str) -> tuple[str, str]:
-    """Splits GLOB#field; a file may have a # in its name."""
+    """Splits GLOB#field; a file may have a # in its name, and so may a template behind its first brace."""
     if os.path.exists(os.path.expanduser(pattern)):
         return pattern, ""
-    glob, _, field = pattern.rpartition("#") if "#" in pattern else (pattern, "", "")
-    return glob, field
+    glob, mark, _ = pattern.partition("{")[0].rpartition("#")
+    return (glob.rstrip("#") or glob, pattern[len(glob.rstrip("#") or glob) + 1 :]) if mark else (pattern, "")
 
 
 def _open_text(spec: str, rest: str, options: Options) -> Source:
@@ -60,23 +66,49 @@ def _open_text(spec: str, rest: str, options: Options) -> Source:
     if part not in ("", "file"):
         raise UserError(f"data.source is '{spec}'; expected text:GLOB, or text:GLOB#file, where a file is a document")
     files = find(spec, pattern)
-    named = [file.path for file in files if {".jsonl", ".ndjson"}.intersection(Path(file.path).suffixes)]
-    if named:
-        raise UserError(f"data.source is '{spec}', and {named[0]} is JSON lines by its name; use jsonl:GLOB#field")
+    for file in files:
+        name, other = _FORMATS.get(_suffix(file.path), ("", ""))
+        if other in ("jsonl", "csv", "tsv"):  # others are known by their beginning
+            raise UserError(f"data.source is '{spec}', and {file.path} is {name} by its name; use {_NAMES[other]}")
     read = plain.lines if kind == "lines" else plain.whole if part else plain.blocks
-    return _of_lines(spec, files, read, options, [kind, part])
+    ranges = functools.partial(plain.line_ranges, read=read, encoding=options.encoding)
+    check = functools.partial(plain.check, encoding=options.encoding)
+    return from_files(spec, files, ranges, check, [kind, part, options.encoding])
+
+
+def _suffix(path: str) -> str:
+    """Ending of a name without that of a compressed file."""
+    pure = PurePath(path.lower())
+    return (pure.with_suffix("") if pure.suffix in (".gz", ".zst", ".bz2", ".xz") else pure).suffix
 
 
 def _open_jsonl(spec: str, rest: str, options: Options) -> Source:
     pattern, field = split_field(rest)
-    field = field or "text"
-    return _of_lines(spec, find(spec, pattern), functools.partial(json_lines, field=field), options, ["jsonl", field])
-
-
-def _of_lines(spec: str, files: list[File], read: plain.LineReader, options: Options, settings: list[str]) -> Source:
-    ranges = functools.partial(plain.line_ranges, read=read, encoding=options.encoding)
+    files = find(spec, pattern)
+    columns = json_objects.columns_of(files, parse(spec, field), options.encoding)
+    ranges = functools.partial(json_objects.json_ranges, columns=columns, encoding=options.encoding)
     check = functools.partial(plain.check, encoding=options.encoding)
-    return from_files(spec, files, ranges, check, [*settings, options.encoding])
+    return from_files(spec, files, ranges, check, ["jsonl", columns.parts, options.encoding])
+
+
+def _open_table(spec: str, rest: str, options: Options) -> Source:
+    kind = spec.partition(":")[0]
+    delimiter = "\t" if kind == "tsv" else ","
+    pattern, column = split_field(rest)
+    files = find(spec, pattern)
+    columns = separated.columns_of(files, parse(spec, column), delimiter, options.encoding)
+    ranges = functools.partial(separated.table_ranges, columns=columns, delimiter=delimiter, encoding=options.encoding)
+    check = functools.partial(separated.check, columns=columns, delimiter=delimiter, encoding=options.encoding)
+    return from_files(spec, files, ranges, check, [kind, columns.parts, options.encoding])
+
+
+def _open_columnar(spec: str, rest: str, options: Options) -> Source:
+    kind = spec.partition(":")[0]
+    pattern, column = split_field(rest)
+    files = find(spec, pattern)
+    columns = columnar.columns_of(files[0], parse(spec, column), kind == "parquet")
+    divide = columnar.parquet_ranges if kind == "parquet" else columnar.arrow_ranges
+    return from_files(spec, files, functools.partial(divide, columns=columns), settings=[kind, columns.parts])
 
 
 def _open_tfds(spec: str, rest: str, options: Options) -> Source:
@@ -100,6 +132,36 @@ _OPENERS: dict[str, Callable[[str, str, Options], Source]] = {
     "text": _open_text,
     "lines": _open_text,
     "jsonl": _open_jsonl,
+    "csv": _open_table,
+    "tsv": _open_table,
+    "parquet": _open_columnar,
+    "arrow": _open_columnar,
     "tfds": _open_tfds,
 }
-_EXPECTED = ("text:GLOB", "text:GLOB#file", "lines:GLOB", "jsonl:GLOB#field", "tfds:NAME[/config][:version][:split]")
+# Kind -> how to write it.
+_NAMES = {
+    "text": "text:GLOB",
+    "jsonl": "jsonl:GLOB#field",
+    "csv": "csv:GLOB#column",
+    "tsv": "tsv:GLOB#column",
+    "parquet": "parquet:GLOB#column",
+    "arrow": "arrow:GLOB#column",
+}
+_EXPECTED = (
+    "text:GLOB",
+    "text:GLOB#file",
+    "lines:GLOB",
+    *list(_NAMES.values())[1:],
+    "tfds:NAME[/config][:version][:split]",
+)
+# Ending of a name -> the format that it names, and its kind.
+_FORMATS = {
+    ".jsonl": ("JSON lines", "jsonl"),
+    ".ndjson": ("JSON lines", "jsonl"),
+    ".json": ("JSON", "jsonl"),
+    ".csv": ("CSV", "csv"),
+    ".tsv": ("a table with tabs", "tsv"),
+    ".parquet": ("a Parquet file", "parquet"),
+    ".arrow": ("an Arrow file", "arrow"),
+    ".feather": ("an Arrow file", "arrow"),
+}

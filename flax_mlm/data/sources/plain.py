@@ -16,10 +16,10 @@ from flax_mlm.data.text import CHUNK_CHARS, UTF_8, divisible, line_chunks, opene
 LineReader: TypeAlias = Callable[[File, BinaryIO, Counter[str], int, int], Iterator[tuple[int, str]]]
 
 
-def line_ranges(file: File, read: LineReader, encoding: str = UTF_8) -> Iterator[Range]:
+def line_ranges(file: File, read: LineReader, encoding: str = UTF_8, is_divisible: bool = True) -> Iterator[Range]:
     """Divides a file of lines into ranges of `UNIT_BYTES`; a compressed file, or one whose encoding does not allow it,
     is one range."""
-    starts = list(range(0, file.size, base.UNIT_BYTES)) or [0]
+    starts = (list(range(0, file.size, base.UNIT_BYTES)) if is_divisible else []) or [0]
     if len(starts) > 1:
         with file.reading() as raw:
             starts = starts if divisible(file.path, raw, encoding) else [0]
@@ -45,6 +45,16 @@ def check(file: File, encoding: str = UTF_8) -> None:
     """Raises UserError if the beginning of a file shows that it is no text."""
     with file.reading() as raw:
         opened(file.path, raw, encoding, Counter())
+
+
+def line_name(file: File, offset: int) -> str:
+    """Names a line by its number, which is known only where it is counted: FILE:LINE."""
+    with file.reading() as raw:
+        text, number, left = opened(file.path, raw), 1, offset
+        while left and (data := text.read(min(left, 1 << 20))):
+            left -= len(data)
+            number += data.count(b"\n")
+    return f"{file.path}:{number}"
 
 
 def blocks(file: File, text: BinaryIO, counts: Counter[str], start: int, end: int) -> Iterator[tuple[int, str]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flax_mlm.data.sources.base import Range, Source, grouped
-from flax_mlm.data.sources.json_objects import document_chunks
+from flax_mlm.data.sources.columns import document_chunks
 from flax_mlm.data.text import decode
 from flax_mlm.data.tf import prepared_tfds
 from flax_mlm.errors import UserError
