@@ -1,4 +1,4 @@
-"""The same documents in every format are the same corpus, and what is no text is counted or named."""
+"""The same documents in every format are the same corpus, however `prepare` is interrupted."""
 
 import bz2
 import csv
@@ -6,6 +6,13 @@ import gzip
 import io
 import json
 import lzma
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from flax_mlm.data.sources import base
+from flax_mlm.data.sources.open import open_source
+from flax_mlm.errors import UserError
+from tests.helpers import same_documents
+from tests.helpers.paths import ROOT
 from tests.helpers.same_documents import corpus_of, documents, expected_corpus, read_documents
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -115,3 +127,137 @@ def test_every_format_gives_the_same_documents(tmp_path, source):
 @pytest.mark.parametrize("source", FORMATS)
 def test_every_format_gives_the_same_corpus(tmp_path, source, expected):
     assert corpus_of(written(source, tmp_path, documents()), tmp_path / "out") == expected
+
+
+def test_lines_are_the_same_documents(tmp_path):
+    texts = documents(500, one_line=True)
+    expected = expected_corpus(tmp_path / "expected", texts)
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    (tmp_path / "a.tsv").write_text("\n".join(["text\tid", *(f"{text}\t{i}" for i, text in enumerate(texts))]))
+    assert corpus_of(f"lines:{tmp_path}/a.txt", tmp_path / "lines") == expected
+    assert corpus_of(f"tsv:{tmp_path}/a.tsv", tmp_path / "tsv") == expected
+
+
+def test_what_hugging_face_datasets_saves_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is an optional package")
+    saved = datasets.Dataset.from_dict({"text": list(documents(300)), "label": ["a", "b", "c"] * 100})
+    saved = saved.cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
+    saved.save_to_disk(str(tmp_path), num_shards=2)
+    assert read_documents(f"arrow:{tmp_path}/*.arrow") == list(documents(300))
+
+
+# What is divided into several units.
+DIVIDED = ("parquet:FILE.parquet", "arrow:FILE.arrow", "arrow:FILE.file.arrow#nested.body", "jsonl:FILE.jsonl")
+
+
+@pytest.mark.parametrize("source", FORMATS)
+def test_units_can_be_read_in_any_order_and_elsewhere(tmp_path, monkeypatch, source):
+    monkeypatch.setattr(base, "UNIT_BYTES", 200_000)
+    opened = open_source(written(source, tmp_path, documents()))
+    counts: Counter[str] = Counter()
+    expected = [list(unit.chunks(counts)) for unit in opened.units]
+    assert same_documents.whole(chunk for chunks in expected for chunk in chunks) == list(documents())
+    assert counts["read"] == opened.size
+    assert counts["files"] == 1
+    assert len(expected) > 3 or source not in DIVIDED
+    for unit in pickle.loads(pickle.dumps(opened.units[::-1])):
+        assert list(unit.chunks()) == expected[unit.number]
+
+
+def test_a_large_table_with_tabs_is_divided_only_without_quotes(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "UNIT_BYTES", 50_000)
+    texts = [f'a "word" {i} é' for i in range(5000)]
+    (tmp_path / "plain").write_text("\ufeff" + "".join(f"{a}\t{b}\r\n" for a, b in [("id", "text"), *enumerate(texts)]))
+    assert read_documents(f"tsv:{tmp_path}/plain") == texts
+    assert len(open_source(f"tsv:{tmp_path}/plain").units) > 2
+    (tmp_path / "quoted").write_bytes(separated(documents(), "\t"))
+    assert read_documents(f"tsv:{tmp_path}/quoted") == list(documents())
+    assert len(open_source(f"tsv:{tmp_path}/quoted").units) == 1
+    (tmp_path / "ragged").write_text("id\ttext\n" + "1\ta\n" * 40_000 + "2\tb\tc\n" + "1\ta\n" * 400_000)
+    with pytest.raises(UserError, match=r"ragged:40002 has 3 columns, and the first row 2"):
+        read_documents(f"tsv:{tmp_path}/ragged")
+
+
+SCRIPT = """
+import sys
+sys.modules |= dict.fromkeys(["jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "tensorflow_datasets"])
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from flax_mlm.data import tokenising
+from flax_mlm.data.prepare import prepare
+from flax_mlm.data.sources import base
+from tests.helpers.same_documents import config_for
+if __name__ == "__main__":
+    base.UNIT_BYTES, tokenising.JOB_CHARS = {unit_bytes}, 20_000
+    prepare(config_for({source!r}, Path({tokenizer!r})), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("source", ["parquet:FILE.parquet", "csv:FILE.csv", "jsonl:FILE.list.json", "arrow:FILE.arrow"])
+def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, monkeypatch, source):
+    monkeypatch.setattr(base, "UNIT_BYTES", 100_000)
+    spec = written(source, tmp_path, documents())
+    undisturbed = corpus_of(spec, tmp_path / "undisturbed")
+    assert len(undisturbed) > 10
+    settings = {"root": str(ROOT), "unit_bytes": 100_000, "source": spec}
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(**settings, tokenizer=str(tmp_path / "undisturbed" / "tokenizer")))
+    command = [sys.executable, str(script), str(tmp_path / "corpus")]
+    work = tmp_path / "corpus.tmp"
+    for finished in (1, 3, 5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while len(list(work.glob("*/units/*-*.json"))) < finished and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "corpus").exists()
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    assert same_documents.digests(tmp_path / "corpus") == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"text\na\n", r"a\.csv is CSV by its name; use csv:GLOB#column"),
+        ("a.csv.gz", gzip.compress(b"text\na\n"), r"a\.csv\.gz is CSV by its name"),
+        ("a.tsv", b"text\na\n", "use tsv:GLOB#column"),
+        ("a.json", b"[]", r"is JSON by its name; use jsonl:GLOB#field"),
+        ("a.html", b"<!-- x -->\n<!DOCTYPE html>\n<p>a", "is a web page; expected plain text; extract its text"),
+        ("b.txt", b"  <html lang='en'>", "is a web page"),
+        ("a.tgz", gzip.compress(b"x"), "is a tar archive by its name; expected plain text; unpack it"),
+        ("a.tbz2", bz2.compress(b"x"), "is a tar archive by its name"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["text", "lines"])
+def test_files_that_would_become_rows_of_markup_are_refused(tmp_path, kind, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_source(f"{kind}:{tmp_path}/*").check()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("books/*.txt", r"write text:books/\*\.txt$"),
+        ("a.csv.gz", r"write csv:a\.csv\.gz$"),
+        ("/data/x.parquet#a", r"write parquet:/data/x\.parquet#a$"),
+        ("cvs:a.csv", "did you mean 'csv'"),
+        ("https://a.b/c.jsonl", r"expected builtin or one of text:GLOB"),
+    ],
+)
+def test_a_source_without_its_kind_is_answered_with_it(source, message):
+    with pytest.raises(UserError, match=message):
+        open_source(source)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_lines_may_end_in_carriage_returns_alone(tmp_path, monkeypatch, suffix):
+    texts = [f"document {i}\nand é" for i in range(300)]
+    content = "\r\r".join(text.replace("\n", "\r") for text in texts).encode()
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(content) if suffix else content)
+    assert read_documents(f"text:{tmp_path}/*") == texts
+    monkeypatch.setattr(base, "UNIT_BYTES", 100)
+    assert read_documents(f"text:{tmp_path}/*") == texts
+    assert len(read_documents(f"lines:{tmp_path}/*")) == 600

@@ -190,7 +190,7 @@ class _Buffer:
     def _grow(self, size: int) -> bool:
         """Forgets what has been read, and reads at least as many characters more; False: there are none."""
         parts, total = [self._text[self._at :]], 0
-        while total < max(size, 1) and (part := next(self._parts, "")):
+        while total < max(size, 1) and (part := next(self._parts, None)) is not None:
             parts.append(part)
             total += len(part)
         self._line += self._text.count("\n", 0, self._at)

@@ -45,8 +45,8 @@ def open_source(spec: str, options: Options = Options()) -> Source:
     if kind not in _OPENERS or not rest:
         expected = f"builtin or one of {', '.join(_EXPECTED)}"
         if re.search(r"[./*]", kind):  # a path
-            name = _NAMES[_FORMATS.get(_suffix(spec), ("", "text"))[1]]
-            raise UserError(f"data.source is '{spec}'; expected {expected}; write {name.replace('GLOB', spec, 1)}")
+            meant = _FORMATS.get(_suffix(spec.partition("#")[0]), ("", "text"))[1]
+            raise UserError(f"data.source is '{spec}'; expected {expected}; write {meant}:{spec}")
         near = did_you_mean(kind, _OPENERS, "") if rest else ""
         raise UserError(f"data.source is '{spec}'; expected {expected}{'; ' * bool(near)}{near}")
     return _OPENERS[kind](spec, rest, options)
