@@ -510,6 +510,36 @@ def test_tfds_builder_of_our_own(tfds, tmp_path, monkeypatch):
         labelled.read("tfds:verses:test")
 
 
+def test_tfds_of_several_files_is_several_ranges_in_order(tfds, tmp_path, monkeypatch):
+    class Lines(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples("train", 50), "test": self._generate_examples("test", 7)}
+
+        def _generate_examples(self, name, n):
+            yield from ((i, {"text": f"{name} {i}"}) for i in range(n))
+
+    config = tfds.download.DownloadConfig(try_download_gcs=False, register_checksums=False, num_shards=4)
+    Lines(data_dir=tmp_path).download_and_prepare(download_config=config)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    train = [f"train {i}" for i in range(50)]
+    source = opening.open_source("tfds:lines")
+    assert [len(unit.ranges) for unit in source.units] == [4]
+    assert read("tfds:lines")[0] == train
+    assert read("tfds:lines:train[5:40]+test")[0] == train[5:40] + [f"test {i}" for i in range(7)]
+    monkeypatch.setattr(base, "UNIT_BYTES", 1)
+    units = pickle.loads(pickle.dumps(opening.open_source("tfds:lines").units))
+    assert len(units) == 4
+    texts = [[chunk.text for chunk in unit.chunks()] for unit in reversed(units)]
+    assert list(itertools.chain(*reversed(texts))) == train
+
+
 def test_tfds_tiny_shakespeare(tfds, tmp_path, monkeypatch):
     manual = SHARED / "tfds" / "manual_dir"
     if not manual.exists():
