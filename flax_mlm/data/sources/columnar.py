@@ -37,7 +37,7 @@ def columns_of(file: File, columns: Columns | None, is_parquet: bool) -> Columns
 def parquet_ranges(file: File, columns: Columns) -> Iterator[Range]:
     """Divides a Parquet file between row groups. Raises UserError if it is damaged or lacks a column."""
     with _parquet(file) as reader:
-        leaves = {".".join(path) for path in _paths(file, reader.schema_arrow, columns)}
+        leaves = {".".join(path) for path in find_paths(file.path, reader.schema_arrow, columns)}
         about = reader.metadata
         sizes = []
         for number in range(about.num_row_groups):
@@ -50,7 +50,7 @@ def parquet_ranges(file: File, columns: Columns) -> Iterator[Range]:
 def arrow_ranges(file: File, columns: Columns) -> Iterator[Range]:
     """Divides an Arrow file between record batches. Raises UserError if it is damaged or lacks a column."""
     with _arrow(file) as reader:
-        _paths(file, reader.schema, columns)
+        find_paths(file.path, reader.schema, columns)
         is_file = hasattr(reader, "num_record_batches")
         n = reader.num_record_batches if is_file else 0
         sizes = [file.size // max(1, n)] * n if is_file else []
@@ -91,22 +91,22 @@ def _read_parquet(
 ) -> Iterator[tuple[int, str]]:
     with _parquet(file) as reader:
         schema = reader.schema_arrow
-        paths = _paths(file, schema, columns)
+        paths = find_paths(file.path, schema, columns)
         rows = sum(reader.metadata.row_group(i).num_rows for i in range(first, end))
         batch_size = max(1, min(1 << 14, _BATCH_BYTES * rows // max(size, 1)))
         leaves = [".".join(path) for path in paths]
         groups = list(range(first, end))
         batches = reader.iter_batches(batch_size, groups, leaves, use_threads=False) if groups else ()
-        yield from _documents(columns, paths, batches, size / max(rows, 1), counts)
+        yield from documents(columns, paths, batches, size / max(rows, 1), counts)
 
 
 def _read_arrow_file(
     file: File, columns: Columns, size: int, first: int, end: int, counts: Counter[str]
 ) -> Iterator[tuple[int, str]]:
     with _arrow(file) as reader:
-        paths = _paths(file, reader.schema, columns)
+        paths = find_paths(file.path, reader.schema, columns)
         batches = (reader.get_batch(number) for number in range(first, end))
-        yield from _documents(columns, paths, batches, 0, counts)
+        yield from documents(columns, paths, batches, 0, counts)
 
 
 def _read_arrow_stream(
@@ -121,14 +121,14 @@ def _read_arrow_stream(
 
     with _arrow(file) as reader:
         schema = reader.schema
-        paths = _paths(file, schema, columns)
+        paths = find_paths(file.path, schema, columns)
         with _mapped(file) as source:
-            yield from _documents(columns, paths, batches(), 0, counts)
+            yield from documents(columns, paths, batches(), 0, counts)
 
 
 def _read_whole_stream(file: File, columns: Columns, counts: Counter[str]) -> Iterator[tuple[int, str]]:
     with _arrow(file) as reader:
-        yield from _documents(columns, _paths(file, reader.schema, columns), reader, 0, counts)
+        yield from documents(columns, find_paths(file.path, reader.schema, columns), reader, 0, counts)
 
 
 def _stream_offsets(file: File) -> list[int]:
@@ -151,7 +151,7 @@ def _stream_offsets(file: File) -> list[int]:
         return [*offsets, begin]
 
 
-def _documents(
+def documents(
     columns: Columns, paths: list[list[str]], batches: Iterable[Any], bytes_per_row: float, counts: Counter[str]
 ) -> Iterator[tuple[int, str]]:
     """Reads documents from record batches; the key of each is the number of its row."""
@@ -202,7 +202,7 @@ def _is_binary(kind: Any) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def _paths(file: File, schema: Any, columns: Columns) -> list[list[str]]:
+def find_paths(where: str, schema: Any, columns: Columns) -> list[list[str]]:
     """Finds the columns: for each the names of its fields, from outside in. Raises UserError."""
     import pyarrow as pa
 
@@ -210,14 +210,14 @@ def _paths(file: File, schema: Any, columns: Columns) -> list[list[str]]:
     for name in columns.names:
         fields = _find(list(schema), name)
         if not fields:
-            raise no_column(file.path, name, _leaves(schema))
+            raise no_column(where, name, _leaves(schema))
         if schema.names.count(fields[0].name) > 1:
-            raise UserError(f"{file.path} has the column '{fields[0].name}' twice; rename or remove one")
+            raise UserError(f"{where} has the column '{fields[0].name}' twice; rename or remove one")
         kind = fields[-1].type
         if not _is_text(kind) and not pa.types.is_null(kind):
             remedy = f"name one of its fields, as in {name}.{kind[0].name}" if pa.types.is_struct(kind) else ""
             remedy = remedy or "name a column of text"
-            raise UserError(f"{file.path} has a column '{name}' of {kind}; expected text (string or binary); {remedy}")
+            raise UserError(f"{where} has a column '{name}' of {kind}; expected text (string or binary); {remedy}")
         paths.append([field.name for field in fields])
     return paths
 
