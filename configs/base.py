@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     # builtin | text:GLOB | text:GLOB#file (a file is a document) | lines:GLOB | jsonl:GLOB#field | csv:GLOB#column |
-    # tsv:GLOB#column | parquet:GLOB#column | arrow:GLOB#column | tfds:NAME[/config][:version][:split]
+    # tsv:GLOB#column | parquet:GLOB#column | arrow:GLOB#column | tfds:NAME[/config][:version][:split] |
+    # hf:ORG/NAME?config=...&split=...&revision=...#column | hf:FOLDER#column (a folder made by save_to_disk).
     # A field may be nested (a.b), or a template of several: '#{title}\n{text}'.
     c.data.source = "builtin"
     c.data.encoding = "utf-8"  # of text without a byte-order mark: a name that Python knows, such as latin1 or gb18030

