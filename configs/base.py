@@ -18,9 +18,10 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     # builtin | text:GLOB | text:GLOB#file (a file is a document) | lines:GLOB | jsonl:GLOB#field | csv:GLOB#column |
-    # tsv:GLOB#column | parquet:GLOB#column | arrow:GLOB#column | tfds:NAME[/config][:version][:split] |
-    # hf:ORG/NAME?config=...&split=...&revision=...#column | hf:FOLDER#column (a folder made by save_to_disk).
-    # A field may be nested (a.b), or a template of several: '#{title}\n{text}'.
+    # tsv:GLOB#column | parquet:GLOB#column | arrow:GLOB#column | fasta:GLOB | symbols:GLOB (a sequence a line) |
+    # ids:GLOB (ids of tokenizer.path) | wikiextractor:GLOB | tfds:NAME[/config][:version][:split] |
+    # hf:ORG/NAME?config=...&split=...&revision=...#column | hf:FOLDER#column (a folder made by save_to_disk);
+    # or several, joined by | in order. A field may be nested (a.b), or a template of several: '#{title}\n{text}'.
     c.data.source = "builtin"
     c.data.encoding = "utf-8"  # of text without a byte-order mark: a name that Python knows, such as latin1 or gb18030
     # Documents that are dropped: none | exact (copies of an earlier one) | near (also those that are similar to one)
@@ -45,8 +46,9 @@ def get_config() -> ConfigDict:
     # SentencePiece .model, Hugging Face tokenizer.json or WordPiece vocab.txt; empty: train a SentencePiece model
     c.tokenizer.path = ""
     c.tokenizer.extra_tokens_file = ""  # file of words, one per line, to add to the vocabulary of tokenizer.path
-    c.tokenizer.model_type = "bpe"  # bpe (converts exactly to tokenizer.json) | unigram
-    c.tokenizer.vocab_size = 8192  # V, including special tokens and 256 byte tokens
+    # bpe (converts exactly to tokenizer.json) | unigram | symbols (single characters, or what whitespace separates)
+    c.tokenizer.model_type = "bpe"
+    c.tokenizer.vocab_size = 8192  # V, including special tokens and 256 byte tokens; of symbols: at most
     c.tokenizer.normalization = "nmt_nfkc"  # nmt_nfkc | nmt_nfkc_cf (also lower-cases) | identity
     c.tokenizer.character_coverage = 0.9995  # fraction of characters with tokens of their own; others become bytes
     c.tokenizer.sample_bytes = 50_000_000  # text to train the tokenizer on, sampled evenly from the training documents

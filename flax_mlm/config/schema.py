@@ -81,7 +81,7 @@ class DataConfig:
 class TokenizerConfig:
     path: str
     extra_tokens_file: str
-    model_type: Annotated[str, "bpe | unigram"]
+    model_type: Annotated[str, "bpe | unigram | symbols"]
     vocab_size: Annotated[int, "[1, inf)"]
     normalization: Annotated[str, "nmt_nfkc | nmt_nfkc_cf | identity"]
     character_coverage: Annotated[float, "(0, 1]"]

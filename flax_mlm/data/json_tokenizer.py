@@ -13,6 +13,11 @@ from flax_mlm.data.words import WordMarks, stands_alone
 from flax_mlm.errors import UserError, as_user_error
 
 Spec = dict[str, Any]  # the content of a tokenizer.json, as the library writes it
+# The pre-tokenizer that makes each character a token, and drops whitespace.
+_EACH = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+CHARACTERS: Spec = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, _EACH]}
+# As the library's: Unicode's White_Space.
+_WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _UNNORMALIZED = ("A", "é", "e\u0301", "ﬁ", "\u00a0", "人")  # each is changed by some normalizer
 
 
@@ -105,8 +110,23 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = self._tokenizer.encode("a").ids
         return ids[:1] == [self.cls_id] and ids[-1:] == [self.sep_id]
 
+    @functools.cached_property
+    def _id_of_character(self) -> np.ndarray | None:
+        """Ids of all characters, -1 for whitespace, where each one is a token: faster than the library."""
+        model, others = self._spec["model"], [self._spec[rule] for rule in ("normalizer", "pre_tokenizer")]
+        if model["type"] != "WordLevel" or others != [None, CHARACTERS] or self.added_words:
+            return None
+        ids = np.full(0x110000, self.unk_id, np.int32)
+        for token, i in model["vocab"].items():
+            if len(token) == 1 and not self.is_special[i]:
+                ids[ord(token)] = i
+        ids[[ord(char) for char in _WHITESPACE]] = -1
+        return ids
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return _encode(self._encoder, texts)
+        if (ids := self._id_of_character) is None:
+            return _encode(self._encoder, texts)
+        return [(i := ids[np.frombuffer(text.encode("utf-32-le"), np.uint32)])[i >= 0] for text in texts]
 
     def _encode_with_mask(self, text: str) -> list[int]:
         return _encode(self._mask_encoder, [text])[0].tolist()
@@ -134,6 +154,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def extended(self, words: Iterable[str]) -> bytes:
         from tokenizers import AddedToken
 
+        if self._id_of_character is not None:
+            what = "tokenizer.extra_tokens_file adds words, and each token of this vocabulary is one character"
+            raise UserError(f"{what}; make another vocabulary from text that has the new ones")
         tokenizer, roles = read_json(self.content)
         normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
         # Where the normalizer changes text, but does not mark its words, words are found in normalized text.

@@ -72,7 +72,9 @@ def log_lost_text(totals: Totals, unknown_token: str, log: Log) -> None:
         log(f"warning: {what}; use wikiextractor:GLOB")
     for line in lost(counts):
         log(f"warning: {line}")
-    for kind in ("empty_files", "empty_documents"):
+    if counts["comment_lines"]:
+        log(f"{counts['comment_lines']:,} comment lines (;) were left out")
+    for kind in ("empty_files", "empty_documents", "lines_outside_documents"):
         if counts[kind]:
             log(f"warning: {counts[kind]:,} {kind.replace('_', ' ')}")
 

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from flax_mlm.config.schema import Config
-from flax_mlm.data import tokenizer_training
+from flax_mlm.data import symbol_training, tokenizer_training
 from flax_mlm.data.cleaning.clean import Cleaning, log_report
 from flax_mlm.data.corpus import FORMAT, Corpus, row_dtype
 from flax_mlm.data.engines import local
@@ -34,7 +34,8 @@ from flax_mlm.storage.gcs import AnyPath
 
 def source_of(config: Config) -> Source:
     """Opens `data.source`. Raises UserError."""
-    return open_source(config.data.source, Options(config.data.encoding))
+    t = config.tokenizer
+    return open_source(config.data.source, Options(config.data.encoding, t.path, t.extra_tokens_file))
 
 
 def prepare(config: Config, output: str | Path | None = None, log: Log = print, run: Run | None = None) -> Corpus:
@@ -221,6 +222,10 @@ def _tokenizer(config: Config, source: Source, work: Work, log: Log) -> Tokenize
     if t.path:
         log(f"tokenizer: {t.path}{f' with the words of {t.extra_tokens_file}' * bool(t.extra_tokens_file)}")
         tokenizer = load_tokenizer(t.path, t.extra_tokens_file)
+    elif t.model_type == "symbols":
+        with progress("counting symbols", source.size, log) as show:
+            symbols = symbol_training.count_symbols(source, config.data.validation_fraction, show)
+        tokenizer = symbol_training.make_tokenizer(symbols, t.vocab_size, log)
     else:
         with progress("sampling text", source.size, log) as show:
             sample = tokenizer_training.sample(source, config.data.validation_fraction, t.sample_bytes, show)

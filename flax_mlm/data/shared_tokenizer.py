@@ -21,6 +21,7 @@ from flax_mlm.config.schema import Config
 from flax_mlm.data.preparation_log import progress
 from flax_mlm.data.prepare import source_of
 from flax_mlm.data.sources.base import Source
+from flax_mlm.data.sources.open import split_sources
 from flax_mlm.data.stream import power_weights
 from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.data.tokenizer_training import train_tokenizer
@@ -148,7 +149,7 @@ def make_tokenizer(config: Config, output: Path, log: Callable[[str], None] = pr
 
 def _open(config: Config) -> dict[str, Source]:
     """Opens each of the joined sources. Raises UserError."""
-    names = [name.strip() for name in config.data.source.split("|")]
+    names = split_sources(config.data.source)
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"data.source names '{twice[0]}' twice; name it once")
     return {

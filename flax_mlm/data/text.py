@@ -20,6 +20,7 @@ _DECOMPRESS = "decompress it, or compress it with gzip, zstd, bzip2 or xz and en
 _UNPACK = "unpack it, and give the files in it"
 _CONVERT = "write its text as JSON lines, and use jsonl:GLOB#field"
 _ARCHIVES = {".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".tlz"}
+WIKIEXTRACTOR = "WikiExtractor's output with its tags <doc ...>"
 _EXTRACT = "use `wikiextractor` and wikiextractor:GLOB"
 _GET_TEXT = "give files of plain text"
 # What a file that is no plain text begins with -> its name, and what to do.
@@ -42,7 +43,7 @@ _SIGNATURES = (
     (rb"\{\\rtf", "an RTF document", _GET_TEXT),
     (rb"(?i:\s*(<!--.{0,999}?-->\s*)*(<!doctype\s+html\b|<html[\s>]))", "a web page", "extract its text"),
     (rb"(<\?xml[^>]*>\s*)?<mediawiki\s", "a dump of MediaWiki", _EXTRACT),
-    (rb"\s*<doc id=[^>]*\surl=[^>]*>", "WikiExtractor's output with its tags <doc ...>", "use wikiextractor:GLOB"),
+    (rb"\s*<doc id=[^>]*\surl=[^>]*>", WIKIEXTRACTOR, "use wikiextractor:GLOB"),
     (rb"version https://git-lfs\.github\.com", "a Git LFS pointer, not the file itself", "run: git lfs pull"),
 )
 # Ending of a name -> the program that compresses such files, and what they begin with.
@@ -139,7 +140,9 @@ def to_next_line(file: BinaryIO, offset: int) -> int:
     return file.tell() if offset else 0
 
 
-def opened(name: str, raw: Any, encoding: str = UTF_8, counts: Counter[str] | None = None) -> BinaryIO:
+def opened(
+    name: str, raw: Any, encoding: str = UTF_8, counts: Counter[str] | None = None, accepted: str = ""
+) -> BinaryIO:
     """Opens the text of a file as UTF-8. The file is compressed if its name ends in .gz, .zst, .bz2 or .xz.
 
     Where lines end in carriage returns alone, those become newlines.
@@ -148,6 +151,7 @@ def opened(name: str, raw: Any, encoding: str = UTF_8, counts: Counter[str] | No
       name: path of the file.
       encoding: of the file, unless it has a byte-order mark of UTF-16 or UTF-32. Where text with such a mark is
         damaged, reading raises UnicodeError; what another encoding lacks is added to counts["undecodable_bytes"].
+      accepted: kind of file that is refused otherwise, such as `WIKIEXTRACTOR`.
 
     Raises:
       UserError: by its beginning, it is no text, or text with markup or in another encoding.
@@ -166,7 +170,7 @@ def opened(name: str, raw: Any, encoding: str = UTF_8, counts: Counter[str] | No
         _refuse_foreign(name, head, is_utf_8=False)
         text = _decoded(file, encoding, Counter() if counts is None else counts)
     else:
-        _refuse_foreign(name, head)
+        _refuse_foreign(name, head, accepted=accepted)
         return _with_newlines(file)
     return _with_newlines(_reader(part.encode() for part in text))
 
@@ -216,9 +220,9 @@ def refuse_other(name: str, head: bytes, expected: str = "plain text", unless: s
             raise UserError(f"{name} is {what}; expected {expected}; {remedy}")
 
 
-def _refuse_foreign(name: str, head: bytes, is_utf_8: bool = True) -> None:
+def _refuse_foreign(name: str, head: bytes, is_utf_8: bool = True, accepted: str = "") -> None:
     head = head.removeprefix(codecs.BOM_UTF8)
-    refuse_other(name, head)
+    refuse_other(name, head, unless=accepted)
     if not is_utf_8:
         return
     text = head.decode(errors="ignore").encode().translate(None, _CONTROL)

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 
+from flax_mlm.data.sources.base import TextChunk
+from flax_mlm.data.symbol_training import Symbols, make_tokenizer
 from flax_mlm.data.tokenizer import load_tokenizer
+from flax_mlm.hf import tokenizer_json
 from tests.helpers.tokenizer_files import BERT, ROBERTA, TEXT, bert, bert_vocab, folder, vocabulary
 
 transformers = pytest.importorskip("transformers", "5", reason="the reference needs transformers 5")
@@ -201,3 +204,25 @@ def test_every_part_of_a_tokenizer_json(tmp_path):
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(path)
     theirs.backend_tokenizer.no_padding()
     check(path, theirs)
+
+
+@pytest.mark.parametrize("kind", ["characters", "separated"])
+def test_symbols_have_the_ids_of_transformers_after_export(tmp_path, kind):
+    texts = {"characters": ["MKTAYIAKQR", "mkq*é", "人", "MKX"], "separated": ["login view:12 buy", "a  b\tlogin", "é"]}
+    symbols = Symbols()
+    for text in texts[kind][:2]:
+        symbols.separated += symbols.add(TextChunk(0, 0, text), is_counted=True)
+    tok = make_tokenizer(symbols, 99, lambda line: None)
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json.content(tok, 1))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_json.settings(tok, 64, 2)))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    check(tmp_path, theirs, ["", " ", *texts[kind]])
+    for text in texts[kind]:
+        ids = tok.encode([text])[0].tolist()
+        assert theirs(text)["input_ids"] == [tok.cls_id, *ids, tok.sep_id]
+        pair = theirs(text, text)
+        assert pair["input_ids"] == [tok.cls_id, *ids, tok.sep_id, *ids, tok.sep_id]
+        assert pair["token_type_ids"] == [0] * (len(ids) + 2) + [1] * (len(ids) + 1)
+        assert theirs.decode(ids, skip_special_tokens=True) == tok.decode(ids)
+        masked = f"{text} [MASK]{text}"
+        assert tok.encode_with_mask(masked) == theirs(masked, add_special_tokens=False)["input_ids"]

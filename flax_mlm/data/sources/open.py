@@ -3,18 +3,21 @@
 import codecs
 import dataclasses
 import functools
+import glob
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePath
 
-from flax_mlm.data.sources import columnar, json_objects, plain, separated
+from flax_mlm.data.sources import columnar, fasta, json_objects, plain, separated, wikiextractor
 from flax_mlm.data.sources.base import Source
 from flax_mlm.data.sources.columns import parse
 from flax_mlm.data.sources.files import find, from_files
 from flax_mlm.data.sources.hugging_face import open_hf
+from flax_mlm.data.sources.ids import open_ids
 from flax_mlm.data.sources.tensorflow_datasets import open_tfds
 from flax_mlm.data.text import UTF_8
 from flax_mlm.errors import UserError, did_you_mean
@@ -26,9 +29,12 @@ class Options:
 
     Attributes:
       encoding: of text without a byte-order mark (`data.encoding`).
+      tokenizer_path, extra_tokens_file: of the tokenizer that made given ids (`tokenizer.path`).
     """
 
     encoding: str = UTF_8
+    tokenizer_path: str = ""
+    extra_tokens_file: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoding", codecs.lookup(self.encoding).name)
@@ -36,11 +42,56 @@ class Options:
 
 def open_source(spec: str, options: Options = Options()) -> Source:
     """Opens `builtin`, KIND:GLOB[#field], `tfds:NAME[/config][:version][:split]` or
-    `hf:ORG/NAME[?config=...&split=...&revision=...][#column]`.
+    `hf:ORG/NAME[?config=...&split=...&revision=...][#column]`; or several, joined by `|`.
 
     Raises:
       UserError: the kind, the files or the dataset do not exist. Reading the source may raise it as well.
     """
+    names = split_sources(spec)
+    if not all(names):
+        raise UserError(f"data.source is '{spec}'; expected a source on each side of '|', as in text:a.txt|text:b.txt")
+    sources = [_open(name, options) for name in names]
+    return sources[0] if len(sources) == 1 else _joined(sources)
+
+
+def split_sources(spec: str) -> list[str]:
+    """Splits a list of sources at `|`, but for those in the names of files that exist."""
+    parts, names = spec.split("|"), list[str]()
+    while parts:
+        longest = (n for n in range(len(parts), 1, -1) if _exists("|".join(parts[:n])))
+        n = next(longest, 1)
+        names.append("|".join(parts[:n]).strip())
+        parts = parts[n:]
+    return names
+
+
+def _exists(spec: str) -> bool:
+    """Returns whether a source names files on this machine."""
+    kind, _, rest = spec.strip().partition(":")
+    pattern, mark, field = os.path.expanduser(rest).rpartition("#")
+    patterns = [pattern + mark + field, *([pattern] if "|" not in field else [])]
+    found = (os.path.exists(each) or next(glob.iglob(each, recursive=True), "") for each in patterns if each)
+    return "|" not in kind and any(found)
+
+
+def _joined(sources: list[Source]) -> Source:
+    """Joins sources in order; units are numbered on."""
+    units = itertools.chain.from_iterable(source.units for source in sources)
+
+    def check() -> None:
+        for source in sources:
+            source.check()
+
+    return Source(
+        " | ".join(source.name for source in sources),
+        " | ".join(dict.fromkeys(source.licence for source in sources)),
+        ["joined", *(source.version for source in sources)],
+        tuple(dataclasses.replace(unit, number=number) for number, unit in enumerate(units)),
+        check,
+    )
+
+
+def _open(spec: str, options: Options) -> Source:
     kind, _, rest = spec.partition(":")
     if spec == "builtin":
         return _builtin()
@@ -72,7 +123,7 @@ def _open_text(spec: str, rest: str, options: Options) -> Source:
         name, other = _FORMATS.get(_suffix(file.path), ("", ""))
         if other in ("jsonl", "csv", "tsv"):  # others are known by their beginning
             raise UserError(f"data.source is '{spec}', and {file.path} is {name} by its name; use {_NAMES[other]}")
-    read = plain.lines if kind == "lines" else plain.whole if part else plain.blocks
+    read = plain.lines if kind != "text" else plain.whole if part else plain.blocks
     ranges = functools.partial(plain.line_ranges, read=read, encoding=options.encoding)
     check = functools.partial(plain.check, encoding=options.encoding)
     return from_files(spec, files, ranges, check, [kind, part, options.encoding])
@@ -113,6 +164,18 @@ def _open_columnar(spec: str, rest: str, options: Options) -> Source:
     return from_files(spec, files, functools.partial(divide, columns=columns), settings=[kind, columns.parts])
 
 
+def _open_fasta(spec: str, rest: str, options: Options) -> Source:
+    return from_files(spec, find(spec, rest), fasta.ranges, fasta.check, ["fasta"])
+
+
+def _open_wikiextractor(spec: str, rest: str, options: Options) -> Source:
+    return from_files(spec, find(spec, rest), wikiextractor.ranges, wikiextractor.check, ["wikiextractor"])
+
+
+def _open_ids(spec: str, rest: str, options: Options) -> Source:
+    return open_ids(spec, rest, options.tokenizer_path, options.extra_tokens_file)
+
+
 def _open_tfds(spec: str, rest: str, options: Options) -> Source:
     return open_tfds(spec, rest)
 
@@ -137,11 +200,15 @@ def _builtin() -> Source:
 _OPENERS: dict[str, Callable[[str, str, Options], Source]] = {
     "text": _open_text,
     "lines": _open_text,
+    "symbols": _open_text,
     "jsonl": _open_jsonl,
     "csv": _open_table,
     "tsv": _open_table,
     "parquet": _open_columnar,
     "arrow": _open_columnar,
+    "fasta": _open_fasta,
+    "wikiextractor": _open_wikiextractor,
+    "ids": _open_ids,
     "tfds": _open_tfds,
     "hf": _open_hf,
 }
@@ -153,6 +220,7 @@ _NAMES = {
     "tsv": "tsv:GLOB#column",
     "parquet": "parquet:GLOB#column",
     "arrow": "arrow:GLOB#column",
+    **{kind: f"{kind}:GLOB" for kind in ("fasta", "symbols", "ids", "wikiextractor")},
 }
 _EXPECTED = (
     "text:GLOB",

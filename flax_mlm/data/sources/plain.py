@@ -16,25 +16,31 @@ from flax_mlm.data.text import CHUNK_CHARS, UTF_8, divisible, line_chunks, opene
 LineReader: TypeAlias = Callable[[File, BinaryIO, Counter[str], int, int], Iterator[tuple[int, str]]]
 
 
-def line_ranges(file: File, read: LineReader, encoding: str = UTF_8, is_divisible: bool = True) -> Iterator[Range]:
+def line_ranges(
+    file: File, read: LineReader, encoding: str = UTF_8, is_divisible: bool = True, accepted: str = ""
+) -> Iterator[Range]:
     """Divides a file of lines into ranges of `UNIT_BYTES`; a compressed file, or one whose encoding does not allow it,
-    is one range."""
+    is one range.
+
+    Args:
+      accepted: see `opened`.
+    """
     starts = (list(range(0, file.size, base.UNIT_BYTES)) if is_divisible else []) or [0]
     if len(starts) > 1:
         with file.reading() as raw:
             starts = starts if divisible(file.path, raw, encoding) else [0]
     for start in starts:
         end = start + base.UNIT_BYTES if start != starts[-1] else sys.maxsize
-        reader = functools.partial(_read, file, read, encoding, start, end)
+        reader = functools.partial(_read, file, read, encoding, accepted, start, end)
         yield Range(file.path, min(end, file.size) - start, reader, start == 0, end == sys.maxsize)
 
 
 def _read(
-    file: File, read: LineReader, encoding: str, start: int, end: int, counts: Counter[str]
+    file: File, read: LineReader, encoding: str, accepted: str, start: int, end: int, counts: Counter[str]
 ) -> Iterator[tuple[int, str]]:
     before = counts["read"]
     with file.reading() as raw:
-        text = opened(file.path, raw, encoding, counts)
+        text = opened(file.path, raw, encoding, counts, accepted)
         begin = to_next_line(text, start)
         for offset, chunk in read(file, text, counts, begin, end):
             counts["read"] = before + min(raw.tell(), end, file.size) - start
