@@ -7,6 +7,8 @@ import numpy as np
 
 from flax_mlm.data.tokenizer import Tokenizer
 
+_BLOCK_TOKENS = 1 << 20  # that are copied at a time: their indices need 24 bytes each
+
 
 def pack(tokens: np.ndarray, lengths: np.ndarray, seq_len: int, tokenizer: Tokenizer, packing: str) -> np.ndarray:
     """Packs documents into rows.
@@ -35,8 +37,11 @@ def pack(tokens: np.ndarray, lengths: np.ndarray, seq_len: int, tokenizer: Token
     at = row * seq_len + column
     flat[at] = tokenizer.cls_id
     flat[at + size + 1] = tokenizer.sep_id
-    within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
-    flat[np.repeat(at + 1, size) + within] = tokens[np.repeat(start, size) + within]
+    step = max(1, _BLOCK_TOKENS // seq_len)
+    for block in (slice(first, first + step) for first in range(0, len(size), step)):
+        n = size[block]
+        within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+        flat[np.repeat(at[block] + 1, n) + within] = tokens[np.repeat(start[block], n) + within]
     return rows
 
 

@@ -149,9 +149,10 @@ def _joined(results: Iterable[Tokenised]) -> tuple[list[TextChunk], np.ndarray, 
 def _unknown_tokens(chunks: list[TextChunk], ids: np.ndarray, num_tokens_C: np.ndarray, unk_id: int) -> dict[str, int]:
     """Counts the unknown tokens of each file that has some."""
     ends_C = np.cumsum(num_tokens_C)
-    totals = np.cumsum(np.append(0, ids == unk_id))
+    positions = np.flatnonzero(ids == unk_id)
+    counts_C = np.searchsorted(positions, ends_C) - np.searchsorted(positions, ends_C - num_tokens_C)
     by_file = Counter[str]()
-    for chunk, number in zip(chunks, (totals[ends_C] - totals[ends_C - num_tokens_C]).tolist(), strict=True):
+    for chunk, number in zip(chunks, counts_C.tolist(), strict=True):
         by_file[chunk.file] += number
     return dict(+by_file)
 

@@ -38,10 +38,12 @@ def segments(rows: np.ndarray) -> list[list[list[int]]]:
     return result
 
 
-@given(st.lists(st.integers(0, 60), max_size=40), st.integers(4, 24), st.sampled_from(MODES))
-def test_every_token_is_written_once(lengths, seq_len, mode):
+@given(st.lists(st.integers(0, 60), max_size=40), st.integers(4, 24), st.sampled_from(MODES), st.integers(1, 99))
+def test_every_token_is_written_once(lengths, seq_len, mode, block):
     tokens = np.arange(FIRST, FIRST + sum(lengths), dtype=np.uint16)
-    rows = packing.pack(tokens, np.array(lengths, np.int64), seq_len, MARKS, mode)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(packing, "_BLOCK_TOKENS", block)
+        rows = packing.pack(tokens, np.array(lengths, np.int64), seq_len, MARKS, mode)
     assert rows.shape[1] == seq_len
     assert rows.dtype == np.uint16
     flat = [s for row in segments(rows) for s in row]
