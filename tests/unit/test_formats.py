@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from flax_mlm.data.prepare import prepare
 from flax_mlm.data.sources import base
 from flax_mlm.data.sources.open import open_source
 from flax_mlm.errors import UserError
@@ -140,10 +141,28 @@ def test_lines_are_the_same_documents(tmp_path):
 
 def test_what_hugging_face_datasets_saves_is_read(tmp_path):
     datasets = pytest.importorskip("datasets", reason="datasets is an optional package")
-    saved = datasets.Dataset.from_dict({"text": list(documents(300)), "label": ["a", "b", "c"] * 100})
-    saved = saved.cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["a", "b", "c"]))
+    content = {"text": list(documents(300)), "label": ["a", "b", "c"] * 100}
+    saved = datasets.Dataset.from_dict(content, features=features)
     saved.save_to_disk(str(tmp_path), num_shards=2)
     assert read_documents(f"arrow:{tmp_path}/*.arrow") == list(documents(300))
+
+
+def test_what_is_left_out_is_said_and_recorded(tmp_path):
+    records = [*documents(50), None, 3, "", None]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in records) + "\n{}")
+    tokenizer = same_documents.tokenizer(tmp_path / "tokenizer")
+    log: list[str] = []
+    corpus = prepare(same_documents.config_for(f"jsonl:{tmp_path}/*", tokenizer), tmp_path / "corpus", log.append)
+    assert [line for line in log if line.startswith("warning")] == [
+        "warning: 2 documents are null and were left out",
+        "warning: 1 documents were left out, as their records do not have the column",
+        "warning: 1 documents are numbers, lists or objects in place of text and were left out",
+        "warning: 1 empty documents",
+    ]
+    counts = corpus.manifest["source"]["counts"]
+    assert counts["null_documents"] == 2
+    assert sum(corpus.counts[split]["documents"] for split in ("train", "validation")) == 50
 
 
 # What is divided into several units.
@@ -184,6 +203,7 @@ sys.modules |= dict.fromkeys(["jax", "jaxlib", "flax", "optax", "orbax", "tensor
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from flax_mlm.data import tokenising
+from flax_mlm.data.prepare import prepare
 from flax_mlm.data.prepare import prepare
 from flax_mlm.data.sources import base
 from tests.helpers.same_documents import config_for

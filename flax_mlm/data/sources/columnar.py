@@ -22,6 +22,7 @@ from flax_mlm.errors import UserError
 _BATCH_BYTES = 1 << 23
 _READ_BYTES = 1 << 20  # of a column, at a time
 _ARROW = b"ARROW1"
+_DICTIONARY_BATCH, _RECORD_BATCH = 2, 3  # kinds of messages in a stream
 
 
 def columns_of(file: File, columns: Columns | None, is_parquet: bool) -> Columns:
@@ -132,23 +133,41 @@ def _read_whole_stream(file: File, columns: Columns, counts: Counter[str]) -> It
 
 
 def _stream_offsets(file: File) -> list[int]:
-    """Finds where the record batches of a stream begin, and where the last one ends; none if it has dictionaries, which
-    are read from the start."""
-    import pyarrow as pa
+    """Finds where the record batches of a stream begin, and where the last one ends, without reading them; none if it
+    has dictionaries, which are read from the start. Raises UserError if it ends early."""
+    offsets: list[int] = []
+    with file.reading() as raw:
+        while True:
+            begin = raw.tell()
+            head = raw.read(8)
+            size = int.from_bytes(head[4:], "little")
+            if not size:  # the mark of the end, or none
+                return [*offsets, begin]
+            kind, body = _message(raw.read(size))
+            if kind == _DICTIONARY_BATCH:
+                return []
+            if kind == _RECORD_BATCH:
+                offsets.append(begin)
+            if begin + len(head) + size + body > file.size:
+                raise UserError(f"{file.path} is an incomplete Arrow file: {file.size:,} bytes; copy it again")
+            raw.seek(body, os.SEEK_CUR)
 
-    if not os.path.exists(file.path):
-        return []  # elsewhere, all of it would be read for that
-    offsets = []
-    with _errors(file, "Arrow"), _mapped(file) as source:
-        with contextlib.suppress(EOFError):
-            while True:
-                begin = source.tell()
-                message = pa.ipc.read_message(source)
-                if message.type == "dictionary":
-                    return []
-                if message.type == "record batch":
-                    offsets.append(begin)
-        return [*offsets, begin]
+
+def _message(metadata: bytes) -> tuple[int, int]:
+    """Reads the kind of a message, and the size of what follows its metadata, which are a table of FlatBuffers."""
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(metadata[at : at + size], "little", signed=size == 4)
+
+    table = number(0, 4)
+    entries = table - number(table, 4)  # where the table's fields are, two bytes for each
+
+    def field(index: int, size: int) -> int:
+        at = 4 + 2 * index
+        offset = number(entries + at, 2) if at < number(entries, 2) else 0
+        return number(table + offset, size) if offset else 0
+
+    return field(1, 1), field(3, 8)
 
 
 def documents(
@@ -305,6 +324,6 @@ def _errors(file: File, kind: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, EOFError) as e:
-        first = str(e).partition("\n")[0].rstrip(". ")
+        first = str(e).partition("\n")[0].partition(". ")[0]
         what = f"{file.path} is a damaged or incomplete {kind} file: {first}"
         raise UserError(f"{what}; copy it again, or make it again") from e

@@ -9,6 +9,7 @@ What has no text is left out and counted: `null_documents`, `missing_documents` 
 import dataclasses
 import itertools
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ LOST = {
     "non_string_documents": "documents are numbers, lists or objects in place of text and were left out",
     "incomplete_documents": "documents lack a column of the template, which is empty there",
 }
+_MAX_NAMES = 40  # in an error
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
@@ -102,7 +104,7 @@ def chosen(
     name = DEFAULT if DEFAULT in names else texts[0] if len(texts) == 1 else ""
     if not name:
         what = f"{where} has no {kind} '{DEFAULT}', and it is not clear which other one is the text"
-        raise UserError(f"{what}; it has {', '.join(names) or 'none'}; name the {kind}, as in GLOB#{kind}")
+        raise UserError(f"{what}; it has {_listed(names)}; name the {kind}, as in GLOB#{kind}")
     return Columns(("", name, ""))
 
 
@@ -110,7 +112,13 @@ def no_column(where: str, name: str, names: Iterable[str], kind: str = "column")
     """Makes the error about a column that is not there."""
     names = list(names)
     hint = did_you_mean(name, names, f"name one of them, as in GLOB#{kind}")
-    return UserError(f"{where} has no {kind} '{name}'; it has {', '.join(names) or 'none'}; {hint}")
+    return UserError(f"{where} has no {kind} '{name}'; it has {_listed(names)}; {hint}")
+
+
+def _listed(names: list[str]) -> str:
+    """Names columns on one line."""
+    short = [textwrap.shorten(name, 60, placeholder=" ...") for name in names[:_MAX_NAMES]]
+    return ", ".join([*short, *["..."] * (len(names) > _MAX_NAMES)]) or "none"
 
 
 def lookup(record: Mapping[str, Any], name: str) -> Any:

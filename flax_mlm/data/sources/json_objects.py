@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from flax_mlm.data.sources import base, plain
@@ -28,7 +28,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 def json_ranges(file: File, columns: Columns, encoding: str = UTF_8) -> Iterator[Range]:
     """Divides a file where that is possible."""
-    read = functools.partial(read_json, columns=columns)
+    read = functools.partial(read_json, columns=columns, encoding=encoding)
     is_divisible = file.size > base.UNIT_BYTES and _layout(file, encoding) == _LINES
     yield from plain.line_ranges(file, read, encoding, is_divisible)
 
@@ -39,7 +39,7 @@ def columns_of(files: Iterable[File], columns: Columns | None, encoding: str = U
     for file in files:
         with file.reading() as raw:
             text = opened(file.path, raw, encoding, Counter())
-            _, record = next(_records(file, text, Counter(), 0, sys.maxsize), (0, None))
+            _, record = next(_records(file, text, Counter(), 0, sys.maxsize, encoding), (0, None))
         if record is None:
             continue
         where = f"the first object of {file.path}"
@@ -59,22 +59,23 @@ def _fields(record: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def read_json(
-    file: File, text: BinaryIO, counts: Counter[str], start: int, end: int, columns: Columns
+    file: File, text: BinaryIO, counts: Counter[str], start: int, end: int, columns: Columns, encoding: str
 ) -> Iterator[tuple[int, str]]:
     """Reads documents from the objects that begin in a range."""
-    for key, record in _records(file, text, counts, start, end):
+    for key, record in _records(file, text, counts, start, end, encoding):
         document = columns.document([lookup(record, name) for name in columns.names], counts)
         if document is not None:
             yield from ((key, chunk) for chunk in document_chunks(document, counts))
 
 
 def _records(
-    file: File, text: BinaryIO, counts: Counter[str], start: int, end: int
+    file: File, text: BinaryIO, counts: Counter[str], start: int, end: int, encoding: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Reads (a number that tells objects apart, object). Raises UserError where something else stands."""
     blank, head, layout = (b"", b"", _LINES) if start else _beginning(text)
     if layout == _LINES:
-        return _lines(file, text, head, counts, start + len(blank), end)
+        name = functools.partial(plain.line_name, file, encoding=encoding)
+        return _lines(name, itertools.chain([head] if head else [], text), counts, start + len(blank), end)
     text_before = decode(blank + head, counts).removeprefix("\ufeff")
     return _values(file, itertools.chain([text_before], blocks(text, counts)), layout == _LIST)
 
@@ -103,9 +104,9 @@ def _layout(file: File, encoding: str) -> str:
 
 
 def _lines(
-    file: File, text: BinaryIO, head: bytes, counts: Counter[str], begin: int, end: int
+    name: Callable[[int], str], lines: Iterable[bytes], counts: Counter[str], begin: int, end: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line in itertools.chain([head] if head else [], text):
+    for line in lines:
         offset, begin = begin, begin + len(line)
         if offset >= end:
             return
@@ -114,9 +115,9 @@ def _lines(
         try:
             record = json.loads(decode(line, counts).removeprefix("\ufeff"))
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{plain.line_name(file, offset)} is not JSON: {e}; expected {_EXPECTED}") from e
+            raise UserError(f"{name(offset)} is not JSON: {e}; expected {_EXPECTED}") from e
         if not isinstance(record, dict):
-            what = f"{plain.line_name(file, offset)} is {json_kind(record)}"
+            what = f"{name(offset)} is {json_kind(record)}"
             raise UserError(f"{what}; expected {_EXPECTED}")
         yield offset, record
 

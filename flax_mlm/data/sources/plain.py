@@ -53,10 +53,10 @@ def check(file: File, encoding: str = UTF_8) -> None:
         opened(file.path, raw, encoding, Counter())
 
 
-def line_name(file: File, offset: int) -> str:
+def line_name(file: File, offset: int, encoding: str = UTF_8) -> str:
     """Names a line by its number, which is known only where it is counted: FILE:LINE."""
     with file.reading() as raw:
-        text, number, left = opened(file.path, raw), 1, offset
+        text, number, left = opened(file.path, raw, encoding), 1, offset
         while left and (data := text.read(min(left, 1 << 20))):
             left -= len(data)
             number += data.count(b"\n")

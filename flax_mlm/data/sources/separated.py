@@ -39,7 +39,7 @@ def columns_of(files: list[File], columns: Columns | None, delimiter: str, encod
         return columns
     file = next((file for file in files if file.size), files[0])
     header = _header(file, delimiter, encoding)
-    _check_delimiter(file, header, delimiter)
+    _check_header(file, header, delimiter)
     return chosen(columns, file.path, header, header if len(header) == 1 else ())
 
 
@@ -64,7 +64,7 @@ def read_table(
     indices = _indices(file, header, columns, delimiter)
     for number, (key, name, row) in enumerate(_rows(file, text, counts, start, end, delimiter, encoding)):
         if len(row) != len(header):
-            what = f"{name(file, key)} has {len(row)} columns, and the first row {len(header)}"
+            what = f"{name(key)} has {len(row)} columns, and the first row {len(header)}"
             separator = _SEPARATORS[delimiter][0]
             raise UserError(f"{what}; where a text holds {separator}, put it into double quotes; else mend the row")
         if number or start or _is_numbered(columns):
@@ -87,7 +87,7 @@ def _header(file: File, delimiter: str, encoding: str) -> list[str]:
 def _indices(file: File, header: list[str], columns: Columns, delimiter: str) -> list[int]:
     """Finds the columns, by their names or, of a table without header, by their numbers from 1. Raises UserError."""
     if header and not (len(columns.names) == 1 and columns.names[0] in header):
-        _check_delimiter(file, header, delimiter)
+        _check_header(file, header, delimiter)
     indices = []
     for name in columns.names if header else ():
         if _is_numbered(columns):
@@ -99,10 +99,6 @@ def _indices(file: File, header: list[str], columns: Columns, delimiter: str) ->
             indices.append(int(name) - 1)
             continue
         if name not in header:
-            if header[0].startswith(("{", "[")):
-                raise UserError(
-                    f"{file.path} has JSON in its first line; expected names of columns; use jsonl:GLOB#field"
-                )
             raise no_column(file.path, name, header)
         if header.count(name) > 1:
             raise UserError(f"{file.path}:1 has the column '{name}' twice; rename or remove one")
@@ -110,28 +106,30 @@ def _indices(file: File, header: list[str], columns: Columns, delimiter: str) ->
     return indices
 
 
-def _check_delimiter(file: File, header: list[str], delimiter: str) -> None:
-    """Raises UserError if the only name of a column is several between other characters."""
+def _check_header(file: File, header: list[str], delimiter: str) -> None:
+    """Raises UserError if the first row is JSON, or its only cell is several between other characters."""
+    if header and header[0].startswith(("{", "[")):
+        raise UserError(f"{file.path} has JSON in its first line; expected names of columns; use jsonl:GLOB#field")
     if len(header) != 1:
         return
     others = _SEPARATORS | {character: (name, _CONVERT) for character, name in _OTHERS.items()}
     for character, (name, remedy) in others.items():
-        if character != delimiter and character in header[0] and not header[0].startswith("{"):
+        if character != delimiter and character in header[0]:
             what = f"{file.path} has {name} between its columns, as its first line shows"
             raise UserError(f"{what}; expected {_SEPARATORS[delimiter][0]}; {remedy}")
 
 
 def _rows(
     file: File, text: BinaryIO, counts: Counter[str], start: int, end: int, delimiter: str, encoding: str
-) -> Iterator[tuple[int, Callable[[File, int], str], list[str]]]:
+) -> Iterator[tuple[int, Callable[[int], str], list[str]]]:
     """Reads the rows that begin in a range, as (key, what names a row by its key, cells)."""
     if delimiter == "\t" and not _has_quotes(file, delimiter, encoding):
-        return ((offset, plain.line_name, row) for offset, row in _tab_rows(text, counts, start, end))
-    return ((line, _name, row) for line, row in _quoted_rows(file, text, counts, delimiter))
-
-
-def _name(file: File, line: int) -> str:
-    return f"{file.path}:{line}"
+        name = functools.partial(plain.line_name, file, encoding=encoding)
+        return ((offset, name, row) for offset, row in _tab_rows(text, counts, start, end))
+    return (
+        (line, functools.partial("{}:{}".format, file.path), row)
+        for line, row in _quoted_rows(file, text, counts, delimiter)
+    )
 
 
 def _tab_rows(text: BinaryIO, counts: Counter[str], start: int, end: int) -> Iterator[tuple[int, list[str]]]:
