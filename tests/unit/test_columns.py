@@ -201,6 +201,25 @@ def test_a_damaged_file_is_one_line(tmp_path, kind, damage):
     assert "\n" not in str(e.value)
 
 
+def test_checksums_of_pages_are_checked(tmp_path):
+    file = tmp_path / "a.parquet"
+    texts = [f"document {i}" for i in range(100)]
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pa.table({"text": texts}), file, write_page_checksum=True, **options)
+    assert read(f"parquet:{file}")[0] == texts
+    file.write_bytes(file.read_bytes().replace(b"document 7", b"docUment 7"))
+    with pytest.raises(UserError, match=r"a\.parquet is a damaged or incomplete Parquet file"):
+        read(f"parquet:{file}")
+
+
+def test_a_stream_that_ends_early_is_found_before_it_is_read(tmp_path):
+    source = write("arrow", tmp_path, RECORDS * 100)
+    file = tmp_path / "file.arrow"
+    file.write_bytes(file.read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"file\.arrow is (an incomplete|a damaged or incomplete) Arrow file"):
+        open_source(source)
+
+
 def test_a_file_of_another_kind_is_named(tmp_path):
     write("arrow", tmp_path, RECORDS)
     write("parquet", tmp_path, RECORDS)

@@ -39,12 +39,9 @@ def parquet_ranges(file: File, columns: Columns) -> Iterator[Range]:
     """Divides a Parquet file between row groups. Raises UserError if it is damaged or lacks a column."""
     with _parquet(file) as reader:
         leaves = {".".join(path) for path in find_paths(file.path, reader.schema_arrow, columns)}
-        about = reader.metadata
-        sizes = []
-        for number in range(about.num_row_groups):
-            group = about.row_group(number)
-            chunks = (group.column(i) for i in range(group.num_columns))
-            sizes.append(sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in leaves))
+        indices = [i for i in range(len(reader.schema)) if reader.schema.column(i).path in leaves]
+        groups = map(reader.metadata.row_group, range(reader.num_row_groups))
+        sizes = [sum(group.column(i).total_uncompressed_size for i in indices) for group in groups]
     yield from _ranges(file, sizes, functools.partial(_read_parquet, file, columns))
 
 
@@ -191,19 +188,28 @@ def documents(
 
 
 def _values(array: Any, path: list[str], counts: Counter[str]) -> list[str | None]:
+    """Converts text to strings; what a damaged file says of its size is checked before it is followed."""
     import pyarrow as pa
     import pyarrow.compute
 
+    array.validate()
     if path:
         array = pyarrow.compute.struct_field(array, path)
-    kind = array.type
-    if pa.types.is_dictionary(kind):
-        array, kind = array.dictionary_decode(), kind.value_type
-    if pa.types.is_null(kind):
+    if pa.types.is_dictionary(array.type):
+        array = _binary(array.dictionary).take(array.indices)
+    if pa.types.is_null(array.type):
         return [None] * len(array)
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        array = array.cast(pa.large_binary())
-    return [None if value is None else decode(value, counts) for value in array.to_pylist()]
+    return [None if value is None else decode(value, counts) for value in _binary(array).to_pylist()]
+
+
+def _binary(array: Any) -> Any:
+    """Casts text to bytes, which may be no UTF-8."""
+    import pyarrow as pa
+
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        array = array.cast(pa.binary() if pa.types.is_string(array.type) else pa.large_binary())
+    array.validate(full=True)
+    return array if pa.types.is_binary(array.type) else array.cast(pa.large_binary())
 
 
 def _is_text(kind: Any) -> bool:
@@ -276,7 +282,9 @@ def _parquet(file: File) -> Iterator[Any]:
         head = raw.peek(512)  # type: ignore[attr-defined]
         if not head.startswith(b"PAR1"):
             _refuse(file, head, "Parquet")
-        with pyarrow.parquet.ParquetFile(raw, buffer_size=_READ_BYTES, pre_buffer=False) as reader:
+        with pyarrow.parquet.ParquetFile(
+            raw, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True
+        ) as reader:
             yield reader
 
 
