@@ -1,4 +1,4 @@
-"""Files of a source: what a glob matches, on this machine."""
+"""Files of a source: what a glob matches, on this machine or in a bucket."""
 
 import contextlib
 import dataclasses
@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 
 from flax_mlm.data.sources.base import Range, Source, grouped
 from flax_mlm.errors import UserError
+from flax_mlm.storage import buckets
+from flax_mlm.storage.bucket_sources import find as objects_of
+from flax_mlm.storage.bucket_sources import open_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +25,27 @@ class File:
       path: as it is shown to people.
       size: bytes.
       version: JSON-able; changes when the file does.
+      object_version: in a bucket, that of the object which is read.
     """
 
     path: str
     size: int
     version: Any
+    object_version: str = ""
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[BinaryIO]:
         """Opens the file, buffered and with `peek`, and names it where it cannot be read. Raises UserError."""
-        with naming(self.path), open(self.path, "rb") as file:
+        with naming(self.path), self._open() as file:
             yield file
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine."""
+        return not buckets.is_one(self.path)
+
+    def _open(self) -> BinaryIO:
+        return open(self.path, "rb") if self.is_local else open_object(self.path, self.object_version)
 
 
 @contextlib.contextmanager
@@ -54,6 +67,8 @@ def find(spec: str, pattern: str) -> list[File]:
     Raises:
       UserError: there is none.
     """
+    if buckets.is_url("data.source", pattern):
+        return _find_in_bucket(spec, pattern)
     path = Path(os.path.expanduser(pattern))
     literal = next((p for p in (path, *path.parents) if os.path.exists(p)), Path())
     matches = glob.glob(str(Path(glob.escape(str(literal)), path.relative_to(literal))), recursive=True)
@@ -62,10 +77,19 @@ def find(spec: str, pattern: str) -> list[File]:
         names = (spec.partition(":")[0] + ":" + os.path.join(pattern, end) for end in ("*", "**"))
         raise UserError(f"data.source is '{spec}'; '{pattern}' is a folder; expected files: {' or '.join(names)}")
     if not paths:
-        where = "; text is read from local files: copy it" if "://" in pattern else f" (from {os.getcwd()})"
-        raise UserError(f"data.source is '{spec}'; no file matches '{pattern}'{where}")
+        raise UserError(f"data.source is '{spec}'; no file matches '{pattern}' (from {os.getcwd()})")
     stats = ((path, path.stat()) for path in paths)
     return [File(str(path), s.st_size, [str(path.resolve()), s.st_size, s.st_mtime_ns]) for path, s in stats]
+
+
+def _find_in_bucket(spec: str, pattern: str) -> list[File]:
+    found = objects_of("data.source", pattern)
+    if not found and buckets.is_folder(pattern):
+        names = (spec.partition(":")[0] + ":" + pattern.rstrip("/") + end for end in ("/*", "/**"))
+        raise UserError(f"data.source is '{spec}'; '{pattern}' is a folder; expected files: {' or '.join(names)}")
+    if not found:
+        raise UserError(f"data.source is '{spec}'; no object matches '{pattern}'")
+    return [File(each.url, each.size, [each.url, each.size, each.version], each.version) for each in found]
 
 
 def from_files(

@@ -80,7 +80,7 @@ def _described(file: File) -> Ids:
         what = f"{file.path} has {size - offset:,} bytes of ids"
         raise UserError(f"{what}; expected {count:,} of {dtype.itemsize} bytes each; check that the file is complete")
     version = [file.version, dtype.name, about["document_end"]]
-    return Ids(File(file.path, size, version), offset, dtype, count, about["document_end"])
+    return Ids(dataclasses.replace(file, version=version), offset, dtype, count, about["document_end"])
 
 
 def _side_file(path: str, side: str, needs_dtype: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from flax_mlm.data.sources.columns import DEFAULT, Columns
 from flax_mlm.data.sources.files import File
 from flax_mlm.data.sources.json_objects import read_json
 from flax_mlm.data.sources.plain import line_ranges
-from flax_mlm.data.text import CHUNK_CHARS, WIKIEXTRACTOR, line_chunks, opened
+from flax_mlm.data.text import CHUNK_CHARS, UTF_8, WIKIEXTRACTOR, line_chunks, opened
 from flax_mlm.errors import UserError
 
 _BEGIN, _END = "<doc ", "</doc>"
@@ -31,7 +31,7 @@ def check(file: File) -> None:
 def documents(file: File, text: BinaryIO, counts: Counter[str], start: int, end: int) -> Iterator[tuple[int, str]]:
     """Reads the documents that begin in a range."""
     if _is_json(file):
-        return read_json(file, text, counts, start, end, Columns(("", DEFAULT, "")))
+        return read_json(file, text, counts, start, end, Columns(("", DEFAULT, "")), UTF_8)
     return tagged(file, text, counts, start, end)
 
 
