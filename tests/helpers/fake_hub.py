@@ -59,7 +59,7 @@ class FakeHub:
     def env(self, home: Path, **more: str) -> dict[str, str]:
         """Environment variables that point Hugging Face's libraries to it, with caches of their own."""
         own = {"HF_ENDPOINT": f"http://127.0.0.1:{self.port}", "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        return {**own, "HF_HUB_DISABLE_XET": "1", **more}
+        return {**own, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", **more}
 
     def __enter__(self) -> "FakeHub":
         self.start()

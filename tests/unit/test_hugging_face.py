@@ -120,9 +120,13 @@ def hub():
         yield hub
 
 
+def environment(changes: dict[str, str]) -> dict[str, str]:
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("HF_")}, **changes}
+
+
 def run(script: str, *args: str, env: dict[str, str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", script, *map(str, args)]
-    return subprocess.run(command, env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment(env), cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def read(*specs: str, env: dict[str, str]) -> list[dict]:
@@ -423,7 +427,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, undistur
         hub.delay = 0.1
         env = hub.env(tmp_path / "home")
         command = [sys.executable, "-c", _PREPARE, "hf:org/name", str(tmp_path / "corpus"), "1"]
-        with subprocess.Popen(command, env={**os.environ, **env}, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        with subprocess.Popen(command, env=environment(env), cwd=ROOT, stdout=subprocess.DEVNULL) as process:
             while len(list((tmp_path / "corpus.tmp").glob("*/units/*.json"))) < 2:
                 assert process.poll() is None
                 time.sleep(0.02)

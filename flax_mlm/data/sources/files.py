@@ -41,7 +41,7 @@ class File:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on this machine."""
+        """True for a file of this machine."""
         return not buckets.is_one(self.path)
 
     def _open(self) -> BinaryIO:

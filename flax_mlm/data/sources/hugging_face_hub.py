@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flax_mlm.data.sources import base
 from flax_mlm.errors import Failure, Preempted, UserError
 
 _TIMEOUT = 10  # seconds for the first request
@@ -158,11 +159,11 @@ def is_parquet(builder: Any) -> bool:
 
 
 def sizes(files: Iterable[str]) -> list[int]:
-    """Returns the sizes of data files, in bytes."""
+    """Returns the sizes of data files, in bytes; of those that are not on the hub, that of a unit."""
     import huggingface_hub
 
     hub = huggingface_hub.HfFileSystem(endpoint=_endpoint())
-    return [hub.info(file)["size"] for file in files]
+    return [hub.info(file)["size"] if file.startswith("hf://") else base.UNIT_BYTES for file in files]
 
 
 def find_cached(spec: str, dataset: str, config: str, revision: str) -> Cached:

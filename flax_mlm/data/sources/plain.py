@@ -65,8 +65,8 @@ def line_name(file: File, offset: int, encoding: str = UTF_8) -> str:
 
 def blocks(file: File, text: BinaryIO, counts: Counter[str], start: int, end: int) -> Iterator[tuple[int, str]]:
     """Reads documents between blank lines. The last blank line before a document decides which range it is in."""
-    if start:
-        start = _to_blank_line(text, start)
+    if start and (start := _to_blank_line(text, start, end)) >= end:
+        return
     buffer: list[str] = []
     size = document = 0
     line_starts = document_starts = True
@@ -93,14 +93,15 @@ def blocks(file: File, text: BinaryIO, counts: Counter[str], start: int, end: in
         yield document, "".join(buffer).rstrip("\n")
 
 
-def _to_blank_line(text: BinaryIO, offset: int) -> int:
-    """Moves to the next blank line. Returns its offset, or that of the end."""
+def _to_blank_line(text: BinaryIO, offset: int, end: int) -> int:
+    """Moves to the next blank line. Returns its offset, or `end` if none begins before that."""
     for start, line, ends in line_chunks(text, Counter(), offset):
+        if start >= end:
+            break
         if ends and not line.strip():
             text.seek(start)
             return start
-        offset = start
-    return text.tell()
+    return end
 
 
 def whole(file: File, text: BinaryIO, counts: Counter[str], start: int, end: int) -> Iterator[tuple[int, str]]:
