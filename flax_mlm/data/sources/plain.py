@@ -95,12 +95,14 @@ def blocks(file: File, text: BinaryIO, counts: Counter[str], start: int, end: in
 
 def _to_blank_line(text: BinaryIO, offset: int, end: int) -> int:
     """Moves to the next blank line. Returns its offset, or `end` if none begins before that."""
+    line_starts = True
     for start, line, ends in line_chunks(text, Counter(), offset):
         if start >= end:
             break
-        if ends and not line.strip():
+        if line_starts and ends and not line.strip():
             text.seek(start)
             return start
+        line_starts = ends
     return end
 
 
