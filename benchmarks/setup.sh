@@ -5,10 +5,11 @@
 #
 # They go to .venv-bench/, or to the folder BENCH_VENVS. Run again, it does nothing.
 set -euo pipefail
-for peer in torch flax datatrove; do
+for requirements in benchmarks/{torch,flax,datatrove}-requirements.txt launch/{beam,ray}-requirements.txt; do
   (
+    peer=$(basename "$requirements" -requirements.txt)
     export VENV=${BENCH_VENVS:-.venv-bench}/$peer
     # shellcheck source=launch/setup.sh
-    . "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh" "benchmarks/$peer-requirements.txt"
+    . "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh" "$requirements"
   )
 done

@@ -70,6 +70,13 @@ def test_input(run):
     assert "| tokenising |" in printed
 
 
+def test_engines(run):
+    record, printed = run("engines")
+    assert set(record["seconds"]) == {"local", "a shard", "local, tokenizer.json"}
+    assert all(processor > 0 for ((_, processor),) in record["seconds"].values())
+    assert "Not there: Beam, Ray, datatrove" in printed
+
+
 @pytest.mark.full
 def test_languages(run, tmp_path):
     for name, times in (("large", 60), ("small", 12)):
