@@ -9,11 +9,11 @@ else uses the core; processor seconds, those of all processes that were started,
 Beam, Ray and datatrove come from benchmarks/setup.sh. Linux only.
 """
 
+import contextlib
 import ctypes
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +34,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "of each kind", lower_bound=1)
 _JSON = flags.DEFINE_string("json", "", "file for all that was measured")
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: processes that lose their parent become children of this one
+_PERIOD = 0.1  # seconds between two looks at the processes
 _PEERS = {"Beam": "beam", "Ray": "ray", "datatrove": "datatrove"}
 
 
@@ -46,24 +47,38 @@ class Seconds(NamedTuple):
 
 def measure(line: list[str]) -> Seconds:
     """Runs a command to its end, and that of all that it has started. Raises Failure."""
-    before, start = _children(), time.perf_counter()
-    env = {**turns.ENVIRONMENT, "PYTHONPATH": str(turns.ROOT)}
-    done = subprocess.run(line, cwd=turns.ROOT, env=env, capture_output=True, text=True)
-    clock = time.perf_counter() - start
-    if done.returncode != 0:
-        raise Failure(f"{' '.join(line)} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:  # engines leave processes behind that end a little later
-        try:
-            time.sleep(0.05 * (os.waitpid(-1, os.WNOHANG)[0] == 0))
-        except ChildProcessError:
-            break
-    return Seconds(clock, _children() - before)
+    start, used = time.perf_counter(), dict[int, float]()
+    with tempfile.TemporaryFile() as errors:
+        env = {**turns.ENVIRONMENT, "PYTHONPATH": str(turns.ROOT)}
+        command = subprocess.Popen(line, cwd=turns.ROOT, env=env, stdout=subprocess.DEVNULL, stderr=errors)
+        while command.poll() is None:
+            used |= _descendants()
+            time.sleep(_PERIOD)
+        clock = time.perf_counter() - start
+        errors.seek(0)
+        if command.returncode:
+            raise Failure(f"{' '.join(line)} ended with {command.returncode}: {errors.read().decode().strip()[-300:]}")
+    while children := _descendants():  # engines leave processes behind that end a little later
+        used |= children
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+        time.sleep(_PERIOD)
+    return Seconds(clock, sum(used.values()))
 
 
-def _children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def _descendants() -> dict[int, float]:
+    """The processor seconds of each process below this one, without its children's. Those of Ray are not counted for
+    their parent when they end, so that all are looked at while they run."""
+    parents, used = {}, {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = file.read_text().rpartition(")")[2].split()
+            pid = int(file.parent.name)
+            parents[pid], used[pid] = int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    below = {os.getpid()}
+    while new := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= new
+    return {pid: used[pid] for pid in below - {os.getpid()}}
 
 
 def write_inputs(config: Config, folder: Path) -> int:

@@ -76,7 +76,8 @@ def all_lines() -> list[tuple[str, list[str]]]:
 
 
 def options_in(words: list[str]) -> list[str]:
-    """The names of the options among words: `--name=value` or `--name`."""
+    """The names of the options among words: `--name=value` or `--name`. What follows `--` is for another program."""
+    words = words[: words.index("--")] if "--" in words else words
     return [word[2:].partition("=")[0] for word in words if re.match(r"--\w", word)]
 
 
