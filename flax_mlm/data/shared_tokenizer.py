@@ -117,6 +117,9 @@ def make_tokenizer(config: Config, output: Path, log: Callable[[str], None] = pr
     d, t = config.data, config.tokenizer
     if t.path:
         raise UserError(f"tokenizer.path is '{t.path}', and --tokenizer_only trains a new tokenizer; leave it empty")
+    if t.model_type == "symbols":
+        what = "tokenizer.model_type is symbols; expected bpe or unigram with --tokenizer_only"
+        raise UserError(f"{what}; prepare one corpus of all sources, and use its folder as tokenizer.path")
     sources = _open(config)
     versions = [source.version for source in sources.values()]
     request = files.digest([1, versions, d.sampling_alpha, d.validation_fraction, dataclasses.asdict(t)])

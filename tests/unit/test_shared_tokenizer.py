@@ -217,6 +217,10 @@ def no_text(folder: Path, output: Path) -> None:
         (other_settings, "out holds a tokenizer of other text or settings; name another folder"),
         (other_folder, "out exists and is no tokenizer of several sources; name another folder"),
         (other_temporary_folder, "out.tmp is not ours, and would be overwritten; move it away"),
+        (
+            lambda f, o: make_tokenizer(config(f, model_type="symbols"), o),
+            "expected bpe or unigram with --tokenizer_only",
+        ),
         (no_text, "sw.txt' has no training text; leave it out"),
         (lambda f, o: make_tokenizer(config(f, "en sw en"), o), "en.txt' twice; name it once"),
         (lambda f, o: make_tokenizer(config(f, "en fr"), o), "no file matches"),
