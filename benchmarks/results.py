@@ -18,6 +18,7 @@ SECTIONS = {
     "packing": "Packed and padded rows",
     "masking": "Masking",
     "input": "Preparing and reading, one core",
+    "engines": "Preparing on engines, one core",
     "startup": "Starting",
 }
 _FOLDERS = re.compile(r"(?<=\btext:)\S*/|(?<=\bjsonl:)\S*/")  # of the text measured on: they are one machine's own

@@ -27,6 +27,7 @@ measure() { # NAME ARGUMENTS...: the others go on where one fails
 measure startup "$@"
 measure masking --config.tokenizer.vocab_size=8192 "$@"
 measure input --config.data.seq_len=512 --config.tokenizer.vocab_size=8192 "$@"
+measure engines --config.data.seq_len=512 --config.tokenizer.vocab_size=8192 "$@"
 measure packing --config=small --config.data.seq_len=512 --config.train.global_batch_size=8 "$@"
 measure train_step "$@"
 python -m benchmarks.results "$out"

@@ -148,11 +148,9 @@ def _joined(results: Iterable[Tokenised]) -> tuple[list[TextChunk], np.ndarray, 
 
 def _unknown_tokens(chunks: list[TextChunk], ids: np.ndarray, num_tokens_C: np.ndarray, unk_id: int) -> dict[str, int]:
     """Counts the unknown tokens of each file that has some."""
-    ends_C = np.cumsum(num_tokens_C)
-    positions = np.flatnonzero(ids == unk_id)
-    counts_C = np.searchsorted(positions, ends_C) - np.searchsorted(positions, ends_C - num_tokens_C)
+    before_end_C = np.searchsorted(np.flatnonzero(ids == unk_id), np.cumsum(num_tokens_C))
     by_file = Counter[str]()
-    for chunk, number in zip(chunks, counts_C.tolist(), strict=True):
+    for chunk, number in zip(chunks, np.diff(before_end_C, prepend=0).tolist(), strict=True):
         by_file[chunk.file] += number
     return dict(+by_file)
 
