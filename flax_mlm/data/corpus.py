@@ -36,7 +36,7 @@ FORMAT = 3  # raised whenever older readers would misread
 MANIFEST = "corpus.json"
 SPLITS = ("train", "validation")
 COUNTS = ("rows", "documents", "tokens", "words", "bytes", "padding")  # of a split, in corpus.json
-_MAX_MANIFEST_BYTES = 1 << 24  # lists some 30,000 shards
+_MAX_MANIFEST_BYTES = 1 << 28  # lists some 500,000 shards
 _REMEDY = "copy the folder again, or delete it and prepare again"
 
 

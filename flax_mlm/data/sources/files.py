@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import glob
+import itertools
 import lzma
 import os
 import zlib
@@ -109,8 +110,9 @@ def from_files(
     """
 
     def check_all() -> None:
-        for file in files if check else ():
-            check(file)  # type: ignore[misc]
+        if check:
+            buckets.together(check, files, files[0].path)
 
     version = [[file.version for file in files], settings]
-    return Source(name, licence, version, grouped(each for file in files for each in ranges(file)), check_all)
+    each = buckets.together(lambda file: list(ranges(file)), files, files[0].path)
+    return Source(name, licence, version, grouped(itertools.chain.from_iterable(each)), check_all)
