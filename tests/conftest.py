@@ -47,7 +47,7 @@ _LONG = {
     "test_tpu.py": 500, "test_babysitter.py": 400, "test_step.py": 350, "test_detection.py": 330,
     "test_buckets.py": 300, "test_train.py": 250, "test_hf.py": 180, "test_runs.py": 170, "test_phases.py": 150,
     "test_sweep.py": 140, "test_encoder.py": 120, "test_launch.py": 110, "test_compare.py": 110,
-    "test_command.py": 100, "test_install.py": 60,
+    "test_command.py": 100, "test_engines.py": 90, "test_install.py": 60,
 }  # fmt: skip
 
 

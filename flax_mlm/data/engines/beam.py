@@ -7,6 +7,8 @@ import argparse
 import contextlib
 import io
 import logging
+import queue
+import threading
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -42,7 +44,7 @@ def engine(arguments: list[str]) -> Run:
         # Reshuffling divides the units among the workers; without it they are one bundle.
         _ = pipeline | beam.Create(units) | beam.Reshuffle() | task.title >> beam.Map(_call, task)
         try:
-            pipeline.run().wait_until_finish()
+            _run(pipeline)
         except Exception as e:
             task.check()
             remedy = "finished units are kept, run the same command again"
@@ -50,6 +52,27 @@ def engine(arguments: list[str]) -> Run:
         task.check()
 
     return run
+
+
+def _run(pipeline: beam.Pipeline) -> None:
+    """Runs a pipeline to its end. Raises what it raises, also in a thread of Beam: where a process of the DirectRunner
+    is killed, only a thread says so, and the pipeline never ends."""
+    ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            pipeline.run().wait_until_finish()
+            ends.put(None)
+        except Exception as e:
+            ends.put(e)
+
+    before, threading.excepthook = threading.excepthook, lambda failed: ends.put(failed.exc_value)
+    try:
+        threading.Thread(target=run, daemon=True).start()
+        if error := ends.get():
+            raise error
+    finally:
+        threading.excepthook = before
 
 
 def _call(unit: Unit, task: Task) -> int:
