@@ -63,6 +63,7 @@ def prepare(config: Config, output: str | Path | None = None, log: Log = print, 
             run = run or functools.partial(local.run, num_workers=config.data.num_workers)
             _check(source, log)
             if cleaning:
+                work.claim()
                 _run(RecordUnit(work, cleaning), source.units, run, log)
             cleaned = cleaning.apply(source, work, log) if cleaning else source
             _prepare_tokenizer(config, cleaned, work, log)
@@ -91,6 +92,7 @@ def prepare_shard(config: Config, output: str | Path, shard: int, num_shards: in
         work.begin_shard(shard, num_shards)
         _check(source, log)
         if cleaning:
+            work.claim()
             _run(RecordUnit(work, cleaning), source.units[shard - 1 :: num_shards], run, log)
             if cleaning.unrecorded(source.units, work):
                 log(f"shard {shard} of {num_shards} has written its signatures; after all of them, run each again")

@@ -116,10 +116,16 @@ class Work:
             Path(new).unlink(missing_ok=True)
             raise
 
+    def claim(self) -> None:
+        """Says in a bucket, where nothing is locked, that work has begun. Raises UserError: so has that of others."""
+        if buckets.is_one(self.folder):
+            files.write_json(_marker(self.folder), {})
+            _refuse_others(self)  # they may have looked at the same time
+
     def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Writes the tokenizer: a kill does not cost the work."""
         if buckets.is_one(self.folder):
-            files.write_json(_marker(self.folder), {})
+            self.claim()
             files.write_bytes(self.tokenizer / tokenizer.filename, tokenizer.content)
             return
         new = Path(self.folder) / "tokenizer.new"
@@ -192,9 +198,7 @@ def _removing(folder: Path, is_alone: bool) -> Iterator[None]:
 def _in_bucket(output: AnyPath, folder: AnyPath, request: str, log: Log, is_alone: bool) -> Iterator[Work | None]:
     buckets.check("--output", output)
     work = Work(folder / request[:16], output)
-    if others := {*files.names(folder)} - {_marker(work.folder).name}:
-        what = f"{folder} holds unfinished work of other text or settings ({min(others)})"
-        raise UserError(f"{what}; finish it with those, or delete it and {output}, or name another folder")
+    _refuse_others(work)
     if is_done(output, request, files.exists(_marker(work.folder))):
         log(f"corpus: {output}, already prepared")
         yield None
@@ -208,6 +212,14 @@ def _in_bucket(output: AnyPath, folder: AnyPath, request: str, log: Log, is_alon
             raise
     if is_alone:
         files.delete_folder(folder)
+
+
+def _refuse_others(work: Work) -> None:
+    """Raises UserError if a bucket has unfinished work of other text or settings."""
+    folder = work.folder.parent
+    if others := {*files.names(folder)} - {_marker(work.folder).name}:
+        what = f"{folder} holds unfinished work of other text or settings ({min(others)})"
+        raise UserError(f"{what}; finish it with those, or delete it and {work.corpus}, or name another folder")
 
 
 def _marker(folder: AnyPath) -> AnyPath:

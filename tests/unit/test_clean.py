@@ -19,6 +19,8 @@ from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.prepare import merge, prepare, prepare_shard
 from flax_mlm.data.sources import base as sources
 from flax_mlm.errors import UserError
+from flax_mlm.storage import buckets
+from tests.helpers.bucket_servers import serving
 from tests.helpers.paths import ROOT
 
 UNIT_BYTES = 20_000
@@ -165,3 +167,22 @@ def test_wrong_settings(folder, tmp_path, data, message):
     with pytest.raises(UserError, match=message):
         prepare(config_of(folder, **data), tmp_path / "out", print)
     assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_are_refused_in_a_bucket_from_the_first_signature(folder):
+    class Killed(BaseException):
+        pass
+
+    def run(task, units, log):
+        task.do(units[0])
+        raise Killed
+
+    with serving("s3") as server:
+        output = f"{server.url}/corpus"
+        with pytest.raises(Killed):
+            prepare(config_of(folder, dedup="near"), output, lambda line: None, run)
+        for work in (prepare, merge):
+            with pytest.raises(UserError, match="corpus.tmp holds unfinished work of other text or settings"):
+                work(config_of(folder, dedup="exact"), output, lambda line: None)
+        prepare(config_of(folder, dedup="near"), output, lambda line: None)
+        assert not buckets.is_folder(f"{output}.tmp")
