@@ -36,7 +36,7 @@ FORMAT = 3  # raised whenever older readers would misread
 MANIFEST = "corpus.json"
 SPLITS = ("train", "validation")
 COUNTS = ("rows", "documents", "tokens", "words", "bytes", "padding")  # of a split, in corpus.json
-_MAX_MANIFEST_BYTES = 1 << 28  # lists some 500,000 shards
+MAX_MANIFEST_BYTES = 1 << 30  # lists some three million shards, of 100 TB of text
 _REMEDY = "copy the folder again, or delete it and prepare again"
 
 
@@ -195,8 +195,8 @@ class Corpus:
             if size is None:
                 remedy = "make one with `python -m flax_mlm.prepare`"
                 raise UserError(f"{folder} is not a corpus: it has no {MANIFEST}; {remedy}")
-            if not 0 < size <= _MAX_MANIFEST_BYTES:  # also a pipe or a device, which has 0
-                raise UserError(f"{file} has {size} bytes; expected 1 to {_MAX_MANIFEST_BYTES}; {_REMEDY}")
+            if not 0 < size <= MAX_MANIFEST_BYTES:  # also a pipe or a device, which has 0
+                raise UserError(f"{file} has {size} bytes; expected 1 to {MAX_MANIFEST_BYTES}; {_REMEDY}")
             data = files.read_bytes(file)
         try:
             manifest = json.loads(data)
@@ -287,7 +287,7 @@ def _file(folder: epath.Path, entry: dict[str, Any], least: int) -> CheckedFile:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
         raise ValueError(f"file is {name!r:.80}; expected the plain name of a file in this folder")
     path = folder / name
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+    if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{name} is a link to {os.path.realpath(path)}, outside of this folder")
     return CheckedFile(path, _whole(entry, "size", least), str(entry["sha256"]))
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_mlm.config.schema import TokenizerConfig
-from flax_mlm.data.corpus import Corpus, row_dtype
+from flax_mlm.data.corpus import MAX_MANIFEST_BYTES, Corpus, row_dtype
+from flax_mlm.data.sources.base import UNIT_BYTES
 from flax_mlm.data.tokenizer_training import train_tokenizer
 from flax_mlm.errors import UserError
 from tests.helpers.corpora import L, write_corpus
@@ -121,3 +122,9 @@ def test_one_flipped_bit_is_found_by_reading(folder):
 def test_large_vocabularies_take_four_bytes():
     assert row_dtype(65536) == np.uint16
     assert row_dtype(65537) == np.uint32
+
+
+def test_corpus_json_may_list_the_shards_of_many_terabytes(folder):
+    splits = json.loads((folder / "corpus.json").read_text())["splits"]
+    of_a_unit = sum(len(json.dumps(split["shards"][0], indent=1)) for split in splits.values())
+    assert 16e12 / UNIT_BYTES * 2 * of_a_unit < MAX_MANIFEST_BYTES
