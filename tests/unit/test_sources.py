@@ -6,12 +6,15 @@ import io
 import itertools
 import json
 import lzma
+import os
 import pickle
 import socket
+import subprocess
 import sys
 import tarfile
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ from flax_mlm.data.text import CHUNK_CHARS, cut
 from flax_mlm.data.tf import tensorflow
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import minimal_pairs
-from tests.helpers.paths import SHARED
+from tests.helpers.paths import ROOT, SHARED
 
 
 def read(source: str) -> tuple[list[str], Counter[str]]:
@@ -568,3 +571,19 @@ def test_tfds_blimp(tfds, tmp_path, monkeypatch):
     assert paradigm == name
     assert len(pairs) == 1000
     assert sorted(pairs) == sorted(minimal_pairs.read(str(folder / f"{name}.jsonl"))[name])
+
+
+def test_names_of_files_are_the_same_in_every_locale(tmp_path):
+    for name in (b"\xff.txt", "ü.txt".encode(), "\ufb01.txt".encode(), "🙂.txt".encode(), b"a.txt"):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_text(ascii(name))
+    script = "import sys; from flax_mlm.data.sources.open import open_source as o; s = o(sys.argv[1]); "
+    script += "print(ascii(s.version)); print([c.text for c in s.chunks()])"
+    said = []
+    for env in ({"PYTHONUTF8": "1"}, {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}):
+        done = subprocess.run(
+            [sys.executable, "-c", script, f"text:{tmp_path}/*"],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0] == said[1]

@@ -73,14 +73,19 @@ def find(spec: str, pattern: str) -> list[File]:
     path = Path(os.path.expanduser(pattern))
     literal = next((p for p in (path, *path.parents) if os.path.exists(p)), Path())
     matches = glob.glob(str(Path(glob.escape(str(literal)), path.relative_to(literal))), recursive=True)
-    paths = sorted(Path(p) for p in matches if os.path.isfile(p))
+    paths = sorted((Path(p) for p in matches if os.path.isfile(p)), key=lambda p: list(map(os.fsencode, p.parts)))
     if not paths and path.is_dir():
         names = (spec.partition(":")[0] + ":" + os.path.join(pattern, end) for end in ("*", "**"))
         raise UserError(f"data.source is '{spec}'; '{pattern}' is a folder; expected files: {' or '.join(names)}")
     if not paths:
         raise UserError(f"data.source is '{spec}'; no file matches '{pattern}' (from {os.getcwd()})")
     stats = ((path, path.stat()) for path in paths)
-    return [File(str(path), s.st_size, [str(path.resolve()), s.st_size, s.st_mtime_ns]) for path, s in stats]
+    return [File(str(path), s.st_size, [_name(path.resolve()), s.st_size, s.st_mtime_ns]) for path, s in stats]
+
+
+def _name(path: Path) -> str:
+    """Returns a path as it is in UTF-8, whatever the locale's encoding of names is."""
+    return os.fsencode(path).decode(errors="surrogateescape")
 
 
 def _find_in_bucket(spec: str, pattern: str) -> list[File]:
