@@ -88,7 +88,8 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
             return main(config) or 0
     except UserError as e:
         passes = retry.is_transient(e)  # the error of a file server, and no mistake
-        print(f"stopped: {retry.describe(e)}" if passes else f"error: {e}", file=sys.stderr)
+        line = f"stopped: {retry.describe(e)}" if passes else f"error: {e}"
+        print(line.replace("\n", "\\n"), file=sys.stderr)  # as in the name of a file
         return 1 if passes else 2
     except ValueError as e:
         if not traceback.extract_tb(e.__traceback__)[-1].filename.endswith("jax/_src/config.py"):

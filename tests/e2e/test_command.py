@@ -93,6 +93,12 @@ def test_wrong_options(refused, arguments, said):
     assert said in refused("train", *arguments)
 
 
+def test_a_name_with_a_newline_is_shown_in_one_line(refused, tmp_path):
+    (tmp_path / "new\nline.gz").write_text("text")
+    said = refused("prepare", f"--config.data.source=text:{tmp_path}/*.gz", "--output=corpus")
+    assert "new\\nline.gz is not compressed by gzip" in said
+
+
 @pytest.mark.parametrize("platforms", ["foo", "cuda", "cpu,foo", "CPU "])
 def test_an_accelerator_that_is_not_there(refused, toy, monkeypatch, platforms):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
