@@ -89,13 +89,13 @@ def _make_part(
 ) -> dict[str, Any]:
     """Packs and writes a part. Returns its record: for each split what `write_shard` returns, and `unknown`, the number
     of unknown tokens in each file of text."""
-    chunks, ids, table = _joined(results)
-    is_held_out = np.array([chunk.hash for chunk in chunks]) < data.validation_fraction
-    record: dict[str, Any] = {"unknown": _unknown_tokens(chunks, ids, table[:, 1], tokenizer.unk_id)}
-    for split, chosen in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
-        tokens = ids[np.repeat(chosen, table[:, 1])]
+    unknown, ids, tables = _read(results, data.validation_fraction, tokenizer.unk_id)
+    record: dict[str, Any] = {"unknown": unknown}
+    for split in SPLITS:
         file = work.corpus / (f"{split}-{unit:05d}" + f"-{part:05d}" * bool(part) + ".npy")
-        record[split] = write_shard(file, tokens, table[chosen], data.seq_len, tokenizer, data.packing, work.write)
+        record[split] = write_shard(  # to which the joined ids belong
+            file, _joined(ids[split]), _joined(tables[split]), data.seq_len, tokenizer, data.packing, work.write
+        )
     return record
 
 
@@ -138,12 +138,32 @@ def _sum(counts: Iterable[dict[str, int]]) -> Counter[str]:
     return total
 
 
-def _joined(results: Iterable[Tokenised]) -> tuple[list[TextChunk], np.ndarray, np.ndarray]:
-    """Joins jobs: the chunks, ids (T,), and the table of `write_shard` (C, 4)."""
-    jobs, ids, sizes = zip(*results, strict=True)
-    chunks = list(itertools.chain(*jobs))
-    table = np.column_stack([np.array([chunk.document for chunk in chunks], np.int64), np.concatenate(sizes)])
-    return chunks, np.concatenate(ids), table
+def _read(
+    results: Iterable[Tokenised], validation_fraction: float, unk_id: int
+) -> tuple[dict[str, int], dict[str, list[np.ndarray]], dict[str, list[np.ndarray]]]:
+    """Reads jobs, of which the text is not kept.
+
+    Returns:
+      unknown tokens of each file; for each split the ids (T,) and the table of `write_shard` (C, 4) of each job.
+    """
+    unknown = Counter[str]()
+    all_ids: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    tables: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for chunks, ids, sizes in results:
+        unknown.update(_unknown_tokens(chunks, ids, sizes[:, 0], unk_id))
+        table = np.column_stack([np.array([chunk.document for chunk in chunks], np.int64), sizes])
+        is_held_out = np.array([chunk.hash for chunk in chunks]) < validation_fraction
+        for split, chosen in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
+            all_ids[split].append(ids[np.repeat(chosen, sizes[:, 0])])
+            tables[split].append(table[chosen])
+    return dict(unknown), all_ids, tables
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """Concatenates arrays, and empties the list: they are as large again."""
+    joined = np.concatenate(arrays)
+    arrays.clear()
+    return joined
 
 
 def _unknown_tokens(chunks: list[TextChunk], ids: np.ndarray, num_tokens_C: np.ndarray, unk_id: int) -> dict[str, int]:
@@ -181,6 +201,7 @@ def write_shard(
         return {**dict.fromkeys(COUNTS, 0), "shards": []}
     documents, first = np.unique(table[:, 0], return_index=True)
     rows = pack(ids, np.add.reduceat(table[:, 1], first), seq_len, tokenizer, packing)
+    del ids  # the file's content is as large again
     crc32 = np.array([zlib.crc32(row) for row in rows], np.uint32)
     shard = {"rows": len(rows), **_save(file, rows, write)}
     shard["crc32"] = _save(file.with_suffix(".crc32.npy"), crc32, write)

@@ -4,7 +4,7 @@ A source is a list of units: bounded pieces that are numbered by the source alon
 process and any order. A unit consists of ranges of files: row groups, or ranges of bytes. A document belongs to the
 range in which it begins. Consecutive ranges share a unit while their sizes sum to at most `UNIT_BYTES`.
 
-Text of a unit beyond `UNIT_BYTES` characters, such as that of a large compressed file, is divided into parts, which
+Text of a unit beyond `UNIT_BYTES`, such as that of a large compressed file, is divided into parts, which
 `prepare` packs one by one: memory is bounded whatever the source is.
 
 A document is read as chunks of at most about `CHUNK_CHARS` characters, so that a file of one line and any size needs
@@ -128,7 +128,7 @@ class Unit:
                 by_file[each.file] += replaced
 
     def _numbered(self, texts: Iterable[tuple[tuple[int, int], Any, str]]) -> Iterator[TextChunk]:
-        """Numbers documents and parts. A new part begins at the first document after `UNIT_BYTES` characters, and in a
+        """Numbers documents and parts. A new part begins at the first document after `UNIT_BYTES` of text, and in a
         document that has as many itself."""
         part = part_size = 0
         for document, (_, group) in enumerate(itertools.groupby(texts, lambda each: each[0])):
@@ -141,8 +141,9 @@ class Unit:
                     part_size = document_size = 0
                 text, ids = content if isinstance(content, Tokens) else (content, None)
                 yield TextChunk(self.number, document, text, file=file, part=part, ids=ids)
-                part_size += len(text)
-                document_size += len(text)
+                size = len(text) if text.isascii() else len(text.encode())
+                part_size += size
+                document_size += size
 
 
 @dataclasses.dataclass(frozen=True)
