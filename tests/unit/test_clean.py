@@ -182,7 +182,7 @@ def test_other_settings_are_refused_in_a_bucket_from_the_first_signature(folder)
         with pytest.raises(Killed):
             prepare(config_of(folder, dedup="near"), output, lambda line: None, run)
         for work in (prepare, merge):
-            with pytest.raises(UserError, match="corpus.tmp holds unfinished work of other text or settings"):
+            with pytest.raises(UserError, match=r"corpus\.tmp holds unfinished work of other text or settings"):
                 work(config_of(folder, dedup="exact"), output, lambda line: None)
         prepare(config_of(folder, dedup="near"), output, lambda line: None)
         assert not buckets.is_folder(f"{output}.tmp")
