@@ -19,7 +19,7 @@ from flax_mlm.data.prepare import prepare
 from flax_mlm.data.sources import base as sources
 from tests.helpers.paths import ROOT
 
-_SCRIPT = """
+SCRIPT = """
 import json, sys
 sys.path.insert(0, {root!r})
 from tests.helpers.preparing import make
@@ -64,7 +64,7 @@ def check_kills(changes: dict[str, Any], folder: Path, unit_bytes: int, seen: tu
     expected = contents(make(changes, folder / "undisturbed", unit_bytes))
     script, output = folder / "script.py", folder / "killed"
     settings = {"root": str(ROOT), "changes": json.dumps(changes), "unit_bytes": unit_bytes}
-    script.write_text(_SCRIPT.format(**settings))
+    script.write_text(SCRIPT.format(**settings))
     for pattern in (*seen, ""):
         process = subprocess.Popen(
             [sys.executable, str(script), str(output)], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -76,7 +76,7 @@ def check_kills(changes: dict[str, Any], folder: Path, unit_bytes: int, seen: tu
             process.kill()
             process.wait()
         assert process.returncode == (-signal.SIGKILL if pattern else 0)
-        _wait_for_workers(process.pid)
+        wait_for_workers(process.pid)
         assert output.exists() == (not pattern)
     assert "units were finished before and are reused" in log
     assert contents(output) == expected
@@ -91,7 +91,7 @@ def _wait(process: subprocess.Popen[str], work: Path, pattern: str) -> None:
         process.kill()
 
 
-def _wait_for_workers(group: int) -> None:
+def wait_for_workers(group: int) -> None:
     deadline = time.monotonic() + _DEADLINE
     while time.monotonic() < deadline:
         try:
