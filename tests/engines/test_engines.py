@@ -126,6 +126,26 @@ def without_path(made: dict[str, bytes]) -> dict[str, bytes]:
     return {**made, "corpus.json": json.dumps(manifest).encode()}
 
 
+NEAR = ("--config.data.dedup=near",)
+
+
+def plant_duplicates(desk: Desk) -> None:
+    documents = (desk.folder / "text" / "a.txt").read_text().split("\n\n")
+    copies = [text if i % 2 else f"{text} again" for i, text in enumerate(documents[::10])]
+    (desk.folder / "text" / "c.txt").write_text("\n\n".join(copies))
+    desk.changes = NEAR
+
+
+@pytest.fixture(scope="module")
+def cleaned(tmp_path_factory) -> str:
+    """The hash of the corpus without duplicates, as `local`."""
+    desk = Desk(tmp_path_factory.mktemp("cleaned"))
+    plant_duplicates(desk)
+    log, _ = desk.run(desk.folder / "corpus", python=os.environ.get("LOCAL_PYTHON", sys.executable))
+    assert "dropped: 25 copies, 25 near-duplicates" in log
+    return digest(without_path(contents(desk.folder / "corpus")))
+
+
 def units_made(folder: Path) -> int:
     return len(list(folder.glob("*/units/?????.json")))
 
@@ -195,6 +215,32 @@ def test_what_is_wrong_in_a_worker_is_one_line(desk, engine):
     assert "Traceback" not in errors
     assert not (desk.folder / "corpus").exists()
     assert units_made(desk.folder / "corpus.tmp")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_cleaning_by_an_engine_makes_the_same_bytes_after_a_kill(desk, cleaned, engine):
+    plant_duplicates(desk)
+    output, work = desk.folder / "corpus", desk.folder / "corpus.tmp"
+    desk.kill_when(desk.start(output, *engine), lambda: len(list(work.glob("*/signatures/*"))) > 1)
+    assert not list(work.glob("*/tokenizer"))
+    log, _ = desk.run(output, *engine)
+    assert "reading signatures: " in log
+    assert digest(without_path(contents(output))) == cleaned
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_wrong_in_the_pass_of_signatures_is_one_line(desk, engine):
+    lines = [json.dumps({"text": text}) for text in prose(0, 400).split("\n\n")]
+    lines[350] = '{"text": nonsense'
+    (desk.folder / "bad.jsonl").write_text("\n".join(lines))
+    desk.source, desk.changes = f"jsonl:{desk.folder / 'bad.jsonl'}", NEAR
+    _, errors = desk.run(desk.folder / "corpus", *engine, code=2)
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert f"{desk.folder / 'bad.jsonl'}:351 is not JSON" in line
+    assert "Traceback" not in errors
+    assert list((desk.folder / "corpus.tmp").glob("*/signatures/*"))
+    assert not list((desk.folder / "corpus.tmp").glob("*/tokenizer"))
 
 
 BAD_FLAGS = [
