@@ -66,14 +66,18 @@ def find(spec: str, pattern: str) -> list[File]:
       spec: value of `data.source`, for errors.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or what matches is neither a file nor a folder.
     """
     if buckets.is_url("data.source", pattern):
         return _find_in_bucket(spec, pattern)
     path = Path(os.path.expanduser(pattern))
     literal = next((p for p in (path, *path.parents) if os.path.exists(p)), Path())
     matches = glob.glob(str(Path(glob.escape(str(literal)), path.relative_to(literal))), recursive=True)
-    paths = sorted((Path(p) for p in matches if os.path.isfile(p)), key=lambda p: list(map(os.fsencode, p.parts)))
+    paths = sorted((Path(p) for p in matches if not os.path.isdir(p)), key=lambda p: list(map(os.fsencode, p.parts)))
+    for each in paths:
+        if not each.is_file():
+            what = "a link to what is not there" if each.is_symlink() else "a pipe, a socket or a device"
+            raise UserError(f"data.source is '{spec}', and {each} is {what}; expected files; mend it, or take it away")
     if not paths and path.is_dir():
         names = (spec.partition(":")[0] + ":" + os.path.join(pattern, end) for end in ("*", "**"))
         raise UserError(f"data.source is '{spec}'; '{pattern}' is a folder; expected files: {' or '.join(names)}")

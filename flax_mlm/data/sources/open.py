@@ -97,7 +97,7 @@ def _open(spec: str, options: Options) -> Source:
         return _builtin()
     if kind not in _OPENERS or not rest:
         expected = f"builtin or one of {', '.join(_EXPECTED)}"
-        if re.search(r"[./*]", kind):  # a path
+        if re.search(r"[./*]", kind) or rest.startswith("//"):  # a path or URL
             meant = _FORMATS.get(_suffix(spec.partition("#")[0]), ("", "text"))[1]
             raise UserError(f"data.source is '{spec}'; expected {expected}; write {meant}:{spec}")
         near = did_you_mean(kind, _OPENERS, "") if rest else ""
@@ -121,7 +121,7 @@ def _open_text(spec: str, rest: str, options: Options) -> Source:
     files = find(spec, pattern)
     for file in files:
         name, other = _FORMATS.get(_suffix(file.path), ("", ""))
-        if other in ("jsonl", "csv", "tsv"):  # others are known by their beginning
+        if other in ("jsonl", "csv", "tsv", "fasta"):  # others are known by their beginning
             raise UserError(f"data.source is '{spec}', and {file.path} is {name} by its name; use {_NAMES[other]}")
     read = plain.lines if kind != "text" else plain.whole if part else plain.blocks
     ranges = functools.partial(plain.line_ranges, read=read, encoding=options.encoding)
@@ -240,4 +240,5 @@ _FORMATS = {
     ".parquet": ("a Parquet file", "parquet"),
     ".arrow": ("an Arrow file", "arrow"),
     ".feather": ("an Arrow file", "arrow"),
+    **dict.fromkeys((".fasta", ".faa", ".fna"), ("FASTA", "fasta")),
 }
