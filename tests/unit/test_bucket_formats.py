@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flax_mlm.data.cleaning.contamination import read_evaluation
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.prepare import prepare
 from flax_mlm.data.sources import base
@@ -83,6 +84,15 @@ def test_what_is_not_there_is_named(server, folder):
         open_source(f"text:{url}")
     with pytest.raises(UserError, match="has the scheme ftp://; expected a local path, or gs://"):
         open_source("text:ftp://host/a.txt")
+
+
+def test_evaluation_files_may_lie_in_a_bucket(server, folder):
+    url = server.put_folder(folder, "formats")
+    there = read_evaluation([f"{url}/*.jsonl", f"{url}/*.csv.gz"])
+    assert there.digest == read_evaluation([f"{folder}/*.jsonl", f"{folder}/*.csv.gz"]).digest
+    assert there.files == (f"{url}/a.jsonl", f"{url}/a.csv.gz")
+    with pytest.raises(UserError, match=rf"data.decontaminate has '{url}/none'; no object matches"):
+        read_evaluation([f"{url}/none"])
 
 
 def test_an_object_that_changes_is_refused(server, folder):

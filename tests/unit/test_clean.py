@@ -159,6 +159,7 @@ def test_killed_at_each_stage_it_goes_on(folder, tmp_path, expected):
     ("data", "message"),
     [
         ({"decontaminate": "nothing/*.jsonl"}, "data.decontaminate has 'nothing/.*no file matches"),
+        ({"decontaminate": "a.jsonl,"}, "data.decontaminate is 'a.jsonl,'; a glob beside a comma is empty"),
         ({"dedup": "fuzzy"}, "data.dedup is 'fuzzy'; expected one of none, exact, near"),
         ({"dedup_threshold": 1.5}, "data.dedup_threshold is 1.5"),
     ],

@@ -308,7 +308,12 @@ def test_contaminated_documents_are_dropped_and_their_duplicates_judged_by_thems
         ("a.jsonl", b'{"a": 1}\n{', r"a.jsonl:2 is not JSON: .*; expected JSON lines"),
         ("a.json", b"[1,\n2", r"a.json:1 is not JSON"),
         ("a.txt.gz", gzip.compress(b"words " * 99, mtime=0)[:-9], r"a.txt.gz cannot be read to its end"),
-        ("a.txt", b"PAR1" + bytes(99), r"a.txt is a Parquet file"),
+        (
+            "a.txt",
+            b"PAR1" + bytes(99),
+            r"a.txt is a Parquet file; expected JSON, .*write its columns of text as JSON lines",
+        ),
+        ("a.arrow", b"ARROW1" + bytes(99), r"a.arrow is an Arrow file; expected JSON, .*as JSON lines"),
     ],
 )
 def test_evaluation_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
@@ -318,8 +323,13 @@ def test_evaluation_files_that_cannot_be_read_are_named(tmp_path, name, content,
 
 
 def test_a_glob_without_files_is_named():
-    with pytest.raises(UserError, match=r"data.decontaminate has '/none/\*'; no file matches it"):
+    with pytest.raises(UserError, match=r"data.decontaminate has '/none/\*'; no file matches"):
         contamination.read_evaluation(["/none/*"])
+
+
+def test_a_folder_in_place_of_evaluation_files_is_answered_with_its_files(tmp_path):
+    with pytest.raises(UserError, match=rf"'{tmp_path}' is a folder; expected files: {tmp_path}/\* or {tmp_path}/\*\*"):
+        contamination.read_evaluation([str(tmp_path)])
 
 
 # Files and the report.

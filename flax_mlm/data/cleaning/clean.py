@@ -17,6 +17,7 @@ from flax_mlm.data.cleaning.dropped import Dropped, read_heads
 from flax_mlm.data.cleaning.word_hashes import documents_of
 from flax_mlm.data.sources.base import Source, Unit
 from flax_mlm.data.work import Log, Work
+from flax_mlm.errors import UserError
 from flax_mlm.storage import files
 from flax_mlm.storage.gcs import AnyPath
 
@@ -42,9 +43,12 @@ class Cleaning:
         """Returns the settings of a config; None: nothing is to be cleaned.
 
         Raises:
-          UserError: an evaluation file cannot be read.
+          UserError: `data.decontaminate` is no list of globs, or an evaluation file cannot be read.
         """
         patterns = split_paths(data.decontaminate, os.path.exists) if data.decontaminate else []
+        if not all(patterns):
+            what = f"data.decontaminate is '{data.decontaminate}'; a glob beside a comma is empty"
+            raise UserError(f"{what}; expected globs of files with commas between them")
         if data.dedup == "none" and not patterns:
             return None
         return cls(data.dedup, data.dedup_threshold, read_evaluation(patterns) if patterns else None)

@@ -8,22 +8,19 @@ such n-gram: the report says for each file how many of its texts these are.
 import csv
 import dataclasses
 import functools
-import glob
 import hashlib
 import io
 import itertools
 import json
-import lzma
-import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from flax_mlm.data.cleaning.word_hashes import WordBlock, word_blocks
+from flax_mlm.data.sources.files import File, find_files
 from flax_mlm.data.text import cut, decode, opened
 from flax_mlm.errors import UserError
 
@@ -36,6 +33,7 @@ _CHUNK_CHARS = 1 << 16
 _FILTER_BITS = 22
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_COLUMNAR = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file"}
 _JSON = (".json", ".jsonl", ".ndjson")
 
 
@@ -112,29 +110,26 @@ class Hits:
 
 def read_evaluation(patterns: Sequence[str]) -> Evaluation:
     """Reads evaluation files. Raises UserError: a glob matches no file, or a file cannot be read."""
-    paths: dict[Path, None] = {}
+    found: dict[str, File] = {}
     for pattern in patterns:
-        found = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
-        if not found:
-            raise UserError(f"{_FIELD} has '{pattern}'; no file matches it (from {os.getcwd()}); correct the glob")
-        paths.update((Path(path), None) for path in found)
+        found.update((file.path, file) for file in find_files(f"{_FIELD} has '{pattern}'", pattern))
     grams, owners, texts, short = [], [], [], []
-    for number, path in enumerate(paths):
-        found_grams, count, too_short = _file_ngrams(path)
+    for number, file in enumerate(found.values()):
+        found_grams, count, too_short = _file_ngrams(file)
         grams.append(found_grams)
         owners.append(np.full(len(found_grams), number, np.int32))
         texts.append(count)
         short.append(too_short)
     hashes = np.concatenate([np.zeros(0, np.uint64), *grams])
     order = np.argsort(hashes, kind="stable")
-    files = tuple(map(str, paths))
+    files = tuple(found)
     numbers = np.concatenate([np.zeros(0, np.int32), *owners])
     return Evaluation(files, tuple(texts), tuple(short), hashes[order], numbers[order])
 
 
-def _file_ngrams(path: Path) -> tuple[np.ndarray, int, int]:
+def _file_ngrams(file: File) -> tuple[np.ndarray, int, int]:
     """Returns the different n-grams of a file, the number of its texts, and of those that are too short."""
-    texts = ((number, cut(text, _CHUNK_CHARS)) for number, text in enumerate(file_texts(path)))
+    texts = ((number, cut(text, _CHUNK_CHARS)) for number, text in enumerate(file_texts(file)))
     found = [np.zeros(0, np.uint64)]
     lengths: Counter[int] = Counter()
     carried = SHARED_WORDS - 1
@@ -145,25 +140,26 @@ def _file_ngrams(path: Path) -> tuple[np.ndarray, int, int]:
     return np.unique(np.concatenate(found)), len(lengths), sum(n < SHARED_WORDS for n in lengths.values())
 
 
-def file_texts(path: Path) -> Iterator[str]:
+def file_texts(file: File) -> Iterator[str]:
     """Reads the strings of an evaluation file that are not blank. Raises UserError: it is damaged."""
+    path = PurePath(file.path)
     suffix = (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix
-    try:
-        with path.open("rb") as raw:
-            file = opened(str(path), raw)
-            text = decode(file.read(), Counter()).removeprefix("\ufeff")
-    except (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError) as e:
-        raise UserError(f"{path} cannot be read to its end: {e}; check that the file is complete") from e
+    with file.reading() as raw:
+        for begins, what in _COLUMNAR.items():
+            if raw.peek(8).startswith(begins):  # type: ignore[attr-defined]
+                expected = "expected JSON, CSV, TSV or plain text; write its columns of text as JSON lines"
+                raise UserError(f"{file.path} is {what}; {expected}")
+        text = decode(opened(file.path, raw).read(), Counter()).removeprefix("\ufeff")
     strings: Iterator[str] = iter([text])
     if suffix in _JSON:
-        strings = itertools.chain.from_iterable(map(_strings, _json_values(path, text, suffix)))
+        strings = itertools.chain.from_iterable(map(_strings, _json_values(file.path, text, suffix)))
     elif suffix in _TABLES:
         csv.field_size_limit(1 << 30)
-        strings = itertools.chain.from_iterable(_cells(path, text, _TABLES[suffix]))
+        strings = itertools.chain.from_iterable(_cells(file.path, text, _TABLES[suffix]))
     return filter(str.strip, strings)
 
 
-def _json_values(path: Path, text: str, suffix: str) -> Iterator[Any]:
+def _json_values(path: str, text: str, suffix: str) -> Iterator[Any]:
     if suffix == ".json":
         try:
             yield json.loads(text)
@@ -186,7 +182,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _cells(path: Path, text: str, delimiter: str) -> Iterator[list[str]]:
+def _cells(path: str, text: str, delimiter: str) -> Iterator[list[str]]:
     # Quotes have no meaning in tab-separated files of the usual benchmarks (GLUE).
     dialect: Any = {"quoting": csv.QUOTE_NONE} if delimiter == "\t" else {}
     try:

@@ -59,17 +59,27 @@ def naming(path: str) -> Iterator[None]:
 
 
 def find(spec: str, pattern: str) -> list[File]:
+    """Finds the files of a source, see `find_files`.
+
+    Args:
+      spec: value of `data.source`, for errors.
+    """
+    return find_files(f"data.source is '{spec}'", pattern, spec.partition(":")[0] + ":")
+
+
+def find_files(said: str, pattern: str, kind: str = "") -> list[File]:
     """Finds the files that match a glob, sorted. What exists as it is written stands for itself, such as a folder
     `text[1]`.
 
     Args:
-      spec: value of `data.source`, for errors.
+      said: the name of the field and its value, for errors.
+      kind: what such a value begins with.
 
     Raises:
       UserError: there is none, or what matches is neither a file nor a folder.
     """
-    if buckets.is_url("data.source", pattern):
-        return _find_in_bucket(spec, pattern)
+    if buckets.is_url(said.partition(" ")[0], pattern):
+        return _find_in_bucket(said, pattern, kind)
     path = Path(os.path.expanduser(pattern))
     literal = next((p for p in (path, *path.parents) if os.path.exists(p)), Path())
     matches = glob.glob(str(Path(glob.escape(str(literal)), path.relative_to(literal))), recursive=True)
@@ -77,12 +87,12 @@ def find(spec: str, pattern: str) -> list[File]:
     for each in paths:
         if not each.is_file():
             what = "a link to what is not there" if each.is_symlink() else "a pipe, a socket or a device"
-            raise UserError(f"data.source is '{spec}', and {each} is {what}; expected files; mend it, or take it away")
+            raise UserError(f"{said}, and {each} is {what}; expected files; mend it, or take it away")
     if not paths and path.is_dir():
-        names = (spec.partition(":")[0] + ":" + os.path.join(pattern, end) for end in ("*", "**"))
-        raise UserError(f"data.source is '{spec}'; '{pattern}' is a folder; expected files: {' or '.join(names)}")
+        names = (kind + os.path.join(pattern, end) for end in ("*", "**"))
+        raise UserError(f"{said}; '{pattern}' is a folder; expected files: {' or '.join(names)}")
     if not paths:
-        raise UserError(f"data.source is '{spec}'; no file matches '{pattern}' (from {os.getcwd()})")
+        raise UserError(f"{said}; no file matches '{pattern}' (from {os.getcwd()})")
     stats = ((path, path.stat()) for path in paths)
     return [File(str(path), s.st_size, [_name(path.resolve()), s.st_size, s.st_mtime_ns]) for path, s in stats]
 
@@ -92,13 +102,13 @@ def _name(path: Path) -> str:
     return os.fsencode(path).decode(errors="surrogateescape")
 
 
-def _find_in_bucket(spec: str, pattern: str) -> list[File]:
-    found = objects_of("data.source", pattern)
+def _find_in_bucket(said: str, pattern: str, kind: str) -> list[File]:
+    found = objects_of(said.partition(" ")[0], pattern)
     if not found and buckets.is_folder(pattern):
-        names = (spec.partition(":")[0] + ":" + pattern.rstrip("/") + end for end in ("/*", "/**"))
-        raise UserError(f"data.source is '{spec}'; '{pattern}' is a folder; expected files: {' or '.join(names)}")
+        names = (kind + pattern.rstrip("/") + end for end in ("/*", "/**"))
+        raise UserError(f"{said}; '{pattern}' is a folder; expected files: {' or '.join(names)}")
     if not found:
-        raise UserError(f"data.source is '{spec}'; no object matches '{pattern}'")
+        raise UserError(f"{said}; no object matches '{pattern}'")
     return [File(each.url, each.size, [each.url, each.size, each.version], each.version) for each in found]
 
 
