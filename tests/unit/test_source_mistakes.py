@@ -1,9 +1,12 @@
 """Mistakes in what `data.source` names: one line that says what is wrong, and nothing left out in silence."""
 
+import gzip
+import json
 import os
 
 import pytest
 
+from flax_mlm.data.sources import json_objects
 from flax_mlm.data.sources.open import open_source
 from flax_mlm.errors import UserError
 from tests.helpers.sources import read
@@ -48,3 +51,24 @@ def test_fasta_is_not_taken_for_lines_of_text(tmp_path, kind, name):
     (tmp_path / name).write_text(">a\nMKT\n")
     with pytest.raises(UserError, match="is FASTA by its name; use fasta:GLOB"):
         open_source(f"{kind}:{tmp_path}/*")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_json_line_without_end_is_not_read_whole(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(json_objects, "_MAX_LINE", 1 << 20)
+    longest = []
+    loads = json.loads
+    monkeypatch.setattr(json_objects.json, "loads", lambda text: longest.append(len(text)) or loads(text))
+    lines = b'{"text": "one"}\n{"text": "' + b"two " * (1 << 19) + b'"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    with pytest.raises(UserError, match=rf"{name}:2 has a line of more than 1,048,576 bytes; expected JSON objects"):
+        read(f"jsonl:{tmp_path}/*")
+    assert max(longest) < 1 << 20
+
+
+def test_a_first_json_line_without_end_is_an_object_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_objects, "_MAX_LINE", 1 << 20)
+    monkeypatch.setattr(json_objects, "_MAX_CHARS", 1 << 18)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"two " * (1 << 19) + b'"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl:1 begins an object of more than 262,144 characters"):
+        read(f"jsonl:{tmp_path}/*")

@@ -21,6 +21,7 @@ from flax_mlm.data.text import UTF_8, blocks, decode, opened
 from flax_mlm.errors import UserError, json_kind
 
 _MAX_CHARS = 1 << 26  # of an object; a bracket or quote that is not closed would take all that follows
+_MAX_LINE = 1 << 28  # bytes of a line of such an object, with its escapes
 _EXPECTED = "JSON objects: one a line, one after another, or in a list"
 _LINES, _OBJECTS, _LIST = "lines", "objects", "list"
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -75,7 +76,8 @@ def _records(
     blank, head, layout = (b"", b"", _LINES) if start else _beginning(text)
     if layout == _LINES:
         name = functools.partial(plain.line_name, file, encoding=encoding)
-        return _lines(name, itertools.chain([head] if head else [], text), counts, start + len(blank), end)
+        further = iter(lambda: text.readline(_MAX_LINE), b"")
+        return _lines(name, itertools.chain([head] if head else [], further), counts, start + len(blank), end)
     text_before = decode(blank + head, counts).removeprefix("\ufeff")
     return _values(file, itertools.chain([text_before], blocks(text, counts)), layout == _LIST)
 
@@ -88,7 +90,7 @@ def _beginning(text: BinaryIO) -> tuple[bytes, bytes, str]:
     if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         return blank, head, _LIST
     if not head.endswith(b"\n"):
-        head += text.readline()
+        head += text.readline(_MAX_LINE)
     if not head.lstrip().removeprefix(codecs.BOM_UTF8).startswith(b"{"):
         return blank, head, _LINES  # where the error names its line
     try:
@@ -112,6 +114,8 @@ def _lines(
             return
         if not line.strip():
             continue
+        if len(line) >= _MAX_LINE:
+            raise UserError(f"{name(offset)} has a line of more than {_MAX_LINE:,} bytes; expected {_EXPECTED}")
         try:
             record = json.loads(decode(line, counts).removeprefix("\ufeff"))
         except (ValueError, RecursionError) as e:
