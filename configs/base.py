@@ -12,7 +12,8 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # determines the initial parameters, the data order, the masks and dropout
-    # Hugging Face folder to start from (docs/how-to/huggingface.md lists the kinds), which sets the model's shape
+    # Hugging Face folder or hf:ORG/NAME[@revision], a model of the Hub, to start from (docs/how-to/huggingface.md lists
+    # the kinds); it sets the model's shape
     c.init_from = ""
     c.reinit_head = False  # with init_from: initialise a new vocabulary head, for folders without one
 
@@ -43,7 +44,8 @@ def get_config() -> ConfigDict:
     c.data.num_workers = 0  # processes of `prepare`; 0: one per core. The corpus does not depend on it
 
     c.tokenizer = ConfigDict()
-    # SentencePiece .model, Hugging Face tokenizer.json or WordPiece vocab.txt; empty: train a SentencePiece model
+    # SentencePiece .model, Hugging Face tokenizer.json, WordPiece vocab.txt, a folder of one, or a model of the Hub,
+    # hf:ORG/NAME[@revision]; empty: train a SentencePiece model
     c.tokenizer.path = ""
     c.tokenizer.extra_tokens_file = ""  # file of words, one per line, to add to the vocabulary of tokenizer.path
     # bpe (converts exactly to tokenizer.json) | unigram | symbols (single characters, or what whitespace separates)

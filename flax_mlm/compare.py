@@ -24,7 +24,9 @@ from flax_mlm.config.schema import Config, split, split_paths
 from flax_mlm.errors import Failure, UserError, as_user_error
 from flax_mlm.storage import files
 
-_CHECKPOINTS_HELP = "workdirs, checkpoints or Hugging Face folders, comma-separated; NAME=PATH sets a column's name"
+_CHECKPOINTS_HELP = (
+    "workdirs, checkpoints, Hugging Face folders or hf:ORG/NAME, comma-separated; NAME=PATH sets a column's name"
+)
 _CHECKPOINTS = flags.DEFINE_string("checkpoints", "", _CHECKPOINTS_HELP)
 _TASKS_HELP = "tasks of evaluate with their options, separated by `;`; NAME=TASK ... sets a row's name"
 _TASKS = flags.DEFINE_string("tasks", "mlm; cloze", _TASKS_HELP)
@@ -58,7 +60,7 @@ def parse_checkpoints(text: str) -> dict[str, str]:
         return any(os.path.exists(os.path.expanduser(p)) for p in (path, re.sub(r"@[0-9]+$", "", path)))
 
     def parts(item: str) -> tuple[str, str]:
-        if exists(item) or item.startswith("gs://"):
+        if exists(item) or item.startswith(("gs://", "hf:")):
             return "", item
         places = (match.start() for match in re.finditer("=", item))
         splits = [(item[:i], item[i + 1 :]) for i in places]
@@ -102,11 +104,13 @@ def find(path: str) -> tuple[str, str]:
     """Finds the newest sound checkpoint of a run, or a Hugging Face folder: its path and SHA-256. Raises UserError."""
     from flax_mlm.checkpoint.format import newest_meta
     from flax_mlm.hf.folder import is_hf_folder
+    from flax_mlm.storage import hub
 
     if not is_hf_folder(path):
         newest, meta = newest_meta(path)
         return os.fspath(newest), meta["sha256"]
-    digest, root = hashlib.sha256(), Path(path).expanduser()
+    path = hub.pin("--checkpoints", path)
+    digest, root = hashlib.sha256(), Path(hub.local("--checkpoints", path)).expanduser()
     for file in sorted([*root.glob("*"), *root.glob("*/config.json")]):
         if file.suffix in (".json", ".model", ".safetensors", ".txt") and file.is_file():
             with file.open("rb") as content:

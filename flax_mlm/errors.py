@@ -62,12 +62,10 @@ def refuse_lfs_pointer(file: Any) -> None:
 
 
 def hub_remedy(path: str) -> str:
-    """Returns how to download what a path names where it looks like a model of the Hugging Face Hub; else nothing."""
+    """Returns how to name a model of the Hugging Face Hub where a path looks like one; else nothing."""
     if not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", path) or re.search(r"\.(json|model|txt)$", path):
         return ""
-    return (
-        f"nothing is downloaded here; if it names a model of the Hub: hf download {path} --local-dir DIR, and give DIR"
-    )
+    return f"if it names a model of the Hub, give hf:{path}"
 
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str) -> str:

@@ -1,30 +1,53 @@
 """Writes a checkpoint as a Hugging Face folder that transformers loads as it is.
 
 python -m flax_mlm.export --checkpoint=runs/quickstart --output=exported --check
+python -m flax_mlm.export --checkpoint=runs/quickstart --push_to=hf:ORG/NAME --private
 
 Needs neither torch nor transformers, except for --check.
 """
+
+import contextlib
+import tempfile
+from pathlib import Path
 
 from absl import flags
 
 from flax_mlm.cli import app
 from flax_mlm.config.schema import Config
-from flax_mlm.errors import Failure
+from flax_mlm.errors import Failure, UserError
+from flax_mlm.hf import push
 
-flags.DEFINE_string("output", "", "the folder to create")
+flags.DEFINE_string("output", "", "the folder to create; with --push_to it may be empty")
 _ARCHITECTURES = ["", "bert", "roberta", "albert", "distilbert", "xlm-roberta", "camembert", "modernbert", "electra"]
 flags.DEFINE_enum("architecture", "", _ARCHITECTURES, "empty: the first one that fits")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the weights")
 flags.DEFINE_string("licence", "", "licence of the model, for its card, as Hugging Face spells it: apache-2.0, mit")
 flags.DEFINE_string("language", "", "language of the text, for the card: en, de, multilingual")
 flags.DEFINE_bool("check", False, "load the folder in transformers and compare on real text; exit 1 if it differs")
+_PUSH_TO = flags.DEFINE_string("push_to", "", "hf:ORG/NAME: upload the folder to the Hugging Face Hub, in one commit")
+_PRIVATE = flags.DEFINE_bool("private", False, "make the repository of --push_to a private one")
 
 LIMIT = 1e-4  # largest difference of a hidden state or a logit that --check allows
 
 
 def main(config: Config) -> None:
     values = flags.FLAGS
-    output = app.required_folder("output", "name the folder to create, such as --output=exported").absolute()
+    repository = push.open_repository("--push_to", _PUSH_TO.value, _PRIVATE.value) if _PUSH_TO.value else None
+    if _PRIVATE.value and not repository:
+        raise UserError("--private is for --push_to, which is empty; give --push_to=hf:ORG/NAME")
+    with contextlib.ExitStack() as stack:
+        if repository and not values.output:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            output = Path(folder, repository.name.partition("/")[2])
+        else:
+            output = app.required_folder("output", "name the folder to create, such as --output=exported").absolute()
+        _export(config, output)
+        if repository:
+            print(f"pushed to {repository.push(output)}")
+
+
+def _export(config: Config, output: Path) -> None:
+    values = flags.FLAGS
 
     import jax
 

@@ -21,6 +21,7 @@ from flax_mlm.config.schema import Config
 from flax_mlm.distributed import environment, preemption, processes
 from flax_mlm.distributed.cluster import ClusterConfig
 from flax_mlm.errors import PREEMPTED, Preempted, as_failure
+from flax_mlm.inference.config import pinned
 from flax_mlm.storage import files, gcs
 
 
@@ -42,6 +43,7 @@ def train(config: Config, workdir: str | os.PathLike[str], cluster: ClusterConfi
     """
     started = time.monotonic()
     validate.check_complete(config)
+    config = pinned(config)
     workdir = gcs.parse("--workdir", str(workdir)) or Path(workdir).expanduser().absolute()
     store.check_name("--workdir", workdir)
     with contextlib.ExitStack() as stack:

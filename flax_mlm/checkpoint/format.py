@@ -197,8 +197,15 @@ def refuse_other_start(what: str, theirs: dict[str, Any], ours: dict[str, Any]) 
         message = f"{what} was trained on corpus {a[:12]}, and this is {b[:12]}: it had {how}"
         raise UserError(f"{message}; give the same text and tokenizer, under any path, or use another --workdir")
     if (a := theirs.get("start", "")) != (b := ours.get("start", "")):
-        message = f"{what} began with the weights {a[:12] or 'of no folder'}, and init_from has {b[:12] or 'none'}"
-        raise UserError(f"{message}; give the same weights, under any path, or use another --workdir")
+        old, new = (stored_run(meta).get("init_from", "") for meta in (theirs, ours))
+        message = f"{what} began with the weights {_weights(a, old) or 'of no folder'}, and init_from has"
+        remedy = f"give the same weights, {'init_from=' + old if old.startswith('hf:') else 'under any path'}"
+        raise UserError(f"{message} {_weights(b, new) or 'none'}; {remedy}, or use another --workdir")
+
+
+def _weights(fingerprint: str, path: str) -> str:
+    """Names weights by their fingerprint, and where they came from the hub by their name and commit."""
+    return fingerprint[:12] + f" ({path})" * path.startswith("hf:")
 
 
 def _proportions(meta: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from flax_mlm.config.validate import check_complete
 from flax_mlm.configs import base
 from flax_mlm.distributed import compilation_cache, environment
 from flax_mlm.errors import PREEMPTED, Failure, Preempted, UserError, did_you_mean
-from flax_mlm.inference.config import apply_folder, read_config
+from flax_mlm.inference.config import apply_folder, pin_hub_names, read_config
 from flax_mlm.storage import gcs, retry
 
 _CONFIGS = {file.stem: file for file in sorted(Path(base.__file__).parent.glob("*.py"))}
@@ -71,7 +71,9 @@ def _run(main: Callable[[Config], int | None], from_checkpoint: bool, positional
     flags.DEFINE_bool("print_config", False, "print the resolved config as JSON and exit", module_name=sys.argv[0])
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["compilation_cache"])
     if from_checkpoint:
-        source = "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, or a Hugging Face folder"
+        source = (
+            "a run's workdir (its newest checkpoint), WORKDIR@STEP, a checkpoint, a Hugging Face folder, or hf:ORG/NAME"
+        )
         flags.DEFINE_string("checkpoint", "", source, module_name=sys.argv[0])
     try:
         argv = sys.argv[: len(sys.argv) - len(arguments_after_dashes())] if passes_arguments else sys.argv
@@ -140,7 +142,9 @@ def _parse(argv: list[str], from_checkpoint: bool, positional: str) -> Config:
         config = build(read_config(source, overrides))
         rest.insert(1, f"--checkpoint={source}")
     else:
-        raise UserError("--checkpoint is missing; name the workdir of a run, a checkpoint or a Hugging Face folder")
+        raise UserError(
+            "--checkpoint is missing; name the workdir of a run, a checkpoint, a Hugging Face folder or hf:ORG/NAME"
+        )
     try:
         bare = flags.FLAGS(rest)[1:]
     except flags.Error as e:
@@ -212,6 +216,8 @@ def config_of(arguments: list[str]) -> Config:
         raise UserError(f"--config: {e.args[0]} Start the config from flax_mlm.configs.base") from e
     if config.get("init_from"):
         apply_folder(config, overrides.keys())
+    elif config.get("tokenizer"):
+        pin_hub_names(config)
     return build(config)
 
 

@@ -11,7 +11,7 @@ from flax_mlm.data.base_tokenizer import Tokenizer, is_special_spelling
 from flax_mlm.data.json_tokenizer import HuggingFaceTokenizer
 from flax_mlm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from flax_mlm.errors import UserError, as_user_error, hub_remedy, refuse_lfs_pointer
-from flax_mlm.storage import buckets
+from flax_mlm.storage import buckets, hub
 from flax_mlm.storage.retry import retrying
 
 # By the name of the file that `save` writes.
@@ -24,7 +24,8 @@ _NAMES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")  # in 
 @retrying
 def load_tokenizer(path: str | Path, extra_tokens_file: str | Path = "") -> Tokenizer:
     """Reads a SentencePiece `.model`, a Hugging Face `tokenizer.json`, a WordPiece `vocab.txt`, or a byte-level
-    `vocab.json` with `merges.txt`, or that of a folder; and the settings of Hugging Face beside it.
+    `vocab.json` with `merges.txt`, or that of a folder or of a model of the hub (`hf:ORG/NAME`); and the settings of
+    Hugging Face beside it.
 
     Args:
       extra_tokens_file: words, one a line; each becomes a token at the end of the vocabulary.
@@ -32,7 +33,8 @@ def load_tokenizer(path: str | Path, extra_tokens_file: str | Path = "") -> Toke
     Raises:
       UserError: the file does not exist, cannot be read, or lacks a special token; or a word is not found as one token.
     """
-    file = buckets.parse("tokenizer.path", os.fspath(path)) or epath.Path(path).expanduser()
+    path = hub.local("tokenizer.path", path, weights=False)
+    file = buckets.parse("tokenizer.path", path) or epath.Path(path).expanduser()
     with buckets.errors(file):
         return _load(file, path, extra_tokens_file)
 

@@ -20,6 +20,7 @@ from flax_mlm.hf import architecture as arch
 from flax_mlm.hf import bert, modernbert
 from flax_mlm.hf.architecture import Architecture, SpecialIds
 from flax_mlm.hf.distilbert import DISTILBERT
+from flax_mlm.storage import hub
 from flax_mlm.storage.retry import retrying
 
 ARCHITECTURES = (
@@ -121,18 +122,22 @@ def _other_weights(folder: Path) -> list[Path]:
 
 @retrying
 def is_hf_folder(path: str) -> bool:
-    """Returns whether a path is a Hugging Face folder, with weights of any kind beside config.json, and no run."""
+    """Returns whether a path is a Hugging Face folder, with weights of any kind beside config.json, and no run; or the
+    name of a model of the hub (`hf:ORG/NAME`), of which nothing is known yet.
+    """
+    if hub.parse("--checkpoint", path):
+        return True
     folder = Path(path).expanduser()
     return (folder / "config.json").is_file() and bool((folder / _INDEX).exists() or _other_weights(folder))
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
-    """Reads the config.json of a folder.
+    """Reads the config.json of a folder, or of a model of the hub (`hf:ORG/NAME`).
 
     Raises:
       UserError: it is no Hugging Face folder, its weights cannot be read, or our encoder cannot compute its model.
     """
-    path = os.fspath(path)
+    path = hub.local("init_from", path)
     folder = Path(path).expanduser()
     run = Path(re.sub(r"(@\d+|/checkpoints(/\d+)?)/*$", "", path)).expanduser()
     if not is_hf_folder(path) and (run / "checkpoints").is_dir():

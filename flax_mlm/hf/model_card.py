@@ -8,6 +8,7 @@ from typing import Any
 
 from flax_mlm.config.schema import Config
 from flax_mlm.hf.architecture import Architecture
+from flax_mlm.storage import hub
 
 _TASKS = {"mlm": "fill-mask", "clm": "text-generation", "rtd": "feature-extraction"}
 _SHARING = {
@@ -72,6 +73,7 @@ class ModelCard:
     def _metadata(self) -> str:
         from huggingface_hub import EvalResult, ModelCardData
 
+        start = hub.parse("init_from", self.config.init_from)
         task, results = "sentence-similarity" if self.fine_tuned else _TASKS[self.objective], None
         if self.corpus and self.result:
             dataset = {"dataset_type": "text", "dataset_name": self.corpus["name"], "dataset_split": "held out"}
@@ -85,6 +87,7 @@ class ModelCard:
             license=self.licence or None,
             library_name="sentence-transformers" if self.fine_tuned else "transformers",
             pipeline_tag=task,
+            base_model=start.repository if start else None,
             tags=["flax_mlm", self.objective],
             model_name=self.name,
             eval_results=results,
@@ -94,7 +97,8 @@ class ModelCard:
         """Lists where the weights come from."""
         config, meta, average = self.config, self.meta, self.config.optimizer.averages
         if config.init_from:
-            yield f"- Started from: {config.init_from.rstrip('/').rpartition('/')[2]}."
+            start = hub.parse("init_from", config.init_from)
+            yield f"- Started from: {start or config.init_from.rstrip('/').rpartition('/')[2]}."
         if self.corpus:
             corpora = self.corpus.get("corpora", {"": self.corpus}).values()
             for text in corpora:

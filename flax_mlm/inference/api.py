@@ -21,7 +21,7 @@ def load(path: str | os.PathLike[str]) -> "Model":
 
     Args:
       path: the workdir of a run (its newest sound checkpoint), WORKDIR@STEP, the folder of one checkpoint, each also in
-        a bucket (gs://...); or a Hugging Face folder.
+        a bucket (gs://...); a Hugging Face folder; or `hf:ORG/NAME[@revision]`, a model of the hub.
 
     Raises:
       UserError: there is no checkpoint, none is sound, or the folder holds a model that our encoder cannot compute.

@@ -1,5 +1,6 @@
 """The config of a checkpoint or of a Hugging Face folder."""
 
+import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -7,10 +8,12 @@ from ml_collections import ConfigDict
 
 from flax_mlm.checkpoint.format import newest_meta, stored_config
 from flax_mlm.config.load import from_dict
+from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer import load_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.hf import sentence_transformers
 from flax_mlm.hf.folder import is_hf_folder, open_folder
+from flax_mlm.storage import hub
 
 # For a new vocabulary head, and for one that the folder has. A new head whose gradients reach the encoder at once costs
 # all-MiniLM-L6-v2 0.037 of its Spearman on STS-B in 200 steps, and learns more slowly (docs/how-to/huggingface.md).
@@ -21,15 +24,15 @@ def read_config(path: str, overrides: Mapping[str, Any] = {}) -> ConfigDict:
     """Reads the config of a checkpoint, with a mesh that fits these devices, or makes that of a Hugging Face folder.
 
     Args:
-      path: the workdir of a run (its newest sound checkpoint), WORKDIR@STEP, the folder of one checkpoint, or a Hugging
-        Face folder.
+      path: the workdir of a run (its newest sound checkpoint), WORKDIR@STEP, the folder of one checkpoint, a Hugging
+        Face folder, or `hf:ORG/NAME[@revision]`, a model of the hub.
       overrides: field -> value.
 
     Raises:
       UserError: there is no such checkpoint, or the folder cannot be used (see `apply_folder`).
     """
     if is_hf_folder(path):
-        config = from_dict({"init_from": path})
+        config = from_dict({"init_from": hub.pin("--checkpoint", path)})
         config.update_from_flattened_dict(overrides)
         apply_folder(config, overrides.keys(), as_is=True)
     else:
@@ -39,13 +42,26 @@ def read_config(path: str, overrides: Mapping[str, Any] = {}) -> ConfigDict:
     return config
 
 
+def pin_hub_names(config: ConfigDict) -> None:
+    """Puts the commits of models of the hub (`hf:ORG/NAME`) into the names that a config has of them."""
+    config.init_from = hub.pin("init_from", config.init_from)
+    config.tokenizer.path = hub.pin("tokenizer.path", config.tokenizer.path, weights=False)
+
+
+def pinned(config: Config) -> Config:
+    """Returns a config whose names of models of the hub have their commits. See `pin_hub_names`."""
+    tokenizer = hub.pin("tokenizer.path", config.tokenizer.path, weights=False)
+    start = hub.pin("init_from", config.init_from)
+    return dataclasses.replace(config, init_from=start, tokenizer=dataclasses.replace(config.tokenizer, path=tokenizer))
+
+
 def usual_learning_rate(hidden_size: int) -> float:
     """The peak learning rate at which a pretrained encoder of this width is trained further."""
     return 5e-5 if hidden_size >= 384 else 1e-4
 
 
 def apply_folder(config: ConfigDict, given: Set[str] = frozenset(), as_is: bool = False) -> None:
-    """Sets the fields that the Hugging Face folder `config.init_from` determines.
+    """Sets the fields that `config.init_from`, a Hugging Face folder or a model of the hub, determines.
 
     These are the shape of the model, and unless the user has set them the tokenizer, the length of rows where it is
     longer than the model can read, and how vectors are made. A length of rows and settings of the optimizer that are
@@ -58,6 +74,7 @@ def apply_folder(config: ConfigDict, given: Set[str] = frozenset(), as_is: bool 
     Raises:
       UserError: the folder cannot be used, or the user has set a field to something else.
     """
+    pin_hub_names(config)
     folder = open_folder(config.init_from)
     for name, value in folder.model_fields.items():
         if f"model.{name}" in given and (own := config.model[name]) != value:

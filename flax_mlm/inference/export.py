@@ -80,7 +80,9 @@ def _files(model: LoadedModel, config_file: dict[str, Any]) -> dict[str, bytes]:
         "tokenizer_config.json": tokenizer_json.settings(tokenizer, model.max_length, m.type_vocab_size),
         "special_tokens_map.json": tokenizer_json.special_tokens(tokenizer),
     }
-    came_as_one = not model.meta and sentence_transformers.is_sentence_encoder(Path(config.init_from).expanduser())
+    came_as_one = not model.meta and sentence_transformers.is_sentence_encoder(
+        folder.open_folder(config.init_from).path
+    )
     if "fine_tuned" in model.meta or came_as_one:
         length = min(config.finetune.max_length, model.max_length)
         contents |= sentence_transformers.files(config.finetune, length, m.hidden_size)

@@ -88,6 +88,13 @@ class Run:
         config, workdir = self._context.config, self._context.workdir
         held = f"--workdir: checkpoint {self.step} in '{workdir}' is of"
         refuse_other(held, stored_run(meta), config, (*FREE, *MOVABLE, *extension.FIELDS))
+        if (before := stored_run(meta)["init_from"]) != config.init_from and "hf:" in (
+            before[:3],
+            config.init_from[:3],
+        ):
+            self._context.log(
+                f"note: the run began from {before}, and init_from is {config.init_from}: the same weights"
+            )
         if why := meta.get("gave_up"):
             remedy = f"use another --workdir; delete checkpoints/{self.step} to go on from the step before it"
             raise Diverged(f"'{workdir}' holds a run that gave up at step {self.step}: {why}; {remedy}")

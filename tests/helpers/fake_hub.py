@@ -98,27 +98,27 @@ class FakeHub:
             r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/([^/]+))?(?:/(.*))?)?", path
         )
         if not match:
-            return _error(404, "EntryNotFound", "no such page")
+            return as_error(404, "EntryNotFound", "no such page")
         dataset, kind, revision, below = match.groups()
         if dataset not in self.commits or (self.closed.get(dataset) == "private" and not has_token):
-            return _error(401, "RepoNotFound" if has_token else "", "Invalid username or password.")
+            return as_error(401, "RepoNotFound" if has_token else "", "Invalid username or password.")
         if kind == "refs":
             branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in self.refs[dataset].items()]
-            return _json({"branches": branches, "tags": [], "converts": []})
+            return as_json({"branches": branches, "tags": [], "converts": []})
         commit = self._commit(dataset, revision or "main")
         if not commit:
-            return _error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return as_error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = self.commits[dataset][commit]
         if kind == "paths-info":
             wanted = set(json.loads(body)["paths"])
-            return _json([entry for entry in _entries(files, "", True) if entry["path"] in wanted])
+            return as_json([entry for entry in _entries(files, "", True) if entry["path"] in wanted])
         if kind == "tree":
             entries = _entries(files, below or "", True)
-            return _json(entries) if entries else _error(404, "EntryNotFound", f"{below} does not exist")
+            return as_json(entries) if entries else as_error(404, "EntryNotFound", f"{below} does not exist")
         about = {"_id": "0", "id": dataset, "sha": commit, "private": False, "gated": False, "disabled": False}
         if card := re.match(rb"---\n(.*?)\n---\n", files.get("README.md", b""), re.DOTALL):
             about["cardData"] = yaml.safe_load(card[1])
-        return _json({**about, "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": n} for n in files]})
+        return as_json({**about, "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": n} for n in files]})
 
     def _commit(self, dataset: str, revision: str) -> str | None:
         revision = unquote(revision)
@@ -126,16 +126,16 @@ class FakeHub:
 
     def _file(self, dataset: str, revision: str, name: str, has_token: bool) -> tuple[int, dict[str, str], bytes]:
         if dataset not in self.commits or (self.closed.get(dataset) == "private" and not has_token):
-            return _error(401, "RepoNotFound" if has_token else "", "Invalid username or password.")
+            return as_error(401, "RepoNotFound" if has_token else "", "Invalid username or password.")
         if self.closed.get(dataset) == "gated" and not has_token:
-            return _error(401, "GatedRepo", f"Access to dataset {dataset} is restricted.")
+            return as_error(401, "GatedRepo", f"Access to dataset {dataset} is restricted.")
         commit = self._commit(dataset, revision)
         if not commit:
-            return _error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return as_error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         content = self.commits[dataset][commit].get(unquote(name))
         about = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if content is None:
-            status, headers, message = _error(404, "EntryNotFound", "Entry not found")
+            status, headers, message = as_error(404, "EntryNotFound", "Entry not found")
             return status, {**headers, **about}, message
         return 200, {**about, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content
 
@@ -171,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    do_GET = do_POST = do_HEAD = _do
+    do_GET = do_POST = do_PUT = do_HEAD = _do
 
     def handle(self) -> None:
         with contextlib.suppress(ConnectionError):  # the client was killed
@@ -196,10 +196,10 @@ def _entries(files: dict[str, bytes], below: str, recursive: bool) -> list[dict[
     return [{**entry, "path": path} for path, entry in entries.items()]
 
 
-def _json(value: Any) -> tuple[int, dict[str, str], bytes]:
+def as_json(value: Any) -> tuple[int, dict[str, str], bytes]:
     return 200, {"Content-Type": "application/json; charset=utf-8"}, json.dumps(value).encode()
 
 
-def _error(status: int, code: str, message: str) -> tuple[int, dict[str, str], bytes]:
+def as_error(status: int, code: str, message: str) -> tuple[int, dict[str, str], bytes]:
     headers = {"Content-Type": "application/json; charset=utf-8", "X-Error-Message": message}
     return status, headers | ({"X-Error-Code": code} if code else {}), json.dumps({"error": message}).encode()

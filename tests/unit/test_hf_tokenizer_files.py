@@ -278,7 +278,7 @@ def test_roles_outlive_added_words(tmp_path):
 @pytest.mark.parametrize("opens", [load_tokenizer, open_folder])
 def test_a_name_of_the_hub_is_answered_with_how_to_download_it(name, opens, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"nothing is downloaded here; .* hf download {name} --local-dir DIR"):
+    with pytest.raises(UserError, match=f"if it names a model of the Hub, give hf:{name}$"):
         opens(name)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from flax_mlm.data.sources import base
 from flax_mlm.errors import Failure, Preempted, UserError
+from flax_mlm.storage import hub
 
 _TIMEOUT = 10  # seconds for the first request
 _READ_RETRIES = 2  # of `datasets`; each comes after half a minute of those of huggingface_hub
@@ -66,29 +67,16 @@ def naming(spec: str) -> Iterator[None]:
 
 
 def _explained(error: BaseException) -> str:
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
+    chain = hub.chain(error)
     status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
     if status & {401, 403} or any("gated" in str(e) for e in chain):
         return f"{_endpoint()} does not let you read it, since it is gated or private; {_TOKEN}"
     if any("scripts are no longer supported" in str(e) for e in chain):
         return f"it is a script, which datasets no longer runs; {_CONVERTED}"
-    if any(_is_network(e) for e in chain):
+    if any(hub.is_network(e) for e in chain):
         remedy = "check the network and HF_ENDPOINT, and run again; HF_HUB_OFFLINE=1 reads the cache of datasets"
-        return f"{_endpoint()} does not answer ({_first_line(chain[-1])}); {remedy}"
-    return f"it cannot be read: {type(error).__name__}: {_first_line(error)}"
-
-
-def _is_network(error: BaseException) -> bool:
-    # by name: they are of httpx or httpx2, as the version of huggingface_hub is
-    names = {kind.__name__ for kind in type(error).__mro__}
-    status = getattr(getattr(error, "response", None), "status_code", 0) or 0
-    return bool(names & {"TransportError", "ConnectionError", "TimeoutError", "OfflineModeIsEnabled"}) or status >= 500
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"{_endpoint()} does not answer ({hub.first_line(chain[-1])}); {remedy}"
+    return f"it cannot be read: {type(error).__name__}: {hub.first_line(error)}"
 
 
 def _endpoint() -> str:
@@ -162,8 +150,8 @@ def sizes(files: Iterable[str]) -> list[int]:
     """Returns the sizes of data files, in bytes; of those that are not on the hub, that of a unit."""
     import huggingface_hub
 
-    hub = huggingface_hub.HfFileSystem(endpoint=_endpoint())
-    return [hub.info(file)["size"] if file.startswith("hf://") else base.UNIT_BYTES for file in files]
+    system = huggingface_hub.HfFileSystem(endpoint=_endpoint())
+    return [system.info(file)["size"] if file.startswith("hf://") else base.UNIT_BYTES for file in files]
 
 
 def find_cached(spec: str, dataset: str, config: str, revision: str) -> Cached:
