@@ -2,6 +2,7 @@
 
 import codecs
 import math
+import re
 from typing import Any
 
 from flax_mlm.config.knobs import Interval, knobs, value_of
@@ -45,9 +46,13 @@ def _check_values(c: Config) -> None:
 
 def _check_encoding(name: str) -> None:
     try:
-        is_text = codecs.getincrementaldecoder(name)().decode(b"") == ""
+        decoder = codecs.getincrementaldecoder(name)
+        is_text = decoder().decode(b"") == "" and decoder("replace").decode(b"text") != ""  # as files are decoded
     except (LookupError, TypeError, ValueError):
         is_text = False
+    if not is_text and re.fullmatch(r"utf[-_ ]?(16|32)", name.strip().lower()):
+        what = f"data.encoding is '{name}', for which a file needs a byte-order mark, and then no data.encoding"
+        raise UserError(f"{what}; expected the encoding of files without one, such as {name}-le")
     if not is_text:
         raise UserError(f"data.encoding is '{name}'; expected an encoding of Python, such as latin1 or gb18030")
 

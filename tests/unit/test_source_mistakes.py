@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from flax_mlm.config.load import build
+from flax_mlm.configs import base
 from flax_mlm.data.sources import json_objects
 from flax_mlm.data.sources.open import open_source
 from flax_mlm.errors import UserError
@@ -72,3 +74,26 @@ def test_a_first_json_line_without_end_is_an_object_that_is_too_large(tmp_path, 
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"two " * (1 << 19) + b'"}\n')
     with pytest.raises(UserError, match=r"a.jsonl:1 begins an object of more than 262,144 characters"):
         read(f"jsonl:{tmp_path}/*")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("utf-16", "for which a file needs a byte-order mark.*such as utf-16-le"),
+        ("UTF32", "for which a file needs a byte-order mark"),
+        ("idna", "expected an encoding of Python"),
+        ("base64", "expected an encoding of Python"),
+    ],
+)
+def test_an_encoding_that_would_fail_on_every_file_is_refused_at_once(encoding, message):
+    c = base.get_config()
+    c.data.encoding = encoding
+    with pytest.raises(UserError, match=f"data.encoding is '{encoding}'.*{message}"):
+        build(c)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf_8", "latin1", "gb18030", "shift_jis", "cp1252", "utf-8-sig"])
+def test_an_encoding_that_files_may_have_is_taken(encoding):
+    c = base.get_config()
+    c.data.encoding = encoding
+    assert build(c).data.encoding == encoding
