@@ -26,7 +26,8 @@ def check_fraction(source: Source, fraction: float) -> None:
         if lowest[0] < fraction <= highest:
             return
     if not documents:
-        raise UserError("; ".join([f"the source, {source.name}, holds no text", *lost(counts)]))
+        empty = [f"{counts['empty_documents']:,} documents are empty"] * bool(counts["empty_documents"])
+        raise UserError("; ".join([f"the source, {source.name}, holds no text", *lost(counts), *empty]))
     if len(lowest) < 2:
         what = "one document" if documents == 1 else f"{documents:,} copies of one document"
         rule = " (a blank line ends a document; lines:GLOB takes each line as one)" * source.name.startswith("text:")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flax_mlm.data.sources.columns import lost
+from flax_mlm.data.sources.columns import LOST
 from flax_mlm.data.units import Totals
 
 Log = Callable[[str], None]
@@ -53,7 +53,7 @@ def log_summary(manifest: dict[str, Any], log: Log) -> None:
 
 def log_lost_text(totals: Totals, unknown_token: str, log: Log) -> None:
     """Logs which fraction of the text is lost, and warnings with the files that lose most."""
-    counts = totals.counts
+    counts, by_file = totals.counts, totals.by_file
     num_tokens, num_bytes = (sum(s[key] for s in totals.splits.values()) for key in ("tokens", "bytes"))
     lost_tokens, lost_bytes = totals.unknown.total() / num_tokens, min(1.0, counts["undecodable_bytes"] / num_bytes)
     log(f"text: {lost_tokens:.2%} of the tokens are unknown, {lost_bytes:.2%} of the bytes could not be decoded")
@@ -61,22 +61,24 @@ def log_lost_text(totals: Totals, unknown_token: str, log: Log) -> None:
         what = f"the tokenizer has no tokens for {lost_tokens:.0%} of the text, which becomes {unknown_token}"
         log(f"warning: {what}{_most(totals.unknown)}; use a tokenizer made for this text (tokenizer.path)")
     if counts["undecodable_bytes"]:
-        named = [file for file in totals.undecodable if file]
+        named = [file for file in by_file["undecodable_bytes"] if file]
         where = f" in {len(named):,} files" if named else ""
         what = f"{counts['undecodable_bytes']:,} bytes{where} could not be decoded and became U+FFFD"
-        log(f"warning: {what}{_most(totals.undecodable)}; name the encoding of such files, as in data.encoding=latin1")
+        log(f"warning: {what}{_most(by_file['undecodable_bytes'])}; name their encoding, as in data.encoding=latin1")
     if counts["nul_bytes"]:
-        log(f"warning: {counts['nul_bytes']:,} NUL bytes; UTF-16 is recognised by its byte-order mark alone")
+        what = f"{counts['nul_bytes']:,} NUL bytes{_most(by_file['nul_bytes'])}"
+        log(f"warning: {what}; UTF-16 is recognised by its byte-order mark alone")
     if counts["wikiextractor_tags"]:
         what = f"{counts['wikiextractor_tags']:,} lines are WikiExtractor's tags <doc ...>, which are taken for text"
         log(f"warning: {what}; use wikiextractor:GLOB")
-    for line in lost(counts):
-        log(f"warning: {line}")
+    for kind, meaning in LOST.items():
+        if counts[kind]:
+            log(f"warning: {counts[kind]:,} {meaning}{_most(by_file[kind])}")
     if counts["comment_lines"]:
         log(f"{counts['comment_lines']:,} comment lines (;) were left out")
     for kind in ("empty_files", "empty_documents", "lines_outside_documents"):
         if counts[kind]:
-            log(f"warning: {counts[kind]:,} {kind.replace('_', ' ')}")
+            log(f"warning: {counts[kind]:,} {kind.replace('_', ' ')}{_most(by_file[kind])}")
 
 
 def _most(by_file: Counter[str]) -> str:

@@ -40,7 +40,7 @@ def make_units(
 ) -> None:
     """Tokenises, packs and writes units, except for what is finished already.
 
-    The record of a unit has `parts`, how many there are, and `counts` and `undecodable`, see `Unit.chunks`.
+    The record of a unit has `parts`, how many there are, and `counts` and `by_file`, see `Unit.chunks`.
 
     Args:
       tokenise: maps jobs to their tokens, in order.
@@ -73,15 +73,15 @@ class _Reading:
     unit: Unit
     parts: int = 0
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
-    undecodable: Counter[str] = dataclasses.field(default_factory=Counter)
+    by_file: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
 
     def chunks(self) -> Iterator[TextChunk]:
-        for chunk in self.unit.chunks(self.counts, self.undecodable):
+        for chunk in self.unit.chunks(self.counts, self.by_file):
             self.parts = chunk.part + 1
             yield chunk
 
     def record(self) -> dict[str, Any]:
-        return {"parts": self.parts, "counts": self.counts, "undecodable": self.undecodable}
+        return {"parts": self.parts, "counts": self.counts, "by_file": self.by_file}
 
 
 def _make_part(
@@ -105,13 +105,13 @@ class Totals:
 
     Attributes:
       splits: as in corpus.json.
-      counts, undecodable: see `Unit.chunks`.
+      counts, by_file: see `Unit.chunks`.
       unknown: file -> number of its unknown tokens.
     """
 
     splits: dict[str, Any]
     counts: Counter[str]
-    undecodable: Counter[str]
+    by_file: dict[str, Counter[str]]
     unknown: Counter[str]
 
     @property
@@ -127,8 +127,9 @@ def join(work: Work, num_units: int) -> Totals:
     keys = [(unit, part) for unit, record in enumerate(records) for part in range(record["parts"])]
     parts = [part or {} for part in buckets.together(lambda key: work.part(*key), keys, work.folder)]
     splits = {split: join_entries([part[split] for part in parts]) for split in SPLITS}
-    counts, undecodable = (_sum(record[key] for record in records) for key in ("counts", "undecodable"))
-    return Totals(splits, counts, undecodable, _sum(part["unknown"] for part in parts))
+    counts = _sum(record["counts"] for record in records)
+    by_file = {kind: _sum(record["by_file"].get(kind, {}) for record in records) for kind in counts}
+    return Totals(splits, counts, by_file, _sum(part["unknown"] for part in parts))
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> Counter[str]:

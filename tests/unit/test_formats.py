@@ -155,10 +155,11 @@ def test_what_is_left_out_is_said_and_recorded(tmp_path):
     log: list[str] = []
     corpus = prepare(same_documents.config_for(f"jsonl:{tmp_path}/*", tokenizer), tmp_path / "corpus", log.append)
     assert [line for line in log if line.startswith("warning")] == [
-        "warning: 2 documents are null and were left out",
-        "warning: 1 documents were left out, as their records do not have the column",
-        "warning: 1 documents are numbers, lists or objects in place of text and were left out",
-        "warning: 1 empty documents",
+        f"warning: 2 documents are null and were left out, most in {tmp_path}/a.jsonl",
+        f"warning: 1 documents were left out, as their records do not have the column, most in {tmp_path}/a.jsonl",
+        "warning: 1 documents are numbers, lists or objects in place of text and were left out, "
+        f"most in {tmp_path}/a.jsonl",
+        f"warning: 1 empty documents, most in {tmp_path}/a.jsonl",
     ]
     counts = corpus.manifest["source"]["counts"]
     assert counts["null_documents"] == 2

@@ -3,11 +3,13 @@
 import gzip
 import json
 import os
+from collections import Counter
 
 import pytest
 
 from flax_mlm.config.load import build
 from flax_mlm.configs import base
+from flax_mlm.data.held_out import check_fraction
 from flax_mlm.data.sources import json_objects
 from flax_mlm.data.sources.open import open_source
 from flax_mlm.errors import UserError
@@ -97,3 +99,25 @@ def test_an_encoding_that_files_may_have_is_taken(encoding):
     c = base.get_config()
     c.data.encoding = encoding
     assert build(c).data.encoding == encoding
+
+
+def test_what_is_left_out_is_counted_for_each_file_and_kind(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": ""}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": null}\n{"text": null}\n{"body": "two"}\n')
+    (tmp_path / "c.jsonl").write_text("")
+    by_file: dict[str, Counter[str]] = {}
+    list(open_source(f"jsonl:{tmp_path}/*").chunks(by_file=by_file))
+    a, b, c = (f"{tmp_path}/{name}.jsonl" for name in "abc")
+    assert by_file == {
+        "null_documents": {a: 1, b: 2},
+        "empty_documents": {a: 1},
+        "missing_documents": {b: 1},
+        "empty_files": {b: 1, c: 1},
+    }
+
+
+def test_a_source_of_empty_documents_says_so(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": " "}\n{"text": null}\n')
+    message = "holds no text; 1 documents are null and were left out; 2 documents are empty"
+    with pytest.raises(UserError, match=message):
+        check_fraction(open_source(f"jsonl:{tmp_path}/*"), 0.05)

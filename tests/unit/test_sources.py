@@ -189,9 +189,9 @@ def test_tags_of_wikiextractor_are_counted_wherever_they_are(tmp_path):
 def test_bytes_that_are_replaced_are_counted_by_file(tmp_path):
     (tmp_path / "a").write_bytes("Zürich für".encode("latin1"))
     (tmp_path / "b").write_text("Zürich")
-    by_file: Counter[str] = Counter()
-    list(opening.open_source(f"text:{tmp_path}/*").chunks(undecodable=by_file))
-    assert by_file == {str(tmp_path / "a"): 2}
+    by_file: dict[str, Counter[str]] = {}
+    list(opening.open_source(f"text:{tmp_path}/*").chunks(by_file=by_file))
+    assert by_file == {"undecodable_bytes": {str(tmp_path / "a"): 2}}
 
 
 def test_each_line_may_be_a_document(tmp_path):

@@ -101,22 +101,24 @@ class Unit:
         return sum(each.size for each in self.ranges)
 
     def chunks(
-        self, counts: Counter[str] | None = None, undecodable: Counter[str] | None = None
+        self, counts: Counter[str] | None = None, by_file: dict[str, Counter[str]] | None = None
     ) -> Iterator[TextChunk]:
         """Reads the unit from its start, and adds to the given counts as it goes.
 
         Args:
           counts: read (bytes), files, empty_files, empty_documents, undecodable_bytes, nul_bytes, and further ones of a
             format.
-          undecodable: file -> number of its bytes that were replaced.
+          by_file: each of them but `read` and `files` -> file -> its number there.
         """
-        numbers, by_file = (Counter() if given is None else given for given in (counts, undecodable))
-        return hashed(self._numbered(self._texts(numbers, by_file)))
+        numbers, numbers_by_file = Counter() if counts is None else counts, {} if by_file is None else by_file
+        return hashed(self._numbered(self._texts(numbers, numbers_by_file)))
 
-    def _texts(self, counts: Counter[str], by_file: Counter[str]) -> Iterator[tuple[tuple[int, int], Any, str]]:
+    def _texts(
+        self, counts: Counter[str], by_file: dict[str, Counter[str]]
+    ) -> Iterator[tuple[tuple[int, int], Any, str]]:
         """Reads (key of the document, its next chunk, file)."""
         for number, each in enumerate(self.ranges):
-            finished, undecodable = counts["read"], counts["undecodable_bytes"]
+            finished, before = counts["read"], counts.copy()
             counts["files"] += each.is_first and bool(each.file)
             is_empty = True
             for key, content in each.read(counts):
@@ -124,8 +126,9 @@ class Unit:
                 yield (number, key), content, each.file
             counts["read"] = finished + each.size
             counts["empty_files"] += is_empty and each.is_first and each.is_last and bool(each.file)
-            if replaced := counts["undecodable_bytes"] - undecodable:
-                by_file[each.file] += replaced
+            for kind, number_here in (counts - before).items():
+                if kind not in ("read", "files"):
+                    by_file.setdefault(kind, Counter())[each.file] += number_here
 
     def _numbered(self, texts: Iterable[tuple[tuple[int, int], Any, str]]) -> Iterator[TextChunk]:
         """Numbers documents and parts. A new part begins at the first document after `UNIT_BYTES` of text, and in a
@@ -170,12 +173,12 @@ class Source:
         return sum(unit.size for unit in self.units)
 
     def chunks(
-        self, counts: Counter[str] | None = None, undecodable: Counter[str] | None = None
+        self, counts: Counter[str] | None = None, by_file: dict[str, Counter[str]] | None = None
     ) -> Iterator[TextChunk]:
         """Reads all units, see `Unit.chunks`."""
-        numbers, by_file = (Counter() if given is None else given for given in (counts, undecodable))
+        numbers, numbers_by_file = Counter() if counts is None else counts, {} if by_file is None else by_file
         for unit in self.units:
-            yield from unit.chunks(numbers, by_file)
+            yield from unit.chunks(numbers, numbers_by_file)
 
 
 def grouped(ranges: Iterable[Range], first: int = 0) -> tuple[Unit, ...]:
