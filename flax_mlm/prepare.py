@@ -1,4 +1,4 @@
-"""Makes a tokenizer and a packed corpus from documents, or a tokenizer alone for several corpora.
+r"""Makes a tokenizer and a packed corpus from documents, or a tokenizer alone for several corpora.
 
     python -m flax_mlm.prepare --config=base --config.data.source='text:books/*.txt.gz' --output=corpus
 
@@ -27,7 +27,7 @@ from flax_mlm.data.shared_tokenizer import make_tokenizer
 from flax_mlm.errors import UserError
 
 flags.DEFINE_string("output", "", "folder to make, also gs:// or s3://; unfinished work is kept in OUTPUT.tmp")
-_SHARD = flags.DEFINE_string("shard", "", "K/N: make the units of the K-th of N workers, which may run at any time")
+_SHARD = flags.DEFINE_string("shard", None, "K/N: make the units of the K-th of N workers, which may run at any time")
 _MERGE = flags.DEFINE_bool("merge", False, "join the shards, after all of them")
 _help = "make a tokenizer for all of data.source ('A|B|C'), each with bytes in proportion to its size ** sampling_alpha"
 _TOKENIZER_ONLY = flags.DEFINE_bool("tokenizer_only", False, _help)
@@ -38,7 +38,7 @@ _ENGINE = flags.DEFINE_enum("engine", "local", ["local", *_PACKAGES], "makes the
 def main(config: Config) -> None:
     output = app.required("output", "name the folder to make")
     engine = _engine(app.arguments_after_dashes())
-    if sum([bool(_SHARD.value), _MERGE.value, _ENGINE.value != "local", _TOKENIZER_ONLY.value]) > 1:
+    if sum([_SHARD.value is not None, _MERGE.value, _ENGINE.value != "local", _TOKENIZER_ONLY.value]) > 1:
         what = "--shard, --merge, --engine and --tokenizer_only exclude each other"
         raise UserError(f"{what}; give one of them (an engine merges by itself)")
     if _TOKENIZER_ONLY.value:
@@ -47,7 +47,7 @@ def main(config: Config) -> None:
     if config.data.sampling_alpha != 1.0 and "|" in config.data.source:
         what = "data.sampling_alpha weights corpora in training, and sources with --tokenizer_only"
         print(f"note: {what}; this corpus holds all text of all sources, without weights")
-    if _SHARD.value:
+    if _SHARD.value is not None:  # an empty one is a variable that is not set, and no wish for the whole corpus
         prepare_shard(config, output, *_parse_shard(_SHARD.value))
     else:
         check_words(config, merge(config, output) if _MERGE.value else prepare(config, output, run=engine), print)

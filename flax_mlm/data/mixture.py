@@ -204,6 +204,7 @@ def open_corpora(configs: Sequence[Config], log: Callable[[str], None] = print) 
     Raises:
       UserError: as `open_corpus` and `check_words`; or the tokenizers differ.
     """
+    log = _once(log)  # phases with other weights match the same folders
     mixtures = {data: open_corpus(config, log) for data, config in {config.data: config for config in configs}.items()}
     for config in {(config.data, config.objective.masking): config for config in configs}.values():
         check_words(config, mixtures[config.data], log)
@@ -212,6 +213,18 @@ def open_corpora(configs: Sequence[Config], log: Callable[[str], None] = print) 
         if mixture.tokenizer().fingerprint != first.tokenizer().fingerprint:
             raise UserError(f"train.phases: {mixture} was made with another tokenizer than {first}")
     return [mixtures[config.data] for config in configs]
+
+
+def _once(log: Callable[[str], None]) -> Callable[[str], None]:
+    """Leaves out lines that were logged before."""
+    said = set[str]()
+
+    def log_new(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            log(line)
+
+    return log_new
 
 
 def check_words(config: Config, corpus: Mixture | Corpus, log: Callable[[str], None]) -> None:

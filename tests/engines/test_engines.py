@@ -245,6 +245,7 @@ def test_what_is_wrong_in_the_pass_of_signatures_is_one_line(desk, engine):
 
 BAD_FLAGS = [
     (("--shard=0/4",), "--shard is '0/4'; expected K/N with 1 <= K <= N"),
+    (("--shard=",), "--shard is ''; expected K/N"),
     (("--shard=5/4",), "--shard is '5/4'; expected K/N"),
     (("--shard=1/4", "--merge"), "--shard, --merge, --engine and --tokenizer_only exclude each other"),
     (("--", "--num_cpus=2"), "unexpected argument '--num_cpus=2' after --"),

@@ -14,7 +14,7 @@ from flax_mlm.config.load import build
 from flax_mlm.config.schema import DataConfig
 from flax_mlm.configs import base, mmbert_base
 from flax_mlm.data.corpus import MANIFEST
-from flax_mlm.data.mixture import DataCursor, Mixture, _at_least_one
+from flax_mlm.data.mixture import DataCursor, Mixture, _at_least_one, open_corpora
 from flax_mlm.data.tokenizer_training import train_tokenizer
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import metrics, report
@@ -155,6 +155,15 @@ def test_the_plan_has_what_each_phase_reads(folders):
 
 
 # Patterns
+
+
+def test_what_a_pattern_leaves_out_is_said_once_for_all_phases(folders):
+    c = base.get_config()
+    c.data.corpus = f"{folders}/corpora/*"
+    c.train.phases = "50%: data.sampling_alpha=0.5; 90%: data.sampling_alpha=0.3"
+    lines: list[str] = []
+    open_corpora([phase.config for phase in phases.parse_phases(build(c))], lines.append)
+    assert len([line for line in lines if "also matches" in line]) == 1
 
 
 def test_a_pattern_stands_for_the_corpora_in_order(folders, monkeypatch):
