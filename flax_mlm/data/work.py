@@ -169,15 +169,25 @@ def working(output: AnyPath, request: str, log: Log, is_alone: bool) -> Iterator
             log(f"corpus: {output}, already prepared")
             yield None
             return
-        with _claimed(Path(folder), log, is_alone), _removing(Path(folder), is_alone):
-            # another process may have made it during the wait for the lock
+        with _claimed(Path(folder), log, is_alone):
+            done = is_done(output, request)  # another process may have made it during the wait for the lock
             work = Work(folder / request[:16], folder / request[:16] / "corpus")
-            done = is_done(output, request)
+            if is_alone:
+                _delete_unfinished(Path(work.folder))
             for name in () if done else _SUBFOLDERS:
                 (work.folder / name).mkdir(parents=True, exist_ok=True)
-            yield None if done else work
+            if done:
+                log(f"corpus: {output}, already prepared")
+            with _removing(Path(folder), is_alone or done):
+                yield None if done else work
     except OSError as e:
         raise UserError(f"cannot write {output}: {e.strerror or e}; fix this and rerun; finished work is reused") from e
+
+
+def _delete_unfinished(folder: Path) -> None:
+    """Deletes what processes that were killed were writing, so that many kills do not fill the disk."""
+    for path in (*folder.glob("writing/*"), *folder.glob("signatures/.*")):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -187,3 +187,23 @@ def test_other_settings_are_refused_in_a_bucket_from_the_first_signature(folder)
                 work(config_of(folder, dedup="exact"), output, lambda line: None)
         prepare(config_of(folder, dedup="near"), output, lambda line: None)
         assert not buckets.is_folder(f"{output}.tmp")
+
+
+def test_what_is_left_behind_is_removed(folder, tmp_path, expected):
+    config, output, log = config_of(folder, dedup="near"), tmp_path / "out", list[str]()
+    for shard in (1, 2):
+        prepare_shard(config, output, shard, 2, log.append)
+    (work,) = (path for path in (tmp_path / "out.tmp").iterdir() if path.is_dir())
+    of_killed = [work / "writing" / "train-00000.npy.host.1.2", work / "signatures" / ".abc"]
+    for file in of_killed:
+        file.write_text("half")
+    with pytest.raises(UserError, match="units are not made"):
+        merge(config, output, log.append)
+    assert not [file for file in of_killed if file.exists()]
+    prepare(config, output, log.append)
+    assert content(output) == expected
+    (tmp_path / "out.tmp").mkdir()  # as by a shard that waits while the others are joined
+    log.clear()
+    prepare_shard(config, output, 1, 2, log.append)
+    assert log == [f"corpus: {output}, already prepared"]
+    assert not (tmp_path / "out.tmp").exists()
