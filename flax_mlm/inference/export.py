@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def export(
     dtype: str = "float32",
     licence: str = "",
     language: str = "",
+    complete: Callable[[Path, LoadedModel], Any] = lambda folder, model: None,
 ) -> LoadedModel:
     """Writes a Hugging Face folder, complete or not at all.
 
@@ -37,6 +39,7 @@ def export(
       architecture: model_type of a class in transformers; empty: that of the folder, or the first one that fits.
       dtype: of the weights, float32 or bfloat16.
       licence, language: of the model, for its card, as Hugging Face spells them; empty: not stated.
+      complete: adds files to the folder while it has a temporary name; where it raises, nothing is written.
 
     Returns:
       The model that was written, its weights rounded to `dtype`, and computed in float32.
@@ -68,7 +71,8 @@ def export(
     result = _result(path, model.meta["step"]) if model.meta else None
     card = model_card.ModelCard(output.name, chosen, config, size, tokenizer, model.meta, result, licence, language)
     config_file = folder.config_json(chosen, m, heads.vocab_rows(m, tokenizer.vocab_size), tokenizer, dtype)
-    _write(output, {**_files(model, config_file), "README.md": card.text().encode()}, tensors)
+    contents = {**_files(model, config_file), "README.md": card.text().encode()}
+    _write(output, contents, tensors, lambda path: complete(path, model))
     return model
 
 
@@ -90,7 +94,7 @@ def _files(model: LoadedModel, config_file: dict[str, Any]) -> dict[str, bytes]:
     return {**texts, "tokenizer.json": tokenizer_json.content(tokenizer, min(1, max(0, m.type_vocab_size - 1)))}
 
 
-def _write(output: Path, files: dict[str, bytes], tensors: dict[str, Any]) -> None:
+def _write(output: Path, files: dict[str, bytes], tensors: dict[str, Any], complete: Callable[[Path], Any]) -> None:
     """Writes a folder under another name, and renames it once it is complete."""
     temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
@@ -102,6 +106,7 @@ def _write(output: Path, files: dict[str, bytes], tensors: dict[str, Any]) -> No
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)
         folder.write_tensors(temporary / folder.WEIGHTS, tensors)
+        complete(temporary)
         if output.exists():
             output.rmdir()
         os.replace(temporary, output)

@@ -206,6 +206,8 @@ def test_options_that_are_none(argument, said):
         ("fill_mask", "--top_k=0"),
         ("export", "--dtype=int8"),
         ("export", "--architecture=gpt2"),
+        ("export", "--int8"),
+        ("export", "--max_drop=-1"),
         ("verify_resume", "--steps=1"),
         ("verify_resume", "--shapes=2by2"),
         ("verify_resume", "--shapes=2x0"),
