@@ -31,6 +31,11 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed (launch/on
 LIMIT = 1e-4
 
 
+@pytest.fixture(autouse=True)
+def few_timings(monkeypatch):
+    monkeypatch.setattr(onnx, "_SECONDS", 0)
+
+
 @pytest.fixture(scope="module")
 def lines() -> list[str]:
     chunk = next(iter(open_source("builtin").chunks()))
@@ -79,7 +84,7 @@ def test_a_masked_model_gives_the_logits_of_transformers(kind, vocabulary, lines
     exact, int8 = report["files"]["float32"], report["files"]["int8"]
     assert exact["largest_difference"] <= LIMIT
     assert abs(exact["task"]["drop"]) <= LIMIT
-    assert int8["bytes"] < 0.5 * exact["bytes"]
+    assert int8["bytes"] < 0.75 * exact["bytes"], "of this small model the graph is a third"
     assert int8["bytes"] == (tmp_path / "served" / onnx.QUANTIZED).stat().st_size
     assert int8["task"]["interval"][0] <= int8["task"]["drop"] <= int8["task"]["interval"][1]
     assert {name for times in report["latency"]["milliseconds"].values() for name in times} == {
