@@ -244,7 +244,7 @@ def test_a_damaged_folder_is_named(tmp_path):
     datasets.Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path / "a")
     (file,) = (tmp_path / "a").glob("*.arrow")
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(UserError, match=r"data.source is 'hf:.*/a'; it cannot be read: "):
+    with pytest.raises(UserError, match=r"data.source is 'hf:.*/a'; it cannot be read: .*copy or download them"):
         open_source(f"hf:{tmp_path}/a")
 
 

@@ -76,7 +76,8 @@ def _explained(error: BaseException) -> str:
     if any(hub.is_network(e) for e in chain):
         remedy = "check the network and HF_ENDPOINT, and run again; HF_HUB_OFFLINE=1 reads the cache of datasets"
         return f"{_endpoint()} does not answer ({hub.first_line(chain[-1])}); {remedy}"
-    return f"it cannot be read: {type(error).__name__}: {hub.first_line(error)}"
+    what = f"it cannot be read: {type(error).__name__}: {hub.first_line(error)}"
+    return f"{what}; if its files are damaged or incomplete, copy or download them again"
 
 
 def _endpoint() -> str:
