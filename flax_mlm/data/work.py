@@ -169,7 +169,7 @@ def working(output: AnyPath, request: str, log: Log, is_alone: bool) -> Iterator
             log(f"corpus: {output}, already prepared")
             yield None
             return
-        with _claimed(Path(folder), log, is_alone):
+        with _claimed(Path(folder), log, is_alone), _removing(Path(folder), is_alone):
             done = is_done(output, request)  # another process may have made it during the wait for the lock
             work = Work(folder / request[:16], folder / request[:16] / "corpus")
             if is_alone:
@@ -178,8 +178,7 @@ def working(output: AnyPath, request: str, log: Log, is_alone: bool) -> Iterator
                 (work.folder / name).mkdir(parents=True, exist_ok=True)
             if done:
                 log(f"corpus: {output}, already prepared")
-            with _removing(Path(folder), is_alone or done):
-                yield None if done else work
+            yield None if done else work
     except OSError as e:
         raise UserError(f"cannot write {output}: {e.strerror or e}; fix this and rerun; finished work is reused") from e
 
@@ -192,16 +191,21 @@ def _delete_unfinished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _removing(folder: Path, is_alone: bool) -> Iterator[None]:
-    """Removes the folder of unfinished work at the end, and after an error where no unit is finished."""
+    """Removes the folder of unfinished work at the end, and after an error where no unit is finished. Who is not alone
+    removes it if nothing is in it."""
     try:
         yield
     except UserError:
         kept = ("*/units/*.json", "*/signatures/*")  # finished units are worth keeping
-        if is_alone and not any(path for pattern in kept for path in folder.glob(pattern)):
+        if _is_empty(folder) or (is_alone and not any(p for each in kept for p in folder.glob(each))):
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    if is_alone:
+    if is_alone or _is_empty(folder):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_empty(folder: Path) -> bool:
+    return {path.name for path in folder.glob("*")} == {"lock"}
 
 
 @contextlib.contextmanager

@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from flax_mlm.configs import base
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.prepare import merge, prepare, prepare_shard
 from flax_mlm.data.sources import base as sources
+from flax_mlm.data.work import working
 from flax_mlm.errors import UserError
 from flax_mlm.storage import buckets
 from tests.helpers.bucket_servers import serving
@@ -202,8 +205,26 @@ def test_what_is_left_behind_is_removed(folder, tmp_path, expected):
     assert not [file for file in of_killed if file.exists()]
     prepare(config, output, log.append)
     assert content(output) == expected
-    (tmp_path / "out.tmp").mkdir()  # as by a shard that waits while the others are joined
-    log.clear()
-    prepare_shard(config, output, 1, 2, log.append)
-    assert log == [f"corpus: {output}, already prepared"]
+
+
+@pytest.mark.parametrize("dedup", ["near", "exact"])
+def test_a_shard_that_waits_until_the_corpus_is_there_leaves_nothing(folder, tmp_path, expected, dedup):
+    output, log, errors = tmp_path / "out", list[str](), list[str]()
+
+    def wait() -> None:
+        try:
+            prepare_shard(config_of(folder, dedup=dedup), output, 1, 2, log.append)
+        except UserError as e:
+            errors.append(str(e))
+
+    thread = threading.Thread(target=wait)
+    with working(output, "0" * 64, log.append, is_alone=True):
+        thread.start()
+        while not log:
+            time.sleep(0.01)
+        shutil.copytree(tmp_path / "expected", output)
+    thread.join()
+    assert "another process is at work" in log[0]
+    refused = f"{output} holds a corpus of other text or settings; name another folder, or delete that one"
+    assert (log[1:], errors) == (([f"corpus: {output}, already prepared"], []) if dedup == "near" else ([], [refused]))
     assert not (tmp_path / "out.tmp").exists()
