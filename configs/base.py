@@ -173,6 +173,8 @@ def get_config() -> ConfigDict:
     c.finetune = ConfigDict()  # used by `evaluate --task=classification`, tagging and retrieval
     c.finetune.method = "full"  # full (all weights) | probe (a linear model on the frozen encoder's pooled states)
     c.finetune.pooling = "cls"  # a text's vector: the state of [CLS] (cls), of the last token (last; for clm), or mean
+    c.finetune.head = "auto"  # auto (that of the model's class in transformers, where it has this pooling) | linear
+    c.finetune.class_weights = ""  # balanced: by inverse frequency; or label=weight,...; empty: all alike
     c.finetune.learning_rates = ""  # comma-separated; empty: 2e-5,5e-5,1e-4 if hidden_size >= 512, else 1e-4,3e-4,1e-3
     c.finetune.epochs = 3  # at most, see patience
     c.finetune.patience = 2  # stop after this many epochs without a better score

@@ -22,14 +22,16 @@ _TEXTS = {
     "data": "test data. cloze: lines `text with [MASK]<TAB>answer`, empty: built-in clozes; minimal_pairs: a .jsonl "
     "file, a folder of them, or tfds:blimp/NAME",
     "train": "training data. classification: a table, .jsonl or tfds:NAME:split; tagging: CoNLL format; retrieval: a "
-    "file of pairs with columns query, positive, negative, a file of lines, or a BEIR folder, empty: no fine-tuning",
+    "file of pairs with columns query, positive, negative, a file of lines, or a BEIR folder. Empty: "
+    "no fine-tuning; classification and tagging use the checkpoint's own head",
     "dev": "development data, which chooses learning rate and epoch; empty: a tenth of --train",
     "test": "test data; empty: --dev. retrieval: a BEIR folder, or pairs of sentences with scores",
     "text": "column of the text: its name, or its number from 1 in a table without header",
     "pair": "column of the second text",
-    "label": "column of the label or score",
+    "label": "column of the label or score, or of several labels; or several columns of 0 and 1, such as toxic,insult",
+    "label_separator": "between the labels of a text, for --metric=f1_micro and f1_macro; empty: a comma",
     "columns": "numbers of the columns of token and tag (--task=tagging), such as 1,4; empty: the first and the last",
-    "save": "new folder for the fine-tuned encoder, a checkpoint (--task=retrieval)",
+    "save": "new folder for what was fine-tuned, encoder and head: a checkpoint that is evaluated without --train",
     "json": "file to write the result to",
 }
 for _name, _help in _TEXTS.items():
@@ -39,8 +41,12 @@ _help = "additional mask rates to evaluate at (--task=mlm); empty: only eval.mas
 flags.DEFINE_string("mask_rates", "0.05,0.15,0.3,0.5", _help)
 _help = "pseudo-log-likelihood variant (--task=minimal_pairs)"
 flags.DEFINE_enum("variant", "within_word_l2r", ["original", "within_word_l2r"], _help)
-_help = "metric for --task=classification; spearman and pearson select regression"
-flags.DEFINE_enum("metric", "accuracy", ["accuracy", "f1", "matthews", "spearman", "pearson"], _help)
+_help = (
+    "metric for --task=classification; spearman and pearson select regression, f1_micro and f1_macro several labels a "
+    "text; empty: that of the checkpoint's head without --train, else accuracy"
+)
+_METRICS = ["", "accuracy", "f1", "f1_micro", "f1_macro", "matthews", "spearman", "pearson"]
+flags.DEFINE_enum("metric", "", _METRICS, _help)
 flags.adopt_module_key_flags(cluster)
 
 

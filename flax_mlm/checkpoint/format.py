@@ -127,11 +127,24 @@ def _check_meta(meta: dict[str, Any]) -> None:
     wrong += [name for name, pair in sums.items() if [*map(type, pair)] != [float, int] or pair[1] < 0]
     wrong += [name for name, count in counts.items() if type(count) is not int or count < 0]
     wrong += [name for name, entry in meta["arrays"].items() if [type(x) for x in entry] != [str, list, str]]
+    wrong += [f"fine_tuned.{name}" for name in _wrong_of_head(meta.get("fine_tuned", {}))]
     if wrong:
         raise ValueError(f"{wrong[0]} has a wrong type or value")
     if meta["tokenizer"]["filename"] not in TOKENIZERS:
         raise ValueError(f"its tokenizer's file is not one of {', '.join(TOKENIZERS)}")
     base64.b64decode(meta["tokenizer"]["base64"], validate=True)
+
+
+def _wrong_of_head(about: dict[str, Any]) -> list[str]:
+    """Returns the entries of a fine-tuned checkpoint that have a wrong type or value."""
+    wrong = ["missing_head"] if type(about.get("missing_head", "")) is not str else []
+    if "problem_type" not in about:
+        return wrong
+    labels, names = about["labels"], ("task", "problem_type", "head", "metric")
+    wrong += [name for name in names if type(about[name]) is not str]
+    is_list = type(labels) is list and all(type(label) is str for label in labels)
+    wrong += [] if is_list and len({*labels}) == len(labels) else ["labels"]
+    return wrong + ([] if about["pairs"] in (True, False, None) else ["pairs"])
 
 
 def _check_machine(checkpoint: epath.Path, e: Exception) -> None:

@@ -218,6 +218,8 @@ class EvalConfig:
 class FinetuneConfig:
     method: Annotated[str, "full | probe"]
     pooling: Annotated[str, "cls | mean | last"]
+    head: Annotated[str, "auto | linear"]
+    class_weights: str
     learning_rates: str
     epochs: Annotated[int, "[1, inf)"]
     patience: Annotated[int, "[1, inf)"]

@@ -18,16 +18,17 @@ _TEXT = ("sentence", "text", "sentence1", "premise", "question", "question1")
 _FIRST = ("sentence1", "premise", "question1")  # of two
 _PAIR = ("sentence2", "hypothesis", "question2", "text2")
 _LABEL = ("label", "score", "labels")
+_FLAGS = {**dict.fromkeys(("0", "0.0", "false"), False), **dict.fromkeys(("1", "1.0", "true"), True)}
 FIELD_CHARS = 1 << 26  # of a cell, at most; a quote that is not closed would take all that follows
 HEADER = (*_TEXT, *_PAIR, *_LABEL, "category", "class", "rating", "sentiment", "stars", "target")
 
 
 class Labelled(NamedTuple):
-    """N texts with their labels as strings."""
+    """N texts with their labels as text."""
 
     texts: list[str]
     pairs: list[str] | None  # second texts
-    labels: list[str]
+    labels: list[Any]  # text; where a text has any number of labels, tuples of them
     locations: list[str] | None = None  # FILE:LINE of each, for messages
 
     def location(self, index: int) -> str:
@@ -41,17 +42,21 @@ def take(columns: Any, indices: Iterable[int]) -> Any:
     return type(columns)(*(None if column is None else [column[i] for i in rows] for column in columns))
 
 
-def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labelled:
+def read(source: str, text: str = "", pair: str = "", label: str = "", separator: str = "") -> Labelled:
     """Reads labelled texts from a file, or from `tfds:NAME[/config]:split`.
 
     Args:
       text, pair, label: names of the columns, or their numbers from 1 in a table without header; empty: the usual names
         (`sentence`, `sentence1` and `sentence2`, `label` and the like).
+      separator: a text has any number of labels: a list in JSON, or text separated so; or `label` is several names of
+        columns of 0 and 1, separated by commas. Empty: one label a text.
 
     Raises:
       UserError: it cannot be read, is empty, lacks a column, or has a header although columns are numbered; or a value
         is missing, null, NaN, a list or an object. The message names the file and the line.
     """
+    several = [name for name in map(str.strip, label.split(",")) if name] if separator else []
+    label = several[0] if several else label
     numbered = any(name.isdecimal() for name in (text, pair, label))
     rows = records(source, numbered)
     first = rows[0][1]
@@ -71,9 +76,12 @@ def read(source: str, text: str = "", pair: str = "", label: str = "") -> Labell
         if not columns[role]:
             what = f"{source} has columns {_names(first)}; name the column of the {role} with --{role}=NAME"
             raise UserError(f"{what}, or by its number from 1 where the first line is no header")
-    values = {role: [_value(*row, column, role) for row in rows] for role, column in columns.items() if column}
+    roles_read = [role for role in columns if columns[role] and not (separator and role == "label")]
+    values: dict[str, list[Any]] = {role: [_value(*row, columns[role], role) for row in rows] for role in roles_read}
+    if separator:
+        values["label"] = [_label_set(*row, several or [columns["label"]], separator) for row in rows]
     if numbered:
-        _refuse_header(rows[0], values["text"], values["label"])
+        _refuse_header(rows[0], values["text"], [x if isinstance(x, str) else " ".join(x) for x in values["label"]])
     return Labelled(values["text"], values.get("pair"), values["label"], [location for location, _ in rows])
 
 
@@ -87,6 +95,27 @@ def _value(location: str, record: dict[str, Any], column: str, role: str) -> str
         what = "empty" if is_empty else json_kind(value)
         raise UserError(f"{location}: {column} is {what}; expected one {role.replace('pair', 'text')}")
     return str(value)
+
+
+def _label_set(location: str, record: dict[str, Any], columns: list[str], separator: str) -> tuple[str, ...]:
+    """Reads the labels of a text from a column of them, or from several columns of 0 and 1."""
+    for column in columns:
+        if column not in record:
+            raise UserError(f"{location} has no {column}; it has {_names(record)}")
+    if len(columns) > 1:
+        found = {column: str(record[column]).strip().lower() for column in columns}
+        if wrong := next((column for column, value in found.items() if value not in _FLAGS), ""):
+            raise UserError(f"{location}: {wrong} is '{found[wrong][:20]}'; expected 0 or 1 in each of several columns")
+        return tuple(column for column, value in found.items() if _FLAGS[value])
+    value = record[columns[0]]
+    items = value if isinstance(value, list) else str(value).split(separator)
+    is_text = [isinstance(item, str) or type(item) is int for item in items]
+    if not all(is_text) or not isinstance(value, str | list | int):
+        what = json_kind(value if all(is_text) else items[is_text.index(False)])
+        raise UserError(
+            f"{location}: {columns[0]} has {what}; expected labels, as a list or separated by '{separator}'"
+        )
+    return tuple(dict.fromkeys(label for item in items if (label := str(item).strip())))
 
 
 def _refuse_header(first: tuple[str, dict[str, Any]], texts: list[str], labels: list[str]) -> None:

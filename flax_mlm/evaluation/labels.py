@@ -5,7 +5,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,8 @@ _NOT_FINITE = re.compile(r"[-+]?(nan|inf|infinity)", re.IGNORECASE)
 
 def stripped(part: tables.Labelled, name: str, log: Log) -> tables.Labelled:
     """Strips spaces around labels, and logs how many had some."""
+    if has_sets(part):  # stripped when they are read
+        return part
     labels = [label.strip() for label in part.labels]
     changed = [before for before, after in zip(part.labels, labels, strict=True) if before != after]
     if changed:
@@ -28,6 +30,63 @@ def stripped(part: tables.Labelled, name: str, log: Log) -> tables.Labelled:
             f"note: --{name}: {len(changed):,} labels had spaces around them, such as '{changed[0]}'; they are stripped"
         )
     return part._replace(labels=labels)
+
+
+def has_sets(part: tables.Labelled) -> bool:
+    """Returns whether a text has any number of labels."""
+    return bool(part.labels) and isinstance(part.labels[0], tuple)
+
+
+def encode_sets(part: tables.Labelled, name: str, classes: Sequence[str]) -> np.ndarray:
+    """Converts sets of labels to float32 (N, C), 0 or 1. Raises UserError: a label is not among the classes."""
+    ids = {label: i for i, label in enumerate(classes)}
+    array_NC = np.zeros((len(part.labels), len(classes)), np.float32)
+    for i, labels in enumerate(part.labels):
+        for label in labels:
+            if label not in ids:
+                what = f"--{name}: {part.location(i)} has label '{label}', which is not in the training set"
+                raise UserError(f"{what}; {did_you_mean(label, [*classes], f'it has {shortened([*classes])}')}")
+            array_NC[i, ids[label]] = 1
+    return array_NC
+
+
+def find_set_classes(train: tables.Labelled) -> list[str]:
+    """Returns the sorted labels that texts have in a training set. Raises UserError: there are fewer than two."""
+    classes = sorted({label for labels in train.labels for label in labels})
+    if len(classes) < 2:
+        what = f"--train has {len(classes)} labels in all; several labels a text need at least two"
+        raise UserError(f"{what}; see --label and --label_separator, or use --metric=accuracy or f1")
+    return classes
+
+
+def class_weights(setting: str, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray | None:
+    """Returns the weight of each class in the loss, float32 (C,), by `finetune.class_weights`; None: all alike.
+
+    `balanced` is N / (C × count), as scikit-learn has it; of several labels a text, the negatives per positive.
+
+    Args:
+      labels: class indices (N,), or 0 and 1 (N, C).
+
+    Raises:
+      UserError: the setting is neither `balanced` nor `label=weight,...` with labels of the training set.
+    """
+    if not setting:
+        return None
+    if setting == "balanced":
+        if labels.ndim == 2:
+            count_C = labels.sum(0)
+            return np.clip((len(labels) - count_C) / np.maximum(count_C, 1), 1e-3, 1e3).astype(np.float32)
+        count_C = np.bincount(labels, minlength=len(classes))
+        return (len(labels) / (len(classes) * np.maximum(count_C, 1))).astype(np.float32)
+    weights = dict.fromkeys(classes, 1.0)
+    for item in setting.split(","):
+        label, _, number = item.rpartition("=")
+        label, weight = label.strip(), _number(number.strip())
+        if label not in weights or not weight > 0:
+            expected = f"balanced, or label=weight with a label of {shortened([*classes])} and a positive number"
+            raise UserError(f"finetune.class_weights has '{item.strip()}'; expected {expected}")
+        weights[label] = weight
+    return np.array([weights[label] for label in classes], np.float32)
 
 
 def encode(part: tables.Labelled, name: str, classes: list[str]) -> np.ndarray:

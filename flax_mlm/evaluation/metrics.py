@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 REGRESSION = ("spearman", "pearson")
+MULTI_LABEL = ("f1_micro", "f1_macro")  # of texts with any number of labels
 
 
 def evaluate(metric: str, labels: np.ndarray, predictions: np.ndarray, num_classes: int = 0) -> float:
-    """Computes accuracy, f1, matthews, spearman or pearson.
+    """Computes accuracy, f1, matthews, spearman or pearson, or f1_micro or f1_macro of arrays (N, C) of 0 and 1.
 
     With two classes f1 is that of the second class; with more it is the mean over the classes that occur. An undefined
     correlation (constant input) is 0.
@@ -22,6 +23,9 @@ def evaluate(metric: str, labels: np.ndarray, predictions: np.ndarray, num_class
         if metric in REGRESSION:
             correlation = scipy.stats.spearmanr if metric == "spearman" else scipy.stats.pearsonr
             return float(np.nan_to_num(correlation(labels, predictions).statistic))
+        if metric in MULTI_LABEL:
+            average = metric.removeprefix("f1_")
+            return float(sklearn.metrics.f1_score(labels, predictions, average=average, zero_division=0.0))
         if metric == "f1":
             average = "binary" if num_classes == 2 else "macro"
             return float(sklearn.metrics.f1_score(labels, predictions, average=average, zero_division=0.0))

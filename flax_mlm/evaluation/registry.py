@@ -56,11 +56,22 @@ def _minimal_pairs(result: dict[str, Any]) -> HeadlineMetric:
 
 def _classification(result: dict[str, Any]) -> HeadlineMetric:
     """The metric of the median run, of labels or numbers."""
-    labels, predictions = np.array(result["labels"]), np.array(result["predictions"])
     metric, classes = result["metric"], result.get("classes", [])
-    if classes:
-        labels, predictions = np.searchsorted(classes, labels), np.searchsorted(classes, predictions)
+    labels: Any = result["labels"]
+    predictions: Any = result["predictions"]
+    if metric in metrics.MULTI_LABEL:
+        labels, predictions = (_indicators(result[key], classes) for key in ("labels", "predictions"))
+    elif classes:
+        ids = {label: i for i, label in enumerate(classes)}
+        labels, predictions = (np.array([ids[label] for label in given]) for given in (labels, predictions))
+    else:
+        labels, predictions = np.array(labels), np.array(predictions)
     return _resampled(metric, result, lambda i: metrics.evaluate(metric, labels[i], predictions[i], len(classes)))
+
+
+def _indicators(label_sets: list[list[str]], classes: list[str]) -> np.ndarray:
+    """Converts sets of labels to an array (N, C) of 0 and 1."""
+    return np.array([[label in labels for label in classes] for labels in label_sets], np.float32)
 
 
 def _tagging(result: dict[str, Any]) -> HeadlineMetric:
@@ -97,12 +108,14 @@ class Task(NamedTuple):
 _SPLITS = ("train", "dev", "test")
 _COLUMNS = ("text", "pair", "label")
 
+_CLASSIFICATION = (*_SPLITS, *_COLUMNS, "label_separator", "metric", "save")
+
 TASKS = {
     "mlm": Task("loss and accuracy on held-out rows, with the model's own objective", ("mask_rates",), _mlm),
     "cloze": Task("rank of the words that belong in a [MASK]", ("data",), _cloze),
     "minimal_pairs": Task("how often the good sentence of a pair is likelier", ("data", "variant"), _minimal_pairs),
-    "classification": Task("fine-tuning for labels or numbers", (*_SPLITS, *_COLUMNS, "metric"), _classification),
-    "tagging": Task("fine-tuning for tags of words", (*_SPLITS, "columns"), _tagging),
+    "classification": Task("fine-tuning for labels or numbers", _CLASSIFICATION, _classification),
+    "tagging": Task("fine-tuning for tags of words", (*_SPLITS, "columns", "save"), _tagging),
     "retrieval": Task("vectors for search, as they are or fine-tuned", (*_SPLITS, *_COLUMNS, "save"), _retrieval),
 }
 

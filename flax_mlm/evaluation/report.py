@@ -66,6 +66,12 @@ def summary(scores: list[float], search: SearchResult, sizes: dict[str, int], ch
     }
 
 
+def saved(search: SearchResult, scores: Sequence[float]) -> dict[str, float]:
+    """Describes the seed that is kept, the best one on the development set; its score is that on the test set."""
+    seed = search.best_seed
+    return {"seed": seed, "dev_score": search.seed_scores[seed], "score": scores[seed]}
+
+
 def table(result: dict[str, Any]) -> list[str]:
     """Formats a result as lines of text."""
     examples, (low, high) = result["examples"], result["spread"]
@@ -81,6 +87,11 @@ def table(result: dict[str, Any]) -> list[str]:
             what = "not better than the baseline by more than the standard error"
             advice = "with finetune.method=full try higher finetune.learning_rates, or more finetune.epochs"
             lines.append(f"WARNING: {what}; {advice}")
+    if kept := result.get("saved"):
+        lines.append(
+            f"saved seed {kept['seed']}, the best on the development set ({kept['dev_score']:.4f}): "
+            f"{result['metric']} {kept['score']:.4f} here"
+        )
     if result["chosen_on_test"]:
         lines.append("note: without --test the metric is that of the development set, and slightly optimistic")
     return lines

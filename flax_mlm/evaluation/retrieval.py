@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_mlm.checkpoint.store import check_name
 from flax_mlm.data import tables
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import labels as task_labels
 from flax_mlm.evaluation import metrics, report
-from flax_mlm.finetuning import contrastive, loop
+from flax_mlm.finetuning import contrastive, loop, saving
 from flax_mlm.inference import embeddings
 from flax_mlm.inference.load import LoadedModel, Log, OnBatch, Params
 from flax_mlm.storage import files
@@ -184,31 +183,33 @@ def run(
       UserError: `test` has no pairs or no scores, `train` too few pairs, or `finetune.method` is probe.
 
     Returns:
-      the result, as of `classification.run`, and the parameters of the median run. The metric is spearman (predictions
+      the result, as of `classification.run`, and the parameters of the seed that is best on the development set, whose
+      numbers are in `saved`. The metric is spearman (predictions
       are cosines), or for a benchmark ndcg@10 with recall@10, recall@100, mrr@10, and `each`, the metric of each of
       `queries`.
     """
     measure = _similarity(test) if isinstance(test, tables.Labelled) else functools.partial(_search, test, on_batch)
     encoder = embeddings.make_encoder(model)
-    searched = loop.SearchResult("", {}, [model.params])
+
+    def evaluated(params: Params) -> dict[str, Any]:
+        return measure(lambda texts: embeddings.embed(model, texts, encoder, params, on_batch))
+
     if train is not None:
         if dev is None:
             train, dev = (tables.take(train, i) for i in report.hold_out_queries(train.queries))
         if any(train.negatives) and not model.config.finetune.hard_negatives:
             log("note: the negatives of --train are not used; set finetune.hard_negatives to use them")
         problem = contrastive.make_problem(model, train, dev, encoder, on_batch)
-        searched = loop.search(model, problem, lambda params: params, log, on_batch)
-
-    def evaluated(params: Params) -> dict[str, Any]:
-        return measure(lambda texts: embeddings.embed(model, texts, encoder, params, on_batch))
-
-    results = [evaluated(params) for params in searched.outcomes]
-    scores = [result["score"] for result in results]
-    median = report.median_run(scores)
+        searched = loop.search(model, problem, evaluated, log, on_batch)
+    else:
+        searched = loop.SearchResult("", {}, [evaluated(model.params)], [0.0], model.params)
+    scores = [result["score"] for result in searched.outcomes]
     examples = {"test": len(test.texts if isinstance(test, tables.Labelled) else test.relevance)}
     if train and dev:
         examples |= {"train": len(train.queries), "dev": len(dev.queries)}
-    return {**results[median], **report.summary(scores, searched, examples, False)}, searched.outcomes[median]
+    median = searched.outcomes[report.median_run(scores)]
+    result = {**median, **report.summary(scores, searched, examples, False)}
+    return result | ({"saved": report.saved(searched, scores)} if train else {}), searched.params
 
 
 def _similarity(test: tables.Labelled) -> Callable[[Embed], dict[str, Any]]:
@@ -275,19 +276,15 @@ def evaluate(
       columns: see `tables.read`.
     """
     report.require("test", test, "a BEIR folder, or a file of pairs of sentences with scores")
-    folder = Path(save).expanduser()
-    if save:
-        if folder.exists():
-            raise UserError(f"--save is '{save}', which exists; name a new folder")
-        report.require("train", train, "pairs to fine-tune on; without --train there is nothing new for --save")
-        check_name("--save", folder.absolute())
-        files.check_writable("--save", folder, makes_folders=True)
+    folder = saving.new_folder(save, train)
     sources = (train, "train"), (dev, "dev")
     pairs, dev_pairs = (read_pairs(source, name) if source else None for source, name in sources)
     examples = read_benchmark(test, "test", "dev") if Path(test).expanduser().is_dir() else tables.read(test, **columns)
     result, params = run(model, examples, pairs, dev_pairs, print, on_batch)
-    if save:
-        contrastive.save_encoder(folder, model, params["encoder"], result["examples"]["train"])
+    if folder:
+        saving.save_model(folder, model, params, result["examples"]["train"])
+    else:
+        result.pop("saved", None)
     return result
 
 

@@ -4,8 +4,9 @@ A word is tagged by its first token (BERT, arXiv:1810.04805 §5.3). Sentences lo
 between words, and their tags joined again.
 """
 
+import functools
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,14 @@ from flax_mlm.data.conll import Tagged
 from flax_mlm.errors import UserError
 from flax_mlm.evaluation import labels as task_labels
 from flax_mlm.evaluation import metrics, report
-from flax_mlm.finetuning.heads import NO_LABEL, fine_tune_head
-from flax_mlm.inference.load import LoadedModel, Log, OnBatch
+from flax_mlm.finetuning import saving
+from flax_mlm.finetuning.heads import NO_LABEL, choose_kind, fine_tune_head
+from flax_mlm.finetuning.loop import SearchResult
+from flax_mlm.inference import classify, task_head
+from flax_mlm.inference.load import LoadedModel, Log, OnBatch, Params
+from flax_mlm.inference.task_head import TaskHead
+
+Keep = Callable[[Params, int, TaskHead], None]  # fine-tuned parameters, number of training examples, head
 
 
 def run(
@@ -26,6 +33,7 @@ def run(
     test: Tagged | None = None,
     log: Log = lambda line: None,
     on_batch: OnBatch = lambda: None,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes with each learning rate, then with every seed, and evaluates on `test`, or on `dev` without it.
 
@@ -33,6 +41,7 @@ def run(
       dev: chooses learning rate and epoch; None: a tenth of `train`.
       log: receives the counts of the entities, the tags that `train` lacks, and one line a learning rate.
       on_batch: called before every batch.
+      keep: called with what the seed that is best on the development set has learned.
 
     Raises:
       UserError: a part has no entities, or `finetune.method` is probe.
@@ -41,8 +50,6 @@ def run(
       as `classification.run`, with entity F1 as the metric; `kinds` with precision, recall and F1 of each kind of
       entity, of the median run; and the baseline of giving each word the tag that it has most often in training.
     """
-    from seqeval.metrics import classification_report, f1_score
-
     if dev is None:
         train, dev = (tables.take(train, i) for i in report.hold_out(len(train.words), train.tags))
     parts = {"train": train, "dev": dev, "test": test or dev}
@@ -56,21 +63,62 @@ def run(
         return _join(rows[part], outputs, tags)
 
     def score(part: str, predictions: list[list[str]]) -> float:
-        return float(f1_score(parts[part].tags, predictions, zero_division=0))
+        return _f1(parts[part].tags, predictions)
 
-    searched = fine_tune_head(model, tokens, rows["train"].labels, len(tags), predict, score, log, on_batch)
+    head = TaskHead("tagging", "token_classification", tuple(tags), choose_kind(model, "tagging"), False, "f1")
+    seen = np.array([label for row in rows["train"].labels for label in row if label != NO_LABEL])
+    weights_C = task_labels.class_weights(model.config.finetune.class_weights, seen, tags)
+    arguments = tokens, rows["train"].labels, predict, score, log, on_batch, weights_C
+    searched = fine_tune_head(model, head, *arguments)
+    if keep:
+        keep(searched.params, len(train.words), head)
     scores = [score("test", predictions) for predictions in searched.outcomes]
     labels, median = parts["test"].tags, searched.outcomes[report.median_run(scores)]
-    counts_N3 = metrics.entity_counts(labels, median)
-    kinds = classification_report(labels, median, output_dict=True, zero_division=0)
     return {
         "metric": "f1",
         **report.summary(scores, searched, {name: len(part.words) for name, part in parts.items()}, test is None),
         "baseline": score("test", commonest_tags(train, parts["test"].words)),
         "baseline_label": "each word's commonest tag",
+        **_judged(labels, median),
+        **({"saved": report.saved(searched, scores)} if keep else {}),
+    }
+
+
+def judge(
+    model: LoadedModel, test: Tagged, log: Log = lambda line: None, on_batch: OnBatch = lambda: None
+) -> dict[str, Any]:
+    """Evaluates a model that was fine-tuned before, without training; returns as `run` does, without the baseline.
+
+    Raises:
+      UserError: the model has no head for tags, or `test` has no entities.
+    """
+    head = task_head.require(model.task_head, "tagging")
+    tags = [*head.labels]
+    for line in _describe({"test": test}, tags):
+        log(line)
+    rows = split_sentences(model, test, tags)
+    predictions = _join(rows, classify.run_head(model, head, rows.tokens, on_batch), tags)
+    scores = [_f1(test.tags, predictions)]
+    summary = report.summary(scores, SearchResult("", {}, [predictions]), {"test": len(test.words)}, False)
+    return {"metric": "f1", **summary, **_judged(test.tags, predictions)}
+
+
+def _f1(labels: list[list[str]], predictions: list[list[str]]) -> float:
+    from seqeval.metrics import f1_score
+
+    return float(f1_score(labels, predictions, zero_division=0))
+
+
+def _judged(labels: list[list[str]], predictions: list[list[str]]) -> dict[str, Any]:
+    """Returns standard error, numbers of each kind of entity, predictions and labels of a result, by name."""
+    from seqeval.metrics import classification_report
+
+    counts_N3 = metrics.entity_counts(labels, predictions)
+    kinds = classification_report(labels, predictions, output_dict=True, zero_division=0)
+    return {
         "stderr": metrics.bootstrap_stderr(lambda i: metrics.entity_f1(counts_N3[i]), len(labels), draws=1000),
         "kinds": {kind: {key: float(value) for key, value in values.items()} for kind, values in kinds.items()},
-        "predictions": median,
+        "predictions": predictions,
         "labels": labels,
     }
 
@@ -147,11 +195,22 @@ def _join(rows: Rows, outputs: list[np.ndarray], tags: list[str]) -> list[list[s
     return sentences
 
 
-def evaluate(model: LoadedModel, on_batch: OnBatch, train: str, dev: str, test: str, columns: str) -> dict[str, Any]:
-    """Runs the task on files (see `conll.read`)."""
-    report.require("train", train, "a file of tagged sentences to fine-tune on")
+def evaluate(
+    model: LoadedModel, on_batch: OnBatch, train: str, dev: str, test: str, columns: str, save: str
+) -> dict[str, Any]:
+    """Runs the task on files (see `conll.read`).
+
+    Args:
+      save: a new folder for the fine-tuned model; empty: it is not kept.
+    """
+    folder = saving.new_folder(save, train)
+    if not train:
+        task_head.require(model.task_head, "tagging")
+        report.require("test", test, "tagged sentences; without --train the checkpoint's own head is evaluated")
+        return judge(model, conll.read(test, columns), print, on_batch)
     dev_set, test_set = (conll.read(source, columns) if source else None for source in (dev, test))
-    return run(model, conll.read(train, columns), dev_set, test_set, print, on_batch)
+    keep = functools.partial(saving.save_model, folder, model) if folder else None
+    return run(model, conll.read(train, columns), dev_set, test_set, print, on_batch, keep)
 
 
 table = report.table

@@ -6,17 +6,14 @@ arXiv:2104.08821); the development loss then chooses the epoch. With Matryoshka 
 dimensions alone are trained on the same loss.
 """
 
-import dataclasses
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_mlm.checkpoint.format import make_meta
-from flax_mlm.checkpoint.manager import Checkpoints
 from flax_mlm.distributed import batches, mesh
 from flax_mlm.errors import UserError
 from flax_mlm.finetuning.loop import Batch, Problem, epoch_indices
@@ -24,7 +21,6 @@ from flax_mlm.inference import embeddings
 from flax_mlm.inference.forward import check_finite
 from flax_mlm.inference.load import LoadedModel, OnBatch, Params, pad_rows
 from flax_mlm.objectives.rows import new_key
-from flax_mlm.storage import gcs
 
 _NONE = -1  # text index where an example has fewer hard negatives than others
 
@@ -141,33 +137,3 @@ def ranks(embed: Callable[[list[str]], np.ndarray], pairs: Pairs) -> np.ndarray:
     similarity_NC = embed(pairs.queries) @ embed(list(candidates)).T
     positive_N1 = np.array([[candidates[text]] for text in pairs.positives])
     return (~(similarity_NC < np.take_along_axis(similarity_NC, positive_N1, axis=1))).sum(1)
-
-
-def save_encoder(workdir: gcs.AnyPath, model: LoadedModel, encoder: Any, examples: int) -> None:
-    """Saves a fine-tuned encoder as a checkpoint, enough to evaluate, embed and export.
-
-    Args:
-      workdir: a new folder.
-      model: the model that was fine-tuned; its parameters other than the encoder's are kept.
-      encoder: the fine-tuned parameters.
-      examples: number of training pairs.
-
-    Raises:
-      Failure: it cannot be written.
-    """
-    before = model.meta
-    meta = make_meta(model.config, model.tokenizer, before.get("corpus", ""), before.get("text", {}))
-    meta["fine_tuned"] = {"examples": examples}
-    config = dataclasses.replace(model.config, train=dataclasses.replace(model.config.train, max_failed_saves=1))
-    step = before.get("step", 0)
-    checkpoints = Checkpoints(workdir, config, meta)
-    state = _FineTuned({**model.params, "encoder": encoder}, jnp.int32(step))
-    checkpoints.save(step, state, totals=before.get("totals", {}))
-    checkpoints.close()
-
-
-class _FineTuned(NamedTuple):
-    """Fine-tuned weights without optimizer state, and the pretraining step that they started from."""
-
-    params: Any
-    step: jax.Array

@@ -42,6 +42,13 @@ class SearchResult(NamedTuple):
     best: str  # the choice with the highest score on the development set
     dev_scores: dict[str, float]  # choice -> score
     outcomes: list[Any]  # one for each seed, with the best choice
+    seed_scores: Sequence[float] = ()  # of each seed on the development set
+    params: Params = None  # fine-tuned, of the seed with the highest of these scores, the first of several
+
+    @property
+    def best_seed(self) -> int:
+        """The seed whose parameters are kept."""
+        return int(np.argmax(self.seed_scores))
 
 
 def search(
@@ -62,25 +69,31 @@ def search(
     if config.method == "probe":
         raise UserError("finetune.method is probe; only --task=classification takes it; use full")
     train = _make_training(model, problem, on_batch)
-    scores, first = {}, {}
+    scores, first, kept = dict[str, float](), dict[str, Any](), None
     with mesh.use_mesh(model.mesh):
         for learning_rate in (rates := config.rates(model.config.model.hidden_size)):
             name = str(learning_rate)
             try:
-                scores[name], params = train(learning_rate, 0)
+                score, params = train(learning_rate, 0)
             except NotFinite:
                 log(f"learning rate {name}: diverged")
                 if scores or learning_rate != rates[-1]:
                     continue
                 raise
-            first[name] = outcome(params)
-            log(f"learning rate {name}: {scores[name]:.4f} on the development set")
+            if score > max(scores.values(), default=-np.inf) or not scores:
+                kept = params
+            scores[name], first[name] = score, outcome(params)
+            log(f"learning rate {name}: {score:.4f} on the development set")
         best = max(scores, key=lambda name: scores[name])
-        others = []
+        outcomes, seed_scores = [first[best]], [scores[best]]
         for seed in range(1, config.seeds):
             with as_user_error(f"seed {seed} with the best learning rate, {best}: ", NotFinite):
-                others.append(outcome(train(float(best), seed)[1]))
-    return SearchResult(best, scores, [first[best], *others])
+                score, params = train(float(best), seed)
+                outcomes.append(outcome(params))
+            if score > max(seed_scores):
+                kept = params
+            seed_scores.append(score)
+    return SearchResult(best, scores, outcomes, seed_scores, kept)
 
 
 _Training = Callable[[float, int], tuple[float, Params]]  # learning rate, seed -> score, parameters

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,7 +207,13 @@ def _read_tensors(file: Path) -> dict[str, np.ndarray]:
         raise UserError(f"init_from: {file} is damaged or not safetensors ({' '.join(str(e).split())})") from e
 
 
-def matching_architecture(model: ModelConfig, objective: str, name: str, cls_token: str) -> Architecture:
+def matching_architecture(
+    model: ModelConfig,
+    objective: str,
+    name: str,
+    cls_token: str,
+    refusal: Callable[[Architecture], str] = lambda architecture: "",
+) -> Architecture:
     """Returns the architecture that an encoder of ours can be exported as.
 
     An encoder fits where reading the config.json written for it gives its own fields again.
@@ -215,6 +221,7 @@ def matching_architecture(model: ModelConfig, objective: str, name: str, cls_tok
     Args:
       name: value of --architecture; empty: the first that fits, RoBERTa first where [CLS] is spelled `<s>`.
       cls_token: how the tokenizer spells [CLS].
+      refusal: architecture -> what else it needs; empty: nothing.
 
     Raises:
       UserError: none fits; the message names the fields.
@@ -231,6 +238,7 @@ def matching_architecture(model: ModelConfig, objective: str, name: str, cls_tok
             wrong = [f"model.{field} = {x}" for field, x in fields.items() if getattr(model, field) != x]
         except ValueError as e:
             wrong = [str(e)]
+        wrong = wrong or list(filter(None, [refusal(architecture)]))
         if not wrong:
             return architecture
         misfits.append(f"{architecture.model_type} needs {', '.join(wrong)}")

@@ -1,6 +1,6 @@
 """Conversion between our parameters and the weights of a Hugging Face folder, as numpy arrays."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,7 +112,12 @@ def tensors_to_params(mappings: Sequence[ParamMapping], tensors: Mapping[str, np
 
 
 def load_params(
-    folder: Folder, mappings: Sequence[ParamMapping], new_tokens: Mapping[int, np.ndarray], reinit_head: bool, log: Log
+    folder: Folder,
+    mappings: Sequence[ParamMapping],
+    new_tokens: Mapping[int, np.ndarray],
+    reinit_head: bool,
+    log: Log,
+    read_apart: Collection[str] = (),
 ) -> Params:
     """Reads the parameters of a model from a folder.
 
@@ -122,6 +127,7 @@ def load_params(
         Its embedding is the mean of theirs (arXiv:2112.14569 §3.1).
       reinit_head: leaves the head out.
       log: called with lines on what is used and what is left out.
+      read_apart: names of weights that the caller reads itself.
 
     Returns:
       float32 arrays by path, without those of a head that is left out.
@@ -129,7 +135,7 @@ def load_params(
     Raises:
       UserError: weights are missing, are not used by our model, or have another shape. MissingHead: those of the head.
     """
-    tensors = _select(folder, mappings, reinit_head, log)
+    tensors = _select(folder, mappings, reinit_head, log, read_apart)
     for mapping in mappings:
         if mapping.dims[0] == "V" and (name := mapping.names[0][0]) in tensors:
             if (found := len(tensors[name])) != (rows := folder.config["vocab_size"]):
@@ -150,7 +156,9 @@ def subtokens(before: Tokenizer, after: Tokenizer) -> dict[int, np.ndarray]:
     return {i: before.encode([after.decode([i])])[0] for i in range(before.vocab_size, after.vocab_size)}
 
 
-def _select(folder: Folder, mappings: Sequence[ParamMapping], reinit_head: bool, log: Log) -> dict[str, np.ndarray]:
+def _select(
+    folder: Folder, mappings: Sequence[ParamMapping], reinit_head: bool, log: Log, read_apart: Collection[str]
+) -> dict[str, np.ndarray]:
     """Returns the weights that the parameters are made of, and checks that they are complete and nothing is lost."""
     architecture, tensors = folder.architecture, folder.tensors()
     for name, twin in architecture.tied.items():
@@ -160,7 +168,7 @@ def _select(folder: Folder, mappings: Sequence[ParamMapping], reinit_head: bool,
     kept = [mapping for mapping in mappings if not (reinit_head and mapping.path[0] == "head")]
     used = {name: mapping.path for mapping in kept for names in mapping.names for name in names}
     missing = [name for name in used if name not in tensors]
-    extra = [name for name in tensors if name not in used]
+    extra = [name for name in tensors if name not in used and name not in read_apart]
     # With `reinit_head`, other heads are left out, too.
     others = [name for name in extra if reinit_head and not name.startswith(architecture.prefix)]
     left_out = [name for name in extra if name.startswith(architecture.unused) or name in others]

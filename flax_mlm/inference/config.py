@@ -11,8 +11,8 @@ from flax_mlm.config.load import from_dict
 from flax_mlm.config.schema import Config
 from flax_mlm.data.tokenizer import load_tokenizer
 from flax_mlm.errors import UserError
-from flax_mlm.hf import sentence_transformers
-from flax_mlm.hf.folder import is_hf_folder, open_folder
+from flax_mlm.hf import sentence_transformers, task_heads
+from flax_mlm.hf.folder import Folder, is_hf_folder, open_folder, read_json
 from flax_mlm.storage import hub
 
 # For a new vocabulary head, and for one that the folder has. A new head whose gradients reach the encoder at once costs
@@ -60,6 +60,13 @@ def usual_learning_rate(hidden_size: int) -> float:
     return 5e-5 if hidden_size >= 384 else 1e-4
 
 
+def _max_length(folder: Folder, limit: int) -> int:
+    """Returns the tokens that a text may have in a folder with a task's head: as many as its tokenizer allows."""
+    file = folder.path / "tokenizer_config.json"
+    length = read_json(file).get("model_max_length") if file.exists() else None
+    return min(length, limit) if type(length) is int and length > 3 else limit
+
+
 def apply_folder(config: ConfigDict, given: Set[str] = frozenset(), as_is: bool = False) -> None:
     """Sets the fields that `config.init_from`, a Hugging Face folder or a model of the hub, determines.
 
@@ -95,9 +102,11 @@ def apply_folder(config: ConfigDict, given: Set[str] = frozenset(), as_is: bool 
         if config.optimizer[name] is None:
             config.optimizer[name] = new if config.reinit_head else old
     fields, unsupported = sentence_transformers.read(folder.path, tokenizer, limit, config.finetune.max_length)
-    if as_is and unsupported and "finetune.pooling" not in given:
+    if as_is and unsupported and not task_heads.describe(folder) and "finetune.pooling" not in given:
         problem = f"'{folder.path}' makes vectors with {', '.join(unsupported)}, which our encoder does not compute"
         raise UserError(f"{problem}; set finetune.pooling to use the encoder without it")
+    if as_is and (head := task_heads.describe(folder)):
+        fields = {**fields, "pooling": head["pooling"], "max_length": _max_length(folder, limit)}
     config.finetune.update({name: value for name, value in fields.items() if f"finetune.{name}" not in given})
     rows = folder.config["vocab_size"]
     if config.tokenizer.extra_tokens_file:

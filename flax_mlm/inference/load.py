@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +18,11 @@ from flax_mlm.data.tokenizer import Tokenizer, load_tokenizer
 from flax_mlm.distributed.batches import shard_replicated_rows
 from flax_mlm.distributed.mesh import make_mesh, num_batch_shards, use_mesh
 from flax_mlm.errors import UserError
-from flax_mlm.hf.folder import is_hf_folder, open_folder
+from flax_mlm.hf import task_heads
+from flax_mlm.hf.folder import Folder, is_hf_folder, open_folder
 from flax_mlm.hf.weights import MissingHead, load_params, param_mappings, subtokens
 from flax_mlm.inference.forward import Forward, build_forward, check_finite
+from flax_mlm.inference.task_head import TaskHead, from_about
 from flax_mlm.model import electra
 from flax_mlm.objectives.rows import Vocabulary
 
@@ -42,6 +44,8 @@ class LoadedModel(NamedTuple):
     vocab: Vocabulary
     meta: Mapping[str, Any] = {}  # of the checkpoint; empty for a Hugging Face folder
     missing_head: MissingHead | None = None  # raised where the vocabulary head is used
+    task_head: TaskHead | None = None  # of a fine-tuned model
+    pooler: Mapping[str, Any] = {}  # pretrained first layer of a task's head, where a Hugging Face folder has one
 
     def require_head(self) -> None:
         """Raises MissingHead where the model has no vocabulary head."""
@@ -133,16 +137,25 @@ def _load_checkpoint(checkpoint: epath.Path, meta: dict[str, Any], config: Confi
         forward = build_forward(config, tokenizer.vocab_size, mesh)
         # A fine-tuned encoder was initialised with the average, and has none.
         item = "average" if config.optimizer.averages != "none" and "fine_tuned" not in meta else "params"
-        params = restore(checkpoint, meta, {item: forward.abstract_params})[item]
-        model = LoadedModel(config, mesh, forward, params, tokenizer, Vocabulary.from_tokenizer(tokenizer), meta)
+        abstract, head = forward.abstract_params, from_about(fine_tuned := meta.get("fine_tuned", {}))
+        if head:
+            abstract = {**abstract, "task": head.abstract_params(config.model, mesh)}
+        params = restore(checkpoint, meta, {item: abstract})[item]
+        head = head and head._replace(params=params.pop("task"))
+        missing = MissingHead(fine_tuned["missing_head"]) if "missing_head" in fine_tuned else None
+        vocab = Vocabulary.from_tokenizer(tokenizer)
+        model = LoadedModel(config, mesh, forward, params, tokenizer, vocab, meta, missing, head)
         return untied(model) if config.objective.name == "rtd" else model
 
 
 def _load_folder(config: Config, mesh: Mesh) -> LoadedModel:
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.extra_tokens_file)
+    folder = open_folder(config.init_from)
     with use_mesh(mesh):
         forward = build_forward(config, tokenizer.vocab_size, mesh)
         log: Log = functools.partial(print, file=sys.stderr)
+        head = _head_of_folder(folder, config, mesh)
+        apart = task_heads.weight_names(folder, head.task, config.model.use_bias) if head else {}
         fresh, missing = forward.init(), None
         try:
             params = start_params(config, fresh, forward.model.dims, tokenizer, log)
@@ -154,13 +167,32 @@ def _load_folder(config: Config, mesh: Mesh) -> LoadedModel:
                 forward.model.dims,
                 tokenizer,
                 lambda line: None if "head is new" in line else log(line),
+                apart,
             )
-            log("    it has no vocabulary head; vectors and fine-tuning need none")
+            note = f"it has a head for {head.task}" if head else "vectors and fine-tuning need none"
+            log(f"    it has no vocabulary head; {note}")
         vocab = Vocabulary.from_tokenizer(tokenizer)
-        return LoadedModel(config, mesh, forward, params, tokenizer, vocab, missing_head=missing)
+        pooler = {} if head else task_heads.read_pooler(folder, config.model.hidden_size)
+        return LoadedModel(config, mesh, forward, params, tokenizer, vocab, {}, missing, head, pooler)
 
 
-def start_params(config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, log: Log) -> Any:
+def _head_of_folder(folder: Folder, config: Config, mesh: Mesh) -> TaskHead | None:
+    """Reads the task's head of a folder. Raises UserError: it cannot be used, or pools otherwise."""
+    about = task_heads.describe(folder)
+    head = from_about(about) if about else None
+    if not about or not head:
+        return None
+    if not head.per_token and (own := config.finetune.pooling) != about["pooling"]:
+        what = f"finetune.pooling is {own}, but the head of '{folder.path}' was trained on {about['pooling']}"
+        raise UserError(f"{what}; leave it out")
+    abstract = head.abstract_params(config.model, mesh)
+    params = task_heads.from_tensors(folder, about, abstract, config.model.use_bias)
+    return head._replace(params=jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract))
+
+
+def start_params(
+    config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, log: Log, read_apart: Collection[str] = ()
+) -> Any:
     """Returns parameters that start from the Hugging Face folder `config.init_from`.
 
     Args:
@@ -169,6 +201,7 @@ def start_params(config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, lo
       tokenizer: of the run. A token that the folder's tokenizer lacks (`tokenizer.extra_tokens_file`) starts as the
         mean of the tokens that spell it there.
       log: called with lines on what is used and what is left out.
+      read_apart: names of weights that the caller reads itself.
 
     Raises:
       UserError: weights are missing, are not used by our model, have another shape, or are NaN or infinite; or the
@@ -177,7 +210,7 @@ def start_params(config: Config, fresh: Any, dims: Any, tokenizer: Tokenizer, lo
     folder = open_folder(config.init_from)
     mappings = list(param_mappings(folder.architecture, fresh, dims, config.model.num_layers))
     new_tokens = subtokens(load_tokenizer(config.tokenizer.path), tokenizer)
-    params = load_params(folder, mappings, new_tokens, config.reinit_head, log)
+    params = load_params(folder, mappings, new_tokens, config.reinit_head, log, read_apart)
     if not tokenizer.puts_ends:
         ends = " and ".join(tokenizer.tokens[i] for i in (tokenizer.cls_id, tokenizer.sep_id))
         what = f"the tokenizer.json has no template with {ends} around a text"

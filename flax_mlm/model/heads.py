@@ -101,12 +101,61 @@ def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def init_task_head(key: jax.Array, config: ModelConfig, num_outputs: int) -> dict[str, jax.Array]:
-    """Initialises a linear head for fine-tuning: kernel (D, C) and bias (C,), float32."""
-    kernel = config.initializer_range * jax.random.normal(key, (config.hidden_size, num_outputs), jnp.float32)
-    return {"kernel": kernel, "bias": jnp.zeros(num_outputs)}
+TASK_HEADS = ("linear", "tanh", "gelu", "relu", "prediction")
 
 
-def apply_task_head(head: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """Computes the outputs (..., C) for states (..., D)."""
-    return x @ head["kernel"] + head["bias"][(None,) * (x.ndim - 1)]
+def init_task_head(key: jax.Array, config: ModelConfig, num_outputs: int, kind: str = "linear") -> dict[str, Any]:
+    """Initialises a head for fine-tuning, float32.
+
+    Args:
+      kind: of `TASK_HEADS`. `linear` is a kernel (D, C) and a bias (C,); the others have a dense layer (D, D) and the
+        activation of that name before it, and `prediction` a GELU and a normalisation, as `VocabularyHead` has them.
+    """
+    width, scale = config.hidden_size, config.initializer_range
+    out_key, dense_key = (key, key) if kind == "linear" else jax.random.split(key)
+    kernel = scale * jax.random.normal(out_key, (width, num_outputs), jnp.float32)
+    head: dict[str, Any] = {"kernel": kernel, "bias": jnp.zeros(num_outputs)}
+    if kind == "linear":
+        return head
+    head["dense"] = {"kernel": scale * jax.random.normal(dense_key, (width, width), jnp.float32)}
+    if kind == "prediction":
+        head["norm"] = {"scale": jnp.ones(width)}
+    if kind != "prediction" or config.use_bias:
+        head["dense"]["bias"] = jnp.zeros(width)
+    if kind == "prediction" and config.use_bias:
+        head["norm"]["bias"] = jnp.zeros(width)
+    return head
+
+
+def apply_task_head(
+    head: dict[str, Any],
+    x: jax.Array,
+    kind: str = "linear",
+    norm_eps: float = 0.0,
+    dropout: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> jax.Array:
+    """Computes the outputs (..., C) for states (..., D).
+
+    Args:
+      norm_eps: of the normalisation of `prediction`.
+      dropout: applied before the last layer.
+    """
+    if kind != "linear":
+        x = _affine(head["dense"], x)
+        activation = {"tanh": jnp.tanh, "relu": jax.nn.relu}.get(kind, lambda x: jax.nn.gelu(x, approximate=False))
+        x = activation(x)
+    if "norm" in head:
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + norm_eps)
+        x = x * _as_row(head["norm"]["scale"], x)
+        x = x + _as_row(head["norm"]["bias"], x) if "bias" in head["norm"] else x
+    return _affine(head, dropout(x))
+
+
+def _affine(layer: dict[str, Any], x: jax.Array) -> jax.Array:
+    y = x @ layer["kernel"]
+    return y + _as_row(layer["bias"], y) if "bias" in layer else y
+
+
+def _as_row(vector: jax.Array, x: jax.Array) -> jax.Array:
+    return vector[(None,) * (x.ndim - 1)]

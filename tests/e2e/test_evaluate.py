@@ -237,11 +237,11 @@ def test_rows_of_another_length_are_masked_at_the_same_rate(toy, trained_run, mo
 
 
 def test_options_of_another_task_are_refused(toy, trained_run):
-    splits = "--train, --dev, --test"
+    splits, columns = "--train, --dev, --test", "--text, --pair, --label"
     for task, option, takes in (
-        ("classification", "--save=x", f"{splits}, --text, --pair, --label, --metric"),
+        ("classification", "--columns=1,2", f"{splits}, {columns}, --label_separator, --metric, --save"),
         ("mlm", "--train=x", "--mask_rates"),
-        ("tagging", "--metric=f1", f"{splits}, --columns"),
+        ("tagging", "--metric=f1", f"{splits}, --columns, --save"),
     ):
         done = toy.run("evaluate", f"--checkpoint={trained_run}", f"--task={task}", option)
         name = option.partition("=")[0]

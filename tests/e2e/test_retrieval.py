@@ -479,7 +479,7 @@ def test_numpy_files_have_a_vector_a_line_and_are_written_without_pyarrow(traine
         (
             "evaluate",
             ["--task=retrieval", "--test=t.txt", "--save=new"],
-            "--train is missing; expected pairs to fine-tune on",
+            "--train is missing; expected data to fine-tune on",
         ),
         ("evaluate", ["--task=retrieval", "--test=t.txt", "--save=.", "--train=t.txt"], "--save is '.', which exists"),
         (

@@ -16,7 +16,7 @@ from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.cli.app import config_of
 from flax_mlm.config.load import build, from_dict
 from flax_mlm.errors import Failure, UserError
-from flax_mlm.finetuning.contrastive import save_encoder
+from flax_mlm.finetuning.saving import save_model
 from flax_mlm.inference.config import read_config
 from flax_mlm.inference.load import load_model
 from flax_mlm.train import train
@@ -220,7 +220,7 @@ def test_the_average_of_the_weights_is_what_a_run_is_judged_by(toy, straight, tm
     config = build(read_config(str(workdir)))
     model = load_model(str(workdir), config)
     with jax.set_mesh(model.mesh):
-        save_encoder(tmp_path / "tuned", model, model.params["encoder"], 1)
+        save_model(tmp_path / "tuned", model, {"encoder": model.params["encoder"]}, 1)
     tuned = load_model(str(tmp_path / "tuned"), config)
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((model.params, tuned.params)))
 
