@@ -60,6 +60,9 @@ def make_task(model: LoadedModel, texts: Sequence[str], is_for_vectors: bool) ->
     Raises:
       UserError: the corpus of a masked model cannot be used, or the objective is not `mlm`.
     """
+    if model.task_head:
+        what = f"the checkpoint has a head for {model.task_head.task}"
+        raise UserError(f"{what}; --onnx writes masked models and encoders for vectors; leave out --onnx")
     if is_for_vectors:
         vectors_ND = embeddings.embed(model, texts)
         return lambda outputs: vector_drop(model, texts, vectors_ND, outputs)

@@ -11,6 +11,7 @@ from flax_mlm.hf.architecture import Architecture
 from flax_mlm.storage import hub
 
 _TASKS = {"mlm": "fill-mask", "clm": "text-generation", "rtd": "feature-extraction"}
+_PIPELINES = {"classification": "text-classification", "tagging": "token-classification"}
 _SHARING = {
     "none": "its own embeddings",
     "shared": "the same embeddings",
@@ -40,14 +41,16 @@ class ModelCard:
 
     def __post_init__(self) -> None:
         self.objective = self.config.objective.name
-        self.corpus, self.fine_tuned = self.meta.get("text"), self.meta.get("fine_tuned")
+        self.corpus = self.meta.get("text")
+        self.fine_tuned: Any = self.meta.get("fine_tuned")
+        self.task = (self.fine_tuned or {}).get("task", "")
         self.mask = self.tokenizer.tokens[self.tokenizer.mask_id]
 
     def text(self) -> str:
         """Returns the whole card."""
         kind, limit = "An encoder", "It understands rather than writes."
         if self.fine_tuned:
-            kind = "An encoder of texts"
+            kind = f"A fine-tuned encoder for {self.task}" if self.task else "An encoder of texts"
         if self.objective == "clm":
             kind, limit = "A causal language model", "What it writes may be false."
         text = self._fill(
@@ -55,7 +58,7 @@ class ModelCard:
             metadata=self._metadata(),
             kind=kind,
             origin="pretrained" if self.corpus else "written",
-            use=self._fill("use_fine_tuned" if self.fine_tuned else f"use_{self.objective}"),
+            use=self._use(),
             training="\n".join(self._training()),
             stated_licence=self.licence or "not stated",
             glu=" (GeGLU)" if self.config.model.glu else "",
@@ -64,6 +67,13 @@ class ModelCard:
             limit=limit,
         )
         return f"{text}\n"
+
+    def _use(self) -> str:
+        """Returns how the model is used from Python."""
+        if not self.task:
+            return self._fill("use_fine_tuned" if self.fine_tuned else f"use_{self.objective}")
+        argument = '"one text"' if not self.fine_tuned["pairs"] else '{"text": "one text", "text_pair": "another"}'
+        return self._fill("use_task", pipeline=_PIPELINES[self.task], argument=argument)
 
     def _fill(self, template: str, **values: Any) -> str:
         """Fills in a file of `card/`; `values` are added to the fields of the card."""
@@ -75,6 +85,7 @@ class ModelCard:
 
         start = hub.parse("init_from", self.config.init_from)
         task, results = "sentence-similarity" if self.fine_tuned else _TASKS[self.objective], None
+        task = _PIPELINES.get(self.task, task)
         if self.corpus and self.result:
             dataset = {"dataset_type": "text", "dataset_name": self.corpus["name"], "dataset_split": "held out"}
             results = [
@@ -85,7 +96,7 @@ class ModelCard:
         return ModelCardData(
             language=self.language or None,
             license=self.licence or None,
-            library_name="sentence-transformers" if self.fine_tuned else "transformers",
+            library_name="sentence-transformers" if self.fine_tuned and not self.task else "transformers",
             pipeline_tag=task,
             base_model=start.repository if start else None,
             tags=["flax_mlm", self.objective],
@@ -115,7 +126,11 @@ class ModelCard:
             )
         if phases := meta.get("config", {}).get("train", {}).get("phases"):
             yield f"- In phases: `{phases}`. The above is of the last one that it has seen."
-        if self.fine_tuned:
+        if self.task:
+            labels = ", ".join(self.fine_tuned["labels"][:20]) or "a number"
+            examples = f"{self.fine_tuned['examples']:,} examples: " if "examples" in self.fine_tuned else ""
+            yield f"- Fine-tuned for {self.task}: {examples}{self.fine_tuned['problem_type']}, {labels}."
+        elif self.fine_tuned:
             pairs = f"{self.fine_tuned['examples']:,} pairs, vectors by {config.finetune.pooling} pooling"
             yield f"- Fine-tuned for search: contrastive (InfoNCE), {pairs}."
 

@@ -15,7 +15,8 @@ from flax_mlm.checkpoint.format import find_checkpoints
 from flax_mlm.checkpoint.store import saved_steps
 from flax_mlm.config.schema import Config
 from flax_mlm.errors import UserError
-from flax_mlm.hf import folder, model_card, sentence_transformers, tokenizer_json, weights
+from flax_mlm.hf import folder, model_card, sentence_transformers, task_heads, tokenizer_json, weights
+from flax_mlm.hf.architecture import Architecture
 from flax_mlm.inference.load import LoadedModel, load_model
 from flax_mlm.model import electra, heads
 from flax_mlm.storage import files, gcs
@@ -51,45 +52,68 @@ def export(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output: '{output}' exists; name another folder, or delete that one")
     model = load_model(path, dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32")))
-    model.require_head()
+    head = model.task_head
+    if not head:
+        model.require_head()
     if dtype == "bfloat16":
-        model = model._replace(params=jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), model.params))
+        model = model._replace(params=_rounded(model.params, dtype))
+        model = model._replace(task_head=head and head._replace(params=_rounded(head.params, dtype)))
+        head = model.task_head
 
     m, tokenizer, net = config.model, model.tokenizer, model.forward.model
     if not (architecture or model.meta):  # a folder keeps its own
         architecture = folder.open_folder(config.init_from).architecture.model_type
-    chosen = folder.matching_architecture(m, config.objective.name, architecture, tokenizer.tokens[tokenizer.cls_id])
+
+    def refusal(architecture: Architecture) -> str:
+        return task_heads.refusal(architecture, head.about(), config.finetune.pooling) if head else ""
+
+    cls_token = tokenizer.tokens[tokenizer.cls_id]
+    chosen = folder.matching_architecture(m, config.objective.name, architecture, cls_token, refusal)
     params = jax.device_get(model.params)
     if config.objective.name == "rtd":  # the generator is left out
         net = electra.discriminator(m, tokenizer.vocab_size)
         del params["generator"]
+    if head:  # in the place of the head of pretraining
+        params = {"encoder": params["encoder"]}
     mappings = list(weights.param_mappings(chosen, params, net.dims, m.num_layers))
     tensors = weights.params_to_tensors(mappings, params, tokenizer.pad_id + 1)
+    config_file = folder.config_json(chosen, m, heads.vocab_rows(m, tokenizer.vocab_size), tokenizer, dtype)
+    if head:
+        task_params = jax.device_get(head.params)
+        tensors |= task_heads.to_tensors(chosen, head.task, task_params)
+        finetune = config.finetune
+        config_file |= task_heads.to_config(chosen, head.about(), finetune.pooling, finetune.dropout_rate)
+        params["task"] = task_params
     if dtype == "bfloat16":
         tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
     size = sum(x.size for x in jax.tree.leaves(params))
-    result = _result(path, model.meta["step"]) if model.meta else None
-    card = model_card.ModelCard(output.name, chosen, config, size, tokenizer, model.meta, result, licence, language)
-    config_file = folder.config_json(chosen, m, heads.vocab_rows(m, tokenizer.vocab_size), tokenizer, dtype)
+    result = _result(path, model.meta["step"]) if model.meta and not head else None
+    meta = {**model.meta, "fine_tuned": {**model.meta.get("fine_tuned", {}), **head.about()}} if head else model.meta
+    card = model_card.ModelCard(output.name, chosen, config, size, tokenizer, meta, result, licence, language)
     contents = {**_files(model, config_file), "README.md": card.text().encode()}
     _write(output, contents, tensors, lambda path: complete(path, model))
     return model
 
 
+def _rounded(params: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
+
+
 def _files(model: LoadedModel, config_file: dict[str, Any]) -> dict[str, bytes]:
     """Returns the contents of all files but the card and the weights."""
     tokenizer, config, m = model.tokenizer, model.config, model.config.model
+    cut = min(config.finetune.max_length, model.max_length)
+    length = cut if model.task_head else model.max_length
     contents = {
         "config.json": config_file,
-        "tokenizer_config.json": tokenizer_json.settings(tokenizer, model.max_length, m.type_vocab_size),
+        "tokenizer_config.json": tokenizer_json.settings(tokenizer, length, m.type_vocab_size),
         "special_tokens_map.json": tokenizer_json.special_tokens(tokenizer),
     }
     came_as_one = not model.meta and sentence_transformers.is_sentence_encoder(
         folder.open_folder(config.init_from).path
     )
-    if "fine_tuned" in model.meta or came_as_one:
-        length = min(config.finetune.max_length, model.max_length)
-        contents |= sentence_transformers.files(config.finetune, length, m.hidden_size)
+    if ("fine_tuned" in model.meta or came_as_one) and not model.task_head:
+        contents |= sentence_transformers.files(config.finetune, cut, m.hidden_size)
     texts = {name: f"{json.dumps(x, indent=2, ensure_ascii=False)}\n".encode() for name, x in contents.items()}
     return {**texts, "tokenizer.json": tokenizer_json.content(tokenizer, min(1, max(0, m.type_vocab_size - 1)))}
 

@@ -4,16 +4,22 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_mlm.data.sources.open import open_source
 from flax_mlm.errors import UserError
 from flax_mlm.hf import tokenizer_json
-from flax_mlm.inference import embeddings
+from flax_mlm.inference import classify, embeddings
 from flax_mlm.inference.load import LoadedModel
 
 _TEXTS = 64
 _AUTO_CLASSES = {"mlm": "AutoModelForMaskedLM", "clm": "AutoModelForCausalLM", "rtd": "AutoModelForPreTraining"}
+_AUTO_CLASSES_OF_TASKS = {
+    "classification": "AutoModelForSequenceClassification",
+    "tagging": "AutoModelForTokenClassification",
+}
 _SHOWN = 10  # texts with other ids that are printed
 _NOTE = "    note: transformers takes [MASK] and the like in a text for special tokens"
 CLOZES = ("The [MASK] sat on the mat.", "[MASK] barked at the mailman.", "It was un[MASK]able, and so [MASK] [MASK].")
@@ -64,7 +70,8 @@ def compare_folder(folder: Path, model: LoadedModel) -> Difference:
     tokenizer = model.tokenizer
     transformers.utils.logging.disable_progress_bar()
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    auto_class = getattr(transformers, _AUTO_CLASSES[model.config.objective.name])
+    name = _AUTO_CLASSES_OF_TASKS.get(model.task_head.task, "") if model.task_head else ""
+    auto_class = getattr(transformers, name or _AUTO_CLASSES[model.config.objective.name])
     net = auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
     limit = min(model.config.model.max_positions, 512)
@@ -86,6 +93,12 @@ def compare_folder(folder: Path, model: LoadedModel) -> Difference:
     if not note and hf_tokenizer(spelled)["input_ids"] != hf_tokenizer(spelled, split_special_tokens=True)["input_ids"]:
         note = f"{_NOTE}, unless split_special_tokens=True"
     compared = rows[: len(CLOZES) + 2 * _TEXTS]
+    if model.task_head:
+        pairs = list(zip(plain[:_TEXTS], plain[1:] + plain[:1], strict=False)) if model.task_head.pairs else []
+        limit = min(limit, model.config.finetune.max_length)
+        compared = [row if len(row) <= limit else [*row[: limit - 1], tokenizer.sep_id] for row in compared]
+        compared += embeddings.tokenize(model, *map(list, zip(*pairs, strict=True))) if pairs else []
+        return Difference(len(texts), other_ids, note, *compare_head(net, model, compared))
     return Difference(len(texts), other_ids, note, *compare_outputs(net, model, compared))
 
 
@@ -108,6 +121,40 @@ def compare_outputs(net: Any, model: LoadedModel, rows: list[list[int]]) -> tupl
         hidden = float(np.maximum(hidden, np.abs(hidden_LD - out.hidden_states[-1][0, :L].numpy()).max()))
         logits = float(np.maximum(logits, np.abs(logits_LV - out.logits[0, :L].numpy()).max()))
     return hidden, logits
+
+
+def compare_head(net: Any, model: LoadedModel, rows: list[list[int]]) -> tuple[float, float]:
+    """Returns the largest differences of hidden states and of a task's logits from a torch module.
+
+    Args:
+      rows: token ids of texts or pairs, special ones included.
+    """
+    import torch
+
+    head = model.task_head
+    assert head
+    states = _hidden_states(model, rows)
+    hidden = logits = 0.0
+    for row, hidden_LD, ours in zip(rows, states, classify.run_head(model, head, rows), strict=True):
+        L = len(row)
+        num_pads = min(8, model.config.model.max_positions - L)
+        padded, attended = row + [model.tokenizer.pad_id] * num_pads, [1] * L + [0] * num_pads
+        inputs = {"input_ids": torch.tensor([padded]), "attention_mask": torch.tensor([attended])}
+        if model.config.model.type_vocab_size > 1:
+            types_1L = embeddings.token_types(model, jnp.array([padded], jnp.int32))
+            inputs["token_type_ids"] = torch.tensor(np.asarray(types_1L, np.int64))
+        with torch.no_grad():
+            out = net(**inputs, output_hidden_states=True)
+        theirs = out.logits[0].numpy()
+        hidden = float(np.maximum(hidden, np.abs(hidden_LD - out.hidden_states[-1][0, :L].numpy()).max()))
+        logits = float(np.maximum(logits, np.abs(ours - (theirs[:L] if head.per_token else theirs)).max()))
+    return hidden, logits
+
+
+def _hidden_states(model: LoadedModel, rows: list[list[int]]) -> list[np.ndarray]:
+    """Computes hidden states, float32 (L, D) a row, with the token types of pairs."""
+    encoder = jax.jit(lambda params, tokens_BL: embeddings.hidden_states(model, params, tokens_BL))
+    return embeddings.run_batches(model, encoder, model.params, rows, lambda: None)
 
 
 def _sample_texts() -> list[str]:
