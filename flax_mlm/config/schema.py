@@ -23,12 +23,12 @@ FROM_FOLDER = "may be None until `inference.config.apply_folder` fills it"
 class DataConfig:
     source: str
     encoding: str
-    corpus: Annotated[str, CHANGEABLE]
-    sampling_alpha: Annotated[float, "(0, 1]", CHANGEABLE]
-    cache_dir: str
     dedup: Annotated[str, "none | exact | near"]
     dedup_threshold: Annotated[float, "(0, 1]"]
     decontaminate: str
+    corpus: Annotated[str, CHANGEABLE]
+    sampling_alpha: Annotated[float, "(0, 1]", CHANGEABLE]
+    cache_dir: str
     seq_len: Annotated[int, "[4, inf)", CHANGEABLE, FROM_FOLDER]
     validation_fraction: Annotated[float, "(0, 1)"]
     packing: Annotated[str, "best_fit | sequential"]

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_mlm.config.schema import ModelConfig
 from flax_mlm.errors import UserError
 from flax_mlm.model.heads import TASK_HEADS, init_task_head
+from flax_mlm.objectives.rows import new_key
 
 DEFAULT_METRICS = {  # of each kind of problem; the first three are values of transformers' problem_type
     "single_label_classification": "accuracy",
@@ -46,7 +47,7 @@ class TaskHead(NamedTuple):
 
     def abstract_params(self, config: ModelConfig, mesh: Mesh) -> Any:
         """Returns shapes and dtypes of the parameters, whole on every device."""
-        shapes = jax.eval_shape(lambda: init_task_head(jax.random.key(0), config, self.num_outputs, self.kind))
+        shapes = jax.eval_shape(lambda: init_task_head(new_key(0), config, self.num_outputs, self.kind))
         whole = NamedSharding(mesh, PartitionSpec())
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
 

@@ -135,7 +135,7 @@ def test_an_override_in_a_section_that_the_file_has_deleted(tmp_path):
 @pytest.mark.parametrize(
     "source, said",
     [
-        ("books", "data.source is 'books'; expected builtin, text:GLOB"),
+        ("books", "data.source is 'books'; expected builtin or one of text:GLOB"),
         ("text:none/*.txt", "no file matches 'none/*.txt'"),
         ("tfds:no_such_set", "'no_such_set' is not prepared"),
         ("text:{folder}/empty.txt", "holds no text"),

@@ -14,13 +14,15 @@ import jax
 import numpy as np
 import pytest
 import zstandard
-from etils import epath
 
 from flax_mlm.config.schema import MeshConfig
 from flax_mlm.data import pipeline
 from flax_mlm.data.corpus import Corpus, write_manifest
 from flax_mlm.distributed.mesh import check_batch, make_mesh
 from flax_mlm.errors import UserError
+from flax_mlm.storage import buckets, s3
+from flax_mlm.storage.gcs import Unreachable
+from tests.helpers.bucket_servers import serving
 from tests.helpers.paths import ROOT
 
 
@@ -353,57 +355,22 @@ def test_a_hostile_shard(copy, tmp_path, outcome, monkeypatch, what):
 # An object store
 
 
-class Store(type(epath.Path("/"))):
-    """Paths of a store that has its moods: `fails`, `cuts` (gives half of what is asked) or `slow`."""
-
-    mood = ""
-
-    def open(self, *args, **kwargs):
-        if Store.mood == "fails":
-            raise ConnectionError("503 Service Unavailable\n<html>try later</html>")
-        file = super().open(*args, **kwargs)
-        if Store.mood == "cuts":
-            read = file.read
-            return Cut(file, read)
-        return file
-
-    def read_bytes(self):
-        with self.open("rb") as file:
-            return file.read()
-
-
-class Cut:
-    def __init__(self, file, read):
-        self._file, self._read = file, read
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._file.close()
-
-    def seek(self, *args):
-        return self._file.seek(*args)
-
-    def read(self, n=-1):
-        content = self._read(n)
-        return content[: len(content) // 2]
-
-
 @pytest.mark.fault(32)
-@pytest.mark.parametrize("mood", ["fails", "cuts"])
+@pytest.mark.parametrize("mood", [(503, "SlowDown"), 0.5], ids=["fails", "cuts"])
 @pytest.mark.parametrize("when", ["when opened", "when read"])
-def test_an_object_store_in_a_mood(copy, monkeypatch, outcome, mood, when):
-    monkeypatch.setattr(epath, "Path", Store)
-    monkeypatch.setattr(Store, "mood", mood if when == "when opened" else "")
-    with pytest.raises(UserError) as e:
-        rows = Corpus.open(copy).split("train")
-        Store.mood = mood
-        rows.read(np.arange(4))
-    said = str(e.value)
-    assert str(copy) in said
-    assert "\n" not in said
-    assert ("503 Service Unavailable" in said) == (mood == "fails")
-    monkeypatch.setattr(Store, "mood", "")
-    assert len(Corpus.open(copy).split("train").read(np.arange(4))) == 4
+def test_an_object_store_in_a_mood(toy, monkeypatch, outcome, mood, when):
+    monkeypatch.setattr(buckets, "_PATIENCE", 0.0)
+    monkeypatch.setattr(s3, "_ATTEMPTS", 1)
+    with serving("s3") as server:
+        folder = server.put_folder(toy.corpus, "corpus")
+        server.set_fault(mood if when == "when opened" else None)
+        with pytest.raises((UserError, Unreachable)) as e:
+            rows = Corpus.open(folder).split("train")
+            server.set_fault(mood)
+            rows.read(np.arange(4))
+        said = str(e.value)
+        assert folder in said
+        assert "\n" not in said
+        server.mend()
+        assert len(Corpus.open(folder).split("train").read(np.arange(4))) == 4
     outcome("detected")

@@ -51,6 +51,10 @@ class Server:
         fault = status if self.scheme == "gs" else (403 if status == 401 else status, _CODES[status])
         self._fake.fault = lambda method, bucket, name: fault if when(method, name) else None
 
+    def set_fault(self, fault: Any) -> None:
+        """Answers every request with a fault as the stand-in takes it; None: with none."""
+        self._fake.fault = (lambda *request: fault) if fault else None
+
     def mend(self) -> None:
         """Ends the failures."""
         if self._fake:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from flax_mlm.config.schema import DataConfig, split_paths
@@ -18,7 +19,7 @@ from flax_mlm.data.cleaning.word_hashes import documents_of
 from flax_mlm.data.sources.base import Source, Unit
 from flax_mlm.data.work import Log, Work
 from flax_mlm.errors import UserError
-from flax_mlm.storage import files
+from flax_mlm.storage import buckets, files
 from flax_mlm.storage.gcs import AnyPath
 
 REPORT, LIST = "cleaning.json", "dropped.npy"  # in the folder of the corpus
@@ -73,7 +74,9 @@ class Cleaning:
         if not files.exists(work.folder / LIST):
             log(f"cleaning: comparing the documents of {len(source.units):,} units")
             unit_files = {unit.number: _file(work, unit.number) for unit in source.units}
-            Dropped.from_collection(clusters.merge(unit_files, self.threshold)).write(work.folder / LIST)
+            scratch = None if buckets.is_one(work.folder) else Path(work.folder)
+            collection = clusters.merge(unit_files, self.threshold, scratch)
+            Dropped.from_collection(collection).write(work.folder / LIST)
         dropped = Dropped.read(work.folder / LIST)
         units = (dataclasses.replace(unit, dropped=_numbers(dropped, unit)) for unit in source.units)
         return dataclasses.replace(source, units=tuple(units))
