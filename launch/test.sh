@@ -20,7 +20,8 @@ case " $* " in
 *" --references "*)
   . launch/setup.sh tests/reference-requirements.txt launch/tpu-requirements.txt
   exec python -m pytest "${busy[@]}" tests/parity/test_hf_reference.py tests/parity/test_tokenizer_reference.py \
-    tests/parity/test_transformers_parity.py tests/parity/test_onnx_reference.py tests/parity/test_plan_tpu.py "$@"
+    tests/parity/test_transformers_parity.py tests/parity/test_onnx_reference.py \
+    tests/parity/test_task_heads_reference.py tests/parity/test_plan_tpu.py "$@"
   ;;
 *" --engines "*)
   LOCAL_PYTHON=$(command -v python) # what the engines' corpora are compared with is made as by a user without them

@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     # In a process of their own: torch and TensorFlow do not always bear each other.
     names = ("test_hf_reference", "test_tokenizer_reference", "test_transformers_parity", "test_plan_tpu")
-    names += ("test_onnx_reference",)
+    names += ("test_onnx_reference", "test_task_heads_reference")
     is_reference = collection_path.stem in names
     return True if is_reference and not config.getoption("--references") else None
 
