@@ -58,10 +58,10 @@ if [ -n "$devices" ]; then
   export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS-} --xla_force_host_platform_device_count=$devices"
 fi
 
-pids=() stopping=''
+pids=() stopping='' interrupted=''
 # A terminal that goes sends HUP to the run, too, which takes it and the TERM for one.
-trap 'stopping=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM HUP
-trap 'stopping=1' INT # a terminal sends it to the processes too, and a second one would cut their saving short
+trap 'stopping=1 interrupted=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM HUP
+trap 'stopping=1 interrupted=1' INT # a terminal sends it to the processes too, and a second one would cut their saving short
 
 while :; do
   pids=()
@@ -81,9 +81,9 @@ while :; do
   code=0
   for pid in "${pids[@]}"; do
     while :; do
-      status=0
+      status=0 interrupted=''
       wait "$pid" || status=$?
-      if [ "$status" -le 128 ] || ! kill -0 "$pid" 2>/dev/null; then break; fi # else a signal to us ended the wait
+      if [ -z "$interrupted" ]; then break; fi # else a signal to us ended the wait, also where the run has ended since
     done
     # A mistake says more than a failure, and a failure more than a preemption.
     if [ "$status" = 2 ] || [ "$code" = 0 ] || { [ "$code" = 75 ] && [ "$status" != 0 ]; }; then code=$status; fi

@@ -130,7 +130,7 @@ read_secrets() {
 }
 
 stopping='' pid='' code=75
-trap 'stopping=1; if [ -n "$pid" ]; then kill -TERM "$pid" 2>/dev/null || true; fi' TERM INT
+trap 'stopping=1 interrupted=1; if [ -n "$pid" ]; then kill -TERM "$pid" 2>/dev/null || true; fi' TERM INT
 tell "workers/$name" "$(date +%s) starting"
 attend 9>&- &
 attending=$!
@@ -154,9 +154,9 @@ while [ -z "$stopping" ]; do
   pid=$!
   if [ -n "$stopping" ]; then kill -TERM "$pid"; fi # it came between
   while :; do
-    code=0
+    code=0 interrupted=''
     wait "$pid" || code=$?
-    if [ "$code" -le 128 ] || ! kill -0 "$pid" 2>/dev/null; then break; fi # else a signal to us ended the wait
+    if [ -z "$interrupted" ]; then break; fi # else a signal to us ended the wait, also where the run has ended since
   done
   pid=''
   echo "training ended with exit code $code, $(date -u)"
