@@ -5,8 +5,11 @@ import os
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("untimed")
 pytest.register_assert_rewrite("tests.helpers")
 
 from flax_mlm.distributed import compilation_cache, environment  # noqa: E402
