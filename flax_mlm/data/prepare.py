@@ -52,7 +52,7 @@ def prepare(config: Config, output: str | Path | None = None, log: Log = print, 
     Raises:
       UserError: the source cannot be read, or `output` holds something else or cannot be written.
     """
-    source, cleaning = source_of(config), Cleaning.of(config.data)
+    source, cleaning = source_of(config), Cleaning.from_config(config.data)
     request = _request(config, source, cleaning)
     if output is None:
         name = re.sub(r"[^A-Za-z0-9]+", "-", config.data.source).strip("-")[:40]
@@ -84,7 +84,7 @@ def prepare_shard(config: Config, output: str | Path, shard: int, num_shards: in
     Raises:
       UserError: as `prepare`.
     """
-    source, cleaning = source_of(config), Cleaning.of(config.data)
+    source, cleaning = source_of(config), Cleaning.from_config(config.data)
     run = functools.partial(local.run, num_workers=config.data.num_workers)
     with working(_parse(output), _request(config, source, cleaning), log, is_alone=False) as work:
         if not work:
@@ -110,7 +110,7 @@ def merge(config: Config, output: str | Path, log: Log = print) -> Corpus:
     Raises:
       UserError: also where units are missing.
     """
-    source, cleaning = source_of(config), Cleaning.of(config.data)
+    source, cleaning = source_of(config), Cleaning.from_config(config.data)
     request = _request(config, source, cleaning)
     output = _parse(output)
     with working(output, request, log, is_alone=True) as work:

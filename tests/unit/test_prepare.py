@@ -13,27 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_mlm.config.load import build
-from flax_mlm.configs import base
 from flax_mlm.data import tokenising, tokenizer_training, work
 from flax_mlm.data.corpus import Corpus
 from flax_mlm.data.prepare import prepare
 from flax_mlm.data.sources import base as sources
 from flax_mlm.data.sources.base import TextChunk, hashed
 from flax_mlm.errors import UserError
-from tests.helpers import tokenizer_files
+from tests.helpers import preparing, tokenizer_files
 from tests.helpers.paths import ROOT
 
 
 def make_config(**changes):
     """The base config, small; `data_x=1` sets data.x."""
-    c = base.get_config()
-    c.data.update(seq_len=32, num_workers=1)
-    c.tokenizer.vocab_size = 500
-    for name, value in changes.items():
-        section, _, field = name.partition("_")
-        c[section][field] = value
-    return build(c)
+    return preparing.config({name.replace("_", ".", 1): value for name, value in changes.items()})
 
 
 @pytest.fixture(scope="module")

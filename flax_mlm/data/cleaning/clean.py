@@ -40,7 +40,7 @@ class Cleaning:
     evaluation: Evaluation | None
 
     @classmethod
-    def of(cls, data: DataConfig) -> "Cleaning | None":
+    def from_config(cls, data: DataConfig) -> "Cleaning | None":
         """Returns the settings of a config; None: nothing is to be cleaned.
 
         Raises:

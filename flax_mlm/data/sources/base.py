@@ -1,6 +1,6 @@
 """Sources of documents, and the units in which they are read.
 
-A source is a list of units: bounded pieces that are numbered by the source alone and can be read by themselves, in any
+A source is a list of units. They are bounded, numbered by the source alone, and can be read by themselves, in any
 process and any order. A unit consists of ranges of files: row groups, or ranges of bytes. A document belongs to the
 range in which it begins. Consecutive ranges share a unit while their sizes sum to at most `UNIT_BYTES`.
 
