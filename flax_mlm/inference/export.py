@@ -52,15 +52,12 @@ def export(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output: '{output}' exists; name another folder, or delete that one")
     model = load_model(path, dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32")))
-    head = model.task_head
-    if not head:
+    if not model.task_head:
         model.require_head()
     if dtype == "bfloat16":
-        model = model._replace(params=_rounded(model.params, dtype))
-        model = model._replace(task_head=head and head._replace(params=_rounded(head.params, dtype)))
-        head = model.task_head
+        model = _rounded_model(model, dtype)
 
-    m, tokenizer, net = config.model, model.tokenizer, model.forward.model
+    m, tokenizer, head = config.model, model.tokenizer, model.task_head
     if not (architecture or model.meta):  # a folder keeps its own
         architecture = folder.open_folder(config.init_from).architecture.model_type
 
@@ -69,30 +66,42 @@ def export(
 
     cls_token = tokenizer.tokens[tokenizer.cls_id]
     chosen = folder.matching_architecture(m, config.objective.name, architecture, cls_token, refusal)
-    params = jax.device_get(model.params)
-    if config.objective.name == "rtd":  # the generator is left out
-        net = electra.discriminator(m, tokenizer.vocab_size)
-        del params["generator"]
-    if head:  # in the place of the head of pretraining
-        params = {"encoder": params["encoder"]}
-    mappings = list(weights.param_mappings(chosen, params, net.dims, m.num_layers))
-    tensors = weights.params_to_tensors(mappings, params, tokenizer.pad_id + 1)
+    tensors, size = _tensors(model, config, chosen)
     config_file = folder.config_json(chosen, m, heads.vocab_rows(m, tokenizer.vocab_size), tokenizer, dtype)
     if head:
-        task_params = jax.device_get(head.params)
-        tensors |= task_heads.to_tensors(chosen, head.task, task_params)
         finetune = config.finetune
         config_file |= task_heads.to_config(chosen, head.about(), finetune.pooling, finetune.dropout_rate)
-        params["task"] = task_params
     if dtype == "bfloat16":
         tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
-    size = sum(x.size for x in jax.tree.leaves(params))
     result = _result(path, model.meta["step"]) if model.meta and not head else None
     meta = {**model.meta, "fine_tuned": {**model.meta.get("fine_tuned", {}), **head.about()}} if head else model.meta
     card = model_card.ModelCard(output.name, chosen, config, size, tokenizer, meta, result, licence, language)
     contents = {**_files(model, config_file), "README.md": card.text().encode()}
     _write(output, contents, tensors, lambda path: complete(path, model))
     return model
+
+
+def _tensors(model: LoadedModel, config: Config, chosen: Architecture) -> tuple[dict[str, Any], int]:
+    """Returns the tensors of a class in transformers, with those of a task's head, and the number of parameters."""
+    m, net, head = config.model, model.forward.model, model.task_head
+    params = jax.device_get(model.params)
+    if config.objective.name == "rtd":  # the generator is left out
+        net = electra.discriminator(m, model.tokenizer.vocab_size)
+        del params["generator"]
+    if head:  # in the place of the head of pretraining
+        params = {"encoder": params["encoder"]}
+    mappings = list(weights.param_mappings(chosen, params, net.dims, m.num_layers))
+    tensors = weights.params_to_tensors(mappings, params, model.tokenizer.pad_id + 1)
+    if head:
+        params["task"] = jax.device_get(head.params)
+        tensors |= task_heads.to_tensors(chosen, head.task, params["task"])
+    return tensors, sum(x.size for x in jax.tree.leaves(params))
+
+
+def _rounded_model(model: LoadedModel, dtype: str) -> LoadedModel:
+    head = model.task_head
+    task_head = head and head._replace(params=_rounded(head.params, dtype))
+    return model._replace(params=_rounded(model.params, dtype), task_head=task_head)
 
 
 def _rounded(params: Any, dtype: str) -> Any:
